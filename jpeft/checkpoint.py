@@ -1,0 +1,111 @@
+"""Training checkpoints through Orbax: adapter, optimiser, step and rng, and where the data stood. Never the base.
+
+    with open_checkpoints(folder) as checkpoints:
+        save(checkpoints, step, state, {"seed": 0})
+        state, notes = restore(checkpoints, like=state)
+
+A checkpoint appears whole or not at all; what a killed save left behind is cleared when the folder is next opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+
+
+class CheckpointError(ValueError):
+    """Checkpoints that cannot be read, or that hold another state than the one expected."""
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[CheckpointManager]:
+    """The checkpoints of a run, of which the latest `keep` stay on disk.
+
+    Example: `with open_checkpoints(run / "checkpoints") as checkpoints: print(checkpoints.latest_step())`.
+    """
+    with _quiet():
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+            # A background save reads buffers that the next step donates; an adapter is small enough to wait for.
+            enable_async_checkpointing=False,
+        )
+        manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        try:
+            yield manager
+        finally:
+            manager.close()
+
+
+def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[str, Any]) -> None:
+    """Write the state of a step, and notes in JSON beside it. A full disk is an `OSError` with `ENOSPC`.
+
+    Example: `save(checkpoints, 100, state, {"epoch": 2})`.
+    """
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(dict(notes)))
+    try:
+        checkpoints.save(step, args=args, force=True)
+        checkpoints.wait_until_finished()
+    except Exception as error:
+        _drop_partial(Path(checkpoints.directory))
+        if "os_error_code='28'" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            # tensorstore reports a full disk as a ValueError with the system's number in its text
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(checkpoints.directory)) from error
+        raise
+
+
+def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """The latest state (or that of `step`) and its notes. Inverse of `save`.
+
+    Args:
+        like: a state of the same structure, shapes, dtypes and shardings, for instance a fresh one.
+
+    Raises:
+        CheckpointError: there is none, or what is there does not fit `like`.
+
+    Example: `state, notes = restore(checkpoints, like=fresh)`.
+    """
+    import orbax.checkpoint as ocp
+
+    step = checkpoints.latest_step() if step is None else step
+    if step is None:
+        raise CheckpointError(f"{checkpoints.directory}: no checkpoint to resume from")
+    wanted = ocp.tree.to_shape_dtype_struct(like)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
+    try:
+        found = checkpoints.restore(step, args=args)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoints.directory}/{step}: does not hold the expected state ({reason})") from error
+    return found.state, found.notes
+
+
+def _drop_partial(folder: Path) -> None:
+    """Give back the space that an unfinished save took, so that the rest of the run can still be written."""
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax's progress notes, which it logs through absl, off the user's terminal; errors still show."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,362 @@
+"""Labelled texts: read from CSV or JSONL, tokenised, cut into batches.
+
+    train = read("train.csv", text="review", label="score")
+    names = label_names(train)
+    encoded = encode(train.texts, load_tokenizer(folder, 128), 128, label_ids(train, names))
+    batch = Batches(encoded, batch_size=32, seed=0)[40]
+
+The batch of a step is a pure function of the data, the seed and the step: a run can be taken up anywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jpeft.assets import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Padded lengths a batch may take, below the maximum. Each is one compiled program (seconds), each row of padding that
+# it saves is arithmetic saved on every step.
+_BUCKETS = (32, 64, 128, 256, 512, 1024)
+# Batches that are sorted by length together: enough to pad little, few enough that batches stay mixed over the data.
+_SORTED_TOGETHER = 32
+# No tokenizer makes one token of more characters than this, but for runs of blanks: what lies beyond is not read.
+_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and their labels (empty where none were asked for), as read from `lines` of the file `source`."""
+
+    source: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    lines: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int], source: str) -> Examples:
+        """The given rows. Example: `train.take(range(100), "the first hundred")`."""
+        pick = lambda values: tuple(values[row] for row in rows) if values else ()  # noqa: E731
+        return Examples(source, pick(self.texts), pick(self.labels), pick(self.lines))
+
+
+class Encoded(NamedTuple):
+    """Token ids (one array per text) and label ids (zeros where there are no labels)."""
+
+    ids: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    max_length: int
+    pad_id: int
+
+
+class Batch(NamedTuple):
+    """Rows padded to a bucket's length: `weight` is 0 for the rows that only fill a last batch, `rows` is -1 there."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    labels: np.ndarray
+    weight: np.ndarray
+    rows: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read(path: str | Path, text: str, label: str | None = None) -> Examples:
+    """Texts and labels of a .csv or .jsonl file, in UTF-8. Whatever is not as it should be is a `UserError`.
+
+    Example: `read("reviews.csv", text="review", label="stars")`.
+    """
+    path = Path(path)
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: expected a .csv or .jsonl file, found the suffix {path.suffix or '(none)'!r}")
+    return _examples(path, readers[path.suffix.lower()](path, _decode(path)), text, label)
+
+
+def _decode(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        content = raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}, line {line}; "
+            "convert the file, e.g. iconv -f latin1 -t utf-8"
+        ) from error
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty; expected a row for each example")
+    return content
+
+
+Row = tuple[int, Mapping[str, Any]]
+
+
+def _csv_rows(path: Path, content: str) -> Iterator[Row]:
+    limit = csv.field_size_limit(max(len(content), 131072))  # the default refuses a text over 128 KiB
+    try:
+        reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+        header = next(reader)
+        if len(set(header)) < len(header):
+            twice = next(name for name, count in Counter(header).items() if count > 1)
+            raise UserError(f"{path}: the header names the column {twice!r} twice")
+        _check_columns(path, header, None)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}: line {reader.line_num} has {len(row)} fields, the header has {len(header)}; "
+                    "a text that holds commas, quotes or line breaks needs double quotes around it"
+                )
+            yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: malformed CSV near line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _jsonl_rows(path: Path, content: str) -> Iterator[Row]:
+    for number, line in enumerate(content.split("\n"), start=1):  # JSON may hold U+2028, which splitlines would split
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
+        yield number, row
+
+
+def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> Examples:
+    texts, labels, lines = [], [], []
+    for number, row in rows:
+        for column in (text, label):
+            if column is not None and column not in row:
+                raise UserError(
+                    f"{path}: no column {column!r} at line {number}; the columns are {', '.join(map(repr, row))} "
+                    "(--text and --label choose)"
+                )
+        texts.append(_text(path, number, text, row[text]))
+        lines.append(number)
+        if label is not None:
+            labels.append(_label(path, number, label, row[label]))
+    if not texts:
+        raise UserError(f"{path}: no examples; expected a row for each below the header")
+    return Examples(str(path), tuple(texts), tuple(labels), tuple(lines))
+
+
+def _text(path: Path, line: int, column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{path}: line {line}: {column!r} should be a text, found {json.dumps(value)[:40]}")
+    if not value.strip():
+        raise UserError(f"{path}: line {line}: the text in {column!r} is empty")
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{path}: line {line}: {column!r} holds half a surrogate pair, which is no Unicode text")
+    return value
+
+
+def _label(path: Path, line: int, column: str, value: Any) -> str:
+    name = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
+    if not name or isinstance(value, (dict, list)):
+        raise UserError(f"{path}: line {line}: expected a label in {column!r}, found {json.dumps(value)[:40]}")
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------- labels
+
+
+def label_names(train: Examples) -> tuple[str, ...]:
+    """The classes of a training set, sorted, whole numbers by value. Example: `("bad", "good")`."""
+    names = sorted(set(train.labels), key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+    if len(names) < 2:
+        raise UserError(f"{train.source}: every example has the label {names[0]!r}; two classes or more are needed")
+    if len(names) == len(train) > 20:
+        raise UserError(f"{train.source}: {len(names)} examples, each with a label of its own: no class to learn")
+    return tuple(names)
+
+
+def label_ids(examples: Examples, names: Sequence[str]) -> np.ndarray:
+    """Labels as positions in `names`; one that training never showed is an error.
+
+    Example: `label_ids(test, ("bad", "good"))`.
+    """
+    index = {name: position for position, name in enumerate(names)}
+    unseen = Counter(name for name in examples.labels if name not in index)
+    if unseen:
+        name, _ = unseen.most_common(1)[0]
+        line = examples.lines[examples.labels.index(name)]
+        raise UserError(
+            f"{examples.source}: {unseen.total()} of {len(examples)} examples have a label unseen in training: "
+            f"{', '.join(map(repr, list(unseen)[:5]))} (first {name!r} at line {line}); training has {', '.join(names)}"
+        )
+    return np.asarray([index[name] for name in examples.labels], np.int32)
+
+
+def hold_out(examples: Examples, seed: int, share: float = 0.1) -> tuple[Examples, Examples]:
+    """Split off a share of every class for evaluation; a class of one stays in training.
+
+    Example: `train, test = hold_out(examples, seed=0)`.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(examples.labels)
+    held = []
+    for name in label_names(examples):
+        rows = np.flatnonzero(labels == name)
+        held.append(rng.permutation(rows)[: min(len(rows) - 1, max(1, round(share * len(rows))))])
+    chosen = {int(row) for row in np.concatenate(held)}
+    if not chosen:
+        raise UserError(f"{examples.source}: too few examples to hold some out; give an evaluation file (--eval)")
+    kept = [row for row in range(len(examples)) if row not in chosen]
+    return examples.take(kept, examples.source), examples.take(sorted(chosen), f"{examples.source} (held out)")
+
+
+# ------------------------------------------------------------------------------------------------------- tokenising
+
+
+def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
+    """The tokenizer of a HuggingFace folder, set to cut at `max_length` tokens and to pad nothing.
+
+    Example: `load_tokenizer(folder, 128).encode("good tea").ids`.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no tokenizer.json; transformers writes one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:120]}") from error
+    tokenizer.no_padding()
+    try:
+        tokenizer.enable_truncation(max_length)
+    except Exception as error:
+        raise UserError(f"--max-length {max_length} leaves no room for text beside the special tokens") from error
+    return tokenizer
+
+
+def length_limit(folder: str | Path) -> int:
+    """The longest input that a model folder declares. Example: 512 for MiniLM."""
+    config = model_config(folder)
+    limit = int(config.get("max_position_embeddings", 512))
+    if "roberta" in str(config.get("model_type", "")) or config.get("model_type") == "camembert":
+        limit -= int(config.get("pad_token_id", 1)) + 1  # their positions start behind the padding's
+    return limit
+
+
+def model_config(folder: str | Path) -> dict[str, Any]:
+    """A folder's config.json. Example: `model_config(folder)["model_type"]`."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json; expected a HuggingFace model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object, found {type(config).__name__}")
+    return config
+
+
+def encode(
+    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: np.ndarray | None = None, pad_id: int = 0
+) -> Encoded:
+    """Token ids of texts, cut to `max_length`. A text of any size costs no more than what is kept of it.
+
+    Example: `encode(["good tea", "stale"], load_tokenizer(folder, 128), 128)`.
+    """
+    cut = _CHARACTERS_PER_TOKEN * max_length
+    encodings = tokenizer.encode_batch([text[:cut] for text in texts])
+    ids = tuple(np.asarray(encoding.ids, np.int32) for encoding in encodings)
+    return Encoded(ids, np.zeros(len(ids), np.int32) if labels is None else labels, max_length, pad_id)
+
+
+# --------------------------------------------------------------------------------------------------------- batching
+
+
+@dataclass(frozen=True, eq=False)
+class Batches(Sequence[Batch]):
+    """The batches of all epochs: item `step` depends on the data, the seed and the step, and on nothing before it.
+
+    Every epoch shows every example once. It is shuffled, sorted by length a few batches at a time so that little is
+    padding, and the batches are shuffled again. Without a seed it is one pass in order of length, for evaluation.
+
+    Example: `Batches(encoded, batch_size=32, seed=0)[step]`.
+    """
+
+    encoded: Encoded
+    batch_size: int
+    seed: int | None = None
+    epochs: int = 1
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in one epoch, the last padded. Example: 125 for 4,000 examples in batches of 32."""
+        return -(-len(self.encoded.ids) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def __getitem__(self, step: int) -> Batch:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        epoch, position = divmod(step, self.per_epoch)
+        return self._pad(_epoch_order(self, epoch)[position])
+
+    def _pad(self, rows: np.ndarray) -> Batch:
+        lengths = [len(self.encoded.ids[row]) for row in rows]
+        width = bucket(max(lengths), self.encoded.max_length)
+        input_ids = np.full((self.batch_size, width), self.encoded.pad_id, np.int32)
+        mask = np.zeros((self.batch_size, width), np.int32)
+        for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            input_ids[slot, :length] = self.encoded.ids[row]
+            mask[slot, :length] = 1
+        mask[len(rows) :, 0] = 1  # a filler row attends to something, so that it is finite
+        fill = (0, self.batch_size - len(rows))
+        labels = np.pad(self.encoded.labels[rows], fill)
+        weight = np.pad(np.ones(len(rows), np.float32), fill)
+        return Batch(input_ids, mask, labels, weight, np.pad(rows.astype(np.int32), fill, constant_values=-1))
+
+
+def bucket(length: int, max_length: int) -> int:
+    """The padded length for a batch whose longest row has `length` tokens. Example: `bucket(40, 128) == 64`."""
+    return next((size for size in _BUCKETS if length <= size < max_length), max_length)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(batches: Batches, epoch: int) -> tuple[np.ndarray, ...]:
+    """Rows of each batch of an epoch, by (seed, epoch) alone."""
+    size = batches.batch_size
+    lengths = np.asarray([len(ids) for ids in batches.encoded.ids])
+    if batches.seed is None:
+        order = np.argsort(lengths, kind="stable")
+        return tuple(order[start : start + size] for start in range(0, len(order), size))
+    rng = np.random.default_rng([batches.seed, epoch])
+    order = rng.permutation(len(lengths))
+    groups = [order[start : start + size * _SORTED_TOGETHER] for start in range(0, len(order), size * _SORTED_TOGETHER)]
+    order = np.concatenate([group[np.argsort(lengths[group], kind="stable")] for group in groups])
+    cuts = [order[start : start + size] for start in range(0, len(order), size)]
+    return tuple(cuts[position] for position in rng.permutation(len(cuts)))

@@ -1,0 +1,83 @@
+"""IA3: learned scales of activations (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
+
+    y = (x W + b) * l           l: [out], for keys and values
+    y = (x * l) W + b           l: [in], for the second layer of a feed-forward block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jpeft.methods.base import POSITIVE_INT, Leaves, Linear, WeightMethod, check_fields, dtype_name
+from jpeft.sites import Site
+from jpeft.targets import ALL_LINEAR, Targets, compile_pattern, matches_entry, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(WeightMethod):
+    """Scales the outputs of weights or, where ``feedforward`` names them, their inputs.
+
+    Attributes:
+      feedforward: those of the targets whose input is scaled: a regular expression, a list of paths, or None.
+      dtype: of the leaves. targets, exclude, overrides: see `Method`.
+
+    Leaves at a site: ``ia3_out [out]`` or ``ia3_in [in]`` (for a convolution, one a channel), all ones at first.
+
+    >>> import jpeft
+    >>> method = jpeft.IA3(targets=["key", "value", "output/dense"], feedforward=["output/dense"])
+    """
+
+    feedforward: Targets = None
+    dtype: Any = "float32"
+
+    roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if isinstance(self.feedforward, (list, tuple)):
+            object.__setattr__(self, "feedforward", tuple(self.feedforward))
+        check_fields(self, {"parts": POSITIVE_INT})
+        super().__post_init__()
+
+    def sites(self, survey: Any) -> list[Site]:
+        sites = super().sites(survey)
+        if self.feedforward is not None:  # an entry that names none of the sites is an error
+            select(sites, self.feedforward, what="IA3.feedforward", others=survey.names)
+        return sites
+
+    def prepare(self, site: Site) -> Site:
+        return replace(super().prepare(site), role="feedforward" if self._is_feedforward(site) else "")
+
+    def _is_feedforward(self, site: Site) -> bool:
+        if self.feedforward is None or callable(self.feedforward):
+            return bool(self.feedforward and self.feedforward(site.name, site))
+        if self.feedforward == ALL_LINEAR:
+            return site.linear
+        if isinstance(self.feedforward, str):
+            return any(compile_pattern(self.feedforward).fullmatch(n) for n in site.names)
+        return any(matches_entry(t, n) for t in self.feedforward for n in site.names)
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
+        if site.role == "feedforward":
+            return {"ia3_in": jnp.ones((site.channels,), self.dtype)}
+        return {"ia3_out": jnp.ones((site.outputs,), self.dtype)}
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
+        if "ia3_in" in leaves:  # y = (x * l) W + b
+            return base(x * leaves["ia3_in"])
+        y = base(x)  # y = (x W + b) * l
+        return y * leaves["ia3_out"].astype(y.dtype)
+
+    def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
+        if "ia3_in" in leaves:  # the rows of a convolution's matrix are (place in the window, channel)
+            scale = leaves["ia3_in"]
+            return w * jnp.tile(scale, w.shape[0] // scale.shape[0])[:, None]
+        return w * leaves["ia3_out"]
+
+    def merge_bias(self, leaves: Leaves, b: Float[Array, out]) -> Float[Array, out]:
+        return b * leaves["ia3_out"] if "ia3_out" in leaves else b

@@ -1,0 +1,108 @@
+"""Prefix tuning: learned keys and values before each attention's own (Li & Liang 2021, https://arxiv.org/abs/2101.00190).
+
+    softmax(Q [P_k; K]^T) [P_v; V]           P_k, P_v: [length, heads, head_dim], after any position encoding
+
+With ``reparametrize``, P comes from one small network that all layers share up to its last layer, which trains more
+steadily:  [P_k; P_v] = tanh(E W_1 + b_1) W_2 + b_2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from jpeft.attention import pad_left
+from jpeft.methods.base import POSITIVE_INT, AttentionMethod, Leaves, check_fields, dtype_name, normal
+from jpeft.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(AttentionMethod):
+    """Learned keys and values that every query may attend to.
+
+    Attributes:
+      length: number of virtual tokens.
+      reparametrize: learn them through an MLP. hidden: its width. embedding: width of its input.
+      init_std: of what is learned. dtype: of the leaves.
+      targets: paths of attention modules; by default all.
+
+    Leaves at a site: ``prefix_key [length, kv_heads, head_dim]`` and ``prefix_value``; reparametrised,
+    ``prefix_kernel [hidden, kv]`` and ``prefix_bias [kv]``, and shared ``embedding``, ``kernel``, ``bias``.
+    The model changes at once: there is no prefix that does nothing.
+
+    >>> import jpeft
+    >>> method = jpeft.PrefixTuning(length=16, reparametrize=True, hidden=256)
+    """
+
+    length: int = 16
+    reparametrize: bool = False
+    hidden: int = 256
+    embedding: int = 128
+    init_std: float = 0.02
+    dtype: Any = "float32"
+
+    per_site = ("init_std", "dtype")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_fields(self, {"length": POSITIVE_INT, "hidden": POSITIVE_INT, "embedding": POSITIVE_INT})
+        super().__post_init__()
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
+        heads, key_dim, value_dim = site.heads
+        if self.reparametrize:
+            width = heads * (key_dim + value_dim)
+            bound = self.hidden**-0.5
+            kernel = jax.random.uniform(key, (self.hidden, width), jnp.float32, -bound, bound)
+            # The shapes ride along in the two biases, so that expand needs no site.
+            return {
+                "prefix_kernel": kernel.astype(self.dtype),
+                "prefix_key_bias": jnp.zeros((heads, key_dim), self.dtype),
+                "prefix_value_bias": jnp.zeros((heads, value_dim), self.dtype),
+            }
+        key_k, key_v = jax.random.split(key)
+        return {
+            "prefix_key": normal(key_k, (self.length, heads, key_dim), self.init_std, self.dtype),
+            "prefix_value": normal(key_v, (self.length, heads, value_dim), self.init_std, self.dtype),
+        }
+
+    def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
+        if not self.reparametrize:
+            return {}
+        key_e, key_k = jax.random.split(key)
+        bound = self.embedding**-0.5
+        kernel = jax.random.uniform(key_k, (self.embedding, self.hidden), jnp.float32, -bound, bound)
+        return {
+            "embedding": normal(key_e, (self.length, self.embedding), 1.0, self.dtype),
+            "kernel": kernel.astype(self.dtype),
+            "bias": jnp.zeros((self.hidden,), self.dtype),
+        }
+
+    def expand(self, shared: Leaves, leaves: Leaves) -> Leaves:
+        if not self.reparametrize:
+            return leaves
+        # [P_k; P_v] = tanh(E W_1 + b_1) W_2 + b_2
+        hidden = jnp.tanh(shared["embedding"] @ shared["kernel"] + shared["bias"])
+        both = hidden @ leaves["prefix_kernel"]
+        bias_k, bias_v = leaves["prefix_key_bias"], leaves["prefix_value_bias"]
+        return {
+            "prefix_key": both[:, : bias_k.size].reshape(-1, *bias_k.shape) + bias_k,
+            "prefix_value": both[:, bias_k.size :].reshape(-1, *bias_v.shape) + bias_v,
+        }
+
+    def apply(self, leaves: Leaves, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
+        # [P_k; K], [P_v; V]; every query may see the prefix, causal or padded as the rest may be.
+        length = key.shape[-3]
+        if mask is not None:
+            mask = pad_left(mask, self.length, length, True if mask.dtype == jnp.bool_ else 1)
+        return _prepend(leaves["prefix_key"], key), _prepend(leaves["prefix_value"], value), mask
+
+
+def _prepend(prefix: Array, x: Array) -> Array:
+    prefix = jnp.broadcast_to(prefix.astype(x.dtype), (*x.shape[:-3], *prefix.shape))
+    return jnp.concatenate([prefix, x], axis=-3)
