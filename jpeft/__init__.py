@@ -1,6 +1,10 @@
 """jpeft: parameter-efficient fine-tuning for JAX and Flax, as transforms of a parameter tree."""
 
+from typing import Any
+
 from jpeft.geometry import register_geometry as register_geometry
+from jpeft.io import load as load
+from jpeft.io import save as save
 from jpeft.methods import IA3 as IA3
 from jpeft.methods import BitFit as BitFit
 from jpeft.methods import Bottleneck as Bottleneck
@@ -10,6 +14,17 @@ from jpeft.methods import PrefixTuning as PrefixTuning
 from jpeft.methods import Train as Train
 from jpeft.peft import Peft as Peft
 from jpeft.targets import TargetError as TargetError
+from jpeft.train import TrainState as TrainState
+from jpeft.train import train_step as train_step
 from jpeft.tree import combine as combine
 from jpeft.tree import masked as masked
 from jpeft.tree import partition as partition
+
+
+def __getattr__(name: str) -> Any:
+    """`jpeft.hf` and `jpeft.models` are imported when they are first used: `import jpeft` stays light."""
+    if name in ("hf", "models"):
+        import importlib
+
+        return importlib.import_module(f"jpeft.{name}")
+    raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

@@ -3,7 +3,7 @@
     train = read("train.csv", text="review", label="score")
     names = label_names(train)
     encoded = encode(train.texts, load_tokenizer(folder, 128), 128, label_ids(train, names))
-    batch = Batches(encoded, batch_size=32, seed=0)[40]
+    for batch in Batches(encoded, batch_size=32, seed=0).start(step=40): ...
 
 The batch of a step is a pure function of the data, the seed and the step: a run can be taken up anywhere.
 """
@@ -11,7 +11,6 @@ The batch of a step is a pure function of the data, the seed and the step: a run
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import re
@@ -258,27 +257,12 @@ def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
     return tokenizer
 
 
-def length_limit(folder: str | Path) -> int:
-    """The longest input that a model folder declares. Example: 512 for MiniLM."""
-    config = model_config(folder)
-    limit = int(config.get("max_position_embeddings", 512))
-    if "roberta" in str(config.get("model_type", "")) or config.get("model_type") == "camembert":
-        limit -= int(config.get("pad_token_id", 1)) + 1  # their positions start behind the padding's
+def length_limit(config: Any) -> int:
+    """The longest input that a model's configuration allows. Example: 512 for MiniLM."""
+    limit = int(getattr(config, "max_position_embeddings", 512))
+    if "roberta" in str(getattr(config, "model_type", "")) or getattr(config, "model_type", "") == "camembert":
+        limit -= int(getattr(config, "pad_token_id", 1)) + 1  # their positions begin behind the padding's
     return limit
-
-
-def model_config(folder: str | Path) -> dict[str, Any]:
-    """A folder's config.json. Example: `model_config(folder)["model_type"]`."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json; expected a HuggingFace model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, found {type(config).__name__}")
-    return config
 
 
 def encode(
@@ -298,13 +282,13 @@ def encode(
 
 
 @dataclass(frozen=True, eq=False)
-class Batches(Sequence[Batch]):
-    """The batches of all epochs: item `step` depends on the data, the seed and the step, and on nothing before it.
+class Batches:
+    """The batches of all epochs: that of a step depends on the data, the seed and the step, and on nothing before it.
 
     Every epoch shows every example once. It is shuffled, sorted by length a few batches at a time so that little is
     padding, and the batches are shuffled again. Without a seed it is one pass in order of length, for evaluation.
 
-    Example: `Batches(encoded, batch_size=32, seed=0)[step]`.
+    Example: `for batch in Batches(encoded, batch_size=32, seed=0, epochs=2).start(40): ...` begins at step 40.
     """
 
     encoded: Encoded
@@ -320,20 +304,36 @@ class Batches(Sequence[Batch]):
     def __len__(self) -> int:
         return self.per_epoch * self.epochs
 
-    def __getitem__(self, step: int) -> Batch:
-        if not 0 <= step < len(self):
-            raise IndexError(step)
-        epoch, position = divmod(step, self.per_epoch)
-        return self._pad(_epoch_order(self, epoch)[position])
+    def __iter__(self) -> Iterator[Batch]:
+        return self.start(0)
+
+    def start(self, step: int) -> Iterator[Batch]:
+        """The batches from a step on. Example: `next(batches.start(40))`."""
+        first, position = divmod(step, self.per_epoch)
+        for epoch in range(first, self.epochs):
+            for rows in self._order(epoch)[position:]:
+                yield self._pad(rows)
+            position = 0
+
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch, by (seed, epoch) alone."""
+        lengths = np.asarray([len(ids) for ids in self.encoded.ids])
+        if self.seed is None:
+            return _chunks(np.argsort(lengths, kind="stable"), self.batch_size)
+        rng = np.random.default_rng([self.seed, epoch])
+        together = _chunks(rng.permutation(len(lengths)), self.batch_size * _SORTED_TOGETHER)
+        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in together])
+        cuts = _chunks(order, self.batch_size)
+        return [cuts[position] for position in rng.permutation(len(cuts))]
 
     def _pad(self, rows: np.ndarray) -> Batch:
-        lengths = [len(self.encoded.ids[row]) for row in rows]
-        width = bucket(max(lengths), self.encoded.max_length)
-        input_ids = np.full((self.batch_size, width), self.encoded.pad_id, np.int32)
-        mask = np.zeros((self.batch_size, width), np.int32)
-        for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            input_ids[slot, :length] = self.encoded.ids[row]
-            mask[slot, :length] = 1
+        """The rows as one batch of a bucket's width; missing rows are filled with ones that weigh nothing."""
+        ids = [self.encoded.ids[row] for row in rows]
+        shape = (self.batch_size, bucket(max(map(len, ids)), self.encoded.max_length))
+        input_ids, mask = np.full(shape, self.encoded.pad_id, np.int32), np.zeros(shape, np.int32)
+        for slot, row in enumerate(ids):
+            input_ids[slot, : len(row)] = row
+            mask[slot, : len(row)] = 1
         mask[len(rows) :, 0] = 1  # a filler row attends to something, so that it is finite
         fill = (0, self.batch_size - len(rows))
         labels = np.pad(self.encoded.labels[rows], fill)
@@ -346,17 +346,5 @@ def bucket(length: int, max_length: int) -> int:
     return next((size for size in _BUCKETS if length <= size < max_length), max_length)
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_order(batches: Batches, epoch: int) -> tuple[np.ndarray, ...]:
-    """Rows of each batch of an epoch, by (seed, epoch) alone."""
-    size = batches.batch_size
-    lengths = np.asarray([len(ids) for ids in batches.encoded.ids])
-    if batches.seed is None:
-        order = np.argsort(lengths, kind="stable")
-        return tuple(order[start : start + size] for start in range(0, len(order), size))
-    rng = np.random.default_rng([batches.seed, epoch])
-    order = rng.permutation(len(lengths))
-    groups = [order[start : start + size * _SORTED_TOGETHER] for start in range(0, len(order), size * _SORTED_TOGETHER)]
-    order = np.concatenate([group[np.argsort(lengths[group], kind="stable")] for group in groups])
-    cuts = [order[start : start + size] for start in range(0, len(order), size)]
-    return tuple(cuts[position] for position in rng.permutation(len(cuts)))
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -193,7 +193,7 @@ class Peft:
         base = flatten(tree)
         if any(isinstance(meta.unbox(x), jax.ShapeDtypeStruct) for x in base.values()):
             shapes = {p: jax.ShapeDtypeStruct(s, jnp.dtype(d)) for p, (s, d) in self.structure}
-            return like(unflatten(self._dressed(shapes, base)), tree)
+            return like(unflatten(self.dress(shapes, base)), tree)
         leaves: dict[Path, Any] = {}
         for i, member in enumerate(self.method.methods()):
             slug = _slug(self.method, i)
@@ -206,9 +206,9 @@ class Peft:
             placeless = replace(action, site=replace(action.site, path=()))
             own = _init_jitted(placeless, _fold(key, f"{action.member}/{action.site.name}"), w)
             leaves |= {action.leaf_path(n): x for n, x in own.items()}
-        return like(unflatten(self._dressed(leaves, base)), tree)
+        return like(unflatten(self.dress(leaves, base)), tree)
 
-    def _dressed(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
+    def dress(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
         """Leaves with the shardings and boxes that follow from the base's."""
         out = {}
         for path, (site, roles) in self.leaf_sites().items():

@@ -1,0 +1,254 @@
+"""Saving and loading adapters: a folder with ``adapter.safetensors`` and ``config.json``, and nothing of the base.
+
+A save is atomic. The new tensors are written beside the old ones, then ``config.json``, which holds their SHA-256, is
+replaced in one step, then the tensors take their name. Killed before that step, the folder is the old adapter; killed
+after it, `load` finds the new tensors beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from jpeft import methods
+from jpeft.fingerprint import difference, fingerprint
+from jpeft.methods.base import Method
+from jpeft.peft import Peft, split_variables
+from jpeft.tree import Tree, flatten, join, like, nearest, unflatten
+
+FORMAT = 1
+TENSORS = "adapter.safetensors"
+CONFIG = "config.json"
+_PENDING = TENSORS + ".new"
+_FIELDS = {"format", "jpeft", "method", "sites", "base", "sha256"}
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, or does not belong to this model. The message says what, and what to do."""
+
+
+def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) -> None:
+    """Writes an adapter as a folder. Inverse of `load`, bit exact.
+
+    Args:
+      path: the folder; made if need be. An adapter that is there is replaced, atomically.
+      peft: the bound method. adapter: its leaves. params: the base, of which only a fingerprint is kept.
+
+    Raises:
+      ValueError: an adapter that is not this Peft's. OSError: the folder cannot be written; what was there is intact.
+    """
+    leaves = peft.check(adapter)
+    tensors = {join(p): np.asarray(jax.device_get(meta.unbox(x))) for p, x in leaves.items()}
+    config = {
+        "format": FORMAT,
+        "jpeft": _version(),
+        "method": _serialisable(peft).to_dict(),
+        "sites": [site.name for site in peft.sites],
+        "base": fingerprint(split_variables(params)[0]),
+    }
+    folder = FilePath(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    blob = _serialise(tensors)
+    config["sha256"] = hashlib.sha256(blob).hexdigest()
+    write_atomically(folder / _PENDING, blob)
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    os.replace(folder / _PENDING, folder / TENSORS)
+    sync_folder(folder)
+
+
+def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, **kwargs: Any) -> tuple[Peft, Any]:
+    """Reads an adapter folder and binds its method to a model. Inverse of `save`.
+
+    Args:
+      path: the folder. model, params, *inputs, **kwargs: as for ``method.bind``.
+
+    Returns:
+      ``(peft, adapter)``; the adapter takes the container, shardings and boxes that ``peft.init`` would give it.
+
+    Raises:
+      AdapterError: no adapter there; a file that is truncated, changed, or no safetensors; an unknown field; another
+        base (the first leaf that differs is named); a leaf that is missing, extra or misshapen.
+    """
+    folder = FilePath(path)
+    config = read_config(folder)
+    try:
+        method = methods.from_dict(config["method"])
+    except (ValueError, TypeError) as e:
+        raise AdapterError(f"{folder / CONFIG}: {e}") from e
+    tree, _ = split_variables(params)
+    if found := difference(config["base"], tree):
+        raise AdapterError(f"{folder} was trained on another base: {found}")
+    peft = method.bind(model, params, *inputs, **kwargs)
+    names = [site.name for site in peft.sites]
+    if names != config["sites"]:
+        first = next(iter(set(names) ^ set(config["sites"])), "their order")
+        raise AdapterError(f"{folder}: its sites are not those that {method.name} finds in this model; differs: {first}")
+    return peft, _leaves(folder, config, peft, tree)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The ``config.json`` of an adapter folder, checked: what it is, without a model.
+
+    Raises:
+      AdapterError: no folder, no configuration, or one that this version cannot read, by field.
+    """
+    folder = FilePath(path)
+    file = folder / CONFIG
+    if not file.is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise AdapterError(f"{folder} {what}: expected an adapter written by jpeft.save")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise AdapterError(f"{file} is not JSON: {e}") from e
+    if not isinstance(config, dict) or "format" not in config:
+        raise AdapterError(f"{file} has no 'format': it was not written by jpeft.save")
+    if config["format"] != FORMAT:
+        raise AdapterError(f"{file} has format {config['format']!r}; this jpeft reads {FORMAT}: upgrade jpeft")
+    if wrong := sorted(config.keys() ^ _FIELDS):
+        what = "unknown" if wrong[0] in config else "missing"
+        raise AdapterError(f"{file}: {what} field {wrong[0]!r}; there are {', '.join(sorted(_FIELDS))}")
+    kinds = {"method": dict, "sites": list, "base": dict, "sha256": str}
+    for field, kind in kinds.items():
+        if not isinstance(config[field], kind):
+            raise AdapterError(f"{file}: {field!r} must be a JSON {kind.__name__}, got {type(config[field]).__name__}")
+    return config
+
+
+def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tree) -> Any:
+    file = _tensor_file(folder, config["sha256"])
+    tensors = read_safetensors(file)
+    expected = {join(p): (p, shape, dtype) for p, (shape, dtype) in peft.structure}
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise AdapterError(f"{file} lacks {name!r}, which {peft.method.name} needs")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise AdapterError(f"{file} has {name!r}, which {peft.method.name} does not know{nearest(name, expected)}")
+    for name, (_, shape, dtype) in expected.items():
+        got = tensors[name]
+        if (got.shape, got.dtype.name) != (shape, dtype):
+            raise AdapterError(f"{file}: {name!r} is {got.dtype.name}{list(got.shape)}, expected {dtype}{list(shape)}")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != config["sha256"]:
+        raise AdapterError(f"{file} is not the file that {CONFIG} was written with: its SHA-256 differs; save it again")
+    leaves = {path: jnp.asarray(tensors[name]) for name, (path, _, _) in expected.items()}
+    return like(unflatten(peft.dress(leaves, flatten(params))), params)
+
+
+def _tensor_file(folder: FilePath, sha256: str) -> FilePath:
+    """The tensors that the configuration belongs to: under their name, or beside it after a save that was killed."""
+    pending = folder / _PENDING
+    if pending.is_file() and hashlib.sha256(pending.read_bytes()).hexdigest() == sha256:
+        return pending
+    return folder / TENSORS
+
+
+def _serialisable(peft: Peft) -> Method:
+    """The method with functions among its targets replaced by the sites that they chose."""
+
+    def fixed(index: int, member: Method) -> Method:
+        if not (callable(member.targets) or callable(member.exclude)):
+            return member
+        names = [a.site.name for a in peft.actions if a.member == index]
+        return dataclasses.replace(member, targets="|".join(map(re.escape, names)), exclude=None)
+
+    members = [fixed(i, m) for i, m in enumerate(peft.method.methods())]
+    return methods.Chain(*members) if isinstance(peft.method, methods.Chain) else members[0]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("jpeft")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+# --- files, shared with jpeft.hf and jpeft.models ---------------------------------------------------------------------
+
+
+def _serialise(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
+    from safetensors.numpy import save as serialise
+
+    # safetensors writes an array's buffer as it lies, so a transposed view would be scrambled.
+    return serialise({k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}, metadata=metadata)
+
+
+def write_safetensors(file: FilePath, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically. Inverse of `read_safetensors`."""
+    write_atomically(file, _serialise(tensors, metadata))
+
+
+def read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file. Inverse of `write_safetensors`.
+
+    Raises:
+      AdapterError: no such file, a pickle, or a truncated or malformed one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as parse
+
+    try:
+        blob = file.read_bytes()
+    except FileNotFoundError:
+        raise AdapterError(f"{file} does not exist") from None
+    if blob[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise AdapterError(f"{file} is a pickle, which may run code when opened and is refused; save it as safetensors")
+    try:
+        return parse(blob)
+    except (SafetensorError, KeyError, ValueError, TypeError) as e:
+        raise AdapterError(f"{file} is no complete safetensors file ({e}): truncated, or of another kind") from e
+
+
+def write_atomically(file: FilePath, data: bytes) -> None:
+    """Writes a file so that a crash leaves the old one or the new one, never a part.
+
+    Raises:
+      OSError: it cannot be written, e.g. a full disk; the old one is intact and no temporary file is left.
+    """
+    with _temporary(file) as (descriptor, temporary):
+        with os.fdopen(descriptor, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def _temporary(file: FilePath) -> Iterator[tuple[int, str]]:
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would keep the file from everyone else
+        yield descriptor, name
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: FilePath) -> None:
+    """Makes renames in a folder durable, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

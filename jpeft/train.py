@@ -1,0 +1,176 @@
+"""Training: the state, the jitted step, and LoRA+.
+
+The gradient is taken for trainable adapter leaves alone, so the base has no gradient and no optimiser slot. The step is
+sharded when its inputs are: meshes are the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from jpeft.peft import Peft
+from jpeft.tree import Tree, combine, map_with_path, partition
+
+LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes, and nothing of the base.
+
+    Attributes:
+      step: optimiser steps taken, skipped ones included. adapter: the small tree. opt_state: the optimiser's, for
+      trainable leaves alone. rng: the key of the run; each step folds its number in. skipped: steps whose loss or
+      gradient was not finite, which changed nothing.
+    """
+
+    step: Int[Array, ""]
+    adapter: Any
+    opt_state: Any
+    rng: jax.Array
+    skipped: Int[Array, ""]
+
+    @classmethod
+    def create(cls, peft: Peft, adapter: Tree, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+        """The state before the first step.
+
+        The adapter and the key are copied, because `train_step` donates its state: yours stay usable. An abstract
+        adapter gives an abstract state. Optimiser slots take the sharding of the leaves they belong to.
+        """
+        peft.check(adapter)
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapter))
+
+        def make(adapter: Tree, rng: jax.Array) -> TrainState:
+            trainable, _ = partition(adapter, peft.labels(adapter))
+            zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+            return cls(step=zero(), adapter=adapter, opt_state=tx.init(trainable), rng=rng, skipped=zero())
+
+        if abstract:
+            return jax.eval_shape(make, adapter, rng)
+        return make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
+
+
+def train_step(
+    peft: Peft,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    compute_dtype: Any = None,
+    donate: bool = True,
+) -> Callable[[TrainState, Tree, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted training step ``(state, params, batch) -> (state, metrics)``.
+
+    Args:
+      peft: the bound method.
+      loss_fn: ``(adapter, params, batch, rng) -> (loss, metrics)``; a scalar mean over the batch, and a dict of scalars.
+      tx: the optimiser, plain or `jpeft.masked`.
+      accumulate: micro-batches that the batch's leading axis is split into; gradients and metrics are their means.
+      clip: largest global norm of the trainable leaves' gradient.
+      compute_dtype: floating base leaves are cast to it inside the step; adapter and optimiser keep their own.
+      donate: let the step reuse the state's memory; the state passed in is then gone.
+
+    Returns:
+      The step. Its metrics are the loss function's and ``loss``, ``grad_norm`` (before clipping) and ``skipped`` (so
+      far). A step whose loss or gradient is not finite changes neither adapter nor optimiser, and is counted.
+
+    Raises:
+      ValueError: an ``accumulate`` that does not divide the batch, when the step is traced.
+
+    >>> # step = jpeft.train_step(peft, loss_fn, optax.adamw(1e-4), clip=1.0)
+    >>> # state, metrics = step(state, params, batch)
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+
+    def gradient(trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: jax.Array) -> Any:
+        def loss(trainable: Tree) -> Any:
+            base = params if compute_dtype is None else _cast_floating(params, compute_dtype)
+            out = loss_fn(combine(trainable, frozen), base, batch, rng)
+            if not isinstance(out, tuple) or len(out) != 2 or not isinstance(out[1], dict):
+                raise TypeError(f"loss_fn must return (loss, metrics: dict), got {type(out).__name__}")
+            value, metrics = out
+            if jnp.shape(value) != ():
+                raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(value)}: take its mean")
+            return value.astype(jnp.float32), jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
+
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+    def step(state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable, frozen = partition(state.adapter, peft.labels(state.adapter))
+        rng = jax.random.fold_in(state.rng, state.step)
+        if accumulate == 1:
+            (loss, metrics), grads = gradient(trainable, frozen, params, batch, rng)
+        else:
+            (loss, metrics), grads = _accumulated(gradient, trainable, frozen, params, batch, rng, accumulate)
+        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        if clip is not None:
+            factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        adapter = combine(optax.apply_updates(trainable, updates), frozen)
+        state = TrainState(
+            step=state.step + 1,
+            adapter=_select(finite, adapter, state.adapter),
+            opt_state=_select(finite, opt_state, state.opt_state),
+            rng=state.rng,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+        return state, {**metrics, "loss": loss, "grad_norm": norm, "skipped": state.skipped}
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def _accumulated(gradient: Any, trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: Any, n: int) -> Any:
+    """The mean of the gradient over ``n`` micro-batches, one at a time."""
+
+    def split(x: Any) -> jax.Array:
+        if x.shape[0] % n:
+            raise ValueError(f"accumulate={n} does not divide the batch, whose leading axis is {x.shape[0]}")
+        # Every n-th example makes a micro-batch: the leading axis keeps its sharding, where blocks would lose it.
+        return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
+
+    def one(total: Any, micro: Any) -> Any:
+        i, part = micro
+        new = gradient(trainable, frozen, params, part, jax.random.fold_in(rng, i))
+        return jax.tree.map(jnp.add, total, new), None
+
+    parts = (jnp.arange(n), jax.tree.map(split, batch))
+    first = jax.tree.map(lambda x: x[0], parts[1])
+    shapes = jax.eval_shape(lambda part: gradient(trainable, frozen, params, part, rng), first)
+    total, _ = jax.lax.scan(one, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts)
+    return jax.tree.map(lambda x: x / n, total)
+
+
+def _select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def _cast_floating(tree: Tree, dtype: Any) -> Tree:
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
+    """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B learns ``ratio`` times as fast as A.
+
+    Put it last: it scales the finished update of every ``lora_b``, weight decay included, which is a learning rate
+    ``ratio`` times as high.
+
+    >>> import optax
+    >>> tx = optax.chain(optax.adamw(1e-4), lora_plus(16.0))
+    """
+
+    def update(updates: Tree, params: Tree | None = None) -> Tree:
+        del params
+        return map_with_path(lambda p, u: u * ratio if p[-1].endswith("lora_b") else u, updates)
+
+    return optax.stateless(update)
