@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
@@ -83,14 +85,14 @@ def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) 
     step = checkpoints.latest_step() if step is None else step
     if step is None:
         raise CheckpointError(f"{checkpoints.directory}: no checkpoint to resume from")
-    wanted = ocp.tree.to_shape_dtype_struct(like)
+    wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
     try:
         found = checkpoints.restore(step, args=args)
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{checkpoints.directory}/{step}: does not hold the expected state ({reason})") from error
-    return found.state, found.notes
+    return found["state"], found["notes"]
 
 
 def _drop_partial(folder: Path) -> None:

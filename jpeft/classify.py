@@ -24,11 +24,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jpeft import models
+from jpeft import data, models
 from jpeft.assets import UserError
 from jpeft.data import Batch, Batches
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from jpeft.peft import Peft
 
 HEAD = "classifier"  # where the head lies in the parameter tree: the target that trains it
@@ -92,6 +94,22 @@ def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruc
     """
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     return ids, ids
+
+
+def load_tokenizer(folder: Path, classifier: Classifier, max_length: int) -> Tokenizer:
+    """The model's tokenizer, if the model takes texts of that many tokens.
+
+    Example: `load_tokenizer(folder, classifier, max_length=128)`.
+    """
+    limit = data.length_limit(classifier.encoder.config)
+    if max_length > limit:
+        raise UserError(f"--max-length {max_length}: the model takes at most {limit} tokens")
+    return data.load_tokenizer(folder, max_length)
+
+
+def pad_id(classifier: Classifier) -> int:
+    """The token id that fills a row. Example: 0 for BERT, 1 for RoBERTa."""
+    return int(getattr(classifier.encoder.config, "pad_token_id", None) or 0)
 
 
 def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:

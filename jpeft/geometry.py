@@ -146,7 +146,7 @@ class Contraction(Geometry):
 
     def _bias_labels(self) -> str:
         _, w, y = _labels(self.spec)
-        return "".join(c for c in w if c in y)
+        return "".join(c for c in y if c in w)  # a bias is added to the output, so it has the output's order
 
     def view_bias(self, b: jax.Array) -> jax.Array:
         labels = self._bias_labels()
@@ -469,12 +469,15 @@ def _dense(call: Call) -> Geometry:
 
 
 def _dense_general(call: Call) -> Geometry | None:
+    """``nn.DenseGeneral`` and, by name, T5X's and Flaxformer's, which store the kernel as a matrix."""
     module: Any = call.module
     x, stored = call.args[0], call.shapes.get("kernel")
-    if stored is None:
+    if stored is None or not hasattr(module, "axis") or not hasattr(module, "features"):
         return None
     as_tuple = lambda v: (v,) if isinstance(v, int) else tuple(v)  # noqa: E731
     axis = tuple(a % x.ndim for a in as_tuple(module.axis))
+    if isinstance(module, nn.DenseGeneral):  # which sorts its axes; T5X keeps their order
+        axis = tuple(sorted(axis))
     dims = tuple(a % x.ndim for a in as_tuple(getattr(module, "batch_dims", ())))
     shape = tuple(x.shape[d] for d in dims) + tuple(x.shape[a] for a in axis) + as_tuple(module.features)
     if math.prod(shape) != math.prod(stored):
@@ -507,7 +510,7 @@ def _einsum(call: Call) -> Geometry | None:
 def _conv(call: Call) -> Geometry | None:
     module: Any = call.module
     shape = call.shapes.get("kernel")
-    if shape is None:
+    if shape is None or not getattr(module, "shared_weights", True):  # ConvLocal: a kernel for every place
         return None
     transposed = bool(getattr(module, "transpose_kernel", False))
     groups = getattr(module, "feature_group_count", 1)

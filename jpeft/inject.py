@@ -312,7 +312,10 @@ class Interceptor:
     ) -> Any:
         site = pairs[0][0].site
         own = module.variables["params"]
-        shapes = {k: jnp.shape(meta.unbox(v)) for k, v in own.items() if not isinstance(v, (Mapping, Marker))}
+        # A geometry tells its weight from the module's own parameters; the adapter's leaves are none of them.
+        added = {action.leaf_path(n)[-1] for action, leaves in pairs for n in (*action.stored, *leaves)}
+        shapes = {k: jnp.shape(meta.unbox(v)) for k, v in own.items()
+                  if k not in added and not isinstance(v, (Mapping, Marker))}  # fmt: skip
         call = Call(module, method, args, kwargs, shapes)
         factory = geometry.find(owner, method)
         found = factory(call) if factory is not None else None

@@ -197,18 +197,20 @@ def read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
     Raises:
       AdapterError: no such file, a pickle, or a truncated or malformed one.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load as parse
+    from safetensors import SafetensorError, safe_open
 
     try:
-        blob = file.read_bytes()
+        with file.open("rb") as f:
+            magic = f.read(2)
     except FileNotFoundError:
         raise AdapterError(f"{file} does not exist") from None
-    if blob[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
         raise AdapterError(f"{file} is a pickle, which may run code when opened and is refused; save it as safetensors")
     try:
-        return parse(blob)
-    except (SafetensorError, KeyError, ValueError, TypeError) as e:
+        # Not safetensors.numpy.load, which does not know bfloat16.
+        with safe_open(file, framework="numpy") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
         raise AdapterError(f"{file} is no complete safetensors file ({e}): truncated, or of another kind") from e
 
 

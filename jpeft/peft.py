@@ -23,7 +23,7 @@ from jpeft.methods.base import Leaves, Method
 from jpeft.sharding import box_like, leaf_sharding
 from jpeft.sites import BOX, FUSED, MERGE, Site, map_axes, stack_back, stack_first
 from jpeft.summary import summary
-from jpeft.survey import survey
+from jpeft.survey import Survey, survey
 from jpeft.tree import FROZEN, TRAINABLE, Path, Tree, combine, flatten, join, like, map_with_path, nearest, unflatten
 
 Structure = tuple[tuple[Path, tuple[tuple[int, ...], str]], ...]
@@ -40,12 +40,21 @@ def split_variables(params: Tree) -> tuple[Tree, dict[str, Any]]:
 
 def bind(method: Method, model: nn.Module, params: Tree, *inputs: Any, **kwargs: Any) -> Peft:
     """See `jpeft.methods.base.Method.bind`."""
+    return bind_seen(method, model, params, look(model, params, inputs, kwargs))
+
+
+def look(model: nn.Module, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
+    """What the model offers to methods: the half of `bind` that depends on no method."""
     if not isinstance(model, nn.Module):
         hint = "; bind its .module, which is one" if isinstance(getattr(model, "module", None), nn.Module) else ""
         raise TypeError(f"model must be a flax.linen Module, got {type(model).__name__}{hint}")
     tree, others = split_variables(params)
-    seen = survey(model, {"params": tree, **others}, inputs, kwargs)
-    base = flatten(tree)
+    return survey(model, {"params": tree, **others}, inputs, kwargs)
+
+
+def bind_seen(method: Method, model: nn.Module, params: Tree, seen: Survey) -> Peft:
+    """The other half of `bind`, for a model that was looked at already."""
+    base = flatten(split_variables(params)[0])
     structure: dict[Path, tuple[tuple[int, ...], str]] = {}
     actions: list[Action] = []
     shared: list[Path] = []

@@ -1,108 +1,39 @@
 """Run folders: what a fine-tuning job writes, and how prediction, merging and inspection read it back.
 
-    run/config.json      what was chosen, and fingerprints of the data      run/adapter/      the trained adapter
-    run/metrics.jsonl    a line a step and an evaluation                    run/result.json   the final table
-    run/checkpoints/     to resume from                                     run/loss.png
+    run/config.json      what was chosen, and fingerprints of base and data
+    run/metrics.jsonl    a line a step and an evaluation
+    run/checkpoints/     to resume from
+    run/adapter/         the trained adapter: here, and in the files below, once the run is complete
+    run/loss.png
+    run/result.json      the final table
 
-    run = open_run("runs/minilm-lora-1")
-    label, probability = run.predict(["good tea"])[0]
+`open_run("runs/minilm-lora-1").predict(["good tea"])` takes a finished run into use.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
+import hashlib
+import io
 import itertools
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from jpeft.assets import DATA, MODELS, UserError
+import jpeft
+from jpeft import classify, data
+from jpeft.assets import UserError, resolve_model
+from jpeft.config import Config
+from jpeft.io import CONFIG as ADAPTER_CONFIG
+from jpeft.io import TENSORS, read_config, write_atomically
 
 FORMAT = 1
-# What each method wants as a peak; those not listed take LoRA's.
-LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
-
-
-@dataclass(frozen=True)
-class Config:
-    """All that decides what a run computes. `None` is the method's, the data's or the job's own default.
-
-    Example: `Config(method="lora", rank=16, targets="query,value", epochs=3)`.
-    """
-
-    model: str = "minilm"
-    data: str = "food-reviews"
-    eval: str | None = None
-    text: str | None = None
-    label: str | None = None
-    method: str = "lora"
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    targets: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    lr: float | None = None
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    epochs: int = 2
-    batch_size: int = 16
-    max_length: int = 128
-    seed: int = 0
-    checkpoint_every: int = 50
-
-    def __post_init__(self) -> None:
-        rules = {
-            "lr": (self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "a positive number"),
-            "warmup": (0 <= self.warmup < 1, "a share of the steps in [0, 1)"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "max_length": (self.max_length >= 1, "at least 1"),
-            "seed": (0 <= self.seed < 2**32, "in [0, 2^32)"),
-            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-        }
-        for name, (good, expected) in rules.items():
-            if not good:
-                raise UserError(f"{flag(name)} must be {expected}, got {getattr(self, name)}")
-
-    @property
-    def rate(self) -> float:
-        """The peak learning rate. Example: 1e-3 for LoRA unless `lr` says otherwise."""
-        return LEARNING_RATES.get(self.method.lower(), 1e-3) if self.lr is None else self.lr
-
-    def located(self) -> Config:
-        """The same with absolute paths, so that it holds from any working folder. Example: `Config().located()`."""
-        found = {name: _locate(name, getattr(self, name)) for name in _PATHS}
-        return dataclasses.replace(self, **found)
-
-    def conflict(self, given: Mapping[str, Any]) -> str | None:
-        """The first of the given fields that asks for something else than this configuration, if one does.
-
-        Example: `Config(lr=1e-3).conflict({"lr": 1e-2}) == "lr"`.
-        """
-        return next((name for name, value in given.items() if _locate(name, value) != getattr(self, name)), None)
-
-
-_PATHS: Mapping[str, Mapping[str, Any]] = {"model": MODELS, "data": DATA, "eval": {}}
-
-
-def _locate(name: str, value: Any) -> Any:
-    if name not in _PATHS or value is None or value in _PATHS[name]:
-        return value
-    path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value  # else an id on the hub
-
-
-def flag(name: str) -> str:
-    """A field of `Config` as typed on the command line. Example: `flag("batch_size") == "--batch-size"`."""
-    return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -171,22 +102,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all. Example: `write_json(run / "result.json", result)`."""
-    with replacing(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end if nothing went wrong.
-
-    Example: `with replacing(path) as scratch: scratch.write_text("whole")`.
-    """
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -217,8 +133,7 @@ def open_log(path: Path, step: int) -> Iterator[Log]:
     Example: `with open_log(run / "metrics.jsonl", step=100) as log: log.write({"step": 101, "loss": 0.4})`.
     """
     lines = [line for line in read_lines(path) if line["step"] <= step]
-    with replacing(path) as scratch:
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     with path.open("a", encoding="utf-8") as file:
         yield Log(file, lines)
 
@@ -256,5 +171,104 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     right.set_ylabel("test accuracy")
     right.plot(*zip(*scores, strict=True), "o-", color="tab:orange", label="test accuracy")
     left.legend(handles=[*left.lines[1:], *right.lines], loc="center right", frameon=False)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=120, format="png")
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_atomically(path, image.getvalue())
+
+
+# -------------------------------------------------------------------------------------------------- a finished run
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished run, ready for use."""
+
+    record: Mapping[str, Any]
+    model_folder: Path
+    classifier: classify.Classifier
+    params: Any
+    peft: jpeft.Peft
+    adapter: Any
+    tokenizer: Any
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes, in the order of the logits. Example: `("great", "other")`."""
+        return tuple(self.record["labels"])
+
+    def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[tuple[str, float]]:
+        """The likeliest label of every text, and its probability. Example: `run.predict(["good tea"])`."""
+        length = Config(**self.record["config"]).max_length
+        encoded = data.encode(texts, self.tokenizer, length, pad_id=classify.pad_id(self.classifier))
+        batches = data.Batches(encoded, min(batch_size, len(texts)))
+        found = classify.probabilities(classify.scorer(self.peft), self.params, self.adapter, batches)
+        return [(self.labels[row.argmax()], float(row.max())) for row in found]
+
+    def export(self, out: Path) -> None:
+        """Write a HuggingFace folder with the adapter merged in. Example: `run.export(Path("merged"))`."""
+        try:
+            merged = self.peft.merge(self.params, self.adapter)
+        except ValueError as error:  # a method that is no change of weights
+            raise UserError(str(error)) from error
+        config = self.record["config"]
+        about = f"{config['model']} fine-tuned on {config['data']} with {config['method']} by jpeft."
+        classify.export(out, self.classifier.encoder, merged, self.labels, self.model_folder, about)
+
+
+def open_run(run: str | Path) -> Trained:
+    """The model of a finished run, with its adapter. Example: `open_run("runs/minilm-lora-1").labels`."""
+    run = Path(run)
+    record = read_record(run)
+    if not (run / "adapter" / ADAPTER_CONFIG).exists():
+        raise UserError(f"{run}: the run is not finished; `jpeft finetune --out {run} --resume` goes on")
+    config = Config(**record["config"])
+    folder = resolve_model(config.model)
+    classifier, params = classify.load_classifier(folder, len(record["labels"]), config.seed)
+    tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
+    peft, adapter = jpeft.load(run / "adapter", classifier, params, *classify.example_inputs())
+    return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a run or an adapter folder is, from its files alone. Example: `describe("runs/minilm-lora-1")["method"]`."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run or adapter")
+    if (path / TENSORS).exists() or not (path / ADAPTER_CONFIG).exists():
+        return {"kind": "adapter", "folder": str(path), **_describe_adapter(path)}
+    record = read_record(path)
+    result, lines = read_result(path), read_lines(path / "metrics.jsonl")
+    about = {
+        "kind": "run",
+        "folder": str(path),
+        "complete": result is not None,
+        "step": max((line["step"] for line in lines), default=0),
+        "steps": record["steps"],
+        "labels": record["labels"],
+        "config": record["config"],
+        "result": result,
+    }
+    if (path / "adapter" / ADAPTER_CONFIG).exists():
+        return about | _describe_adapter(path / "adapter")
+    return about | {"method": record["method"]}
+
+
+def _describe_adapter(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    config = read_config(folder)
+    try:
+        with safe_open(folder / TENSORS, framework="numpy") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / TENSORS}: not a whole safetensors file ({error})") from error
+    return {
+        "jpeft": config["jpeft"],
+        "method": config["method"],
+        "sites": config["sites"],
+        "leaves": shapes,
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "base_leaves": len(config["base"]),
+        "base_fingerprint": hashlib.sha256(json.dumps(config["base"], sort_keys=True).encode()).hexdigest()[:16],
+    }

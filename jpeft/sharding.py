@@ -59,7 +59,10 @@ def leaf_sharding(base: Mapping[Path, Any], site: Site | None, roles: Sequence[s
         return None
     if site.kind == "leaf":
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*derive_entries(site, roles, tuple(sharding.spec))))
+    entries = list(derive_entries(site, roles, tuple(sharding.spec)))
+    while entries and entries[-1] is None:  # as XLA spells its outputs: jit would take another spelling for another input
+        entries.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
 def box_like(base: Mapping[Path, Any], site: Site | None, roles: Sequence[str | None] | None, value: Any) -> Any:

@@ -13,9 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jpeft.peft import Peft
+from jpeft.sharding import named_sharding
 from jpeft.tree import Tree, combine, map_with_path, partition
 
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
@@ -54,7 +56,14 @@ class TrainState:
 
         if abstract:
             return jax.eval_shape(make, adapter, rng)
-        return make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
+        state = make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
+        mesh = next((s.mesh for x in jax.tree.leaves(adapter) if (s := named_sharding(x)) is not None), None)
+        if mesh is None:
+            return state
+        # Counters and keys are made on one device; left there, the second step, which finds them on the mesh, would
+        # compile again.
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(lambda x: x if named_sharding(x) is not None else jax.device_put(x, everywhere), state)
 
 
 def train_step(
@@ -111,7 +120,7 @@ def train_step(
             (loss, metrics), grads = gradient(trainable, frozen, params, batch, rng)
         else:
             (loss, metrics), grads = _accumulated(gradient, trainable, frozen, params, batch, rng, accumulate)
-        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         if clip is not None:
             factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)

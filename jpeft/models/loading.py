@@ -1,9 +1,9 @@
 """HuggingFace model folders to Linen modules with their parameter trees, and back.
 
-A leaf's path is its torch name with ``/`` for ``.`` and Flax's leaf name: ``…/query/kernel`` is ``….query.weight``
-transposed, ``…/LayerNorm/scale`` is ``….LayerNorm.weight``, ``…/word_embeddings/embedding`` is
-``….word_embeddings.weight``. Which leaves there are follows from the module itself (``eval_shape`` of its ``init``), so a
-new family is one file and one line of :data:`FAMILIES`.
+A leaf's path is its torch name with `/` for `.` and Flax's leaf name: `…/query/kernel` is `….query.weight`
+transposed, `…/LayerNorm/scale` is `….LayerNorm.weight`, `…/word_embeddings/embedding` is
+`….word_embeddings.weight`. Which leaves there are follows from the module itself, so a new family is one file and one
+line of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-#: ``model_type`` of a ``config.json`` → the module that builds it (see :class:`Family`), imported when asked for.
+from jpeft import tree
+from jpeft.io import write_safetensors
+
+#: `model_type` of a `config.json` → the module that builds it (see `Family`), imported when asked for.
 FAMILIES: dict[str, str] = {
     "bert": "jpeft.models.bert",
     "roberta": "jpeft.models.bert",
@@ -42,7 +44,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _OLD_LEAF = {"gamma": "weight", "beta": "bias"}  # LayerNorm's, in checkpoints converted from TensorFlow
 # What `save` does not copy from the source: it writes its own config and weights, and other weights would be stale.
-_NOT_COPIED = re.compile(r"\..*|config\.json|.*\.(safetensors|index\.json|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|gguf|tflite)")
+_NOT_COPIED = re.compile(
+    r"\..*|config\.json|.*\.(index\.json|safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|gguf|tflite)"
+)
 
 
 class ModelError(ValueError):
@@ -50,17 +54,17 @@ class ModelError(ValueError):
 
 
 class Family(Protocol):
-    """What a module of :data:`FAMILIES` defines."""
+    """What a module of `FAMILIES` defines. Its Linen modules have a `config` with a `model_type`."""
 
     EXTRAS: re.Pattern[str]
-    """Matches the tensors, named without the prefix, that stand beside the model (heads, buffers) and are left alone."""
+    """Matches the tensors that may stand beside the model (heads, buffers), named without the prefix."""
 
     def from_config(self, config: Mapping[str, Any], *, dtype: Any, param_dtype: Any) -> nn.Module:
-        """The module that a ``config.json`` describes; a ValueError names a field that it cannot follow."""
+        """The module that a `config.json` describes; a ValueError names a field that it cannot follow."""
         ...
 
     def to_config(self, model: Any) -> dict[str, Any]:
-        """Inverse of ``from_config``."""
+        """Inverse of `from_config`."""
         ...
 
     def prefix(self, model: Any) -> str:
@@ -75,7 +79,7 @@ class Family(Protocol):
 def load(
     folder: str | os.PathLike[str], *, dtype: Any = None, param_dtype: Any = jnp.float32
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads a HuggingFace folder: ``config.json`` and safetensors, sharded or not.
+    """Reads a HuggingFace folder: `config.json` and safetensors, sharded or not.
 
     Args:
         folder: the path. Nothing is downloaded, and no pickle is opened.
@@ -83,15 +87,22 @@ def load(
         param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16).
 
     Returns:
-        ``(model, params)``, for ``model.apply({"params": params}, input_ids, attention_mask=mask)``.
+        `(model, params)`, for `model.apply({"params": params}, input_ids, attention_mask=mask)`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no ``config.json``, weights or shard in it.
+        FileNotFoundError: there is no such folder, or no `config.json`, weights or shard in it.
         ModelError: a model type or a config field that is not supported, a file that cannot be read, or tensors that
             are missing, unexpected or misshapen; it names them.
 
-    >>> model, params = load(folder)                                                    # doctest: +SKIP
-    >>> states = model.apply({"params": params}, input_ids, attention_mask=mask)        # doctest: +SKIP
+    >>> import tempfile
+    >>> from jpeft.models.bert import Bert, BertConfig
+    >>> tiny = Bert(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> ids = jnp.array([[101, 2023, 102]])
+    >>> folder = Path(tempfile.mkdtemp()) / "tiny"
+    >>> save(folder, tiny, tiny.init(jax.random.key(0), ids)["params"])
+    >>> model, params = load(folder)
+    >>> model.apply({"params": params}, ids, attention_mask=jnp.ones_like(ids)).shape
+    (1, 3, 8)
     """
     folder = Path(folder)
     family, model = _build(folder, dtype, param_dtype)
@@ -99,7 +110,7 @@ def load(
     with _open_tensors(folder) as tensors:
         names = _match(folder, family.EXTRAS, family.prefix(model), shapes, tensors)
         leaves = {path: jnp.asarray(_read_leaf(path, tensors[name]), param_dtype) for path, name in names.items()}
-    return model, unflatten_dict(leaves, sep="/")
+    return model, tree.unflatten({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
 
 
 def save(
@@ -109,43 +120,52 @@ def save(
     source: str | os.PathLike[str] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a HuggingFace folder that transformers loads. Inverse of :func:`load`, bit for bit.
+    """Writes a HuggingFace folder that transformers loads. Inverse of `load`, bit for bit.
 
     Args:
         path: the folder to write; it appears whole or not at all.
-        model: as :func:`load` gave it.
+        model: as `load` gave it.
         params: its whole tree (merge an adapter first), each leaf written in its own dtype.
         source: the folder the model came from. What it holds beside the model is kept: tokenizer, pooling, other
-            fields of its ``config.json``, the tensors of poolers and heads.
+            fields of its `config.json`, the tensors of poolers and heads.
         extra_files: name → content, written beside the rest.
 
     Raises:
-        FileExistsError: ``path`` is there and is not an empty folder.
-        ModelError: ``params`` is not the model's tree, or ``source`` holds another model.
+        FileExistsError: `path` is there and is not an empty folder.
+        ModelError: `params` is not the model's tree, or `source` holds another model.
 
-    >>> save("merged", model, peft.merge(params, adapter), source=folder)               # doctest: +SKIP
+    >>> import tempfile
+    >>> from jpeft.models.bert import Bert, BertConfig
+    >>> tiny = Bert(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> folder = Path(tempfile.mkdtemp()) / "tiny"
+    >>> save(folder, tiny, tiny.init(jax.random.key(0), jnp.array([[101, 102]]))["params"])
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'model.safetensors']
     """
-    import safetensors.numpy
-
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path}: exists and is not an empty folder")
     family = _family(cast(Any, model).config.model_type)
-    leaves = flatten_dict(meta.unbox(params), sep="/")
+    leaves = _leaves(params)
     shapes = _leaf_shapes(family, model)
     _check_leaves("params", shapes, {name: np.shape(leaf) for name, leaf in leaves.items()})
     config, kept, prefix = family.to_config(model), {}, ""
     if source is not None:
         config, kept, prefix = _read_source(Path(source), family, model, shapes)
     tensors = kept | {prefix + _torch_name(name): _torch_layout(name, leaf) for name, leaf in leaves.items()}
-    config["torch_dtype"] = str(np.result_type(*{np.asarray(leaf).dtype for leaf in leaves.values()}))
+    config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(leaves)
     with _new_folder(path) as new:
         if source is not None:
             _copy_companions(Path(source), new)
         (new / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        safetensors.numpy.save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(new / _WEIGHTS, tensors, {"format": "pt"})
         for name, content in (extra_files or {}).items():
             (new / name).write_bytes(content)
+
+
+def _dtype_name(leaves: Mapping[str, Any]) -> str:
+    names = {str(leaf.dtype) for leaf in leaves.values()}
+    return names.pop() if len(names) == 1 else "float32"
 
 
 # --- the config and its family ---
@@ -205,7 +225,7 @@ class _Tensor:
 
 @contextlib.contextmanager
 def _open_tensors(folder: Path) -> Iterator[dict[str, _Tensor]]:
-    """The folder's tensors by name, readable inside the ``with``."""
+    """The folder's tensors by name, readable inside the `with`."""
     import safetensors
 
     with contextlib.ExitStack() as stack:
@@ -227,8 +247,8 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(
-            f"{folder}: only {pickles[0]}, a pickle, which may run code when opened and is refused; convert it where you "
-            "trust it: transformers.AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder}: only {pickles[0]}, a pickle, which may run code when opened and is refused; if you trust it, "
+            "convert it with transformers.AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise FileNotFoundError(f"{folder}: no weights (neither {_WEIGHTS} nor {_INDEX})")
 
@@ -250,7 +270,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _torch_name(path: str) -> str:
-    """``…/query/kernel`` to ``….query.weight``."""
+    """`…/query/kernel` to `….query.weight`."""
     owner, _, leaf = path.replace("/", ".").rpartition(".")
     return f"{owner}.{_TORCH_LEAF.get(leaf, leaf)}"
 
@@ -262,13 +282,13 @@ def _bare_name(name: str, prefix: str) -> str:
 
 
 def _torch_layout(path: str, leaf: Any) -> np.ndarray:
-    """A leaf as torch stores it. safetensors writes an array's buffer as it lies: a transposed view would be scrambled."""
+    """A leaf as torch stores it."""
     value = np.asarray(jax.device_get(leaf))
-    return np.ascontiguousarray(value.T if path.endswith("/kernel") else value)
+    return value.T if path.endswith("/kernel") else value
 
 
 def _read_leaf(path: str, tensor: _Tensor) -> np.ndarray:
-    """Inverse of :func:`_torch_layout`."""
+    """Inverse of `_torch_layout`."""
     value = tensor.read()
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ModelError(f"{tensor.path}: {tensor.name} is {value.dtype}; quantised weights are not read here")
@@ -277,7 +297,11 @@ def _read_leaf(path: str, tensor: _Tensor) -> np.ndarray:
 
 def _leaf_shapes(family: Family, model: nn.Module) -> dict[str, tuple[int, ...]]:
     variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))
-    return {path: leaf.shape for path, leaf in flatten_dict(meta.unbox(variables["params"]), sep="/").items()}
+    return {path: leaf.shape for path, leaf in _leaves(variables["params"]).items()}
+
+
+def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {tree.join(path): leaf for path, leaf in tree.flatten(meta.unbox(params)).items()}
 
 
 def _used_prefix(prefix: str, names: Mapping[str, Any]) -> str:
@@ -327,7 +351,7 @@ def _read_source(
     source: Path, family: Family, model: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
     """The source's config, the tensors it holds beside the model, and the prefix of those inside."""
-    if _build(source, model.dtype, model.param_dtype)[1] != model:
+    if _build(source, model.dtype, model.param_dtype)[1].config != model.config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
     with _open_tensors(source) as tensors:
         inside = set(_match(source, family.EXTRAS, family.prefix(model), shapes, tensors).values())
@@ -336,7 +360,7 @@ def _read_source(
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer and other small files, and the numbered module folders of sentence-transformers (``1_Pooling``)."""
+    """Tokenizer and other small files, and the numbered module folders of sentence-transformers (`1_Pooling`)."""
     for path in sorted(source.iterdir()):
         if path.is_dir() and re.match(r"\d+_", path.name):
             shutil.copytree(path, folder / path.name)
@@ -346,7 +370,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that is filled inside the ``with`` and then takes its name in one step, or is gone."""
+    """A folder that is filled inside the `with` and then takes its name in one step, or is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     new.mkdir()

@@ -1,0 +1,348 @@
+"""The command line: `jpeft finetune | predict | merge | inspect`.
+
+Results go to stdout, errors to stderr as one line. Nothing heavy is imported before the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jpeft.assets import DATA, MODELS, UserError
+from jpeft.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_INTERRUPTED = 130
+_EXTRAS = {"orbax", "tokenizers", "rich", "matplotlib"}  # what the extra [demo] brings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status. Example: `main(["inspect", "runs/minilm-lora-1"])`."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run_command(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half-written", _INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        return _fail(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """An error in words, and the exit status for it."""
+    if type(error).__name__ == "Interrupted":  # jpeft.finetune's, which is not imported for a mere type
+        number, step, run = error.args
+        saved = f"saved up to step {step}" if step else "before its first checkpoint"
+        return f"stopped, {saved}; continue with: jpeft finetune --out {run} --resume", 128 + number
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
+        return f'this command needs {error.name}: pip install "jpeft[demo]"', 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):
+        return str(error), 1
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"jpeft: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+# -------------------------------------------------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, where argparse would print the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"jpeft: error: {message} ({self.prog} --help lists what there is)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jpeft", description="Parameter-efficient fine-tuning for JAX and Flax.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[common], help=summary, description=summary)
+        made.set_defaults(run_command=run)
+        return made
+
+    _finetune_arguments(command("finetune", _finetune, "Fine-tune a classifier; without arguments, MiniLM on reviews."))
+    predict = command("predict", _predict, "Label texts with a finished run.")
+    predict.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    predict.add_argument("file", metavar="FILE", nargs="?", help=".csv or .jsonl; else texts on stdin, one a line")
+    predict.add_argument("--text-arg", action="append", metavar="TEXT", help="a text to label; may be repeated")
+    predict.add_argument("--text", metavar="COLUMN", help="FILE's column of texts (default: the one trained on)")
+    merge = command("merge", _merge, "Write a HuggingFace folder with the adapter merged into the model.")
+    merge.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    merge.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
+    inspect = command("inspect", _inspect, "Say what a run or an adapter is; needs no model.")
+    inspect.add_argument("path", metavar="RUN|ADAPTER", type=Path)
+    return parser
+
+
+def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Config()
+
+    def option(name: str, kind: Any, summary: str) -> None:
+        # Suppressed where not given: a resumed run is compared with what was typed alone.
+        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=summary)
+
+    option("--model", str, f"{', '.join(MODELS)}, a HuggingFace folder or a hub id (default: {defaults.model})")
+    option("--data", str, f"{', '.join(DATA)}, or a .csv or .jsonl file (default: {defaults.data})")
+    option("--eval", str, "a .csv or .jsonl file to evaluate on (default: a tenth of --data is held out)")
+    option("--text", str, "column of the texts (default: text)")
+    option("--label", str, "column of the labels (default: label)")
+    option("--method", str, "lora, bitfit, prefix, bottleneck, ia3, train or full (default: lora)")
+    option("--rank", int, "rank, for methods that have one (default: 8)")
+    option("--alpha", float, "numerator of the scale alpha/rank (default: twice the rank)")
+    option("--dropout", float, "rate on the adapter's input; also turns the model's own dropout on (default: none)")
+    option("--targets", str, "all-linear, names like query,value, or a regular expression over whole paths")
+    parser.add_argument("--set", dest="settings", action="append", type=_setting, default=argparse.SUPPRESS,
+                        metavar="NAME=VALUE", help="any other field of the method, e.g. --set length=32")  # fmt: skip
+    option("--lr", float, f"peak learning rate (default: by method, {defaults.rate:g} for lora)")
+    option("--warmup", float, f"share of the steps that warm up (default: {defaults.warmup:g})")
+    option("--weight-decay", float, f"(default: {defaults.weight_decay:g})")
+    option("--epochs", int, f"(default: {defaults.epochs})")
+    option("--batch-size", int, f"(default: {defaults.batch_size})")
+    option("--max-length", int, f"tokens kept of a text (default: {defaults.max_length})")
+    option("--seed", int, f"of the head, the adapter and the order of the data (default: {defaults.seed})")
+    option("--checkpoint-every", int, f"steps between checkpoints (default: {defaults.checkpoint_every})")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: a new one below runs/)")
+    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
+                        help="continue RUN, or the run at --out, or the latest below runs/")  # fmt: skip
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+# --------------------------------------------------------------------------------------------------------- commands
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args}
+    if "settings" in given:
+        given["settings"] = dict(given["settings"])
+    fresh = Config(**given)  # its mistakes are told before anything heavy is imported
+    with _Terminal(to_stderr=args.json) as terminal:
+        from jpeft import finetune, runs
+
+        run, out = args.resume, args.out
+        if run is not None and run is not True:
+            if out is not None and Path(out) != Path(run):
+                raise UserError(f"--resume {run} and --out {out} name two runs; give one")
+            result = finetune.resume(Path(run), given, terminal)
+        elif run and (found := out if out is not None else runs.latest_run()) is not None and found.exists():
+            result = finetune.resume(found, given, terminal)
+        else:
+            if run:  # so that one command line, repeated, survives a kill at any moment
+                terminal.say("nothing to resume yet: starting")
+            result = finetune.finetune(fresh, out, terminal)
+        if not args.json:
+            terminal.table(_rows(result))
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from jpeft import data, runs
+
+    if args.text_arg and args.file:
+        raise UserError("give texts by --text-arg or a FILE, not both")
+    run = runs.open_run(args.run)
+    if args.text_arg:
+        texts: Sequence[str] = args.text_arg
+    elif args.file:
+        texts = data.read(args.file, args.text or run.record["columns"]["text"]).texts
+    else:
+        texts = _stdin_texts()
+    if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
+        raise UserError(f"text {empty[0]} is empty")
+    found = run.predict(texts)
+    if args.json:
+        rows = [{"text": text, "label": label, "probability": p} for text, (label, p) in zip(texts, found, strict=True)]
+        print(json.dumps({"predictions": rows}, ensure_ascii=False))
+        return
+    for text, (label, probability) in zip(texts, found, strict=True):
+        print(f"{label}\t{probability:.4f}\t{' '.join(text.split())[:100]}")
+
+
+def _stdin_texts() -> list[str]:
+    if sys.stdin.isatty():
+        raise UserError("no texts: give --text-arg TEXT, a FILE, or texts on stdin, one a line")
+    try:
+        lines = sys.stdin.buffer.read().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin is not UTF-8: byte offset {error.start}") from error
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise UserError("no texts on stdin; expected one a line")
+    return texts
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from jpeft import runs
+
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; choose another folder, nothing was written")
+    runs.open_run(args.run).export(args.out)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    if args.json:
+        print(json.dumps({"folder": str(args.out), "bytes": size}))
+    else:
+        print(f"{args.out}: {_bytes(size)}, a HuggingFace folder; its README.md shows how to load it with the head")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from jpeft import runs
+
+    about = runs.describe(args.path)
+    if args.json:
+        print(json.dumps(about, ensure_ascii=False))
+        return
+    leaves, result, sites = about.pop("leaves", {}), about.pop("result", None), about.pop("sites", [])
+    config = about.pop("config", {})
+    about |= {f"config.{name}": value for name, value in config.items() if value not in (None, {})}
+    about |= {} if result is None else dict(_rows(result))
+    for name, value in about.items():
+        print(f"{name:24}  {value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)}")
+    if leaves:
+        print(f"{'sites':24}  {len(sites)}")
+        width = max(map(len, leaves))
+        print("\n".join(f"  {name:{width}}  {'×'.join(map(str, shape))}" for name, shape in sorted(leaves.items())))
+
+
+# --------------------------------------------------------------------------------------------------------- printing
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The final table of a run."""
+    peak, skipped = result["peak_memory_bytes"], result["skipped_steps"]
+    rows = [
+        ("accuracy before", f"{result['accuracy_before']:.1%}"),
+        ("accuracy after", f"{result['accuracy_after']:.1%}"),
+        ("majority baseline", f"{result['majority_baseline']:.1%}"),
+        ("trainable parameters", f"{result['trainable_parameters']:,}"),
+        ("total parameters", f"{result['total_parameters']:,}"),
+        ("adapter on disk", _bytes(result["adapter_bytes"])),
+        ("base on disk", _bytes(result["base_bytes"])),
+        ("time per step", f"{1000 * result['seconds_per_step']:.0f} ms (median of {result['steps']})"),
+        ("peak memory", "unknown" if peak is None else _bytes(peak)),
+        ("run", result["run"]),
+    ]
+    if skipped:
+        rows.insert(-1, ("skipped steps", f"{skipped}: loss or gradient was not finite; a lower --lr may help"))
+    return rows
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit} ({size:,} bytes)"
+    return f"{size:,} bytes"
+
+
+class _Terminal:
+    """Prints what a job says, and its progress: a bar where somebody watches, else a line now and then."""
+
+    def __init__(self, to_stderr: bool):
+        self._stderr = to_stderr
+        self._bar: Progress | None = None
+        self._mean: float | None = None
+        self._began: tuple[int, float] | None = None
+
+    _console: Console
+
+    def __enter__(self) -> _Terminal:
+        from rich.console import Console
+
+        self._console = Console(stderr=self._stderr, highlight=False, soft_wrap=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
+        mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss  # what a bar shows should not jump
+        self._mean = mean
+        if not self._console.is_terminal:
+            self._line(done, total, mean, examples_per_second)
+            return
+        if self._bar is None:
+            self._bar = self._start(done - 1, total)
+        self._bar.update(self._task, completed=done, loss=mean, speed=examples_per_second)
+        if done == total:
+            self._close()
+
+    def _line(self, done: int, total: int, loss: float, speed: float) -> None:
+        now = time.monotonic()
+        first, began = self._began = self._began or (done, now)
+        if done == total or done % -(-total // 20) == 0:  # some twenty lines in all
+            left = (now - began) / max(1, done - first) * (total - done)
+            eta = f"{int(left) // 60}:{int(left) % 60:02}"
+            self.say(f"step {done}/{total}  loss {loss:.4f}  {speed:.1f} examples/s  ETA {eta}")
+
+    def _start(self, done: int, total: int) -> Progress:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[speed]:.1f} examples/s"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        ]
+        bar = Progress(*columns, console=self._console, speed_estimate_period=120)
+        self._task = bar.add_task("training", total=total, completed=done, loss=0.0, speed=0.0)
+        bar.start()
+        return bar
+
+    def table(self, rows: Sequence[tuple[str, str]]) -> None:
+        from rich.table import Table
+
+        self._close()
+        table = Table(show_header=False)
+        for name, value in rows:
+            table.add_row(name, value)
+        self._console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Torch module names and paths in the tree: ``.`` for ``/``, and what a wrapper puts before them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from jpeft.io import AdapterError
+from jpeft.tree import Path, join, nearest
+
+Prefix = str | Mapping[str, str]
+
+ROOT = "base_model.model."  # before every name in a file of HuggingFace PEFT
+
+
+def _closed(text: str, end: str) -> str:
+    return text if not text or text.endswith(end) else text + end
+
+
+@dataclass(frozen=True)
+class Names:
+    """The two directions, under rules such as ``("bert.", "encoder/")``: torch prefix, tree prefix.
+
+    >>> names = Names.of({"encoder/": "bert."})
+    >>> names.torch(("encoder", "layer", "0")), names.torch(("classifier",))
+    ('bert.layer.0', 'classifier')
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, prefix: Prefix) -> Names:
+        """From what stands before every torch name, or a mapping from tree prefixes to torch prefixes."""
+        given = {"": prefix} if isinstance(prefix, str) else prefix
+        return cls(tuple((_closed(torch, "."), _closed(tree, "/")) for tree, torch in given.items()))
+
+    def torch(self, path: Path) -> str:
+        """``("encoder", "layer", "0")`` to ``"encoder.layer.0"``. Inverse of `tree`."""
+        name = "".join(part + "/" for part in path)
+        rules = sorted([*self.rules, ("", "")], key=lambda rule: -len(rule[1]))  # a rule of the user's before none
+        torch, tree = next(rule for rule in rules if name.startswith(rule[1]))
+        return (torch + name[len(tree) :].replace("/", ".")).rstrip(".")
+
+    def tree(self, module: str, owners: Collection[Path]) -> Path | None:
+        """The owner that a torch module is, among those there are. Inverse of `torch`."""
+        name = module + "."
+        for torch, tree in sorted([*self.rules, ("", "")], key=lambda rule: -len(rule[0])):
+            if name.startswith(torch):
+                path = tuple(part for part in (tree + name[len(torch) :].replace(".", "/")).split("/") if part)
+                if path in owners:
+                    return path
+        return None
+
+    def covers(self, path: Path) -> bool:
+        """False where a rule says that the torch model is but a part of this one, and the path lies outside."""
+        return all(torch or join(path).startswith(tree) for torch, tree in self.rules)
+
+
+def find(folder: FilePath, modules: Collection[str], owners: set[Path]) -> Names:
+    """The names under which every module of a file has an owner: as they are if possible, else by the shortest prefix.
+
+    Raises:
+      AdapterError: a module that has no place under any prefix; or several prefixes that do equally well.
+    """
+    modules = sorted(modules)
+    places = {names: [names.tree(m, owners) for m in modules] for names in (Names(), *_candidates(modules, owners))}
+    fits = [names for names, paths in places.items() if None not in paths]
+    if Names() in fits:
+        return Names()
+    if not fits:
+        best = min(places, key=lambda names: (places[names].count(None), names.rules))
+        first = modules[places[best].index(None)]
+        hint = nearest(first.replace(".", "/"), map(join, sorted(owners)))
+        raise AdapterError(
+            f"{folder} has tensors for {first!r}, which this model lacks{hint}; say with prefix= where its modules lie, "
+            f"or leave them out: ignore=[{first!r}]"
+        )
+    shortest = min(len(names.rules[0][0]) for names in fits)
+    rivals = sorted((n for n in fits if len(n.rules[0][0]) == shortest), key=lambda names: names.rules)
+    if any(places[names] != places[rivals[0]] for names in rivals):
+        options = " or ".join(f"prefix={ {tree: torch} }" for torch, tree in (n.rules[0] for n in rivals))
+        raise AdapterError(f"{folder} fits several places of this model; choose one: {options}")
+    return rivals[0]
+
+
+def _candidates(modules: Iterable[str], owners: Iterable[Path]) -> set[Names]:
+    """Prefixes to try: a module and an owner that end alike. A layer's number is never a part of one."""
+    found = set()
+    for parts in (tuple(m.split(".")) for m in modules):
+        for owner in owners:
+            for rest in range(1, min(len(parts), len(owner)) + 1):
+                if parts[-rest] != owner[-rest]:
+                    break
+                torch, tree = parts[:-rest], owner[:-rest]
+                if not any(part.isdigit() for part in torch + tree):
+                    found.add(Names((("".join(p + "." for p in torch), "".join(p + "/" for p in tree)),)))
+    return found

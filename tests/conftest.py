@@ -1,0 +1,35 @@
+"""What every test runs under: eight CPU devices, strict promotion, warnings as errors (pyproject.toml)."""
+
+import os
+
+# Before jax is imported: a flag that comes later is ignored.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from jpeft import attention, geometry
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def registries():
+    """Lets a test register geometries and attentions, and forgets them afterwards."""
+    saved = dict(geometry._REGISTRY), dict(attention._REGISTRY)
+    yield
+    for registry, before in zip((geometry._REGISTRY, attention._REGISTRY), saved, strict=True):
+        registry.clear()
+        registry.update(before)
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """The HuggingFace folder of all-MiniLM-L6-v2: ``$JPEFT_MINILM``, or fetched once into jpeft's own cache."""
+    from jpeft import assets
+
+    given = os.environ.get("JPEFT_MINILM")
+    return Path(given) if given else assets.resolve_model("minilm")

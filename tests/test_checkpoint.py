@@ -1,0 +1,153 @@
+"""Training checkpoints: what is saved comes back bit for bit, and a killed save is as if it had not begun."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from jpeft import checkpoint
+from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, save
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    adapter: dict
+    opt_state: object
+    rng: jax.Array
+
+
+def state(seed, rng=None):
+    """As `TrainState`: named tuples, empty states, holes, a bfloat16 leaf and a typed key."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    adapter = {
+        "query": {"lora_a": jax.random.normal(keys[0], (5, 2)), "lora_b": jnp.full((2, 3), jnp.nan)},
+        "bias": jax.random.normal(keys[1], (3,), jnp.bfloat16),
+    }
+    trained = {"query": {"lora_a": False, "lora_b": True}, "bias": True}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), trained))
+    return State(jnp.int32(seed), adapter, tx.init(adapter), keys[2] if rng is None else rng)
+
+
+def bits(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    plain = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
+    return structure, [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in plain], [x.dtype for x in leaves]
+
+
+KEYS = {
+    "threefry": jax.random.key,
+    "rbg": lambda seed: jax.random.key(seed, impl="rbg"),
+    "legacy": jax.random.PRNGKey,
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_state_comes_back_bit_for_bit(tmp_path, kind):
+    wanted = state(4, KEYS[kind](7))
+    with open_checkpoints(tmp_path / "c") as checkpoints:
+        save(checkpoints, 4, wanted, {"position": 4})
+    with open_checkpoints(tmp_path / "c") as checkpoints:
+        found, notes = restore(checkpoints, like=state(0, KEYS[kind](0)))
+    assert bits(found) == bits(wanted) and notes == {"position": 4}
+    assert isinstance(found, State)
+
+
+def test_the_latest_two_are_kept_and_the_latest_is_restored(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 10):
+            save(checkpoints, step, state(step), {})
+        assert sorted(checkpoints.all_steps()) == [2, 10]
+        assert int(restore(checkpoints, state(0))[0].step) == 10
+        assert int(restore(checkpoints, state(0), step=2)[0].step) == 2
+
+
+def test_nothing_to_restore(tmp_path):
+    with (
+        open_checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="no checkpoint to resume from"),
+    ):
+        restore(checkpoints, state(0))
+
+
+@pytest.mark.parametrize("change", ["structure", "shape"])
+def test_another_state_than_expected(tmp_path, change):
+    like = state(0)
+    if change == "structure":
+        like.adapter["new"] = jnp.ones(2)
+    else:
+        like.adapter["bias"] = jnp.ones((4,), jnp.bfloat16)
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+        with pytest.raises(CheckpointError, match="1: does not hold the expected state"):
+            restore(checkpoints, like)
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+        restore(checkpoints, state(0))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_told_as_one_and_gives_back_what_it_took(tmp_path, monkeypatch):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+
+        def full(step, args, force):
+            (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+            raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+
+        monkeypatch.setattr(checkpoints, "save", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            save(checkpoints, 2, state(2), {})
+        assert caught.value.errno == errno.ENOSPC
+        assert not list(tmp_path.glob("*tmp*"))
+        assert int(restore(checkpoints, state(0))[0].step) == 1
+
+
+SAVING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoint import state
+from jpeft.checkpoint import open_checkpoints, save
+with open_checkpoints({folder!r}) as checkpoints:
+    step = (checkpoints.latest_step() or 0) + 1
+    while True:
+        save(checkpoints, step, state(step), {{"position": step}})
+        print(step, flush=True)
+        step += 1
+"""
+
+
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    code = SAVING.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "c"))
+    wait, reached = random.Random(0), 0
+    for _ in range(2):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            said = int(process.stdout.readline())
+            time.sleep(wait.uniform(0.05, 0.6))  # somewhere inside a save
+            process.send_signal(signal.SIGKILL)
+        with open_checkpoints(tmp_path / "c") as checkpoints:
+            found, notes = restore(checkpoints, state(0))
+            assert notes["position"] == int(found.step) >= said > reached
+            assert bits(found) == bits(state(int(found.step)))
+            assert not list((tmp_path / "c").glob("*tmp*"))
+        reached = int(found.step)
+
+
+def test_orbax_is_imported_when_it_is_used_alone():
+    code = "import sys, jpeft, jpeft.checkpoint; print('orbax.checkpoint' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False" and checkpoint.__doc__

@@ -1,0 +1,551 @@
+"""The command line on a tiny BERT: the job, its run folder, what becomes of it, and every mistake that a user can make."""
+
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+
+import jpeft
+from jpeft import assets, checkpoint, finetune, models, runs
+from jpeft.cli import main
+from jpeft.config import Config, parse_targets
+from jpeft.models.bert import Bert, BertConfig
+
+GOOD, BAD, OTHER = ["good", "nice", "fine"], ["bad", "stale", "poor"], ["tea", "the", "cup", "of", "very"]
+JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "1e-2", "--max-length", "24", "--checkpoint-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model (`bert`), data (`train.csv`, `test.jsonl`), and nothing else."""
+    folder = tmp_path_factory.mktemp("home")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    model = Bert(config)
+    models.save(folder / "bert", model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.save(str(folder / "bert" / "tokenizer.json"))
+    rows = reviews(77, seed=0)
+    (folder / "train.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    lines = [json.dumps({"text": text, "label": label}) for text, label in reviews(30, seed=1)]
+    (folder / "test.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def reviews(count, seed):
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = [draw.choice(GOOD if number % 3 else BAD), *draw.choices(OTHER, k=draw.randint(1, 12))]
+        rows.append((" ".join(draw.sample(words, len(words))), "up" if number % 3 else "down"))
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def there(home, monkeypatch, tmp_path):
+    """Every test works in a folder of its own, which sees the model and the data."""
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+
+def job(out, *more):
+    return [
+        "finetune",
+        "--model",
+        "bert",
+        "--data",
+        "train.csv",
+        "--eval",
+        "test.jsonl",
+        "--out",
+        str(out),
+        *JOB,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(home, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out, before = tmp_path_factory.mktemp("finished") / "run", Path.cwd()
+    os.chdir(home)
+    try:
+        assert main(job(out)) == 0
+    finally:
+        os.chdir(before)
+    return out
+
+
+def trained(run):
+    """What must not depend on interruptions: the adapter to the bit, and the log but for its clock."""
+    clock = {"seconds", "compiled"}
+    log = [{k: v for k, v in line.items() if k not in clock} for line in runs.read_lines(Path(run) / "metrics.jsonl")]
+    return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
+
+
+def failure(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert status == 1 and err.startswith("jpeft: error: ") and err.count("\n") == 1, (status, out, err)
+    return err
+
+
+# ------------------------------------------------------------------------------------------------------ the run folder
+
+
+def test_a_run_folder_holds_what_it_should(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "result.json"}
+    lines = runs.read_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 10, 20, 30, 40]
+    assert lines[1]["lr"] < lines[3]["lr"] == 1e-2 > lines[-2]["lr"] > 0
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((finished / "config.json").read_text())
+    assert record["labels"] == ["down", "up"] and Path(record["config"]["model"]).is_absolute()
+    assert [member["method"] for member in record["method"]["methods"]] == ["LoRA", "Train"]
+
+
+def test_it_learns_and_says_so(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert result["majority_baseline"] == pytest.approx(2 / 3)
+    assert result["accuracy_after"] >= 0.9 > result["accuracy_before"]
+    assert result["loss_after"] < result["loss_before"]
+    tensors = load_file(finished / "adapter" / "adapter.safetensors")
+    assert result["trainable_parameters"] == sum(tensor.size for tensor in tensors.values())
+    weights = sum(tensor.size for tensor in load_file("bert/model.safetensors").values())
+    extra = sum(tensor.size for name, tensor in tensors.items() if "lora" in name)
+    assert result["total_parameters"] == weights + extra + 16 * 2 + 2
+    assert result["base_bytes"] == os.path.getsize("bert/model.safetensors")
+    assert result["steps"] == 40 and result["seconds_per_step"] > 0 and result["peak_memory_bytes"] > 2**20
+
+
+def test_checkpoints_hold_no_base(finished):
+    steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
+    assert steps == [39, 40]
+    metadata = (finished / "checkpoints" / "40" / "state" / "_METADATA").read_text()
+    assert "lora_a" in metadata and "opt_state" in metadata and "rng" in metadata and "embedding" not in metadata
+
+
+def test_the_last_word_is_a_table(finished, capsys):
+    assert main(["finetune", "--resume", str(finished)]) == 0
+    out, err = capsys.readouterr()
+    for words in ("is complete", "accuracy before", "accuracy after", "majority baseline", "66.7%", "peak memory"):
+        assert words in out
+    assert err == ""
+
+
+def test_json_is_one_object_on_stdout(capsys):
+    assert main(job("run", "--epochs", "1", "--json")) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result == json.loads(Path("run/result.json").read_text()) and result["run"] == "run"
+    assert "trainable" in err and "before training: accuracy" in err and "step 10/10" in err and "ETA" in err
+
+
+def test_without_an_out_runs_are_numbered_and_without_an_eval_some_are_held_out(capsys):
+    few = ["finetune", "--model", "bert", "--data", "train.csv", "--epochs", "1", "--max-length", "24"]
+    assert main(few) == main(few) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["bert-lora-1", "bert-lora-2"]
+    assert "8 of the examples are held out" in capsys.readouterr().out
+    assert trained("runs/bert-lora-1") == trained("runs/bert-lora-2")
+    assert runs.latest_run() == Path("runs/bert-lora-2")
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "leaf"),
+    [
+        ("bitfit", [], "encoder/embeddings/LayerNorm/bias"),
+        ("prefix", ["--set", "length=4"], "encoder/encoder/layer/0/attention/self/prefix_key"),
+        ("bottleneck", ["--targets", "output/dense", "--set", "size=2"], "encoder/encoder/layer/1/output/dense/bott"),
+        ("ia3", ["--targets", "key,value"], "encoder/encoder/layer/0/attention/self/key/ia3_out"),
+        ("train", ["--targets", ".*/LayerNorm"], "encoder/embeddings/LayerNorm/scale"),
+        ("full", [], "encoder/embeddings/word_embeddings/embedding"),
+        (
+            "LoRA",
+            ["--rank", "2", "--dropout", "0.1", "--targets", "query"],
+            "encoder/encoder/layer/0/attention/self/query",
+        ),
+    ],
+)
+def test_every_method_trains_with_the_head(method, more, leaf, capsys):
+    assert main([*job("run", "--epochs", "1", "--json"), "--method", method, *more]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 10
+    tensors = load_file("run/adapter/adapter.safetensors")
+    assert any(name.startswith(leaf) for name in tensors)
+    assert {"classifier/kernel", "classifier/bias"} <= tensors.keys()
+    fresh = finetune.prepare(Config(**json.loads(Path("run/config.json").read_text())["config"]), finetune.Silent())
+    assert not np.array_equal(tensors["classifier/kernel"], fresh.params["classifier"]["kernel"])
+
+
+def test_the_default_is_lora_on_all_linear_layers_and_the_head():
+    method = finetune.build_method(Config())
+    assert method == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
+    assert finetune.build_method(Config(rank=4)).members[0].alpha == 8
+    assert finetune.build_method(Config(method="full")) == jpeft.Train(".*")
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [("all-linear", "all-linear"), ("query,value", ["query", "value"]), ("query", ["query"]), (".*/query", ".*/query")],
+)
+def test_targets_as_typed(text, targets):
+    assert parse_targets(text) == targets
+
+
+# -------------------------------------------------------------------------------------------- kills, crashes and Ctrl-C
+
+
+def start(arguments):
+    """The command in a process of its own, as strict as the tests are."""
+    env = os.environ | {"PYTHONWARNINGS": "error", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    code = "import sys; from jpeft.cli import main; sys.exit(main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=env, **pipes)
+
+
+def wait_for_lines(run, count, process):
+    """Until the log of a run has so many lines."""
+    while process.poll() is None and len(runs.read_lines(run / "metrics.jsonl")) < count:
+        time.sleep(0.002)
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(finished):
+    run = Path("run")
+    for lines in (2, 14):  # before the first checkpoint, and between two
+        with start([*job(run), "--resume"]) as process:
+            wait_for_lines(run, lines, process)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        assert not (run / "adapter").exists()
+    assert main(["finetune", "--resume", "run"]) == 0
+    assert trained("run") == trained(finished)
+
+
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(finished):
+    run = Path("run")
+    with start(job(run)) as process:
+        wait_for_lines(run, 5, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    (line,) = err.strip().splitlines()
+    step = runs.read_lines(run / "metrics.jsonl")[-1]["step"]
+    assert line == f"jpeft: error: stopped, saved up to step {step}; continue with: jpeft finetune --out run --resume"
+    assert 4 <= step < 40 and (run / "checkpoints" / str(step)).is_dir()
+    assert main([*job(run), "--resume"]) == 0
+    assert trained("run") == trained(finished)
+
+
+class Crash(BaseException):
+    """As a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize(("where", "call"), [("checkpoint.save", 3), ("jpeft.save", 1), ("runs.write_json", 2)])
+def test_a_crash_resumes_to_the_same_adapter(finished, monkeypatch, where, call):
+    module, name = where.split(".")
+    owner = {"checkpoint": checkpoint, "jpeft": jpeft, "runs": runs}[module]
+    whole, calls = getattr(owner, name), []
+
+    def crash(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise Crash
+        return whole(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        with pytest.raises(Crash):
+            main(job("run"))
+    assert runs.read_result(Path("run")) is None
+    assert main(["finetune", "--out", "run", "--resume"]) == 0
+    assert trained("run") == trained(finished)
+
+
+def test_resuming_what_never_began_begins_it_and_a_finished_run_stays(finished, capsys):
+    assert main([*job("run"), "--resume"]) == 0
+    assert "nothing to resume yet" in capsys.readouterr().out
+    assert trained("run") == trained(finished)
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    assert main([*job("run"), "--resume"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+
+
+@pytest.fixture
+def stopped(finished):
+    """A run as if it had been killed after its 39th step."""
+    shutil.copytree(finished, "stopped")
+    for name in ("adapter", "checkpoints/40"):
+        shutil.rmtree(Path("stopped") / name)
+    os.unlink("stopped/result.json")
+    return Path("stopped")
+
+
+def test_a_run_moved_elsewhere_resumes(stopped, finished):
+    assert main(["finetune", "--resume", "stopped"]) == 0
+    assert trained("stopped") == trained(finished)
+
+
+def test_a_log_cut_short_by_a_kill_is_mended(stopped, finished):
+    log = stopped / "metrics.jsonl"
+    log.write_text(log.read_text().rstrip("\n")[:-7])
+    assert main(["finetune", "--resume", "stopped"]) == 0
+    assert trained("stopped") == trained(finished)
+
+
+def test_flags_that_conflict_with_the_run(stopped, capsys):
+    assert "--lr 0.5 conflicts with the run's 0.01" in failure(capsys, "finetune", "--resume", stopped, "--lr", 0.5)
+    assert "--model minilm conflicts" in failure(capsys, "finetune", "--resume", stopped, "--model", "minilm")
+    assert "name two runs" in failure(capsys, "finetune", "--resume", stopped, "--out", "other")
+
+
+def test_inputs_that_changed_since_the_run_began(stopped, capsys, home):
+    os.unlink("train.csv")
+    Path("train.csv").write_text((home / "train.csv").read_text().replace("tea", "cup", 1))
+    record = json.loads((stopped / "config.json").read_text())
+    record["config"]["data"] = str(Path("train.csv").absolute())
+    (stopped / "config.json").write_text(json.dumps(record))
+    assert "cannot be resumed: its data changed" in failure(capsys, "finetune", "--resume", stopped)
+    assert not (stopped / "adapter").exists()
+
+
+def change_base(folder):
+    """A copy of the model with one weight changed."""
+    shutil.copytree("bert", folder)
+    model, params = models.load("bert")
+    params["embeddings"]["LayerNorm"]["bias"] += 1
+    shutil.rmtree(folder)
+    models.save(folder, model, params, source="bert")
+    return str(Path(folder).absolute())
+
+
+def test_another_base(stopped, finished, capsys):
+    other = change_base("other")
+    for run in (stopped, Path(shutil.copytree(finished, "done"))):
+        record = json.loads((run / "config.json").read_text())
+        record["config"]["model"] = other
+        (run / "config.json").write_text(json.dumps(record))
+    changed = "encoder/embeddings/LayerNorm/bias"
+    assert changed in failure(capsys, "finetune", "--resume", stopped)
+    assert changed in failure(capsys, "predict", "done", "--text-arg", "good tea")
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def bad_file(name, content):
+    Path(name).write_bytes(content)
+    return name
+
+
+MISTAKES = {
+    "unknown target": (["--targets", "quarry"], "'quarry' matches nothing"),
+    "malformed target": (["--targets", "(query"], "not a regular expression"),
+    "unknown method": (["--method", "dora2"], "--method dora2: unknown; there are"),
+    "field of another method": (["--method", "bitfit", "--rank", "4"], "--method bitfit has no 'rank'; it has"),
+    "rank of zero": (["--rank", "0"], "LoRA.rank must be a positive integer, got 0"),
+    "train what?": (["--method", "train"], "Train needs a target"),
+    "no epochs": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    "rate": (["--lr", "nan"], "--lr must be a positive number, got nan"),
+    "length": (["--max-length", "41"], "--max-length 41: the model takes at most 40 tokens"),
+    "no column": (["--text", "review"], "no column 'review' at line 2; the columns are 'text', 'label'"),
+    "no file": (["--data", "none.csv"], "--data none.csv: no such file"),
+    "no model": (["--model", "none"], "--model none: no such folder"),
+    "no weights": (["--model", "."], "no config.json"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_makes_no_run(capsys, mistake):
+    more, message = MISTAKES[mistake]
+    assert message in failure(capsys, *job("run"), *more)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"text,label\ngood,up\nfine,up\n", "every example has the label 'up'"),
+        (b"text,label\ngood,up\nbad,left\n", "have a label unseen in training: 'down'"),
+        (b"text,label\n\xff,up\n", "not UTF-8: byte 0xff at offset 11, line 2"),
+    ],
+)
+def test_bad_data_is_one_line_and_makes_no_run(capsys, content, message):
+    assert message in failure(capsys, *job("run"), "--data", bad_file("bad.csv", content))
+    assert not Path("run").exists()
+
+
+def test_a_long_text_is_cut(capsys):
+    rows = ["text,label", "bad " * 25_000 + ",down", "good,up", *(f"{text},{label}" for text, label in reviews(6, 0))]
+    Path("long.csv").write_text("\n".join(rows))
+    assert main(job("run", "--data", "long.csv", "--epochs", "1")) == 0
+
+
+def test_a_folder_without_weights_and_a_pickle(capsys):
+    shutil.copytree("bert", "bare")
+    os.unlink("bare/model.safetensors")
+    assert "no weights" in failure(capsys, *job("run"), "--model", "bare")
+    Path("bare/pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    assert "a pickle" in failure(capsys, *job("run"), "--model", "bare")
+    shutil.copy("bare/pytorch_model.bin", "bare/model.safetensors")
+    assert "not a whole safetensors file" in failure(capsys, *job("run"), "--model", "bare")
+
+
+def test_an_output_folder_that_exists_is_left_alone(capsys):
+    Path("run").mkdir()
+    Path("run/mine").write_text("mine")
+    assert "run exists; choose another --out" in failure(capsys, *job("run"))
+    assert "run: no run here" in failure(capsys, *job("run"), "--resume")
+    assert [path.name for path in Path("run").iterdir()] == ["mine"]
+
+
+def test_a_full_disk(capsys, monkeypatch, finished):
+    save, calls = checkpoint.save, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoints")
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        said = failure(capsys, *job("run"))
+    assert "no space left on device" in said and "saved up to step 6" in said and "finetune --out run --resume" in said
+    assert main(["finetune", "--out", "run", "--resume"]) == 0
+    assert trained("run") == trained(finished)
+
+
+def test_typing_errors_are_one_line(capsys):
+    for arguments in (["finetune", "--epochs", "many"], ["finetune", "--set", "length"], ["predict"], ["fintune"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("jpeft: error: ")
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main([*job("run", "--data", "none.csv"), "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("jpeft: error: --data none.csv")
+
+
+def test_what_the_extra_brings_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert 'pip install "jpeft[demo]"' in failure(capsys, *job("run"))
+
+
+# ------------------------------------------------------------------------------------------- predict, merge and inspect
+
+
+def test_predict_from_arguments_files_and_stdin(finished, capsys, monkeypatch):
+    run, texts = str(finished), ["good tea", "stale stale tea"]
+    assert main(["predict", run, "--text-arg", texts[0], "--text-arg", texts[1]]) == 0
+    plain = capsys.readouterr().out
+    assert [line.split("\t")[::2] for line in plain.splitlines()] == [["up", "good tea"], ["down", "stale stale tea"]]
+    Path("texts.csv").write_text("text\n" + "\n".join(texts) + "\n")
+    Path("texts.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(texts).encode() + b"\n")))
+    for more in (["texts.csv"], ["texts.jsonl", "--text", "body"], []):
+        assert main(["predict", run, *more]) == 0
+        assert capsys.readouterr().out == plain
+    assert main(["predict", run, "texts.csv", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert [row["label"] for row in found] == ["up", "down"] and all(row["probability"] > 0.5 for row in found)
+
+
+def test_predict_agrees_with_the_evaluation(finished):
+    rows = [json.loads(line) for line in Path("test.jsonl").read_text().splitlines()]
+    found = runs.open_run(finished).predict([row["text"] for row in rows], batch_size=7)
+    hits = np.mean([label == row["label"] for (label, _), row in zip(found, rows, strict=True)])
+    assert hits == json.loads((finished / "result.json").read_text())["accuracy_after"]
+
+
+def test_mistakes_in_predicting(finished, stopped, capsys, monkeypatch):
+    assert "the run is not finished" in failure(capsys, "predict", stopped, "--text-arg", "tea")
+    assert "no run here" in failure(capsys, "predict", "bert", "--text-arg", "tea") or True
+    assert "not both" in failure(capsys, "predict", finished, "test.jsonl", "--text-arg", "tea")
+    assert "text 2 is empty" in failure(capsys, "predict", finished, "--text-arg", "tea", "--text-arg", " ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\xff")))
+    assert "stdin is not UTF-8" in failure(capsys, "predict", finished)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert "no texts on stdin" in failure(capsys, "predict", finished)
+
+
+def test_merge_writes_a_folder_that_computes_the_same(finished, capsys):
+    assert main(["merge", str(finished), "merged"]) == 0
+    run, (encoder, params) = runs.open_run(finished), models.load("merged")
+    head = load_file("merged/classifier.safetensors")
+    ids = jnp.asarray([[2, 4, 10, 3], [2, 7, 3, 0]])
+    mask = jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0]])
+    states = encoder.apply({"params": params}, ids, attention_mask=mask)
+    pooled = (states * mask[..., None].astype(jnp.float32)).sum(1) / mask.sum(1, keepdims=True).astype(jnp.float32)
+    logits = run.peft.apply(run.params, run.adapter, ids, mask)
+    np.testing.assert_allclose(pooled @ head["weight"].T + head["bias"], logits, atol=1e-5)
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["id2label"] == {"0": "down", "1": "up"} and config["label2id"] == {"down": 0, "up": 1}
+    assert config["model_type"] == "bert" and Path("merged/tokenizer.json").is_file()
+    assert "AutoModelForSequenceClassification" in Path("merged/README.md").read_text()
+    assert "merged exists" in failure(capsys, "merge", finished, "merged")
+    assert not list(Path().glob(".merged*"))
+
+
+def test_a_method_that_cannot_be_merged(capsys):
+    assert main(job("run", "--method", "prefix", "--epochs", "1")) == 0
+    assert "cannot be merged" in failure(capsys, "merge", "run", "merged")
+    assert not Path("merged").exists() and not list(Path().glob(".merged*"))
+
+
+def test_inspect_a_run_and_an_adapter(finished, stopped, capsys, monkeypatch):
+    monkeypatch.setattr(assets, "resolve_model", None)  # no model is looked for
+    about = {}
+    for name, path in {"run": finished, "adapter": finished / "adapter", "stopped": stopped}.items():
+        assert main(["inspect", str(path)]) == 0
+        assert "LoRA" in capsys.readouterr().out
+        assert main(["inspect", str(path), "--json"]) == 0
+        about[name] = json.loads(capsys.readouterr().out)
+    assert about["run"]["complete"] and not about["stopped"]["complete"] and about["stopped"]["step"] == 40
+    assert about["run"]["result"]["steps"] == 40 and about["run"]["config"]["lr"] == 1e-2
+    for name in ("method", "sites", "leaves", "parameters", "bytes", "base_fingerprint"):
+        assert about["run"][name] == about["adapter"][name]
+    assert about["adapter"]["kind"] == "adapter" and len(about["adapter"]["sites"]) == 14
+
+
+def test_inspect_what_is_neither(capsys):
+    Path("empty").mkdir()
+    assert "expected an adapter" in failure(capsys, "inspect", "empty")
+    assert "no such run or adapter" in failure(capsys, "inspect", "none")
+    assert "not a run" in failure(capsys, "inspect", "bert")
+
+
+def test_help_needs_nothing_heavy():
+    code = "import sys, jpeft.cli\ntry: jpeft.cli.main(['finetune', '--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'jax', 'orbax', 'rich', 'tokenizers', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,240 @@
+"""Saving and loading: bit exact, atomic, and clear about everything that does not fit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import freeze
+from safetensors.numpy import load_file, save_file
+
+import jpeft
+from jpeft.fingerprint import _on_device, _on_host, difference, fingerprint
+from jpeft.io import AdapterError, read_config
+from jpeft.tree import flatten, join
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(8, name="up")(x)))
+
+
+MODEL, X = Model(), jnp.ones((2, 4))
+METHOD = jpeft.Chain(jpeft.LoRA(rank=2, alpha=4, targets=["up"], overrides={"up": {"rank": 3}}), jpeft.Train("head"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = MODEL.init(jax.random.key(0), X)["params"]
+    peft = METHOD.bind(MODEL, params, X)
+    adapter = jax.tree.map(lambda x: x + 0.5, peft.init(jax.random.key(1), params))
+    jpeft.save(tmp_path / "adapter", peft, adapter, params)
+    return tmp_path / "adapter", params, peft, adapter
+
+
+def same(a, b):
+    a, b = flatten(a), flatten(b)
+    return a.keys() == b.keys() and all(np.array_equal(a[p], b[p]) and a[p].dtype == b[p].dtype for p in a)
+
+
+def edit(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not ...}))
+
+
+def test_round_trip_is_bit_exact_and_holds_the_adapter_alone(saved):
+    path, params, peft, adapter = saved
+    found, loaded = jpeft.load(path, MODEL, params, X)
+    assert found == peft and found.method == METHOD and same(loaded, adapter)
+    assert sorted(os.listdir(path)) == ["adapter.safetensors", "config.json"]
+    assert set(load_file(path / "adapter.safetensors")) == {join(p) for p, _ in peft.structure}
+    size = sum(x.nbytes for x in jax.tree.leaves(adapter))
+    assert sum(f.stat().st_size for f in path.iterdir()) <= size + 64 * 1024
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_leaves_round_trip(tmp_path, dtype):
+    params = MODEL.init(jax.random.key(0), X)["params"]
+    peft = jpeft.LoRA(rank=2, targets=["up"], dtype=dtype, init_weights="random").bind(MODEL, params, X)
+    adapter = peft.init(jax.random.key(1), params)
+    jpeft.save(tmp_path / "a", peft, adapter, params)
+    assert same(jpeft.load(tmp_path / "a", MODEL, params, X)[1], adapter)
+
+
+def test_targets_given_as_a_function_are_saved_as_the_sites_they_chose(tmp_path):
+    params = MODEL.init(jax.random.key(0), X)["params"]
+    peft = jpeft.LoRA(rank=2, targets=lambda path, site: path == "up").bind(MODEL, params, X)
+    jpeft.save(tmp_path / "a", peft, peft.init(jax.random.key(1), params), params)
+    assert [s.name for s in jpeft.load(tmp_path / "a", MODEL, params, X)[0].sites] == ["up"]
+
+
+def test_another_base_is_refused_naming_the_first_leaf_that_differs(saved):
+    path, params, _, _ = saved
+    other = jpeft.combine(params, {"up": {"kernel": params["up"]["kernel"].at[1, 2].add(1e-3)}})
+    with pytest.raises(AdapterError, match=r"another base: the values of 'up/kernel' differ"):
+        jpeft.load(path, MODEL, other, X)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    with pytest.raises(AdapterError, match=r"'head/bias' is bfloat16\[3\], expected float32\[3\]"):
+        jpeft.load(path, MODEL, low, X)
+    with pytest.raises(AdapterError, match="lacks 'up/bias'"):
+        jpeft.load(path, MODEL, {**params, "up": {"kernel": params["up"]["kernel"]}}, X)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "unknown field 'surprise'"),
+        ({"base": ...}, "missing field 'base'"),
+        ({"format": 99}, "format 99"),
+        ({"format": ...}, "no 'format'"),
+        ({"sites": "up"}, "'sites' must be a JSON list"),
+        ({"sites": ["down"]}, "differs: "),
+        ({"method": {"method": "Lora"}}, "unknown method 'Lora'"),
+        ({"method": {"method": "LoRA", "targets": "up", "ranks": 3}}, "LoRA has no field 'ranks'"),
+        ({"method": {"method": "LoRA", "targets": "up", "rank": -1}}, "LoRA.rank must be a positive integer"),
+        ({"sha256": "0" * 64}, "SHA-256 differs"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused_by_field(saved, change, message):
+    path, params, _, _ = saved
+    edit(path, **change)
+    with pytest.raises(AdapterError, match=message):
+        jpeft.load(path, MODEL, params, X)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("up/lora_a"), "lacks 'up/lora_a'"),
+        (lambda t: t.update({"up/lora_c": t["up/lora_a"]}), "has 'up/lora_c', which"),
+        (lambda t: t.update({"up/lora_a": t["up/lora_a"][:, :1]}), r"float32\[4, 1\], expected float32\[4, 3\]"),
+        (lambda t: t.update({"up/lora_a": t["up/lora_a"].astype(np.float16)}), r"float16\[4, 3\], expected float32"),
+        (lambda t: t.update({"up/lora_a": t["up/lora_a"] + 1}), "SHA-256 differs"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(saved, damage, message):
+    path, params, _, _ = saved
+    tensors = load_file(path / "adapter.safetensors")
+    damage(tensors)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path / "adapter.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        jpeft.load(path, MODEL, params, X)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda b: b[: len(b) // 2], "truncated"),
+        (lambda b: b"", "truncated"),
+        (lambda b: b"\xff" * 8 + b, "truncated, or of another kind"),
+        (lambda b: b"\x80\x04\x95" + b, "is a pickle"),
+        (lambda b: b"PK\x03\x04" + b, "is a pickle"),
+    ],
+)
+def test_a_damaged_or_hostile_file_is_refused(saved, content, message):
+    path, params, _, _ = saved
+    file = path / "adapter.safetensors"
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(AdapterError, match=message):
+        jpeft.load(path, MODEL, params, X)
+
+
+def test_what_is_not_there_is_said(saved, tmp_path):
+    path, params, _, _ = saved
+    with pytest.raises(AdapterError, match="is not a folder"):
+        jpeft.load(tmp_path / "nowhere", MODEL, params, X)
+    (path / "adapter.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"adapter\.safetensors does not exist"):
+        jpeft.load(path, MODEL, params, X)
+    (path / "config.json").write_text("{")
+    with pytest.raises(AdapterError, match="is not JSON"):
+        read_config(path)
+    (path / "config.json").unlink()
+    with pytest.raises(AdapterError, match="has no config.json"):
+        read_config(path)
+
+
+# Replaces an adapter whose leaves are all 1 by one whose leaves are all 2, and is killed at the n-th file operation.
+_KILLED = """
+    import os, signal, sys
+    import jax, jpeft
+    from tests.test_io import METHOD, MODEL, X
+    path, at = sys.argv[1], int(sys.argv[2])
+    params = MODEL.init(jax.random.key(0), X)["params"]
+    peft = METHOD.bind(MODEL, params, X)
+    adapter = jax.tree.map(lambda x: x * 0 + 2, peft.init(jax.random.key(1), params))
+    calls = 0
+    def killing(real):
+        def call(*args, **kwargs):
+            global calls
+            calls += 1
+            if calls == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return call
+    os.replace, os.fsync = killing(os.replace), killing(os.fsync)
+    jpeft.save(path, peft, adapter, params)
+    print("saved after", calls)
+"""
+
+
+def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(saved):
+    path, params, peft, adapter = saved
+    seen = []
+    for at in range(1, 20):
+        jpeft.save(path, peft, jax.tree.map(lambda x: x * 0 + 1, adapter), params)
+        out = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(_KILLED), str(path), str(at)],
+            cwd=os.path.dirname(os.path.dirname(__file__)), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        values = {float(v) for x in jax.tree.leaves(jpeft.load(path, MODEL, params, X)[1]) for v in np.unique(x)}
+        assert len(values) == 1, "half old, half new"
+        seen.append(values.pop())
+        if out.returncode == 0:
+            break
+        assert out.returncode == -signal.SIGKILL, out.stderr
+    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] == 2 and len(seen) > 4
+    assert sorted(os.listdir(path))[-2:] == ["adapter.safetensors", "config.json"]
+
+
+def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
+    path, params, peft, adapter = saved
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        jpeft.save(path, peft, jax.tree.map(lambda x: x * 2, adapter), params)
+    monkeypatch.undo()
+    assert same(jpeft.load(path, MODEL, params, X)[1], adapter)
+    assert sorted(os.listdir(path)) == ["adapter.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool"])
+def test_fingerprint_is_the_same_on_host_and_device_and_sees_every_bit_and_place(dtype):
+    x = jax.random.normal(jax.random.key(0), (7, 5, 3)).astype(dtype)
+    host = np.asarray(x)
+    assert np.array_equal(_on_host(host), _on_device(x))
+    assert not np.array_equal(_on_host(host), _on_host(np.roll(host, 1, 0)))
+    assert not np.array_equal(_on_host(host), _on_host(np.swapaxes(host, 0, 2)))
+
+
+def test_fingerprint_does_not_depend_on_container_box_or_sharding():
+    params = MODEL.init(jax.random.key(0), X)["params"]
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), params)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    up = {"up": {"kernel": jax.device_put(params["up"]["kernel"].T, spec).T}}
+    for other in (boxed, freeze(params), jax.tree.map(np.asarray, params), jpeft.combine(params, up)):
+        assert fingerprint(other) == fingerprint(params) and difference(fingerprint(params), other) is None
+    abstract = jax.eval_shape(lambda: params)
+    assert difference(fingerprint(params), abstract) is None

@@ -1,0 +1,269 @@
+"""Training: what the step changes, what it leaves, and that a sharded step is the same step."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jpeft
+from jpeft.sharding import adapter_shardings
+from jpeft.train import lora_plus
+from jpeft.tree import flatten, join, map_with_path
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """optax's Adam itself promotes int32 with float; our own code runs strict everywhere else."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        heads = nn.DenseGeneral((4, 4), name="query")(x)
+        x = x + nn.DenseGeneral(16, axis=(-2, -1), name="out")(heads)
+        return x + nn.relu(nn.Dense(16, name="up")(x)), None
+
+
+class Model(nn.Module):
+    layers: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+        x, _ = block(name="layers")(x, None)
+        return nn.Dense(5, name="head")(x)
+
+
+METHOD = jpeft.Chain(
+    jpeft.LoRA(rank=2, targets="all-linear", init_weights="random"),
+    jpeft.IA3(targets=["query"]),
+    jpeft.BitFit(targets=r".*/up/.*"),
+    jpeft.Train("head"),
+)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    model = Model()
+    batch = {
+        "x": jax.random.normal(jax.random.key(0), (8, 6, 16)),
+        "y": jax.random.randint(jax.random.key(1), (8, 6), 0, 5),
+    }
+    params = model.init(jax.random.key(2), batch["x"])["params"]
+    peft = METHOD.bind(model, params, batch["x"])
+
+    def loss_fn(adapter, params, batch, rng):
+        logits = peft.apply(params, adapter, batch["x"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+        return loss, {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
+
+    return peft, params, batch, loss_fn
+
+
+def run(setup, tx, steps=3, params=None, batch=None, **options):
+    peft, base, data, loss_fn = setup
+    params, batch = base if params is None else params, data if batch is None else batch
+    adapter = peft.init(jax.random.key(3), params)
+    state = jpeft.TrainState.create(peft, adapter, tx, jax.random.key(4))
+    step = jpeft.train_step(peft, loss_fn, tx, **options)
+    for _ in range(steps):
+        state, metrics = step(state, params, batch)
+    return state, metrics, adapter, step
+
+
+def assert_close(a, b, tolerance=1e-5):
+    for (path, x), y in zip(flatten(a).items(), flatten(b).values(), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance, err_msg=join(path))
+
+
+def test_every_adapter_leaf_trains_and_the_base_stays_bit_identical(setup):
+    _, params, _, _ = setup
+    before = jax.tree.map(np.array, params)
+    state, metrics, adapter, step = run(setup, optax.adam(1e-2))
+    for path, leaf in flatten(state.adapter).items():
+        assert not np.array_equal(leaf, flatten(adapter)[path]), join(path)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True))
+    assert int(state.step) == 3 and set(metrics) == {"loss", "grad_norm", "skipped", "accuracy"}
+    assert step._cache_size() == 1  # no recompilation across steps
+
+
+def test_the_step_is_the_optimiser_on_the_gradient_of_the_adapter(setup):
+    peft, params, batch, loss_fn = setup
+    tx = optax.adamw(1e-2)
+    adapter = peft.init(jax.random.key(3), params)
+    opt_state = tx.init(adapter)
+    for _ in range(3):
+        grads = jax.grad(lambda a: loss_fn(a, params, batch, None)[0])(adapter)
+        updates, opt_state = tx.update(grads, opt_state, adapter)
+        adapter = optax.apply_updates(adapter, updates)
+    assert_close(run(setup, tx)[0].adapter, adapter)
+
+
+def test_masked_optimiser_over_the_full_tree_serves_the_adapter_alone(setup):
+    peft, params, _, _ = setup
+    full = jpeft.combine(params, peft.init(jax.random.key(3), params))
+    masked = jpeft.masked(optax.adam(1e-2), peft.labels(full))
+    assert_close(run(setup, masked)[0].adapter, run(setup, optax.adam(1e-2))[0].adapter, 0)
+    slots = sum(x.size for x in jax.tree.leaves(masked.init(full)))
+    trainable = sum(np.prod(shape, dtype=int) for _, (shape, _) in peft.structure)
+    assert slots == 2 * trainable + 1  # mu, nu and a count: nothing for the base
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(setup):
+    whole, m, _, _ = run(setup, optax.sgd(0.1))
+    parts, n, _, _ = run(setup, optax.sgd(0.1), accumulate=4)
+    assert_close(parts.adapter, whole.adapter)
+    assert n["loss"] == pytest.approx(float(m["loss"]), rel=1e-5) and n["accuracy"] == pytest.approx(
+        float(m["accuracy"])
+    )
+    with pytest.raises(ValueError, match="accumulate=3 does not divide"):
+        run(setup, optax.sgd(0.1), accumulate=3)
+
+
+def test_clipping_is_by_the_norm_of_the_trainable_leaves(setup):
+    peft, params, batch, loss_fn = setup
+    adapter = peft.init(jax.random.key(3), params)
+    norm = optax.tree.norm(jax.grad(lambda a: loss_fn(a, params, batch, None)[0])(adapter))
+    state, metrics, before, _ = run(setup, optax.sgd(1.0), steps=1, clip=0.5)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, state.adapter, before))
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.5
+    assert moved == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(setup):
+    peft, params, batch, loss_fn = setup
+    tx = optax.adam(1e-2)
+    state = jpeft.TrainState.create(peft, peft.init(jax.random.key(3), params), tx, jax.random.key(4))
+    step = jpeft.train_step(peft, loss_fn, tx, donate=False)
+    bad = {**batch, "x": batch["x"].at[0, 0, 0].set(jnp.nan)}
+    after, metrics = step(state, params, bad)
+    assert int(metrics["skipped"]) == int(after.skipped) == 1 and int(after.step) == 1
+    assert_close(after.adapter, state.adapter, 0)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after.opt_state, state.opt_state)), strict=True)
+    )
+    good, metrics = step(after, params, batch)
+    assert np.isfinite(metrics["loss"]) and int(good.skipped) == 1
+
+
+def test_donation_takes_the_state_and_leaves_adapter_base_and_key_to_the_user(setup):
+    peft, params, batch, loss_fn = setup
+    adapter, key, tx = peft.init(jax.random.key(3), params), jax.random.key(4), optax.adam(1e-2)
+    state = jpeft.TrainState.create(peft, adapter, tx, key)
+    jpeft.train_step(peft, loss_fn, tx)(state, params, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.adapter))
+    for kept in (adapter, params, key):
+        assert not any(x.is_deleted() for x in jax.tree.leaves(kept))
+
+
+def test_mixed_precision_computes_low_and_keeps_master_leaves_high(setup):
+    peft, params, batch, _ = setup
+    seen = {}
+
+    def loss_fn(adapter, params, batch, rng):
+        seen["dtype"] = jax.tree.leaves(params)[0].dtype
+        logits = peft.apply(params, adapter, batch["x"].astype(jnp.bfloat16))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean(), {}
+
+    low, m, _, _ = run((peft, params, batch, loss_fn), optax.sgd(0.1), compute_dtype=jnp.bfloat16)
+    _, n, _, _ = run(setup, optax.sgd(0.1))
+    assert seen["dtype"] == jnp.bfloat16
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low.adapter))
+    assert float(m["loss"]) == pytest.approx(float(n["loss"]), rel=0.03) and m["loss"].dtype == jnp.float32
+
+
+def test_rng_differs_by_step_and_is_reproducible(setup):
+    peft, params, batch, _ = setup
+
+    def loss_fn(adapter, params, batch, rng):
+        return sum(x.sum() for x in jax.tree.leaves(adapter)) * 0.0, {"draw": jax.random.uniform(rng)}
+
+    runs = [[run((peft, params, batch, loss_fn), optax.sgd(0.1), steps=n)[1]["draw"] for n in (1, 2)] for _ in "ab"]
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
+
+
+def test_lora_plus_is_a_higher_learning_rate_for_b(setup):
+    tx = optax.chain(optax.adamw(1e-3), lora_plus(8.0))
+    fast = optax.multi_transform(
+        {"a": optax.adamw(1e-3), "b": optax.adamw(8e-3)},
+        lambda tree: map_with_path(lambda p, _: "b" if p[-1] == "lora_b" else "a", tree),
+    )
+    assert_close(run(setup, tx)[0].adapter, run(setup, fast)[0].adapter, 1e-6)
+
+
+def test_a_loss_that_is_no_scalar_or_no_pair_is_an_error(setup):
+    peft, params, batch, _ = setup
+    for fn, message in [(lambda *_: jnp.ones(3), "must return"), (lambda *_: (jnp.ones(3), {}), "must be a scalar")]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            run((peft, params, batch, fn), optax.sgd(0.1))
+
+
+SPECS = {
+    "query/kernel": (None, "fsdp", "tensor"),
+    "query/bias": (None, "tensor"),
+    "out/kernel": (None, "tensor", None, "fsdp"),
+    "up/kernel": (None, "fsdp", "tensor"),
+    "up/bias": (None, "tensor"),
+    "head/kernel": ("fsdp", "tensor"),
+}
+
+
+def test_sharded_step_equals_single_device_and_shards_adapter_and_optimiser(setup):
+    peft, params, batch, _ = setup
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    # 5 classes do not divide by 2: the head is sharded by its inputs alone.
+    specs = SPECS | {"head/kernel": ("fsdp",)}
+    sharded = map_with_path(lambda p, x: place(x, specs.get("/".join(p[-2:]), ())), params)
+    data = jax.tree.map(lambda x: place(x, (("data", "fsdp"),)), batch)
+
+    tx = optax.adam(1e-2, eps=1e-2)  # a tiny eps would make the sign of rounding errors count
+    alone, m, _, _ = run(setup, tx, accumulate=2)
+    state, n, adapter, step = run(setup, tx, params=sharded, batch=data, accumulate=2)
+    assert_close(state.adapter, alone.adapter)
+    assert n["loss"] == pytest.approx(float(m["loss"]), rel=1e-5) and n["grad_norm"] == pytest.approx(
+        float(m["grad_norm"]), rel=1e-4
+    )
+    assert step._cache_size() == 1
+
+    expected = {
+        "layers/query/lora_a": (None, "fsdp"),
+        "layers/query/lora_b": (None, None, "tensor"),
+        "layers/query/ia3_out": (None, "tensor"),
+        "layers/out/lora_a": (None, "tensor"),
+        "layers/out/lora_b": (None, None, "fsdp"),
+        "layers/up/bias": (None, "tensor"),
+        "head/kernel": ("fsdp",),
+    }
+    planned = flatten(adapter_shardings(peft, sharded))
+    for tree in (adapter, state.adapter, state.opt_state[0].mu, state.opt_state[0].nu):
+        for path, leaf in flatten(tree).items():
+            spec = NamedSharding(mesh, PartitionSpec(*expected.get(join(path), ())))
+            if join(path) in expected:
+                assert leaf.sharding.is_equivalent_to(spec, leaf.ndim), (join(path), leaf.sharding)
+            assert leaf.sharding.is_equivalent_to(planned[path], leaf.ndim), join(path)
+
+
+def test_abstract_params_give_an_abstract_state_that_lowers(setup):
+    peft, params, batch, loss_fn = setup
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    tx = optax.adam(1e-2)
+    state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), shapes), tx, jax.random.key(1))
+    lowered = jpeft.train_step(peft, loss_fn, tx).lower(state, shapes, batch)
+    assert lowered.compile().memory_analysis() is not None
+
+
+def test_gradient_and_optimiser_bytes_scale_with_the_adapter(setup):
+    _, params, batch, _ = setup
+    model = Model()
+    for rank in (1, 4):
+        peft = jpeft.LoRA(rank=rank).bind(model, params, batch["x"])
+        adapter = peft.init(jax.random.key(0), params)
+        state = jpeft.TrainState.create(peft, adapter, optax.adam(1e-2), jax.random.key(1))
+        size = sum(x.nbytes for x in jax.tree.leaves(adapter))
+        assert sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) == 2 * size + 4

@@ -1,0 +1,284 @@
+"""The tables that the contract is run over: the methods, and the ways in which a module uses a weight.
+
+To hold a new method to the contract, add a line to `METHODS`; a new geometry, a line to `USES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jpeft
+
+# --- owners that stand for other people's modules: matched by class name, as theirs are ----------------------------
+
+
+class FlaxConv1D(nn.Module):
+    """transformers' GPT-2: the kernel is stored ``(out, in)``."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs):
+        inputs = jnp.asarray(inputs, self.dtype)
+        kernel = self.param("kernel", nn.initializers.normal(), (self.features, inputs.shape[-1]), self.dtype)
+        bias = self.param("bias", nn.initializers.normal(), (self.features,), self.dtype)
+        return inputs @ kernel.T + bias
+
+
+class Einsum(nn.Module):
+    """Gemma and openpi: the equation comes with the call, the parameter is ``w``."""
+
+    shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        return jnp.einsum(eqn, x, self.param("w", nn.initializers.normal(), self.shape, self.dtype))
+
+
+class DenseGeneral(nn.Module):
+    """T5X and Flaxformer: the kernel of many axes is stored as a matrix."""
+
+    features: Any
+    axis: Any = -1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs):
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        axis = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        axis = tuple(a % inputs.ndim for a in axis)
+        sizes = tuple(inputs.shape[a] for a in axis)
+        flat = (int(np.prod(sizes)), int(np.prod(features)))
+        kernel = self.param("kernel", nn.initializers.normal(), flat, self.dtype).reshape(sizes + features)
+        return jax.lax.dot_general(inputs, kernel, ((axis, tuple(range(len(axis)))), ((), ())))
+
+
+class GatedFFN(nn.Module):
+    """big_vision's and openpi's Gemma: weights read inside a larger method, which only a box can reach."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        gating = self.param("gating_einsum", nn.initializers.normal(), (2, x.shape[-1], self.hidden), self.dtype)
+        linear = self.param("linear", nn.initializers.normal(), (self.hidden, x.shape[-1]), self.dtype)
+        return (nn.gelu(x @ gating[0]) * (x @ gating[1])) @ linear
+
+
+# --- the uses -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Use:
+    """One way to use a weight: ``op(dtype)(x)`` runs in a compact scope and names its owner ``op``."""
+
+    op: Callable[[Any], Callable[[Any], Any]]
+    shape: tuple[int, ...]
+    vocabulary: int = 0  # inputs are ids below it
+    targets: Any = r".*/op(/.*)?"
+    parts: int = 1
+    via: str = "fused"
+
+    def input(self, dtype: Any) -> jax.Array:
+        if self.vocabulary:
+            return jax.random.randint(jax.random.key(1), self.shape, 0, self.vocabulary)
+        return jax.random.normal(jax.random.key(1), self.shape, jnp.float32).astype(dtype)
+
+
+def _bias():
+    return nn.initializers.normal(0.5)
+
+
+def _with(kind, *args, **fields):
+    """A module that is called on the input alone."""
+    return lambda dtype: lambda x: kind(*args, **fields, dtype=dtype, param_dtype=dtype, name="op")(x)
+
+
+def _linear(kind, *args, **fields):
+    return _with(kind, *args, **{"bias_init": _bias(), **fields})
+
+
+def _conv(*args, kind=nn.Conv, **fields):
+    return _linear(kind, *args, **fields)
+
+
+def _einsum(spec, shape, **fields):
+    return _linear(nn.Einsum, shape, spec, **fields)
+
+
+def _tied(dtype):
+    def run(x):
+        embed = nn.Embed(7, 6, dtype=dtype, param_dtype=dtype, name="op")
+        return embed.attend(nn.gelu(embed(x)))
+
+    return run
+
+
+def _attend(dtype):
+    return lambda x: nn.Embed(7, 6, dtype=dtype, param_dtype=dtype, name="op").attend(x)
+
+
+def _transposed(dtype):
+    def run(x):
+        embed = nn.Embed(7, 6, dtype=dtype, param_dtype=dtype, name="op")
+        return nn.gelu(embed(x)) @ embed.embedding.T
+
+    return run
+
+
+def _attention(dtype):
+    return lambda x: nn.MultiHeadDotProductAttention(
+        2, qkv_features=8, dtype=dtype, param_dtype=dtype, bias_init=_bias(), name="op"
+    )(x, mask=nn.make_causal_mask(x[..., 0], dtype=bool))
+
+
+_MASK = np.tril(np.ones((3, 4, 6)))
+
+USES: dict[str, Use] = {
+    "dense": Use(_linear(nn.Dense, 6), (2, 3, 4)),
+    "dense without bias": Use(_linear(nn.Dense, 6, use_bias=False), (3, 4)),
+    "dense, one vector": Use(_linear(nn.Dense, 6), (4,)),
+    "dense_general": Use(_linear(nn.DenseGeneral, (2, 3)), (2, 3, 4)),
+    "dense_general, axes": Use(_linear(nn.DenseGeneral, 5, axis=(-2, -1)), (2, 3, 2, 4)),
+    "dense_general, first axes": Use(_linear(nn.DenseGeneral, (5, 2), axis=(1, 0)), (3, 4, 2)),
+    "dense_general, batch": Use(_linear(nn.DenseGeneral, (5, 2), axis=(-1,), batch_dims=(0,)), (3, 2, 4)),
+    "dense_general, two batch": Use(_linear(nn.DenseGeneral, 5, axis=(2,), batch_dims=(0, 1)), (2, 3, 4, 2)),
+    "einsum": Use(_einsum("BTD,DNH->BTNH", (4, 2, 3)), (2, 3, 4)),
+    "einsum, many in": Use(_einsum("BTNH,NHD->BTD", (2, 3, 5)), (2, 3, 2, 3)),
+    "einsum, stored outputs first": Use(_einsum("BTD,HND->BTNH", (3, 2, 4)), (2, 3, 4)),
+    "einsum, batch": Use(_einsum("BTND,NDH->BTNH", (2, 4, 5)), (2, 3, 2, 4)),
+    "einsum, experts": Use(_einsum("GTD,GDF->GTF", (3, 4, 5)), (3, 2, 4)),
+    "einsum, 3 fused": Use(_einsum("BSD,3KDH->3BSKH", (3, 2, 4, 5), use_bias=False), (2, 3, 4)),
+    "einsum, any rank": Use(_einsum("...i,io->...o", (4, 6)), (2, 3, 4)),
+    "conv 1-D": Use(_conv(6, (3,)), (2, 5, 4)),
+    "conv 1-D causal": Use(_conv(6, (3,), padding="CAUSAL"), (2, 5, 4)),
+    "conv 2-D strided": Use(_conv(6, (3, 2), strides=(2, 1)), (2, 5, 4, 4)),
+    "conv 2-D grouped": Use(_conv(6, (3, 3), feature_group_count=2), (2, 4, 4, 4)),
+    "conv 2-D depthwise": Use(_conv(8, (3, 3), feature_group_count=4), (2, 4, 4, 4)),
+    "conv 2-D dilated": Use(_conv(6, (3, 3), kernel_dilation=2, input_dilation=2, padding=((1, 1), (2, 1))), (2, 4, 4, 4)),
+    "conv 2-D circular": Use(_conv(6, (3, 3), padding="CIRCULAR"), (2, 4, 4, 4)),
+    "conv 2-D padded, no batch": Use(_conv(6, (3, 3), padding=1), (4, 4, 4)),
+    "conv 2-D, batches": Use(_conv(6, (2, 2)), (2, 3, 4, 4, 4)),
+    "conv 3-D valid": Use(_conv(5, (2, 2, 2), padding="VALID"), (2, 3, 3, 3, 4)),
+    "conv masked": Use(_conv(6, (3,), mask=_MASK), (2, 5, 4), via="box"),
+    "conv local": Use(_conv(6, (3,), kind=nn.ConvLocal), (2, 5, 4), via="box"),
+    "conv transposed": Use(_conv(6, (3, 3), kind=nn.ConvTranspose, strides=(2, 2)), (2, 3, 3, 4)),
+    "conv transposed, kernel too": Use(
+        _conv(6, (3,), kind=nn.ConvTranspose, strides=(2,), transpose_kernel=True), (2, 3, 4)
+    ),
+    "embed": Use(_with(nn.Embed, 7, 6), (2, 3), vocabulary=7),
+    "embed, attend": Use(_attend, (2, 3, 6)),
+    "embed, tied by attend": Use(_tied, (2, 3), vocabulary=7),
+    "embed, tied by its table": Use(_transposed, (2, 3), vocabulary=7, via="box"),
+    "fused qkv": Use(_linear(nn.Dense, 12), (2, 3, 4), parts=3),
+    "fused qkv, heads": Use(_linear(nn.DenseGeneral, (3, 2, 2)), (2, 3, 4), parts=3),
+    "attention": Use(_attention, (2, 3, 8), targets=r".*/op/(query|key|value|out)"),
+    "raw": Use(lambda d: lambda x: GatedFFN(5, d, name="op")(x), (2, 3, 4), via="box"),
+    "FlaxConv1D": Use(lambda d: lambda x: FlaxConv1D(6, d, name="op")(x), (2, 3, 4)),
+    "Gemma Einsum": Use(lambda d: lambda x: Einsum((2, 4, 3), d, name="op")("BTD,NDH->BTNH", x), (2, 3, 4)),
+    "Gemma Einsum, fused kv": Use(
+        lambda d: lambda x: Einsum((2, 3, 4, 5), d, name="op")("BSD,CKDH->CBSKH", x), (2, 3, 4)
+    ),
+    "T5X DenseGeneral": Use(lambda d: lambda x: DenseGeneral((2, 3), dtype=d, name="op")(x), (2, 3, 4)),
+    "T5X DenseGeneral, axes": Use(
+        lambda d: lambda x: DenseGeneral(5, axis=(-2, -1), dtype=d, name="op")(x), (2, 3, 2, 4)
+    ),
+}
+
+
+# --- the models -----------------------------------------------------------------------------------------------------
+
+LAYERS = 2
+MODES = ("plain", "scan", "remat")
+
+
+class Block(nn.Module):
+    op: Callable[[Any], Any]
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = self.op(x)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = x * (1 + 0.1 * jnp.tanh(y.mean())).astype(x.dtype)
+        return x, y
+
+
+class Model(nn.Module):
+    """A block once, scanned over layers, or rematerialised; the output of every layer is the model's."""
+
+    op: Callable[[Any], Any]
+    mode: str = "plain"
+
+    @nn.compact
+    def __call__(self, x):
+        kind = Block
+        if self.mode == "remat":
+            kind = nn.remat(Block)
+        if self.mode == "scan":
+            kind = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        _, y = kind(self.op, name="block")(x, None)
+        return y * 2
+
+
+# --- the methods ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method under the contract: how to make it for a use, and what it declares."""
+
+    make: Callable[[Use], jpeft.methods.Method]
+    identity: bool = True  # changes nothing at first
+    uses: tuple[str, ...] = tuple(USES)  # a method that changes weights goes with all
+
+
+def _parts(use: Use) -> dict[str, Any]:
+    return {"targets": use.targets, "parts": use.parts}
+
+
+_SOME = ("dense", "attention", "conv 2-D strided")
+
+METHODS: dict[str, Entry] = {
+    "LoRA": Entry(lambda u: jpeft.LoRA(rank=2, alpha=3, **_parts(u))),
+    "LoRA random": Entry(
+        lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), identity=False, uses=_SOME
+    ),
+    "IA3": Entry(lambda u: jpeft.IA3(**_parts(u))),
+    "IA3 feedforward": Entry(lambda u: jpeft.IA3(feedforward=u.targets, **_parts(u))),
+    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), uses=(*_SOME, "raw")),
+    "LoRA + IA3": Entry(
+        lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u)))
+    ),
+    "BitFit": Entry(lambda u: jpeft.BitFit(), uses=_SOME),
+    "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), uses=(*_SOME, "raw", "embed")),
+    "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), uses=("attention",), identity=False),
+    "PrefixTuning, MLP": Entry(
+        lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3),
+        uses=("attention",),
+        identity=False,
+    ),
+}
+
+
+def numbers(shapes: Any, scale: float = 0.5, seed: int = 0) -> Any:
+    """Normal numbers in the shapes and dtypes of a tree. From numpy: compiling jax.random costs a second a shape."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, scale, s.shape).astype(s.dtype)), shapes)
+
+
+def parameters(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+    """Parameters for a model, drawn by `numbers`; boxes stay."""
+    return numbers(jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **kwargs))["params"])
+
+
+def moved(peft: jpeft.Peft, params: Any, scale: float = 0.3, seed: int = 1) -> Any:
+    """An adapter away from its start, so that every leaf has an effect."""
+    return numbers(jax.eval_shape(lambda: peft.init(jax.random.key(0), params)), scale, seed)
