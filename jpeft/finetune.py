@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -116,10 +117,13 @@ def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation,
     Example: `tx, schedule = optimizer(Config(), 250)`.
     """
     warm = min(steps - 1, round(config.warmup * steps))
-    parts = [optax.linear_schedule(0.0, config.rate, warm + 1), optax.linear_schedule(config.rate, 0.0, steps - warm)]
-    # No step is wasted on a rate of zero: the first has already risen, the last has not yet fallen to it.
-    joined = optax.join_schedules([lambda count: parts[0](count + 1), parts[1]], [warm])
-    return optax.adamw(joined, weight_decay=config.weight_decay), joined
+
+    def schedule(count: Any) -> jax.Array:
+        # No step is wasted on a rate of zero: the first has already risen, the last has not yet fallen to it.
+        done = jnp.asarray(count, jnp.float32)
+        return config.rate * jnp.minimum((done + 1) / (warm + 1), (steps - done) / (steps - warm))
+
+    return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
 
 
 # -------------------------------------------------------------------------------------------------------------- job
@@ -256,7 +260,7 @@ def _train(job: Job, fresh: Any, rng: jax.Array, run: Path, checkpoints: Any, lo
         state, _ = checkpoint.restore(checkpoints, like=state)
     loss = classify.loss_fn(job.peft, train_mode=bool(config.dropout))
     step = jpeft.train_step(job.peft, loss, tx, clip=1.0)
-    rates = np.asarray(jax.vmap(schedule)(np.arange(total)), float)
+    rates = np.asarray(schedule(np.arange(total)), float)
     compiled: set[tuple[int, ...]] = set()
     with _stop_signal() as stop:
         for done, batch in enumerate(job.train.start(start), start + 1):

@@ -9,6 +9,8 @@ no module call explains is `Raw`. `register_geometry` adds one from outside.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -484,10 +486,11 @@ def _dense_general(call: Call) -> Geometry | None:
         return None
     xs = "".join(chr(97 + i) for i in range(x.ndim))
     outs = "".join(chr(65 + i) for i in range(len(as_tuple(module.features))))
+    if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # any rank will do
+        ins = xs[: len(axis)]
+        return Contraction(spec=f"...{ins},{ins}{outs}->...{outs}", shape=shape, stored=stored)
     batch, ins = "".join(xs[d] for d in dims), "".join(xs[a] for a in axis)
     rest = "".join(c for c in xs if c not in batch + ins)
-    if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # any rank will do
-        return Contraction(spec=f"...{ins},{ins}{outs}->...{outs}", shape=shape, stored=stored)
     return Contraction(spec=f"{xs},{batch}{ins}{outs}->{batch}{rest}{outs}", shape=shape, stored=stored)
 
 
@@ -582,6 +585,25 @@ def _by_spec(call: Call, spec: str) -> Geometry:
     shape = call.shapes[weights[0]]
     bias = "bias" if "bias" in call.shapes else None
     return Contraction(leaf=weights[0], bias=bias, spec=spec, shape=shape, stored=shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def signature_of(function: Any) -> inspect.Signature | None:
+    """A method's signature, ``self`` included, or None for what has none."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def by_position(function: Any, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with those given by name at their position, where geometries and hooks look for them."""
+    signature = signature_of(getattr(function, "func", function))
+    try:
+        bound = signature.bind(module, *args, **kwargs) if kwargs and signature is not None else None
+    except TypeError:  # the module itself will say what is wrong
+        bound = None
+    return (args, dict(kwargs)) if bound is None else (bound.args[1:], bound.kwargs)
 
 
 def owner_of(function: Any) -> str:

@@ -8,9 +8,9 @@ leaf of ``params`` that gives the changed weight when a module asks for its para
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
 
@@ -70,7 +71,7 @@ def merge_weight(actions: Sequence[Action], leaves: Sequence[Leaves], w: jax.Arr
         assert geom is not None
         merge = map_axes(action.method.merge, len(geom.batch))
         # Low precision would round the sum twice.
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = _wide(w.dtype)
         m = merge(_cast(own, wide), geom.view(w.astype(wide)))
         w = geom.unview(m).astype(w.dtype)
     return w
@@ -81,10 +82,15 @@ def merge_bias(actions: Sequence[Action], leaves: Sequence[Leaves], b: jax.Array
     for action, own in zip(actions, leaves, strict=True):
         geom = action.site.geometry
         assert geom is not None
-        wide = jnp.promote_types(b.dtype, jnp.float32)
+        wide = _wide(b.dtype)
         m = map_axes(action.method.merge_bias, len(geom.batch))(_cast(own, wide), geom.view_bias(b.astype(wide)))
         b = geom.unview_bias(m, b.shape).astype(b.dtype)
     return b
+
+
+def _wide(dtype: Any) -> Any:
+    """At least float32; asked so that strict promotion, which knows no common type of two, has nothing to say."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def changes_bias(method: Any) -> bool:
@@ -140,20 +146,12 @@ class _Frame:
     deterministic: Any
 
 
-@functools.lru_cache(maxsize=1024)
-def _signature(function: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-
-
 _TRAINING = ("train", "training", "is_training")
 
 
 def _said_deterministic(context: Any, args: Any, kwargs: Any) -> Any:
     """What a call's arguments, their defaults or the module's fields say; None where they say nothing."""
-    signature = _signature(getattr(context.orig_method, "func", context.orig_method))
+    signature = geometry.signature_of(getattr(context.orig_method, "func", context.orig_method))
     given: Mapping[str, Any] = kwargs
     if signature is not None:
         with contextlib.suppress(TypeError):
@@ -164,7 +162,7 @@ def _said_deterministic(context: Any, args: Any, kwargs: Any) -> Any:
         if source.get("deterministic") is not None:
             return source["deterministic"]
         for name in _TRAINING:
-            if isinstance(value := source.get(name), (bool, jax.Array)):
+            if isinstance(value := source.get(name), (bool, np.bool_, jax.Array)):
                 return jnp.logical_not(value) if isinstance(value, jax.core.Tracer) else not value
     return None
 
@@ -290,6 +288,7 @@ class Interceptor:
     def _call(self, next_fun: Any, args: Any, kwargs: Any, context: Any, actions: Any, nested: bool) -> Any:
         module, method = context.module, context.method_name
         owner = geometry.owner_of(context.orig_method)
+        args, kwargs = geometry.by_position(context.orig_method, module, args, kwargs)
         by_kind: dict[str, list[tuple[Action, Leaves]]] = {"weight": [], "attention": [], "output": []}
         for action in actions:
             leaves = _read(module, action)
@@ -310,7 +309,6 @@ class Interceptor:
     def _weights(
         self, pairs: Any, next_fun: Any, args: Any, kwargs: Any, module: nn.Module, method: str, owner: str
     ) -> Any:
-        site = pairs[0][0].site
         own = module.variables["params"]
         # A geometry tells its weight from the module's own parameters; the adapter's leaves are none of them.
         added = {action.leaf_path(n)[-1] for action, leaves in pairs for n in (*action.stored, *leaves)}
@@ -319,9 +317,15 @@ class Interceptor:
         call = Call(module, method, args, kwargs, shapes)
         factory = geometry.find(owner, method)
         found = factory(call) if factory is not None else None
-        plain = site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
-        if found is None or found.leaf != site.leaf:
+        # Other methods of an owner may use another of its weights.
+        pairs = [(a, leaves) for a, leaves in pairs if found is None or a.site.leaf == found.leaf]
+        if not pairs:
             return next_fun(*args, **kwargs)
+        site = pairs[0][0].site
+        plain = site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
+        if found is None:
+            raise ValueError(f"{site.name!r} was bound as {plain}, but {owner}.{method} is called in a form that no "
+                             "geometry explains; bind with inputs of the same form")  # fmt: skip
         if found != plain:
             raise ValueError(
                 f"{site.name!r} was bound as {plain}, but this call uses its weight as {found}; "
@@ -408,9 +412,20 @@ def _on_output(action: Action, leaves: Leaves, y: Any) -> Any:
     return type(y)(changed, *y[1:]) if hasattr(y, "_fields") else (changed, *y[1:])
 
 
+_running: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("running", default=())
+
+
 @contextlib.contextmanager
 def intercept(table: Mapping[Path, tuple[Action, ...]], prefix: Path = ()) -> Iterator[None]:
     """Runs what is called inside under the actions. Enter it inside what is jitted: a trace made before ignores it."""
-    with nn.intercept_methods(Interceptor(table, prefix)):
+    running = _running.get()
+    if (table, prefix) in running:  # e.g. peft.apply inside peft.intercept(): once is enough, twice would be wrong
         yield
+        return
+    token = _running.set((*running, (table, prefix)))
+    try:
+        with nn.intercept_methods(Interceptor(table, prefix)):
+            yield
+    finally:
+        _running.reset(token)
 

@@ -38,7 +38,7 @@ def split_variables(params: Tree) -> tuple[Tree, dict[str, Any]]:
     return params, {}
 
 
-def bind(method: Method, model: nn.Module, params: Tree, *inputs: Any, **kwargs: Any) -> Peft:
+def bind(method: Method, model: nn.Module, params: Tree, /, *inputs: Any, **kwargs: Any) -> Peft:
     """See `jpeft.methods.base.Method.bind`."""
     return bind_seen(method, model, params, look(model, params, inputs, kwargs))
 
@@ -317,7 +317,10 @@ class Peft:
                 path = action.site.path
                 if path not in base:
                     raise ValueError(f"params lack {join(path)!r}, which this Peft was bound to")
-                base[path] = leaves[path]
+                # The adapter's copy may be wider than the base (a float32 master of a bfloat16 leaf): the model gets
+                # the dtype it had.
+                value, dtype = meta.unbox(leaves[path]), meta.unbox(base[path]).dtype
+                base[path] = meta.replace_boxed(leaves[path], value.astype(dtype))
             elif action.site.stored and action.site.weight_path not in base:
                 raise ValueError(f"params lack {join(action.site.weight_path)!r}, which this Peft was bound to")
         return base

@@ -36,6 +36,7 @@ class _Record:
     foreign: set[Path] = field(default_factory=set)
     geometries: dict[Path, list[Geometry]] = field(default_factory=dict)
     modules: dict[Path, tuple[str, tuple[int, ...] | None, str]] = field(default_factory=dict)
+    axes: dict[Path, tuple[Path, tuple[int, ...]]] = field(default_factory=dict)  # of a scope, by a parameter below it
     heads: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
     outputs: list[tuple[Path, Any]] = field(default_factory=list)
     final: set[Path] = field(default_factory=set)
@@ -110,8 +111,18 @@ class Survey:
     names: tuple[str, ...]
 
 
-def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    own = module.variables.get("params", {})
+def _first_watched(node: Any) -> _Watched | None:
+    """Any parameter of a scope or below it. Scans take axes off on the way in, so its axes are those of the scope."""
+    if isinstance(node, Mapping):
+        return next((w for child in node.values() if (w := _first_watched(child)) is not None), None)
+    return node if isinstance(node, _Watched) else None
+
+
+def _is_at(node: Any, path: Path) -> bool:
+    return isinstance(node, _Watched) and node._path == path
+
+
+def _own_shapes(own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     values = {k: v._value if isinstance(v, _Watched) else v for k, v in own.items() if not isinstance(v, Mapping)}
     return {k: np.shape(meta.unbox(v)) for k, v in values.items()}
 
@@ -123,8 +134,14 @@ def _interceptor(record: _Record):
             return next_fun(*args, **kwargs)
         path = module.scope.path
         owner = geometry.owner_of(context.orig_method)
+        args, kwargs = geometry.by_position(context.orig_method, module, args, kwargs)
+        own = module.variables.get("params", {})
+        if (first := _first_watched(own)) is not None:
+            record.axes[path] = (first._path, first._axes)
         factory = geometry.find(owner, method)
-        found = factory(Call(module, method, args, kwargs, _own_shapes(module))) if factory is not None else None
+        found = factory(Call(module, method, args, kwargs, _own_shapes(own))) if factory is not None else None
+        if found is not None and not _is_at(own.get(found.leaf), (*path, found.leaf)):
+            found = None  # a root of its own inside the model (a tied head), given another module's weight
         hook = attention.find(owner, method)
         if hook is not None:
             watch = lambda k, v, m: (record.heads.update({path: (k.shape[-2], k.shape[-1], v.shape[-1])}), (k, v, m))[1]  # noqa: E731
@@ -163,7 +180,11 @@ def _trace(model: nn.Module, variables: Mapping[str, Any], record: _Record, args
         boxes = {p: meta.replace_boxed(box, x) for (p, box), x in zip(leaves.items(), arrays, strict=True)}
         boxed = unflatten({p: _Watched(x, p, (), record) for p, x in boxes.items()})
         with nn.intercept_methods(_interceptor(record)):
-            out = jax.tree.leaves(model.apply({**others, "params": boxed}, *a, **kw))
+            out = model.apply({**others, "params": boxed}, *a, **kw)
+        if kw.get("mutable", False) is not False:  # parameters that come back unchanged are not used
+            y, state = out
+            out = y, {k: v for k, v in state.items() if k != "params"}
+        out = jax.tree.leaves(out)
         final = {id(x) for x in out}
         record.final |= {path for path, y in record.outputs if id(y) in final}
         record.outputs.clear()  # tracers must not outlive their trace
@@ -201,14 +222,14 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     return Survey(
         weights=tuple(weights),
         outputs=tuple(
-            Site(path=p, kind="output", owner=cls, outputs=shape[-1], dtype=dtype, stack=_module_stack(p, stacks),
+            Site(path=p, kind="output", owner=cls, outputs=shape[-1], dtype=dtype, stack=_module_stack(p, record, shapes),
                  geometry=made_by[p].geometry if p in made_by else None)
             for p, (cls, shape, dtype) in record.modules.items()
             if shape and p
         ),
         attentions=tuple(
             Site(path=p, kind="attention", owner=record.modules.get(p, ("Attention",))[0], heads=heads,
-                 stack=_module_stack(p, stacks))
+                 stack=_module_stack(p, record, shapes))
             for p, heads in record.heads.items()
         ),
         leaves=tuple(
@@ -219,12 +240,12 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     )  # fmt: skip
 
 
-def _module_stack(path: Path, stacks: Mapping[Path, Stack]) -> Stack:
-    """The stacking of a module's own scope, from the leaves in it or, if it has none, around it."""
+def _module_stack(path: Path, record: _Record, shapes: Mapping[Path, Any]) -> Stack:
+    """The stacking of a module's own scope or, if it has no parameters, of the one around it."""
     for n in range(len(path), -1, -1):
-        below = [s for p, s in stacks.items() if p[:n] == path[:n]]
-        if below:
-            return min(below, key=len)
+        if path[:n] in record.axes:
+            leaf, axes = record.axes[path[:n]]
+            return _stack(axes, shapes[leaf][0])
     return ()
 
 

@@ -1,4 +1,4 @@
-"""The command line on a tiny BERT: the job, its run folder, what becomes of it, and every mistake that a user can make."""
+"""The command line on a tiny BERT: the job, its run folder, what comes after, and the mistakes that users make."""
 
 import errno
 import io
@@ -16,18 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 import jpeft
-from jpeft import assets, checkpoint, finetune, models, runs
+from jpeft import assets, checkpoint, classify, finetune, models, runs
 from jpeft.cli import main
 from jpeft.config import Config, parse_targets
 from jpeft.models.bert import Bert, BertConfig
 
 GOOD, BAD, OTHER = ["good", "nice", "fine"], ["bad", "stale", "poor"], ["tea", "the", "cup", "of", "very"]
-JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "1e-2", "--max-length", "24", "--checkpoint-every", "3"]
+INPUTS = ["--model", "bert", "--data", "train.csv", "--eval", "test.jsonl"]
+JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "3e-2", "--max-length", "24", "--checkpoint-every", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,8 @@ def home(tmp_path_factory):
         max_position_embeddings=40,
     )  # fmt: skip
     model = Bert(config)
-    models.save(folder / "bert", model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
+    models.save(folder / "bert", model, variables["params"])
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("[CLS]", 2), ("[SEP]", 3)]
@@ -60,6 +63,30 @@ def reviews(count, seed):
         words = [draw.choice(GOOD if number % 3 else BAD), *draw.choices(OTHER, k=draw.randint(1, 12))]
         rows.append((" ".join(draw.sample(words, len(words))), "up" if number % 3 else "down"))
     return rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _promotion():
+    """Optax's Adam takes a power of a float by an integer, which strict promotion refuses; ours is checked below."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    """Runs of one shape compile once in this process; those in a process of their own compile for themselves."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +150,8 @@ def test_a_run_folder_holds_what_it_should(finished):
     lines = runs.read_lines(finished / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 10, 20, 30, 40]
-    assert lines[1]["lr"] < lines[3]["lr"] == 1e-2 > lines[-2]["lr"] > 0
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert 0 < rates[0] < rates[2] == max(rates) == pytest.approx(3e-2) and 0 < rates[-1] < 1e-3
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((finished / "config.json").read_text())
     assert record["labels"] == ["down", "up"] and Path(record["config"]["model"]).is_absolute()
@@ -202,6 +230,20 @@ def test_every_method_trains_with_the_head(method, more, leaf, capsys):
     assert not np.array_equal(tensors["classifier/kernel"], fresh.params["classifier"]["kernel"])
 
 
+def test_the_loss_and_the_scores_promote_nothing():
+    config = Config(model="bert", data="train.csv", batch_size=4, max_length=24, dropout=0.1)
+    made = finetune.prepare(config, finetune.Silent())
+    adapter, rng = made.peft.init(jax.random.key(0), made.params), jax.random.key(1)
+    batch = next(iter(made.train))
+    with jax.numpy_dtype_promotion("strict"):
+        score = classify.scorer(made.peft)(made.params, adapter, batch.input_ids, batch.attention_mask)
+        for train_mode in (True, False):
+            loss = jax.value_and_grad(classify.loss_fn(made.peft, train_mode), has_aux=True)
+            (value, metrics), grads = jax.jit(loss)(adapter, made.params, batch, rng)
+            assert value.dtype == metrics["accuracy"].dtype == score.dtype == jnp.float32
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
 def test_the_default_is_lora_on_all_linear_layers_and_the_head():
     method = finetune.build_method(Config())
     assert method == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
@@ -221,8 +263,8 @@ def test_targets_as_typed(text, targets):
 
 
 def start(arguments):
-    """The command in a process of its own, as strict as the tests are."""
-    env = os.environ | {"PYTHONWARNINGS": "error", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    """The command in a process of its own."""
+    env = os.environ | {"PYTHONWARNINGS": "error"}
     code = "import sys; from jpeft.cli import main; sys.exit(main())"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=env, **pipes)
@@ -318,7 +360,7 @@ def test_a_log_cut_short_by_a_kill_is_mended(stopped, finished):
 
 
 def test_flags_that_conflict_with_the_run(stopped, capsys):
-    assert "--lr 0.5 conflicts with the run's 0.01" in failure(capsys, "finetune", "--resume", stopped, "--lr", 0.5)
+    assert "--lr 0.5 conflicts with the run's 0.03" in failure(capsys, "finetune", "--resume", stopped, "--lr", 0.5)
     assert "--model minilm conflicts" in failure(capsys, "finetune", "--resume", stopped, "--model", "minilm")
     assert "name two runs" in failure(capsys, "finetune", "--resume", stopped, "--out", "other")
 
@@ -531,7 +573,7 @@ def test_inspect_a_run_and_an_adapter(finished, stopped, capsys, monkeypatch):
         assert main(["inspect", str(path), "--json"]) == 0
         about[name] = json.loads(capsys.readouterr().out)
     assert about["run"]["complete"] and not about["stopped"]["complete"] and about["stopped"]["step"] == 40
-    assert about["run"]["result"]["steps"] == 40 and about["run"]["config"]["lr"] == 1e-2
+    assert about["run"]["result"]["steps"] == 40 and about["run"]["config"]["lr"] == 3e-2
     for name in ("method", "sites", "leaves", "parameters", "bytes", "base_fingerprint"):
         assert about["run"][name] == about["adapter"][name]
     assert about["adapter"]["kind"] == "adapter" and len(about["adapter"]["sites"]) == 14

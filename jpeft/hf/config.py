@@ -196,9 +196,7 @@ def read(file: Path) -> LoraConfig:
         raise AdapterError(f"{file}: unknown field {unknown[0]!r}; jpeft cannot tell what it changes")
     for field in sorted(_REFUSED & config.keys()):
         if config[field] not in (None, False, [], {}, ""):
-            raise AdapterError(
-                f"{file}: {field}={config[field]!r} is not supported; merge it in PEFT, or train without"
-            )
+            raise AdapterError(f"{file}: {field}={config[field]!r} is not supported; merge it in PEFT instead")
     given = {k: v for k, v in config.items() if k in fields and v is not None}
     for field, value in given.items():
         ok, expected = _RULES[field]

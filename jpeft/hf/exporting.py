@@ -41,8 +41,8 @@ def save(
 ) -> None:
     """Writes an adapter as a folder that ``peft.PeftModel.from_pretrained`` loads. Inverse of `jpeft.hf.load`.
 
-    It takes a `LoRA`, alone or in a `Chain` with `BitFit` (of all biases, or of those where the LoRA is) and `Train` (of
-    whole modules). A part of a model is saved by itself with that part's peft and trees: of a classifier's encoder, say.
+    It takes a `LoRA`, alone or in a `Chain` with `BitFit` (of all biases, or of those where the LoRA is) and `Train`
+    (of whole modules). A part of a model, say a classifier's encoder, is saved alone with its own peft and trees.
 
     Args:
       path: the folder; it appears whole or not at all. An adapter that is there is replaced.
@@ -118,8 +118,11 @@ def leaf_suffix(names: Names, site: Site, lora: Mapping[str, Any]) -> str:
 
 
 def _lora_fields(lora: Mapping[str, Action]) -> dict[str, Any]:
-    """The fields of the configuration that hold the LoRAs' settings. Modules are named whole, not by suffix or
-    "all-linear": the torch model may have more of them than this one, such as a pooler, which would be given new ones."""
+    """The fields of the configuration that hold the LoRAs' settings.
+
+    Modules are named whole, not by suffix or "all-linear": the torch model may have more than this one, such as a
+    pooler, and would be given new LoRAs there.
+    """
     methods = {name: action.method for name, action in lora.items()}
     # PEFT, too, drops nothing before an embedding; a weight that no call explains cannot have dropout.
     dropouts = {a.method.dropout for a in lora.values() if a.site.via == FUSED and not a.site.lookup} or {0.0}
@@ -165,7 +168,7 @@ def _bias(peft: Peft, base: Mapping[Path, Any]) -> str:
         return "lora_only"
     odd = join(min(chosen ^ beside))
     raise ValueError(
-        f"HuggingFace trains all biases or those of the LoRA's modules; this BitFit does neither, which shows at {odd!r}"
+        f"HuggingFace trains all biases or those of the LoRA's modules; this BitFit does neither: see {odd!r}"
     )
 
 
@@ -183,7 +186,7 @@ def _modules_to_save(peft: Peft, base: Mapping[Path, Any], names: Names, task_ty
             name = names.torch(leaf[:n])
             if leaf not in trained and any(name.endswith(module) for module in saved):
                 raise ValueError(
-                    f"PEFT would take {name!r} for one of modules_to_save={sorted(saved)}, because it ends alike; train it too"
+                    f"PEFT would take {name!r} for one of modules_to_save={sorted(saved)}, as it ends alike; train it too"
                 )
     heads = hf.TASK_HEADS.get(task_type or "", set())
     if heads and not any(heads & set(module.split(".")) for module in saved):
@@ -201,8 +204,8 @@ def _whole(leaf: Path, base: Mapping[Path, Any], trained: Collection[Path]) -> P
             return leaf[:n]
     missing = min(p for p in base if p[:-1] == leaf[:-1] and p not in trained)
     raise ValueError(
-        f"HuggingFace's modules_to_save are whole modules; this Train has {join(leaf)!r} without {join(missing)!r}, or the "
-        "module has a LoRA"
+        f"HuggingFace's modules_to_save are whole modules without a LoRA; this Train has {join(leaf)!r} without "
+        f"{join(missing)!r}"
     )
 
 

@@ -42,15 +42,17 @@ def load(
     Args:
       path: the folder. model, params, *inputs, **kwargs: as for ``method.bind``.
       prefix: as in `save`; found from the names in the file where it is not given.
-      ignore: torch modules whose tensors to leave out because the model lacks them, by whole name or by suffix at a ".",
-        e.g. ``["pooler.dense"]``.
+      ignore: torch modules to leave out because the model lacks them, whole names or suffixes at a ".", e.g.
+        ``["pooler.dense"]``.
 
     Returns:
-      ``(peft, adapter)``. Trained biases and ``modules_to_save`` are `BitFit` and `Train`, in a `Chain` with the `LoRA`.
+      ``(peft, adapter)``; trained biases and ``modules_to_save`` are `BitFit` and `Train` in a `Chain` with the `LoRA`.
 
     Raises:
-      AdapterError: no adapter there, a pickle, a truncated file; a field that is unknown or not supported; a tensor that
-        is missing, extra or misshapen; a module that the model lacks, or of which file and ``target_modules`` disagree.
+      AdapterError: no adapter there, a pickle, a truncated file; a field that is unknown or not supported; a tensor
+        that is missing, extra or misshapen; a module that the model lacks, or that only one of file and
+        ``target_modules`` names.
+      ValueError: a weight of the model that no torch module can be like, such as one stacked by a scan.
 
     >>> # peft, adapter = jpeft.hf.load("adapter", model, params, input_ids, attention_mask); see jpeft.hf.save
     """
@@ -66,7 +68,7 @@ def load(
     method = _method(file, config, names, seen, sites, biases, saved)
     peft = bind_seen(method, model, params, seen)
     leaves = {p: jnp.asarray(x) for p, x in _leaves(peft, file, config, names, sites).items()}
-    _check_rest(file, names, base, {s.path for s in (*biases, *saved)})
+    _check_rest(file, names, seen, {s.path for s in (*biases, *saved)}, base)
     leaves = {p: leaves[p].astype(dtype) for p, (_, dtype) in peft.structure}
     return peft, like(unflatten(peft.dress(leaves, base)), tree)
 
@@ -137,7 +139,7 @@ class _File:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """``"a.b.lora_A.weight"`` to ``("a.b", "lora_A.weight")``, ``"a.b.base_layer.bias"`` to ``("a.b", "base_layer.bias")``."""
+    """``"a.b.lora_A.weight"`` to ``("a.b", "lora_A.weight")``; likewise before ``base_layer`` and the last part."""
     parts = name.split(".")
     inner = next((i for i, p in enumerate(parts) if i and (p == "base_layer" or p.startswith("lora_"))), len(parts) - 1)
     return ".".join(parts[:inner]), ".".join(parts[inner:])
@@ -157,7 +159,7 @@ class _Found:
     ignore: tuple[str, ...]
 
     def lora(self) -> dict[str, Site]:
-        """The weights with a LoRA by torch module: those in the file, which must be those that the configuration targets."""
+        """The weights with a LoRA by torch module: those in the file, which must be those that are targeted."""
         weights = {self.names.torch(s.path): s for s in self.seen.weights if not isinstance(s.geometry, Raw)}
         file, config = self.file, self.config
         for module in sorted(file.lora):
@@ -281,34 +283,32 @@ def _leaves(
     return out
 
 
-def _check_rest(file: _File, names: Names, base: Mapping[Path, Any], used: Collection[Path]) -> None:
+def _check_rest(file: _File, names: Names, seen: Survey, used: Collection[Path], base: Mapping[Path, Any]) -> None:
     """What else the file holds may be only base weights as they are: PEFT adds those of embeddings.
 
     Raises:
       AdapterError: a tensor that nothing accounts for, or one that is not the base's.
     """
-    for module, own in file.others.items():
-        owner = names.tree(module, {p[:-1] for p in base})
-        for suffix, x in own.items():
-            leaves = [
-                p for p in base if p[:-1] == owner and layout.leaf_name(p[-1]) == suffix.removeprefix("base_layer.")
-            ]
-            if any(p in used for p in leaves):
+    rest = {(module, suffix) for module, own in file.others.items() for suffix in own}
+    for site in seen.leaves:
+        module, leaf = names.torch(site.path[:-1]), layout.leaf_name(site.path[-1])
+        for suffix in (leaf, "base_layer." + leaf):
+            if (module, suffix) not in rest:
                 continue
-            name = f"{ROOT}{module}.{suffix}"
-            if not leaves or leaves[0][-1] in ("lora_a", "lora_b"):
-                raise AdapterError(f"{file.path} has {name!r}, which {hf.CONFIG} does not account for")
-            if not _same(x, meta.unbox(base[leaves[0]])):
+            rest.remove((module, suffix))
+            if site.path not in used and not _same(site, file.others[module][suffix], meta.unbox(base[site.path])):
                 raise AdapterError(
-                    f"{file.path} has {name!r}, a base weight that differs from {join(leaves[0])!r}: it was resized or "
-                    "trained; load the base with it, or train it with modules_to_save"
+                    f"{file.path} has {f'{ROOT}{module}.{suffix}'!r}, a base weight that differs from {site.name!r}: it "
+                    "was resized or trained; load the base with it, or train it with modules_to_save"
                 )
+    for module, suffix in sorted(rest):
+        raise AdapterError(f"{file.path} has {f'{ROOT}{module}.{suffix}'!r}, which {hf.CONFIG} does not account for")
 
 
-def _same(x: np.ndarray, leaf: Any) -> bool:
-    """Whether a base weight is what the file says, as far as an abstract one can tell."""
+def _same(site: Site, tensor: np.ndarray, leaf: Any) -> bool:
+    """Whether a base weight is what the file has, as far as an abstract one can tell."""
+    if tensor.shape != layout.leaf_shape(site):
+        return False
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return sorted(x.shape) == sorted(leaf.shape)
-    leaf = np.asarray(jax.device_get(leaf)).astype(x.dtype)
-    leaf = leaf.T if leaf.shape != x.shape else leaf
-    return leaf.shape == x.shape and bool(np.array_equal(leaf, x))
+        return True
+    return np.array_equal(layout.leaf_to_tree(site, tensor), np.asarray(jax.device_get(leaf)).astype(tensor.dtype))

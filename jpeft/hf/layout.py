@@ -90,7 +90,7 @@ def _axes(site: Site) -> tuple[int, ...]:
     if n <= 1 or (leaf == "embedding" and n == 2) or leaf not in (*_WEIGHT, "bias"):
         return tuple(range(n))
     raise ValueError(
-        f"{site.name!r} {list(site.stored)} of {site.owner or 'this model'} has no counterpart in HuggingFace PEFT, whose "
+        f"{site.name!r} {list(site.stored)} of {site.owner or 'this model'} has no counterpart in HuggingFace PEFT: "
         "modules_to_save hold the weights of linear layers, convolutions, embeddings and norms"
     )
 

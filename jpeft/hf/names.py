@@ -73,8 +73,8 @@ def find(folder: FilePath, modules: Collection[str], owners: set[Path]) -> Names
         first = modules[places[best].index(None)]
         hint = nearest(first.replace(".", "/"), map(join, sorted(owners)))
         raise AdapterError(
-            f"{folder} has tensors for {first!r}, which this model lacks{hint}; say with prefix= where its modules lie, "
-            f"or leave them out: ignore=[{first!r}]"
+            f"{folder} has tensors for {first!r}, which this model lacks{hint}; say with prefix= where modules lie, or "
+            f"leave them out: ignore=[{first!r}]"
         )
     shortest = min(len(names.rules[0][0]) for names in fits)
     rivals = sorted((n for n in fits if len(n.rules[0][0]) == shortest), key=lambda names: names.rules)

@@ -136,7 +136,7 @@ class Method:
     def _replaced(self, fields: dict[str, Any]) -> Any:
         return dataclasses.replace(self, **{**fields, "overrides": FrozenDict()})
 
-    def bind(self, model: nn.Module, params: Any, *inputs: Any, **kwargs: Any) -> Peft:
+    def bind(self, model: nn.Module, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
         """Finds this method's sites in a model by one abstract call, and returns the bound `Peft`.
 
         Args:
@@ -247,10 +247,19 @@ class AttentionMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class LeafMethod(Method):
-    """A method whose adapter leaves take the place of base leaves, and start as their copies."""
+    """A method whose adapter leaves take the place of base leaves, and start as their copies.
+
+    Floating leaves narrower than float32 get float32 copies, since small updates would be lost in rounding; the model
+    sees them in the base's dtype.
+    """
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return survey.leaves
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
+        wide = jnp.promote_types(w.dtype, jnp.float32) if jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
+        # A copy, not the base's own buffer: a donated training state must not take the base away.
+        return {"": jnp.array(w, wide, copy=True)}
 
 
 # --- dtypes and initialisers that methods share -----------------------------------------------------------------------

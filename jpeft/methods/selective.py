@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Key
-
-from jpeft.methods.base import LeafMethod, Leaves
+from jpeft.methods.base import LeafMethod
 from jpeft.sites import Site
 from jpeft.survey import Survey
 from jpeft.targets import Targets
@@ -33,10 +29,6 @@ class Train(LeafMethod):
             raise ValueError('Train needs a target, e.g. Train(r"classifier") or Train(r".*/bias")')
         super().__post_init__()
 
-    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        # A copy, not the base's own buffer: a donated training state must not take the base away.
-        return {"": jnp.array(w, copy=True)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(LeafMethod):
@@ -51,6 +43,3 @@ class BitFit(LeafMethod):
 
     def default_targets(self) -> Targets:
         return r".*"
-
-    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        return {"": jnp.array(w, copy=True)}

@@ -170,6 +170,9 @@ def default_positions(cfg: BertConfig, input_ids: Int[Array, "batch length"]) ->
 class SelfAttention(_Module):
     """Multi-head self-attention, without its output projection."""
 
+    def setup(self) -> None:
+        self.weights_dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
+
     @nn.compact
     def __call__(self, x: Flat, batch: int, mask: Mask, deterministic: bool) -> Flat:
         query, key, value = (self.project(x, batch, name) for name in ("query", "key", "value"))
@@ -198,7 +201,7 @@ class SelfAttention(_Module):
         # head_dim] matrices as they lie (32 x 64 tokens, 12 heads of 32: 20 ms, the usual einsum 29, torch 19).
         query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
         weights = masked_softmax(jnp.einsum("bhqd,bhkd->bhqk", query, key), mask)
-        weights = nn.Dropout(self.config.attention_probs_dropout_prob)(weights, deterministic=deterministic)
+        weights = self.weights_dropout(weights, deterministic=deterministic)
         return jnp.einsum("bhqk,bhkd->bhqd", weights, value).swapaxes(1, 2)
 
 
@@ -324,7 +327,7 @@ class Bert(_Module):
         states = Embeddings(**self.fields(), name="embeddings")(input_ids, token_type_ids, position_ids, deterministic)
         if cfg.embedding_size not in (None, cfg.hidden_size):
             states = self.dense(cfg.hidden_size, "embeddings_project")(states)
-        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
+        mask = None if attention_mask is None else jnp.asarray(attention_mask, bool)[:, None, None, :]
         if cfg.model_type == "distilbert":
             return Encoder(**self.fields(), layer=DistilLayer, name="transformer")(states, mask, deterministic)
         return Encoder(**self.fields(), name="encoder")(states, mask, deterministic)

@@ -1,0 +1,282 @@
+"""Training step of MiniLM, batch 32 x 64 tokens: jpeft, HuggingFace PEFT (torch) and qwix, side by side in one run.
+
+    python benchmarks/step.py [--rounds 12] [--threads 2] [--json step.json]
+
+Every variant trains the same thing: a two-class head on mean-pooled states and, as named, all weights or LoRA of rank 8
+(alpha 16, no dropout), under AdamW, in float32. Rounds are interleaved, a step of each variant in turn, so that what
+else the machine does falls on all alike; medians are compared as ratios. FLOPs, temporary and optimiser bytes are the
+compiled step's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jpeft
+from jpeft.assets import resolve_model
+from jpeft.classify import Classifier, load_classifier
+from jpeft.tree import size_bytes
+
+BATCH, LENGTH, RANK, ALPHA = 32, 64, 8, 16
+QV, ALL = r".*/(query|value)", "all-linear"
+HF_QV, HF_ALL = ["query", "value"], ["query", "key", "value", "dense"]
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Random tokens; every row is full, as every contender skips nothing."""
+    rng = np.random.default_rng(0)
+    return {
+        "ids": rng.integers(1000, 30000, (BATCH, LENGTH)).astype(np.int32),
+        "mask": np.ones((BATCH, LENGTH), np.int32),
+        "labels": rng.integers(0, 2, BATCH).astype(np.int32),
+    }
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class Variant:
+    """Something to time: ``step()`` runs one training step and waits for it."""
+
+    def __init__(self, name: str, step: Callable[[], Any], **facts: Any):
+        self.name, self.step, self.facts, self.times = name, step, facts, []
+
+
+def compiled_facts(compiled: Any) -> dict[str, float]:
+    memory = compiled.memory_analysis()
+    return {"flops": compiled.cost_analysis()["flops"], "temporary_bytes": memory.temp_size_in_bytes}
+
+
+def jax_variant(name: str, model: Any, params: Any, method: jpeft.methods.Method, data: Any) -> Variant:
+    """jpeft's own step."""
+    peft = method.bind(model, params, data["ids"], data["mask"])
+    adapter = peft.init(jax.random.key(0), params)
+    tx = optax.adamw(1e-4)
+    state = jpeft.TrainState.create(peft, adapter, tx, jax.random.key(1))
+
+    def loss_fn(adapter: Any, params: Any, batch: Any, rng: jax.Array) -> Any:
+        return cross_entropy(peft.apply(params, adapter, batch["ids"], batch["mask"]), batch["labels"]), {}
+
+    compiled = jpeft.train_step(peft, loss_fn, tx).lower(state, params, data).compile()
+    holder = {"state": state}
+
+    def step() -> None:
+        holder["state"], metrics = compiled(holder["state"], params, data)
+        jax.block_until_ready(metrics)
+
+    facts = {"adapter_bytes": size_bytes(adapter), "optimizer_bytes": size_bytes(state.opt_state)}
+    return Variant(name, step, **compiled_facts(compiled), **facts)
+
+
+def qwix_variant(name: str, model: Any, params: Any, pattern: str, data: Any) -> Variant:
+    """qwix's LoRA on the same Linen model: the same loss, optimiser and trainable head."""
+    import qwix
+
+    provider = qwix.LoraProvider(module_path=pattern, rank=RANK, alpha=ALPHA)
+    lora = qwix.apply_lora_to_model(model, provider)
+    full = jax.jit(lora.init)(jax.random.key(0), data["ids"], data["mask"])["params"]
+    mine = lambda p: "lora" in p[-1] or p[0] == "classifier"  # noqa: E731
+    own = jpeft.tree.unflatten({p: x for p, x in jpeft.tree.flatten(full).items() if mine(p)})
+    base = jpeft.tree.unflatten({p: x for p, x in jpeft.tree.flatten(params).items() if not mine(p)})
+    tx = optax.adamw(1e-4)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step_fn(own: Any, opt_state: Any, base: Any, data: Any) -> Any:
+        def loss(own: Any) -> jax.Array:
+            logits = lora.apply({"params": jpeft.combine(base, own)}, data["ids"], data["mask"])
+            return cross_entropy(logits, data["labels"])
+
+        value, grads = jax.value_and_grad(loss)(own)
+        updates, opt_state = tx.update(grads, opt_state, own)
+        return optax.apply_updates(own, updates), opt_state, value
+
+    holder = [own, tx.init(own)]
+    facts = {"adapter_bytes": size_bytes(own), "optimizer_bytes": size_bytes(holder[1])}
+    compiled = step_fn.lower(*holder, base, data).compile()
+
+    def step() -> None:
+        holder[0], holder[1], value = compiled(*holder, base, data)
+        jax.block_until_ready(value)
+
+    return Variant(name, step, **compiled_facts(compiled), **facts)
+
+
+def torch_variant(name: str, folder: Any, targets: list[str] | None, data: Any) -> Variant:
+    """HuggingFace PEFT, or full fine-tuning where there are no targets."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    if targets is not None:
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets)
+        encoder = get_peft_model(encoder, config)
+    for module in encoder.modules():  # no dropout, as in the others
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    head = torch.nn.Linear(384, 2)
+    trained = [p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids, mask, labels = (torch.tensor(data[k]).long() for k in ("ids", "mask", "labels"))
+    encoder.train()
+
+    def step() -> None:
+        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask[..., None].float()
+        logits = head((states * weights).sum(1) / weights.sum(1))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    step()
+    slots = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
+    return Variant(name, step, adapter_bytes=sum(p.numel() * 4 for p in trained), optimizer_bytes=slots)
+
+
+def foreign_variants(folder: Any, params: Any, data: Any) -> list[Variant]:
+    """transformers' own Flax BERT: LoRA, against the same gradient path without an adapter.
+
+    Biases of the same layers train in the latter, so that the gradient flows as far back and costs next to nothing.
+    """
+    from transformers import BertConfig, FlaxBertModel
+
+    config = BertConfig.from_pretrained(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    bert = FlaxBertModel(config, _do_init=False, add_pooling_layer=False)
+
+    class Adapted(Classifier):
+        def __call__(self, ids: Any, mask: Any) -> Any:  # type: ignore[override]
+            types, places = jnp.zeros_like(ids), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+            states = self.encoder(ids, mask, types, places)[0]
+            return self.head(states.mean(1))
+
+        def setup(self) -> None:
+            import flax.linen as nn
+
+            self.head = nn.Dense(2, name="classifier")
+
+    model = Adapted(bert.module, 2)
+    out = []
+    for kind, targets, biases in [("query,value", QV, r".*/(query|value)/bias"), ("all-linear", ALL, r".*/layer/.*")]:
+        head = jpeft.Train("classifier")
+        lora = jpeft.Chain(jpeft.LoRA(rank=RANK, alpha=ALPHA, targets=targets), head)
+        path = jpeft.Chain(jpeft.BitFit(targets=biases), head)
+        out.append(jax_variant(f"flax-bert lora {kind}", model, params, lora, data))
+        out.append(jax_variant(f"flax-bert path {kind}", model, params, path, data))
+    return out
+
+
+def forward_variants(model: Any, params: Any, data: Any) -> list[Variant]:
+    """The forward pass: the base, under LoRA, and merged."""
+    peft = jpeft.LoRA(rank=RANK, alpha=ALPHA).bind(model, params, data["ids"], data["mask"])
+    adapter = peft.init(jax.random.key(0), params)
+    merged = peft.merge(params, adapter)
+    base = lambda p, ids, mask: model.apply({"params": p}, ids, mask)  # noqa: E731
+    calls = [
+        ("forward base", base, (params,)),
+        ("forward lora all-linear", peft.apply, (params, adapter)),
+        ("forward merged", base, (merged,)),
+    ]
+    out = []
+    for name, fn, trees in calls:
+        compiled = jax.jit(fn).lower(*trees, data["ids"], data["mask"]).compile()
+        run = functools.partial(lambda c, t: jax.block_until_ready(c(*t, data["ids"], data["mask"])), compiled, trees)
+        out.append(Variant(name, run, **compiled_facts(compiled)))
+    return out
+
+
+def measure(variants: list[Variant], rounds: int) -> None:
+    """A step of each in turn, ``rounds`` times, after two that do not count."""
+    for i in range(rounds + 2):
+        for variant in variants:
+            start = time.perf_counter()
+            variant.step()
+            if i >= 2:
+                variant.times.append(time.perf_counter() - start)
+
+
+def table(variants: list[Variant]) -> list[dict[str, Any]]:
+    """Rows of medians and facts."""
+    rows = []
+    for v in variants:
+        row = {"name": v.name, "median_ms": 1000 * statistics.median(v.times), "min_ms": 1000 * min(v.times)}
+        rows.append(row | v.facts)
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The numbers that are promised: below 1 is faster, or less."""
+    by = {r["name"]: r for r in rows}
+    time_of = lambda n: by[n]["median_ms"]  # noqa: E731
+    out = {}
+    for kind in ("full", "lora query,value", "lora all-linear"):
+        out[f"time jpeft / torch, {kind}"] = time_of(f"jpeft {kind}") / time_of(f"torch {kind}")
+    for kind in ("query,value", "all-linear"):
+        out[f"time jpeft / qwix, {kind}"] = time_of(f"jpeft lora {kind}") / time_of(f"qwix lora {kind}")
+        out[f"FLOPs lora / full, {kind}"] = by[f"jpeft lora {kind}"]["flops"] / by["jpeft full"]["flops"]
+        out[f"time on flax-bert, lora / no adapter, {kind}"] = (
+            time_of(f"flax-bert lora {kind}") / time_of(f"flax-bert path {kind}")
+        )
+    out["time forward, lora / base"] = time_of("forward lora all-linear") / time_of("forward base")
+    out["time forward, merged / base"] = time_of("forward merged") / time_of("forward base")
+    out["FLOPs forward, merged / base"] = by["forward merged"]["flops"] / by["forward base"]["flops"]
+    return out
+
+
+def main() -> None:
+    """Runs everything, prints the tables, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--json", default=None, help="write the numbers there")
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    folder, data = resolve_model("minilm"), batch()
+    model, params = load_classifier(folder, num_labels=2, seed=0)
+    head = jpeft.Train("classifier")
+    lora = lambda targets: jpeft.Chain(jpeft.LoRA(rank=RANK, alpha=ALPHA, targets=targets), head)  # noqa: E731
+    variants = [
+        jax_variant("jpeft full", model, params, jpeft.Train(r".*"), data),
+        jax_variant("jpeft lora query,value", model, params, lora(QV), data),
+        jax_variant("jpeft lora all-linear", model, params, lora(ALL), data),
+        torch_variant("torch full", folder, None, data),
+        torch_variant("torch lora query,value", folder, HF_QV, data),
+        torch_variant("torch lora all-linear", folder, HF_ALL, data),
+        qwix_variant("qwix lora query,value", model, params, QV, data),
+        qwix_variant("qwix lora all-linear", model, params, r".*/(query|key|value|dense)", data),
+        *foreign_variants(folder, params, data),
+        *forward_variants(model, params, data),
+    ]
+    measure(variants, args.rounds)
+    rows = table(variants)
+    print(f"{'':32}{'median ms':>10}{'min ms':>9}{'GFLOP':>8}{'temp MB':>9}{'optimizer MB':>14}")
+    for r in rows:
+        flops = f"{r['flops'] / 1e9:8.1f}" if "flops" in r else " " * 8
+        temp = f"{r['temporary_bytes'] / 1e6:9.1f}" if "temporary_bytes" in r else " " * 9
+        slots = f"{r['optimizer_bytes'] / 1e6:14.2f}" if "optimizer_bytes" in r else ""
+        print(f"{r['name']:32}{r['median_ms']:10.1f}{r['min_ms']:9.1f}{flops}{temp}{slots}")
+    promised = ratios(rows)
+    print()
+    for name, value in promised.items():
+        print(f"{name:52}{value:6.3f}")
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump({"rows": rows, "ratios": promised, "rounds": args.rounds, "jax": jax.__version__}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

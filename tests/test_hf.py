@@ -1,0 +1,560 @@
+"""HuggingFace PEFT folders without torch: what is written, what is read, and every way in which a folder can be wrong.
+
+tests/parity/test_hf_peft.py holds the same code to PEFT itself.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import jpeft
+from jpeft.hf import config as hf_config
+from jpeft.hf.names import Names
+from jpeft.io import AdapterError
+from jpeft.tree import flatten
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(6, name="query")(x) + nn.Dense(6, use_bias=False, name="value")(x)
+        return nn.LayerNorm(name="norm")(x + nn.Dense(6, name="out")(jnp.tanh(y)))
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = Layer(name=str(i))(x)
+        return x
+
+
+class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(9, 6, name="words")(ids)
+        x = nn.Conv(6, (3,), name="mix")(x)
+        return Layers(name="layer")(x)
+
+
+class Classifier(nn.Module):
+    """An encoder within another model, as jpeft's own classifier has it."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = Encoder(name="encoder")(ids)
+        return nn.Dense(3, name="classifier")(x.mean(axis=1))
+
+
+IDS = jnp.asarray([[1, 2, 3, 4], [8, 7, 6, 5]])
+
+
+def made(model, method, seed=0):
+    """The model's parameters, the bound method, and an adapter that does something."""
+    params = model.init(jax.random.key(seed), IDS)["params"]
+    peft = method.bind(model, params, IDS)
+    leaves, tree = jax.tree.flatten(peft.init(jax.random.key(1), params))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [x + jax.random.normal(k, x.shape).astype(x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return params, peft, jax.tree.unflatten(tree, noisy)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a LoRA on queries, and what it was saved from."""
+    params, peft, adapter = made(Encoder(), jpeft.LoRA(rank=2, alpha=3, targets=["query"]))
+    jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    return tmp_path / "hf", params, adapter
+
+
+def edit(folder: Path, **fields):
+    config = json.loads((folder / "adapter_config.json").read_text()) | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def same(a, b):
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype
+        np.testing.assert_array_equal(a[path], b[path])
+
+
+# --- both ways --------------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "linear": jpeft.LoRA(rank=2, targets=r".*/(query|value|out)"),
+    "embedding and convolution": jpeft.LoRA(rank=3, alpha=5, targets=["words", "mix"], rslora=True),
+    "per site": jpeft.LoRA(
+        rank=2, alpha=3, targets=["query", "value"], overrides={"layer/1/query": {"rank": 4}, "value": {"alpha": 7}}
+    ),
+    "all biases": jpeft.Chain(jpeft.LoRA(targets=["query"]), jpeft.BitFit()),
+    "own biases": jpeft.Chain(jpeft.LoRA(targets=["query", "value"]), jpeft.BitFit(targets=r".*/query/bias")),
+    "modules": jpeft.Chain(jpeft.LoRA(targets=["query"]), jpeft.Train(["mix", "words", "norm", "value"])),
+    "modules and biases": jpeft.Chain(
+        jpeft.LoRA(targets=["query"]), jpeft.BitFit(exclude=["norm"]), jpeft.Train(r".*/norm/scale|.*/norm/bias")
+    ),
+    "half precision": jpeft.LoRA(rank=2, targets=["query"], dtype="bfloat16"),
+    "two LoRAs": jpeft.Chain(jpeft.LoRA(rank=2, targets=["query"]), jpeft.LoRA(rank=3, alpha=1, targets=["out"])),
+    "dropout and a start": jpeft.LoRA(dropout=0.25, init_weights="orthogonal", targets=["query"]),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_load_is_the_inverse_of_save(name, tmp_path):
+    model = Encoder()
+    params, peft, adapter = made(model, METHODS[name])
+    jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    again, read = jpeft.hf.load(tmp_path / "hf", model, params, IDS)
+    same(read, adapter)
+    np.testing.assert_allclose(again.apply(params, read, IDS), peft.apply(params, adapter, IDS), atol=1e-6)
+    first, second = peft.method.methods()[0], again.method.methods()[0]
+    assert (first.dropout, first.init_weights, first.dtype) == (second.dropout, second.init_weights, second.dtype)
+    # And once more: what was read writes the same files.
+    jpeft.hf.save(tmp_path / "again", again, read, params)
+    for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_what_is_written(tmp_path):
+    method = jpeft.Chain(
+        jpeft.LoRA(rank=2, alpha=3, targets=["query", "words", "mix"], overrides={"words": {"rank": 4}}),
+        jpeft.BitFit(targets=r".*/(query|mix)/bias"),
+        jpeft.Train(["classifier"]),
+    )
+    params, peft, adapter = made(Classifier(), method)
+    jpeft.hf.save(tmp_path, peft, adapter, params, prefix={"encoder/": "bert"}, task_type="SEQ_CLS", base_model="b/c")
+    text = (tmp_path / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
+    assert config == {
+        "alpha_pattern": {},
+        "base_model_name_or_path": "b/c",
+        "bias": "lora_only",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 3,
+        "lora_dropout": 0.0,
+        "modules_to_save": ["classifier"],
+        "peft_type": "LORA",
+        "r": 2,
+        "rank_pattern": {"bert.words": 4},
+        "target_modules": ["bert.layer.0.query", "bert.layer.1.query", "bert.mix", "bert.words"],
+        "task_type": "SEQ_CLS",
+        "use_rslora": False,
+    }
+    with safe_open(tmp_path / "adapter_model.safetensors", "numpy") as f:
+        assert f.metadata() == {"format": "pt"}
+        shapes = {k: f.get_slice(k).get_shape() for k in f.keys()}  # noqa: SIM118
+    query = {"lora_A.weight": [2, 6], "lora_B.weight": [6, 2], "base_layer.bias": [6]}
+    expected = {f"bert.layer.{i}.query.{k}": v for i in range(2) for k, v in query.items()} | {
+        "bert.mix.lora_A.weight": [2, 6, 3],
+        "bert.mix.lora_B.weight": [6, 2, 1],
+        "bert.mix.base_layer.bias": [6],
+        "bert.words.lora_embedding_A": [4, 9],
+        "bert.words.lora_embedding_B": [6, 4],
+        "classifier.weight": [3, 6],
+        "classifier.bias": [3],
+    }
+    assert shapes == {f"base_model.model.{k}": v for k, v in expected.items()}
+    assert 'base_model: "b/c"' in (tmp_path / "README.md").read_text()
+
+
+def test_the_least_that_peft_writes(tmp_path):
+    model = Encoder()
+    params = model.init(jax.random.key(0), IDS)["params"]
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(8, 6)).astype("f"), rng.normal(size=(6, 8)).astype("f")
+    names = [f"base_model.model.layer.{i}.query.lora_{x}.weight" for i in range(2) for x in "AB"]
+    save_file(dict(zip(names, [a, b, 2 * a, b], strict=True)), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["query"]}')
+    peft, adapter = jpeft.hf.load(tmp_path, model, params, IDS)
+    merged = peft.merge(params, adapter)
+    for i in range(2):
+        kernel = params["layer"][str(i)]["query"]["kernel"] + (i + 1) * (b @ a).T  # r = lora_alpha = 8
+        np.testing.assert_allclose(merged["layer"][str(i)]["query"]["kernel"], kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_a_fused_weight_become_one_matrix(tmp_path):
+    method = jpeft.LoRA(rank=2, alpha=5, rslora=True, targets=["query"], overrides={"query": {"parts": 3}})
+    params, peft, adapter = made(Encoder(), method)
+    jpeft.hf.save(tmp_path, peft, adapter, params)
+    again, read = jpeft.hf.load(tmp_path, Encoder(), params, IDS)
+    assert again.method.rank == 6
+    np.testing.assert_allclose(again.apply(params, read, IDS), peft.apply(params, adapter, IDS), atol=1e-5)
+
+
+def test_abstract_and_frozen_params(saved):
+    from flax.core import FrozenDict, freeze
+
+    folder, params, adapter = saved
+    shapes = jax.eval_shape(lambda: params)
+    same(jpeft.hf.load(folder, Encoder(), shapes, IDS)[1], adapter)
+    assert isinstance(jpeft.hf.load(folder, Encoder(), freeze(params), IDS)[1], FrozenDict)
+
+
+# --- prefixes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "bert.", "model.bert"])
+@pytest.mark.parametrize("model", [Encoder(), Classifier()], ids=["encoder", "classifier"])
+def test_prefix_is_found(model, prefix, saved, tmp_path):
+    """An adapter of the encoder, saved under any wrapper, goes on the encoder and on a model that holds it."""
+    _, _, adapter = saved
+    params, peft, _ = made(Encoder(), jpeft.LoRA(rank=2, alpha=3, targets=["query"]))
+    jpeft.hf.save(tmp_path / "other", peft, adapter, params, prefix=prefix)
+    full = model.init(jax.random.key(0), IDS)["params"]
+    _, read = jpeft.hf.load(tmp_path / "other", model, full, IDS)
+    same(read["encoder"] if isinstance(model, Classifier) else read, adapter)
+
+
+def test_prefix_is_chosen_where_several_fit(saved):
+    folder, _, adapter = saved
+
+    class Towers(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return Encoder(name="left")(ids) + Encoder(name="right")(ids)
+
+    params = Towers().init(jax.random.key(0), IDS)["params"]
+    with pytest.raises(AdapterError, match=r"several places.*prefix=\{'left/': ''\} or prefix=\{'right/': ''\}"):
+        jpeft.hf.load(folder, Towers(), params, IDS)
+    _, read = jpeft.hf.load(folder, Towers(), params, IDS, prefix={"right/": ""})
+    same(read["right"], adapter)
+
+
+def test_layer_numbers_are_never_rewritten(saved):
+    folder, params, _ = saved
+    edit_tensors(folder, lambda t: [t.pop(k) for k in list(t) if ".layer.0." in k])
+    edit_tensors(folder, lambda t: [t.update({k.replace("layer.1", "layer.5"): t.pop(k)}) for k in list(t)])
+    with pytest.raises(AdapterError, match="'layer.5.query', which this model lacks; nearest: layer/1/query"):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+def test_names_are_inverse_to_each_other():
+    owners = {("encoder", "layer", "0"), ("classifier",)}
+    for rules in ("", "bert.", {"encoder/": "bert."}, {"encoder": ""}, {"encoder/": "a", "classifier/": "b"}):
+        names = Names.of(rules)
+        assert all(names.tree(names.torch(path), owners) == path for path in owners)
+
+
+# --- the configuration's language ------------------------------------------------------------------------------------
+
+LAYERS = "model.layers.1.mlp.experts.0.up"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "expected"),
+    [
+        ({"target_modules": ["up"]}, LAYERS, True),
+        ({"target_modules": ["p"]}, LAYERS, False),
+        ({"target_modules": r".*\.up"}, LAYERS, True),
+        ({"target_modules": r"up"}, LAYERS, False),
+        ({"target_modules": ["up"], "exclude_modules": ["experts.0.up"]}, LAYERS, False),
+        ({"target_modules": ["up"], "exclude_modules": r"model\.layers\.2.*"}, LAYERS, True),
+        ({"target_modules": ["up"], "modules_to_save": ["mlp"]}, LAYERS, False),
+        ({"target_modules": ["up"], "layers_to_transform": [1]}, LAYERS, True),
+        ({"target_modules": ["up"], "layers_to_transform": 0}, LAYERS, False),
+        ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "experts"}, LAYERS, True),
+        ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]}, LAYERS, False),
+        ({"target_modules": ["head"], "layers_to_transform": [0]}, "head", False),
+    ],
+)
+def test_targets_follow_peft(fields, name, expected):
+    assert hf_config.LoraConfig(**fields).targets(name) is expected
+
+
+def test_patterns_follow_peft():
+    config = hf_config.LoraConfig(
+        target_modules=["q"], rank_pattern={"q": 2, "a.q": 3, r"layers\.[01]\.k": 4, "v|w": 5}
+    )
+    ranks = {"a.q": 2, "q": 2, "aq": 8, "x.layers.1.k": 4, "layers.2.k": 8, "b.w": 5}
+    assert {name: config.rank(name) for name in ranks} == ranks
+
+
+@pytest.mark.parametrize(
+    "values", [{"q": 1, "a.q": 2, "b.q": 1}, {"a.q": 1, "a.b.q": 2, "q": 3}, {"a.b": 1, "aXb": 2, "c": 1}, {"a": 1.5}]
+)
+def test_patterns_name_modules_exactly(values):
+    default, pattern = hf_config.patterns(values)
+    config = hf_config.LoraConfig(
+        target_modules=["q"], r=default, rank_pattern=json.loads(json.dumps(pattern, sort_keys=True))
+    )
+    assert {name: config.rank(name) for name in values} == values
+
+
+# --- folders that are wrong ------------------------------------------------------------------------------------------
+
+FIELDS = {
+    "use_dora": True,
+    "alora_invocation_tokens": [1, 2],
+    "layer_replication": [[0, 1]],
+    "trainable_token_indices": [3],
+    "target_parameters": ["experts.w"],
+    "lora_bias": True,
+    "megatron_config": {"a": 1},
+    "use_qalora": True,
+    "ensure_weight_tying": True,
+    "from_the_future": None,
+    "init_lora_weights": "pissa_niter_16",
+    "peft_type": "IA3",
+    "r": 0,
+    "lora_alpha": "8",
+    "lora_dropout": 1.0,
+    "use_rslora": 1,
+    "bias": "some",
+    "rank_pattern": {"query": "4"},
+    "alpha_pattern": {"(": 4},
+    "target_modules": [],
+    "exclude_modules": 3,
+    "layers_to_transform": ["0"],
+    "modules_to_save": "classifier",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_field_that_is_refused_is_named(field, saved):
+    folder, params, _ = saved
+    edit(folder, **{field: FIELDS[field]})
+    with pytest.raises(AdapterError, match=field):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+@pytest.mark.parametrize("init", ["olora", "corda", "loftq", "lora_ga", "something"])
+def test_start_that_moved_the_base_is_refused(init, saved):
+    folder, params, _ = saved
+    edit(folder, init_lora_weights=init)
+    with pytest.raises(AdapterError, match=f"init_lora_weights='{init}'"):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+def test_defaults_and_provenance_are_let_through(saved):
+    folder, params, adapter = saved
+    edit(folder, use_dora=False, layer_replication=None, loftq_config={}, megatron_core="megatron.core", peft_version="1",
+         auto_mapping={"a": "b"}, qalora_group_size=16, revision=None, target_parameters=None, lora_bias=False,
+         eva_config={"rho": 2.0}, init_lora_weights="eva", task_type="SEQ_CLS", modules_to_save=["classifier", "score"])  # fmt: skip
+    same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], adapter)
+
+
+def _pop(tensors, end):
+    tensors.pop(next(k for k in tensors if k.endswith(end)))
+
+
+TENSORS = {
+    "lacks 'base_model.model.layer.0.query.lora_B.weight'": lambda t: _pop(t, "layer.0.query.lora_B.weight"),
+    "layer.0.query.lora_B.bias'.*not account": lambda t: t.update(
+        {"base_model.model.layer.0.query.lora_B.bias": np.ones(6, "f")}
+    ),
+    "lora_magnitude_vector'": lambda t: t.update(
+        {"base_model.model.layer.0.query.lora_magnitude_vector": np.ones(6, "f")}
+    ),
+    "lora_embedding_A' beside": lambda t: t.update(
+        {"base_model.model.layer.0.query.lora_embedding_A": np.ones((2, 6), "f")}
+    ),
+    r"shape \[3, 6\], expected \[2, 6\]": lambda t: t.update(
+        {"base_model.model.layer.1.query.lora_A.weight": np.ones((3, 6), "f")}
+    ),
+    "'pooler', which this model lacks": lambda t: t.update({"base_model.model.pooler.weight": np.ones((2, 6), "f")}),
+    "'nothing', which this model lacks": lambda t: t.update(
+        {f"base_model.model.nothing.lora_{x}.weight": np.ones((2, 2), "f") for x in "AB"}
+    ),
+    "'layer.0.norm', which is no weight": lambda t: t.update(
+        {f"base_model.model.layer.0.norm.lora_{x}.weight": np.ones((2, 2), "f") for x in "AB"}
+    ),
+    "'layer.0.value', which adapter_config.json does not target": lambda t: t.update(
+        {f"base_model.model.layer.0.value.lora_{x}.weight": np.ones((2, 2), "f") for x in "AB"}
+    ),
+    "no LoRA for 'layer.0.query', which target_modules names": lambda t: [t.pop(k) for k in list(t) if "layer.0" in k],
+    "int32, expected floating": lambda t: t.update({k: v.astype("i") for k, v in t.items()}),
+    "start with 'base_model.model.'": lambda t: t.update({k.removeprefix("base_model."): t.pop(k) for k in list(t)}),
+    "holds no LoRA": lambda t: t.clear(),
+}
+
+
+@pytest.mark.parametrize("message", TENSORS)
+def test_tensor_that_is_missing_extra_or_misshapen_is_named(message, saved):
+    folder, params, _ = saved
+    edit_tensors(folder, TENSORS[message])
+    with pytest.raises(AdapterError, match=message):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+def test_files_that_are_no_adapter(saved, tmp_path):
+    folder, params, _ = saved
+
+    def refused(match):
+        with pytest.raises(AdapterError, match=match):
+            jpeft.hf.load(folder, Encoder(), params, IDS)
+
+    file = folder / "adapter_model.safetensors"
+    blob = file.read_bytes()
+    for broken in (blob[:-1], blob[:20], b"", b"\xff" * 64):
+        file.write_bytes(broken)
+        refused("no complete safetensors file")
+    file.write_bytes(b"PK\x03\x04")
+    refused("is a pickle")
+    file.rename(folder / "adapter_model.bin")
+    refused("only adapter_model.bin, a pickle.*safe_serialization=True")
+    (folder / "adapter_model.bin").unlink()
+    refused("adapter_model.safetensors does not exist")
+    for text, match in (("[1]", "must be a JSON object"), ("{", "is not JSON"), ("\udcff", "is not JSON")):
+        (folder / "adapter_config.json").write_text(text, "utf-8", "surrogateescape")
+        refused(match)
+    (folder / "adapter_config.json").unlink()
+    refused("has no adapter_config.json")
+    shutil.rmtree(folder)
+    refused("is not a folder")
+
+
+def test_modules_to_save_and_biases_must_be_whole(tmp_path):
+    method = jpeft.Chain(jpeft.LoRA(rank=2, targets=["query"]), jpeft.BitFit(exclude=["mix"]), jpeft.Train(["mix"]))
+    params, peft, adapter = made(Encoder(), method)
+    for gone, why in (
+        ("mix.weight", "modules_to_save asks"),
+        ("norm.bias", "bias=all asks"),
+        ("base_layer.bias", "bias=all"),
+    ):
+        folder = tmp_path / gone
+        jpeft.hf.save(folder, peft, adapter, params)
+        edit_tensors(folder, lambda t, gone=gone: _pop(t, gone))
+        with pytest.raises(AdapterError, match=f"{gone}', which {why}"):
+            jpeft.hf.load(folder, Encoder(), params, IDS)
+    edit(folder, modules_to_save=["mix", "cls"])
+    with pytest.raises(AdapterError, match="modules_to_save has 'cls', which this model lacks"):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+def test_base_weights_in_the_file_must_be_the_base(saved):
+    """PEFT adds the table of an embedding that it targets, or that was resized."""
+    folder, params, adapter = saved
+    table = np.asarray(params["words"]["embedding"])
+    edit_tensors(folder, lambda t: t.update({"base_model.model.words.base_layer.weight": table}))
+    same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], adapter)
+    kernel = np.asarray(params["layer"]["0"]["value"]["kernel"]).T.copy()
+    edit_tensors(folder, lambda t: t.update({"base_model.model.layer.0.value.weight": kernel}))
+    same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], adapter)
+    for other in (table + 1, np.concatenate([table, table])):
+        edit_tensors(folder, lambda t, other=other: t.update({"base_model.model.words.base_layer.weight": other}))
+        with pytest.raises(
+            AdapterError, match="'base_model.model.words.base_layer.weight', a base weight that differs"
+        ):
+            jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+def test_modules_to_ignore(saved):
+    folder, params, adapter = saved
+    edit_tensors(folder, lambda t: t.update({"base_model.model.pooler.dense.weight": np.ones((2, 2), "f")}))
+    same(jpeft.hf.load(folder, Encoder(), params, IDS, ignore=["dense"])[1], adapter)
+    peft, _ = jpeft.hf.load(folder, Encoder(), params, IDS, ignore=["dense", "layer.0.query"])
+    assert [site.name for site in peft.sites] == ["layer/1/query"]
+    with pytest.raises(AdapterError, match="no module 'polar' to ignore"):
+        jpeft.hf.load(folder, Encoder(), params, IDS, ignore=["dense", "polar"])
+
+
+# --- what cannot be saved --------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Weights for which torch has no module."""
+
+    @nn.compact
+    def __call__(self, x):
+        twice = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        x, _ = nn.scan(lambda layer, x, _: (layer(x), None), **twice)(Layer(name="layers"), x, None)
+        x = x @ self.param("raw", nn.initializers.normal(), (6, 6))
+        return nn.Conv(6, (2,), feature_group_count=2, name="grouped")(x)
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        ("layers/query", "'layers/query' has no counterpart.*stacked over 2 layers"),
+        ("raw", "'raw' has no counterpart.*parameter of no linear module"),
+        ("grouped", "'grouped' has no counterpart.*grouped"),
+    ],
+)
+def test_weight_that_torch_has_no_module_for(target, match, tmp_path):
+    model, x = Odd(), jnp.ones((2, 4, 6))
+    params = model.init(jax.random.key(0), x)["params"]
+    peft = jpeft.LoRA(rank=2, targets=[target]).bind(model, params, x)
+    adapter = peft.init(jax.random.key(0), params)
+    with pytest.raises(ValueError, match=match):
+        jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    assert not (tmp_path / "hf").exists()
+
+
+QUERY = jpeft.LoRA(rank=2, targets=["query"])
+UNSAID = {
+    "IA3 has no form": jpeft.Chain(QUERY, jpeft.IA3(targets=["value"])),
+    "Bottleneck has no form": jpeft.Bottleneck(targets=r"layer/\d"),
+    "needs a LoRA": jpeft.BitFit(),
+    "this BitFit does neither": jpeft.Chain(QUERY, jpeft.BitFit(targets=r"mix/bias")),
+    "'mix/kernel' without 'mix/bias'": jpeft.Chain(QUERY, jpeft.Train(r"mix/kernel")),
+    "'layer/0/query/bias' without": jpeft.Chain(QUERY, jpeft.Train(r".*/query/bias")),
+    "one lora_dropout": jpeft.LoRA(dropout=0.1, targets=["query"], overrides={"layer/0/query": {"dropout": 0.0}}),
+}
+
+
+@pytest.mark.parametrize("match", UNSAID)
+def test_method_that_peft_cannot_say(match, tmp_path):
+    params, peft, adapter = made(Encoder(), UNSAID[match])
+    with pytest.raises(ValueError, match=match):
+        jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_task_whose_head_was_not_trained(tmp_path):
+    params, peft, adapter = made(Encoder(), QUERY)
+    with pytest.raises(ValueError, match="task_type='SEQ_CLS'.*classifier or score"):
+        jpeft.hf.save(tmp_path / "hf", peft, adapter, params, task_type="SEQ_CLS")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_save_leaves_the_old_one(saved, monkeypatch):
+    folder, params, adapter = saved
+    _, peft, other = made(Encoder(), jpeft.LoRA(rank=4, targets=["value"]))
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jpeft.hf.exporting.write_atomically", full)
+        with pytest.raises(OSError, match="No space"):
+            jpeft.hf.save(folder, peft, other, params)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], adapter)
+    jpeft.hf.save(folder, peft, other, params)
+    same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], other)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_folder_of_something_else_is_left_alone(saved):
+    folder, params, _ = saved
+    _, peft, adapter = made(Encoder(), QUERY)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'notes.txt'"):
+        jpeft.hf.save(folder, peft, adapter, params)
+    file = folder.parent / "file"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="choose another"):
+        jpeft.hf.save(file, peft, adapter, params)
+    assert file.read_text() == "mine"
