@@ -233,7 +233,8 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
             for p, heads in record.heads.items()
         ),
         leaves=tuple(
-            Site(path=p, kind="leaf", owner=record.modules.get(p[:-1], ("",))[0], dtype=dtype, stored=shape, via=REPLACE)
+            Site(path=p, kind="leaf", owner=record.modules.get(p[:-1], ("",))[0], dtype=dtype, stored=shape,
+                 via=REPLACE)
             for p, (shape, dtype) in shapes.items()
         ),
         names=tuple(dict.fromkeys([join(p) for p in record.modules] + [join(p) for p in shapes])),

@@ -88,7 +88,7 @@ def select(
     for entry, predicate in _selector(exclude):
         hits = {id(s) for s in candidates if predicate(s)}
         if not hits:
-            raise TargetError(_no_match(f"exclude={entry}", candidates, what, list(others)))
+            raise TargetError(_no_match(entry, candidates, what, list(others), "exclude"))
         excluded |= hits
     taken = {id(s) for s in chosen} - excluded
     if not taken:
@@ -96,17 +96,18 @@ def select(
     return [s for s in candidates if id(s) in taken]
 
 
-def _no_match(entry: str, candidates: Sequence[Any], what: str, others: list[str]) -> str:
+def _no_match(entry: str, candidates: Sequence[Any], what: str, others: list[str], field: str = "target") -> str:
     names = [s.name for s in candidates]
+    if not names:
+        return f"{what}: {field} {entry!r} matches nothing; the model has nothing that {what} can act on"
     known = [o for o in others if o not in names]
-    pattern = None if entry.startswith("exclude=") else entry
     unusable = []
-    if pattern and pattern != ALL_LINEAR:
+    if field == "target" and entry != ALL_LINEAR:
         try:
-            unusable = [o for o in known if re.fullmatch(pattern, o) or matches_entry(pattern, o)]
+            unusable = [o for o in known if re.fullmatch(entry, o) or matches_entry(entry, o)]
         except re.error:
             unusable = []
     if unusable:
         return f"{what} cannot act on {unusable[0]!r}, which target {entry!r} names{nearest(entry, names)}"
     hint = nearest(re.sub(r"[.*()\\^$?+]", "", entry.split("|")[0]), names) or f"; there are: {', '.join(names[:8])}"
-    return f"{what}: target {entry!r} matches nothing{hint if names else '; the model has no such weight at all'}"
+    return f"{what}: {field} {entry!r} matches nothing{hint}"

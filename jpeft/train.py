@@ -140,28 +140,23 @@ def train_step(
 
 
 def _accumulated(gradient: Any, trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: Any, n: int) -> Any:
-    """The mean of the gradient over ``n`` micro-batches, one at a time.
-
-    Unrolled, though a scan would compile faster: XLA (jax 0.10 to 0.12, eight CPU devices, either partitioner) computes
-    wrong numbers for a scan over micro-batches around a scan over layers where a row-parallel weight and the batch are
-    sharded over one axis (tests/test_train.py::test_sharded_step... caught it). The barrier makes each micro-batch wait
-    for the last, so that the activations of only one are alive.
-    """
+    """The mean of the gradient over ``n`` micro-batches, one at a time."""
 
     def split(x: Any) -> jax.Array:
         if x.shape[0] % n:
             raise ValueError(f"accumulate={n} does not divide the batch, whose leading axis is {x.shape[0]}")
         # Every n-th example makes a micro-batch: the leading axis keeps its sharding, where blocks would lose it.
-        return x.reshape(x.shape[0] // n, n, *x.shape[1:])
+        return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
+
+    def one(total: Any, micro: Any) -> Any:
+        i, part = micro
+        new = gradient(trainable, frozen, params, part, jax.random.fold_in(rng, i))
+        return jax.tree.map(jnp.add, total, new), None
 
     parts = jax.tree.map(split, batch)
-    total = None
-    for i in range(n):
-        part = jax.tree.map(lambda x, i=i: x[:, i], parts)
-        if total is not None:
-            part, total = jax.lax.optimization_barrier((part, total))
-        new = gradient(trainable, frozen, params, part, jax.random.fold_in(rng, i))
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    shapes = jax.eval_shape(lambda p: gradient(trainable, frozen, params, p, rng), jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(one, zeros, (jnp.arange(n), parts))
     return jax.tree.map(lambda x: x / n, total)
 
 

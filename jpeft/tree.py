@@ -168,11 +168,15 @@ def _labels_for(tree: Tree, labels: Tree) -> dict[Path, str]:
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
     """The end of an error message: the names closest to one that was not found, or nothing."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=n, cutoff=0.3)
-    # A suffix such as `query` is far from `encoder/layer/0/attention/self/query` by edit distance alone.
-    tail = name.rsplit("/", 1)[-1].lower()
-    close += [x for x in names if tail and tail in x.lower() and x not in close]
+    depth = name.count("/") + 1
+
+    def likeness(other: str) -> float:
+        # A suffix such as `query` is far from `encoder/layer/0/attention/self/query` by edit distance alone.
+        tail = "/".join(other.split("/")[-depth:])
+        return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (other, tail))
+
+    scores = {other: likeness(other) for other in names}
+    close = sorted((x for x in scores if scores[x] >= 0.4), key=lambda x: -scores[x])
     return f"; nearest: {', '.join(close[:n])}" if close else ""
 
 

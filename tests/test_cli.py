@@ -1,5 +1,6 @@
 """The command line on a tiny BERT: the job, its run folder, what comes after, and the mistakes that users make."""
 
+import ast
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
     config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=40,
     )  # fmt: skip
     model = Bert(config)
@@ -60,7 +62,7 @@ def reviews(count, seed):
     draw = random.Random(seed)
     rows = []
     for number in range(count):
-        words = [draw.choice(GOOD if number % 3 else BAD), *draw.choices(OTHER, k=draw.randint(1, 12))]
+        words = [draw.choice(GOOD if number % 3 else BAD), *draw.choices(OTHER, k=draw.randint(1, 5))]
         rows.append((" ".join(draw.sample(words, len(words))), "up" if number % 3 else "down"))
     return rows
 
@@ -209,7 +211,7 @@ def test_without_an_out_runs_are_numbered_and_without_an_eval_some_are_held_out(
     [
         ("bitfit", [], "encoder/embeddings/LayerNorm/bias"),
         ("prefix", ["--set", "length=4"], "encoder/encoder/layer/0/attention/self/prefix_key"),
-        ("bottleneck", ["--targets", "output/dense", "--set", "size=2"], "encoder/encoder/layer/1/output/dense/bott"),
+        ("bottleneck", ["--targets", "output/dense", "--set", "size=2"], "encoder/encoder/layer/0/output/dense/bott"),
         ("ia3", ["--targets", "key,value"], "encoder/encoder/layer/0/attention/self/key/ia3_out"),
         ("train", ["--targets", ".*/LayerNorm"], "encoder/embeddings/LayerNorm/scale"),
         ("full", [], "encoder/embeddings/word_embeddings/embedding"),
@@ -228,20 +230,21 @@ def test_every_method_trains_with_the_head(method, more, leaf, capsys):
     assert {"classifier/kernel", "classifier/bias"} <= tensors.keys()
     fresh = finetune.prepare(Config(**json.loads(Path("run/config.json").read_text())["config"]), finetune.Silent())
     assert not np.array_equal(tensors["classifier/kernel"], fresh.params["classifier"]["kernel"])
+    if method == "prefix":  # no change of weights
+        assert "cannot be merged" in failure(capsys, "merge", "run", "merged")
+        assert not Path("merged").exists() and not list(Path().glob(".merged*"))
 
 
 def test_the_loss_and_the_scores_promote_nothing():
-    config = Config(model="bert", data="train.csv", batch_size=4, max_length=24, dropout=0.1)
+    config = Config(model="bert", data="train.csv", batch_size=4, max_length=24, targets="query", dropout=0.1)
     made = finetune.prepare(config, finetune.Silent())
-    adapter, rng = made.peft.init(jax.random.key(0), made.params), jax.random.key(1)
+    adapter = made.peft.init(jax.random.key(0), made.params)
     batch = next(iter(made.train))
     with jax.numpy_dtype_promotion("strict"):
-        score = classify.scorer(made.peft)(made.params, adapter, batch.input_ids, batch.attention_mask)
-        for train_mode in (True, False):
-            loss = jax.value_and_grad(classify.loss_fn(made.peft, train_mode), has_aux=True)
-            (value, metrics), grads = jax.jit(loss)(adapter, made.params, batch, rng)
-            assert value.dtype == metrics["accuracy"].dtype == score.dtype == jnp.float32
-            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+        score = jax.eval_shape(classify.scorer(made.peft), made.params, adapter, batch.input_ids, batch.attention_mask)
+        loss = jax.value_and_grad(classify.loss_fn(made.peft), has_aux=True)
+        (value, metrics), _ = jax.eval_shape(loss, adapter, made.params, batch, jax.random.key(1))
+    assert value.dtype == metrics["accuracy"].dtype == score.dtype == jnp.float32
 
 
 def test_the_default_is_lora_on_all_linear_layers_and_the_head():
@@ -307,10 +310,10 @@ class Crash(BaseException):
     """As a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize(("where", "call"), [("checkpoint.save", 3), ("jpeft.save", 1), ("runs.write_json", 2)])
+@pytest.mark.parametrize(("where", "call"), [("jpeft.save", 1), ("runs.write_json", 2)])
 def test_a_crash_resumes_to_the_same_adapter(finished, monkeypatch, where, call):
     module, name = where.split(".")
-    owner = {"checkpoint": checkpoint, "jpeft": jpeft, "runs": runs}[module]
+    owner = {"jpeft": jpeft, "runs": runs}[module]
     whole, calls = getattr(owner, name), []
 
     def crash(*args, **kwargs):
@@ -531,7 +534,7 @@ def test_predict_agrees_with_the_evaluation(finished):
 
 def test_mistakes_in_predicting(finished, stopped, capsys, monkeypatch):
     assert "the run is not finished" in failure(capsys, "predict", stopped, "--text-arg", "tea")
-    assert "no run here" in failure(capsys, "predict", "bert", "--text-arg", "tea") or True
+    assert "not a run of `jpeft finetune`" in failure(capsys, "predict", "bert", "--text-arg", "tea")
     assert "not both" in failure(capsys, "predict", finished, "test.jsonl", "--text-arg", "tea")
     assert "text 2 is empty" in failure(capsys, "predict", finished, "--text-arg", "tea", "--text-arg", " ")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\xff")))
@@ -558,12 +561,6 @@ def test_merge_writes_a_folder_that_computes_the_same(finished, capsys):
     assert not list(Path().glob(".merged*"))
 
 
-def test_a_method_that_cannot_be_merged(capsys):
-    assert main(job("run", "--method", "prefix", "--epochs", "1")) == 0
-    assert "cannot be merged" in failure(capsys, "merge", "run", "merged")
-    assert not Path("merged").exists() and not list(Path().glob(".merged*"))
-
-
 def test_inspect_a_run_and_an_adapter(finished, stopped, capsys, monkeypatch):
     monkeypatch.setattr(assets, "resolve_model", None)  # no model is looked for
     about = {}
@@ -576,7 +573,7 @@ def test_inspect_a_run_and_an_adapter(finished, stopped, capsys, monkeypatch):
     assert about["run"]["result"]["steps"] == 40 and about["run"]["config"]["lr"] == 3e-2
     for name in ("method", "sites", "leaves", "parameters", "bytes", "base_fingerprint"):
         assert about["run"][name] == about["adapter"][name]
-    assert about["adapter"]["kind"] == "adapter" and len(about["adapter"]["sites"]) == 14
+    assert about["adapter"]["kind"] == "adapter" and len(about["adapter"]["sites"]) == 8
 
 
 def test_inspect_what_is_neither(capsys):
@@ -586,8 +583,17 @@ def test_inspect_what_is_neither(capsys):
     assert "not a run" in failure(capsys, "inspect", "bert")
 
 
-def test_help_needs_nothing_heavy():
-    code = "import sys, jpeft.cli\ntry: jpeft.cli.main(['finetune', '--help'])\nexcept SystemExit: pass\n"
-    code += "print(sorted({'jax', 'orbax', 'rich', 'tokenizers', 'matplotlib', 'pandas'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+def test_help_imports_nothing_beyond_the_package():
+    code = """
+        import sys, jpeft
+        before = set(sys.modules)
+        import jpeft.cli
+        try:
+            jpeft.cli.main(["finetune", "--help"])
+        except SystemExit:
+            print(sorted(name for name in set(sys.modules) - before if "." not in name or name.startswith("jpeft")))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    said = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert {name for name in said if name.startswith("jpeft")} == {"jpeft.assets", "jpeft.cli", "jpeft.config"}
+    assert not {"orbax", "tokenizers", "matplotlib", "pandas"} & set(said)

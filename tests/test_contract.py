@@ -1,4 +1,4 @@
-"""The contract: what holds for every method on every use of a weight. The tables are in `zoo`."""
+"""The contract: what holds for every method on every use of a weight. The tables are in `tests.zoo`."""
 
 import flax.linen as nn
 import jax
@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict, freeze
 from jax.sharding import PartitionSpec
-from tests.zoo import LAYERS, METHODS, MODES, USES, Model, moved, numbers, parameters
 
 import jpeft
 from jpeft import geometry
 from jpeft.tree import flatten, unflatten
+from tests.zoo import LAYERS, METHODS, MODES, USES, Model, moved, numbers, parameters
 
 # (mode, dtype, on an accelerator's layout, methods): every use of a weight runs under each. Numbers that scans and
 # low precision must keep are tried on the chain, which holds a method of either kind of leaf.
 CELLS = (
-    ("plain", "float32", False, ("LoRA", "IA3", "IA3 feedforward")),
-    ("plain", "float32", True, ("LoRA + IA3",)),
+    ("plain", "float32", False, ("LoRA", "IA3")),
     ("scan", "float32", False, ("LoRA + IA3",)),
-    ("remat", "bfloat16", False, ("LoRA + IA3",)),
+    ("remat", "bfloat16", True, ("LoRA + IA3",)),
 )
 LAW = [
     pytest.param(use, mode, dtype, accelerator, method, id=f"{use}-{mode}-{dtype}-{method}-{accelerator}")
@@ -106,7 +105,7 @@ def test_a_fresh_adapter_changes_nothing_and_every_leaf_of_a_moved_one_learns(us
     assert differ(y["moved"], y["base"])
     for path, grad in flatten(grads).items():
         # A key's prefix bias shifts every score of a query alike, which softmax does not see.
-        assert np.abs(grad).max() > 1e-7 or path[-1] in ("prefix_key_bias", "bias") and "Prefix" in method, path
+        assert np.abs(grad).max() > 1e-7 or (path[-1] in ("prefix_key_bias", "bias") and "Prefix" in method), path
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert jax.tree.structure(fresh) == jax.tree.structure(grads)
     assert {p: (x.shape, x.dtype.name) for p, x in flatten(fresh).items()} == dict(peft.structure)

@@ -163,7 +163,9 @@ USES: dict[str, Use] = {
     "conv 2-D strided": Use(_conv(6, (3, 2), strides=(2, 1)), (2, 5, 4, 4)),
     "conv 2-D grouped": Use(_conv(6, (3, 3), feature_group_count=2), (2, 4, 4, 4)),
     "conv 2-D depthwise": Use(_conv(8, (3, 3), feature_group_count=4), (2, 4, 4, 4)),
-    "conv 2-D dilated": Use(_conv(6, (3, 3), kernel_dilation=2, input_dilation=2, padding=((1, 1), (2, 1))), (2, 4, 4, 4)),
+    "conv 2-D dilated": Use(
+        _conv(6, (3, 3), kernel_dilation=2, input_dilation=2, padding=((1, 1), (2, 1))), (2, 4, 4, 4)
+    ),
     "conv 2-D circular": Use(_conv(6, (3, 3), padding="CIRCULAR"), (2, 4, 4, 4)),
     "conv 2-D padded, no batch": Use(_conv(6, (3, 3), padding=1), (4, 4, 4)),
     "conv 2-D, batches": Use(_conv(6, (2, 2)), (2, 3, 4, 4, 4)),

@@ -163,7 +163,7 @@ def _bias(peft: Peft, base: Mapping[Path, Any]) -> str:
         return "none"
     if {p for p in base if p[-1] == "bias"} <= trained:
         return "all"
-    beside = {a.site.bias_path for a in peft.actions if a.site.kind == "weight" and a.site.bias}
+    beside = {p for a in peft.actions if a.site.kind == "weight" and (p := a.site.bias_path) is not None}
     if chosen == beside:
         return "lora_only"
     odd = join(min(chosen ^ beside))
@@ -186,13 +186,13 @@ def _modules_to_save(peft: Peft, base: Mapping[Path, Any], names: Names, task_ty
             name = names.torch(leaf[:n])
             if leaf not in trained and any(name.endswith(module) for module in saved):
                 raise ValueError(
-                    f"PEFT would take {name!r} for one of modules_to_save={sorted(saved)}, as it ends alike; train it too"
+                    f"PEFT takes {name!r} for one of modules_to_save={sorted(saved)}, as it ends alike; train it too"
                 )
     heads = hf.TASK_HEADS.get(task_type or "", set())
     if heads and not any(heads & set(module.split(".")) for module in saved):
         raise ValueError(
-            f"with task_type={task_type!r} PEFT looks for a saved {' or '.join(sorted(heads))}, which this adapter lacks; "
-            "leave task_type out, or train the head with Train"
+            f"with task_type={task_type!r} PEFT looks for a saved {' or '.join(sorted(heads))}, which this adapter has "
+            "not; leave task_type out, or train the head with Train"
         )
     return sorted(saved)
 

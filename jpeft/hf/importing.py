@@ -64,8 +64,9 @@ def load(
     seen = look(model, params, inputs, kwargs)
     names = find(folder, file.modules, {p[:-1] for p in base}) if prefix is None else Names.of(prefix)
     found = _Found(file, config, names, seen, tuple(ignore))
-    sites, saved, biases = found.lora(), found.saved(), found.biases()
-    method = _method(file, config, names, seen, sites, biases, saved)
+    sites, saved = found.lora(), found.saved()
+    biases = found.biases(sites, saved)
+    method = _method(file, config, seen, sites, biases, saved)
     peft = bind_seen(method, model, params, seen)
     leaves = {p: jnp.asarray(x) for p, x in _leaves(peft, file, config, names, sites).items()}
     _check_rest(file, names, seen, {s.path for s in (*biases, *saved)}, base)
@@ -188,10 +189,10 @@ class _Found:
                 raise AdapterError(f"{self.file.path.parent}: modules_to_save has {entry!r}, which this model lacks")
         return found
 
-    def biases(self) -> list[Site]:
+    def biases(self, lora: Mapping[str, Site], saved: Sequence[Site]) -> list[Site]:
         """The biases that train beside."""
-        kept = {s.path for s in self.saved()}
-        beside = {s.bias_path for s in self.lora().values() if s.bias}
+        kept = {s.path for s in saved}
+        beside = {s.bias_path for s in lora.values() if s.bias}
         return [
             site
             for site in self.seen.leaves
@@ -218,7 +219,6 @@ class _Found:
 def _method(
     file: _File,
     config: hf.LoraConfig,
-    names: Names,
     seen: Survey,
     sites: Mapping[str, Site],
     biases: Sequence[Site],
@@ -298,8 +298,8 @@ def _check_rest(file: _File, names: Names, seen: Survey, used: Collection[Path],
             rest.remove((module, suffix))
             if site.path not in used and not _same(site, file.others[module][suffix], meta.unbox(base[site.path])):
                 raise AdapterError(
-                    f"{file.path} has {f'{ROOT}{module}.{suffix}'!r}, a base weight that differs from {site.name!r}: it "
-                    "was resized or trained; load the base with it, or train it with modules_to_save"
+                    f"{file.path} has {f'{ROOT}{module}.{suffix}'!r}, a base weight that differs from {site.name!r}: "
+                    "resized or trained; load the base with it, or train it with modules_to_save"
                 )
     for module, suffix in sorted(rest):
         raise AdapterError(f"{file.path} has {f'{ROOT}{module}.{suffix}'!r}, which {hf.CONFIG} does not account for")

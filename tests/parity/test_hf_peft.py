@@ -65,7 +65,7 @@ def _twins(torch_class: Any, flax_class: Any, config: Any, torch_inputs: dict[st
     torch.manual_seed(0)
     model = torch_class(config).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():  # biases are zero and norms one otherwise
+        for p in model.parameters():  # biases are zero and norms one otherwise
             p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(tmp)
     flax = flax_class.from_pretrained(tmp, from_pt=True)
@@ -160,33 +160,62 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 
 FULL = r".*layers\.[02]\.self_attn\.(q|v)_proj"
 CASES = {
-    "bert query,value": ("bert", dict(target_modules=["query", "value"], r=4, lora_alpha=8)),
-    "bert all-linear, head saved": ("bert", dict(target_modules="all-linear", task_type="SEQ_CLS", r=4, lora_dropout=0.1)),
-    "bert biases": ("bert", dict(target_modules=["query"], bias="all", task_type="SEQ_CLS")),
-    "bert own biases": ("bert", dict(target_modules=["query", "dense"], bias="lora_only")),
-    "bert embeddings": ("bert", dict(target_modules=["word_embeddings", "token_type_embeddings", "key"], lora_dropout=0.1)),
-    "bert norms saved": ("bert", dict(target_modules=["key"], modules_to_save=["LayerNorm", "pooler", "word_embeddings"])),
-    "bert excluded": ("bert", dict(target_modules=["dense"], exclude_modules=["pooler.dense"], init_lora_weights="gaussian")),
-    "bert layers": ("bert", dict(target_modules=["query"], layers_to_transform=[1], layers_pattern="layer")),
-    "bert one layer": ("bert", dict(target_modules=["query"], layers_to_transform=0)),
-    "bert head": ("bert", dict(target_modules=["query", "classifier"], init_lora_weights="orthogonal")),
-    "gpt2": ("gpt2", dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, r=4)),
-    "gpt2 not said": ("gpt2", dict(target_modules="all-linear", fan_in_fan_out=False)),
-    "gpt2 saved": ("gpt2", dict(target_modules=["c_attn"], modules_to_save=["c_fc", "ln_f", "wpe"], bias="lora_only")),
-    "llama all-linear, rslora": ("llama", dict(target_modules="all-linear", use_rslora=True, r=4, lora_alpha=3)),
-    "llama patterns": ("llama", dict(target_modules="all-linear", r=4, lora_alpha=3, use_rslora=True,
-                                     rank_pattern={"layers.1.self_attn.q_proj": 2, r"layers.\d.mlp.up_proj": 6, "up_proj": 3},
-                                     alpha_pattern={"^model.layers.2.mlp.down_proj": 11, "q_proj": 5.5})),
-    "llama expression": ("llama", dict(target_modules=FULL, exclude_modules=r".*layers\.2.*k_proj")),
-    "llama embeddings": ("llama", dict(target_modules=["embed_tokens", "lm_head", "q_proj"])),
-    "llama eva": ("llama", dict(target_modules=["q_proj"], init_lora_weights="eva")),
-    "t5": ("t5", dict(target_modules=["q", "v", "wi"], r=4, modules_to_save=["layer_norm"])),
-    "t5 relative bias": ("t5", dict(target_modules=["relative_attention_bias", "o"])),
-    "vit conv": ("vit", dict(target_modules=["projection", "query"], r=4, lora_alpha=9)),
-    "vit conv saved": ("vit", dict(target_modules=["value"], modules_to_save=["projection", "classifier"], bias="all")),
-    "jpeft's BERT": ("jpeft-bert", dict(target_modules="all-linear", r=4, bias="all")),
-    "jpeft's BERT embeddings": ("jpeft-bert", dict(target_modules=["word_embeddings", "query"], use_rslora=True)),
-}  # fmt: skip
+    "bert query,value": ("bert", {"target_modules": ["query", "value"], "r": 4, "lora_alpha": 8}),
+    "bert all-linear, head saved": (
+        "bert",
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS", "r": 4, "lora_dropout": 0.1},
+    ),
+    "bert biases": ("bert", {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
+    "bert own biases": ("bert", {"target_modules": ["query", "dense"], "bias": "lora_only"}),
+    "bert embeddings": (
+        "bert",
+        {"target_modules": ["word_embeddings", "token_type_embeddings", "key"], "lora_dropout": 0.1},
+    ),
+    "bert norms saved": (
+        "bert",
+        {"target_modules": ["key"], "modules_to_save": ["LayerNorm", "pooler", "word_embeddings"]},
+    ),
+    "bert excluded": (
+        "bert",
+        {"target_modules": ["dense"], "exclude_modules": ["pooler.dense"], "init_lora_weights": "gaussian"},
+    ),
+    "bert layers": ("bert", {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"}),
+    "bert one layer": ("bert", {"target_modules": ["query"], "layers_to_transform": 0}),
+    "bert head": ("bert", {"target_modules": ["query", "classifier"], "init_lora_weights": "orthogonal"}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 4}),
+    "gpt2 not said": ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": False}),
+    "gpt2 saved": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "modules_to_save": ["c_fc", "ln_f", "wpe"], "bias": "lora_only"},
+    ),
+    "llama all-linear, rslora": (
+        "llama",
+        {"target_modules": "all-linear", "use_rslora": True, "r": 4, "lora_alpha": 3},
+    ),
+    "llama patterns": (
+        "llama",
+        {
+            "target_modules": "all-linear",
+            "r": 4,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2, r"layers.\d.mlp.up_proj": 6, "up_proj": 3},
+            "alpha_pattern": {"^model.layers.2.mlp.down_proj": 11, "q_proj": 5.5},
+        },
+    ),
+    "llama expression": ("llama", {"target_modules": FULL, "exclude_modules": r".*layers\.2.*k_proj"}),
+    "llama embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "llama eva": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "eva"}),
+    "t5": ("t5", {"target_modules": ["q", "v", "wi"], "r": 4, "modules_to_save": ["layer_norm"]}),
+    "t5 relative bias": ("t5", {"target_modules": ["relative_attention_bias", "o"]}),
+    "vit conv": ("vit", {"target_modules": ["projection", "query"], "r": 4, "lora_alpha": 9}),
+    "vit conv saved": (
+        "vit",
+        {"target_modules": ["value"], "modules_to_save": ["projection", "classifier"], "bias": "all"},
+    ),
+    "jpeft's BERT": ("jpeft-bert", {"target_modules": "all-linear", "r": 4, "bias": "all"}),
+    "jpeft's BERT embeddings": ("jpeft-bert", {"target_modules": ["word_embeddings", "query"], "use_rslora": True}),
+}
 
 
 def _made_in_torch(twin: Twins, config: dict[str, Any], folder: Any) -> np.ndarray:
@@ -222,18 +251,28 @@ def test_adapter_of_torch_acts_alike_here_and_back(case, twins, tmp_path):
 
 EXPORTS = {
     "bert": ("bert", jpeft.Chain(jpeft.LoRA(rank=4, alpha=6, targets=["query", "value"]), jpeft.Train("classifier"))),
-    "bert biases": ("bert", jpeft.Chain(jpeft.LoRA(rank=3, rslora=True), jpeft.BitFit(exclude=["classifier"]),
-                                        jpeft.Train("classifier"))),
+    "bert biases": (
+        "bert",
+        jpeft.Chain(jpeft.LoRA(rank=3, rslora=True), jpeft.BitFit(exclude=["classifier"]), jpeft.Train("classifier")),
+    ),
     "gpt2": ("gpt2", jpeft.LoRA(rank=4, alpha=2, overrides={"c_proj": {"rank": 2}, r".*/0/.*/c_attn": {"alpha": 7}})),
-    "gpt2 fused attention": ("gpt2", jpeft.LoRA(rank=2, alpha=3, rslora=True, targets=["c_attn", "c_fc"],
-                                                overrides={"c_attn": {"parts": 3}})),
+    "gpt2 fused attention": (
+        "gpt2",
+        jpeft.LoRA(rank=2, alpha=3, rslora=True, targets=["c_attn", "c_fc"], overrides={"c_attn": {"parts": 3}}),
+    ),
     "llama": ("llama", jpeft.LoRA(rank=4, overrides={"q_proj": {"rslora": True, "alpha": 3}})),
-    "llama two": ("llama", jpeft.Chain(jpeft.LoRA(rank=4, targets=["q_proj"]), jpeft.LoRA(rank=2, targets=["embed_tokens"]),
-                                       jpeft.Train("model/norm"))),
+    "llama two": (
+        "llama",
+        jpeft.Chain(
+            jpeft.LoRA(rank=4, targets=["q_proj"]),
+            jpeft.LoRA(rank=2, targets=["embed_tokens"]),
+            jpeft.Train("model/norm"),
+        ),
+    ),
     "t5": ("t5", jpeft.LoRA(rank=2, targets=["q", "wo"])),
     "vit": ("vit", jpeft.Chain(jpeft.LoRA(rank=4, targets=["projection", "dense"]), jpeft.Train(["classifier"]))),
     "jpeft's BERT": ("jpeft-bert", jpeft.LoRA(rank=4, alpha=8)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", EXPORTS)
@@ -273,7 +312,7 @@ def test_encoder_alone_and_wrapped(twins, tmp_path):
     with torch.no_grad():
         states = loaded.base_model.model.bert(**twin.torch_inputs)[0].numpy()
     assert _difference(states, twin.output(peft, adapter)) < TOLERANCE
-    again, same = jpeft.hf.load(tmp_path / "a", twin.model, twin.params, *twin.inputs)
+    _, same = jpeft.hf.load(tmp_path / "a", twin.model, twin.params, *twin.inputs)
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapter), strict=True))
 
 
@@ -290,7 +329,7 @@ def test_head_that_the_encoder_lacks_is_left_out_by_name_only(twins, tmp_path):
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
 def test_base_that_moved_is_refused_and_its_conversion_loads(init, twins, tmp_path):
     twin = twins("llama")
-    config = dict(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=init)
+    config = {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_lora_weights": init}
     if init == "loftq":
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))

@@ -1,0 +1,211 @@
+"""Models that nobody here wrote, unchanged: transformers 4.57.6's Flax classes. Run by .ci/run, which installs them."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jpeft
+from jpeft.tree import flatten
+from tests.zoo import moved
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of transformers' own imports
+    import transformers
+
+# transformers 4.57 says that its Flax classes go, and warms up its generation with defaults it then warns about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+]
+transformers.logging.set_verbosity_error()
+
+IDS = np.random.default_rng(0).integers(3, 60, (2, 6)).astype("int32")
+MASK = np.ones_like(IDS)
+POSITIONS = np.broadcast_to(np.arange(6, dtype="int32"), IDS.shape)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A class, a tiny configuration, the inputs of its Linen module, and which weights are its queries and values."""
+
+    model: str
+    config: str
+    fields: dict[str, Any]
+    inputs: dict[str, Any]
+    query_value: str
+    tied: str = ""  # the table that its head is tied to
+    generates: Any = None
+
+    def load(self):
+        config = getattr(transformers, self.config)(**self.fields)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(transformers, self.model)(config, seed=0)
+
+
+IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
+SOUND = np.random.default_rng(2).normal(size=(2, 8, 16)).astype("float32")
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_DECODER = {"decoder_input_ids": IDS[:, :4], "decoder_attention_mask": MASK[:, :4]}
+
+MODELS = {
+    "BERT": Foreign(
+        "FlaxBertForSequenceClassification",
+        "BertConfig",
+        {**_SMALL, "vocab_size": 64, "max_position_embeddings": 16, "num_labels": 3},
+        {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": 0 * IDS, "position_ids": POSITIONS,
+         "head_mask": None},
+        r".*/(query|value)",
+    ),
+    "GPT-2": Foreign(
+        "FlaxGPT2LMHeadModel",
+        "GPT2Config",
+        {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 64, "n_positions": 16, "bos_token_id": 1,
+         "eos_token_id": 2, "pad_token_id": 2},
+        {"input_ids": IDS, "attention_mask": MASK, "position_ids": POSITIONS},
+        r".*/c_attn",
+        "transformer/wte",
+        IDS,
+    ),
+    "Llama": Foreign(
+        "FlaxLlamaForCausalLM",
+        "LlamaConfig",
+        {**_SMALL, "vocab_size": 64, "max_position_embeddings": 16, "num_key_value_heads": 1,
+         "tie_word_embeddings": True},
+        {"input_ids": IDS, "attention_mask": MASK, "position_ids": POSITIONS},
+        r".*/(q_proj|v_proj)",
+        "model/embed_tokens",
+    ),
+    "T5": Foreign(
+        "FlaxT5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 64,
+         "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
+        {"input_ids": IDS, "attention_mask": MASK, **_DECODER},
+        r".*/(q|v)",
+        "shared",
+        IDS,
+    ),
+    "ViT": Foreign(
+        "FlaxViTForImageClassification",
+        "ViTConfig",
+        {**_SMALL, "image_size": 8, "patch_size": 4, "num_labels": 3},
+        {"pixel_values": IMAGES},
+        r".*/(query|value)",
+    ),
+    "Whisper": Foreign(
+        "FlaxWhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"vocab_size": 64, "num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
+         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+         "max_source_positions": 8, "max_target_positions": 8, "pad_token_id": 2, "bos_token_id": 1,
+         "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None},
+        {"input_features": SOUND, **_DECODER, "decoder_position_ids": POSITIONS[:, :4]},
+        r".*/(q_proj|v_proj)",
+        "model/decoder/embed_tokens",
+    ),
+}  # fmt: skip
+
+METHODS = {
+    "query, value": lambda f: jpeft.LoRA(rank=2, targets=f.query_value),
+    "all-linear": lambda f: jpeft.LoRA(rank=2),
+    "IA3": lambda f: jpeft.IA3(),
+    "BitFit": lambda f: jpeft.BitFit(),
+    "Bottleneck": lambda f: jpeft.Bottleneck(size=2),
+    "embedding": lambda f: jpeft.LoRA(rank=2, targets=[f.tied]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_transformers_runs():
+    """transformers adds integers to booleans; and its tiny models are quicker run than optimised."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    cache: dict[str, Any] = {}
+
+    def get(name: str):
+        if name not in cache:
+            cache[name] = MODELS[name].load()
+        return cache[name]
+
+    return get
+
+
+CASES = [
+    (name, method)
+    for name, foreign in MODELS.items()
+    for method in METHODS
+    if not (method == "embedding" and not foreign.tied) and not (method == "BitFit" and name in ("T5", "Llama"))
+]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_three_steps_change_every_adapter_leaf_and_no_base_bit(name, method, loaded):
+    foreign, hf = MODELS[name], loaded(name)
+    module, params = hf.module, hf.params
+    before = jax.tree.map(np.array, params)
+    peft = METHODS[method](foreign).bind(module, params, **foreign.inputs)
+    assert {s.via for s in peft.sites} == {{"BitFit": "replace", "embedding": "merge"}.get(method, "fused")}
+    adapter = jax.jit(peft.init)(jax.random.key(0), params)
+    tx = optax.adam(1e-2)
+
+    def run(params, adapter):
+        out = peft.apply(params, adapter, **foreign.inputs)
+        return out.logits
+
+    @jax.jit
+    def step(params, adapter, state):
+        # A loss that no symmetry of the outputs flattens.
+        def loss(a):
+            logits = run(params, a)
+            return (logits * jnp.cos(jnp.arange(logits.size, dtype=logits.dtype)).reshape(logits.shape)).sum()
+
+        grads = jax.grad(loss)(adapter)
+        updates, state = tx.update(grads, state, adapter)
+        return optax.apply_updates(adapter, updates), state
+
+    trained, state = adapter, tx.init(adapter)
+    for _ in range(3):
+        trained, state = step(params, trained, state)
+    start = flatten(adapter)
+    for path, leaf in flatten(trained).items():
+        assert np.abs(np.asarray(leaf) - np.asarray(start[path])).max() > 1e-4, path
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+    y = jax.jit(run)(params, trained)
+    base = module.apply({"params": params}, **foreign.inputs).logits
+    assert np.abs(y - base).max() > 1e-3
+    if method != "Bottleneck":
+        merged = module.apply({"params": peft.merge(params, trained)}, **foreign.inputs).logits
+        np.testing.assert_allclose(y, merged, atol=1e-5 * max(1, np.abs(merged).max()))
+
+
+@pytest.mark.parametrize("name", [n for n, f in MODELS.items() if f.generates is not None])
+@pytest.mark.parametrize("method", ["all-linear", "embedding"])
+def test_generate_inside_intercept_is_generate_of_the_merged_model(name, method, loaded):
+    foreign, hf = MODELS[name], loaded(name)
+    peft = METHODS[method](foreign).bind(hf.module, hf.params, **foreign.inputs)
+    adapter = moved(peft, hf.params, 0.5)
+
+    def generate(params):
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        return np.asarray(hf.generate(foreign.generates, params=params, **options).sequences)
+
+    with peft.intercept():
+        got = generate(peft.overlay(hf.params, adapter))
+    want = generate(peft.merge(hf.params, adapter))
+    np.testing.assert_array_equal(got, want)
+    assert (want != generate(hf.params)).any()
