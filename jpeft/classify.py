@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         encoder: any Linen module `(input_ids, attention_mask=, deterministic=) -> [batch, length, hidden]`.
         num_labels: width of the head.
 
-    Example: `Classifier(encoder, num_labels=2).apply({"params": params}, input_ids, attention_mask)`.
+    >>> Classifier(encoder, num_labels=2).apply({"params": params}, input_ids, attention_mask)  # doctest: +SKIP
     """
 
     encoder: nn.Module
@@ -65,7 +65,11 @@ class Classifier(nn.Module):
 def mean_pool(
     states: Float[Array, "batch length hidden"], mask: Int[Array, "batch length"]
 ) -> Float[Array, "batch hidden"]:
-    """The mean of each row's states where the mask is 1. Example: `mean_pool(states, attention_mask)`."""
+    """The mean of each row's states where the mask is 1.
+
+    >>> mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]])).tolist()
+    [[2.0]]
+    """
     weights = mask.astype(states.dtype)[..., None]
     return (states * weights).sum(axis=1) / weights.sum(axis=1)
 
@@ -73,7 +77,7 @@ def mean_pool(
 def load_classifier(folder: Path, num_labels: int, seed: int) -> tuple[Classifier, dict[str, Any]]:
     """The encoder of a HuggingFace folder, under a fresh head drawn from the seed.
 
-    Example: `classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)`.
+    >>> classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)  # doctest: +SKIP
     """
     encoder, params = models.load(folder)
     classifier = Classifier(encoder, num_labels)
@@ -90,7 +94,8 @@ def load_classifier(folder: Path, num_labels: int, seed: int) -> tuple[Classifie
 def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Abstract `(input_ids, attention_mask)`, enough to bind a method.
 
-    Example: `method.bind(classifier, params, *example_inputs())`.
+    >>> [inputs.shape for inputs in example_inputs()]
+    [(2, 8), (2, 8)]
     """
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     return ids, ids
@@ -99,7 +104,7 @@ def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruc
 def load_tokenizer(folder: Path, classifier: Classifier, max_length: int) -> Tokenizer:
     """The model's tokenizer, if the model takes texts of that many tokens.
 
-    Example: `load_tokenizer(folder, classifier, max_length=128)`.
+    >>> load_tokenizer(folder, classifier, max_length=128)  # doctest: +SKIP
     """
     limit = data.length_limit(classifier.encoder.config)
     if max_length > limit:
@@ -108,7 +113,10 @@ def load_tokenizer(folder: Path, classifier: Classifier, max_length: int) -> Tok
 
 
 def pad_id(classifier: Classifier) -> int:
-    """The token id that fills a row. Example: 0 for BERT, 1 for RoBERTa."""
+    """The token id that fills a row: 0 for BERT, 1 for RoBERTa.
+
+    >>> pad_id(classifier)  # doctest: +SKIP
+    """
     return int(getattr(classifier.encoder.config, "pad_token_id", None) or 0)
 
 
@@ -118,7 +126,7 @@ def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Arra
     Args:
         train_mode: whether dropout is on, the model's own and the adapter's.
 
-    Example: `step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(1e-3))`.
+    >>> step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(1e-3))  # doctest: +SKIP
     """
 
     def loss(adapter: Any, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -135,7 +143,7 @@ def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Arra
 def scorer(peft: Peft) -> Scorer:
     """The compiled `(params, adapter, input_ids, attention_mask) -> logits`; keep it, so that it compiles once a shape.
 
-    Example: `logits = scorer(peft)(params, adapter, batch.input_ids, batch.attention_mask)`.
+    >>> logits = scorer(peft)(params, adapter, batch.input_ids, batch.attention_mask)  # doctest: +SKIP
     """
     return jax.jit(lambda params, adapter, ids, mask: peft.apply(params, adapter, ids, mask))
 
@@ -150,7 +158,7 @@ class Scores(NamedTuple):
 def probabilities(score: Scorer, params: Any, adapter: Any, batches: Batches) -> Float[np.ndarray, "rows labels"]:
     """Class probabilities of every text, in the order of the data.
 
-    Example: `probabilities(scorer(peft), params, adapter, Batches(encoded, 64)).argmax(-1)`.
+    >>> probabilities(scorer(peft), params, adapter, Batches(encoded, 64)).argmax(-1)  # doctest: +SKIP
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for batch in batches:
@@ -166,7 +174,7 @@ def probabilities(score: Scorer, params: Any, adapter: Any, batches: Batches) ->
 def evaluate(score: Scorer, params: Any, adapter: Any, batches: Batches) -> Scores:
     """Accuracy and mean cross-entropy over labelled batches.
 
-    Example: `evaluate(scorer(peft), params, adapter, Batches(encoded, 64)).accuracy`.
+    >>> evaluate(scorer(peft), params, adapter, Batches(encoded, 64)).accuracy  # doctest: +SKIP
     """
     found, labels = probabilities(score, params, adapter, batches), batches.encoded.labels
     likelihood = np.maximum(found[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
@@ -183,7 +191,7 @@ def export(out: Path, encoder: nn.Module, merged: Any, labels: Sequence[str], so
         merged: `peft.merge(params, adapter)`. source: the folder that the encoder came from.
         about: a line on how it was trained, for the folder's README.md.
 
-    Example: `export(Path("merged"), classifier.encoder, merged, ("bad", "good"), folder, "LoRA on reviews")`.
+    >>> export(Path("merged"), classifier.encoder, merged, ("bad", "good"), folder, "LoRA on reviews")  # doctest: +SKIP
     """
     from safetensors.numpy import save
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jpeft.assets import DATA, MODELS, UserError
-from jpeft.config import Config
+from jpeft.config import Config, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,10 @@ _EXTRAS = {"orbax", "tokenizers", "rich", "matplotlib"}  # what the extra [demo]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status. Example: `main(["inspect", "runs/minilm-lora-1"])`."""
+    """Run a command and return its exit status.
+
+    >>> main(["inspect", "runs/minilm-lora-1"])  # doctest: +SKIP
+    """
     args = _parser().parse_args(arguments)
     try:
         args.run_command(args)
@@ -47,10 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """An error in words, and the exit status for it."""
-    if type(error).__name__ == "Interrupted":  # jpeft.finetune's, which is not imported for a mere type
-        number, step, run = error.args
-        saved = f"saved up to step {step}" if step else "before its first checkpoint"
-        return f"stopped, {saved}; continue with: jpeft finetune --out {run} --resume", 128 + number
+    if isinstance(error, Interrupted):
+        saved = f"saved up to step {error.step}" if error.step else "before its first checkpoint"
+        return f"stopped, {saved}; continue with: jpeft finetune --out {error.run} --resume", 128 + error.number
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
         return f'this command needs {error.name}: pip install "jpeft[demo]"', 1
     if isinstance(error, OSError) and error.strerror:
@@ -298,8 +301,9 @@ class _Terminal:
         self._console.print(text, markup=False)
 
     def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
-        mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss  # what a bar shows should not jump
-        self._mean = mean
+        if math.isfinite(loss):  # a step that is not is skipped, and what a bar shows should not jump
+            self._mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss
+        mean = loss if self._mean is None else self._mean
         if not self._console.is_terminal:
             self._line(done, total, mean, examples_per_second)
             return

@@ -19,7 +19,8 @@ LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3,
 class Config:
     """All that decides what a run computes. `None` is the method's, the data's or the job's own default.
 
-    Example: `Config(method="lora", rank=16, targets="query,value", epochs=3)`.
+    >>> Config(rank=16, targets="query,value").rate
+    0.001
     """
 
     model: str = "minilm"
@@ -59,18 +60,27 @@ class Config:
 
     @property
     def rate(self) -> float:
-        """The peak learning rate. Example: 1e-3 for LoRA unless `lr` says otherwise."""
+        """The peak learning rate.
+
+        >>> Config().rate, Config(method="ia3").rate, Config(lr=0.1).rate
+        (0.001, 0.005, 0.1)
+        """
         return LEARNING_RATES.get(self.method.lower(), 1e-3) if self.lr is None else self.lr
 
     def located(self) -> Config:
-        """The same with absolute paths, so that it holds from any working folder. Example: `Config().located()`."""
+        """The same with absolute paths, so that it holds from any working folder.
+
+        >>> Config(data="/data/../train.csv").located().model
+        'minilm'
+        """
         found = {name: _locate(name, getattr(self, name)) for name in _PATHS}
         return dataclasses.replace(self, **found)
 
     def conflict(self, given: Mapping[str, Any]) -> str | None:
         """The first of the given fields that asks for something else than this configuration, if one does.
 
-        Example: `Config(lr=1e-3).conflict({"lr": 1e-2}) == "lr"`.
+        >>> Config(lr=1e-3).conflict({"lr": 1e-2})
+        'lr'
         """
         return next((name for name, value in given.items() if _locate(name, value) != getattr(self, name)), None)
 
@@ -85,15 +95,28 @@ def _locate(name: str, value: Any) -> Any:
     return str(path.absolute()) if path.exists() else value  # else an id on the hub
 
 
+class Interrupted(Exception):
+    """A signal stopped the run, which is saved up to a step (0: not yet). `number` is the signal's."""
+
+    def __init__(self, number: int, step: int, run: Path):
+        super().__init__(number, step, run)
+        self.number, self.step, self.run = number, step, run
+
+
 def flag(name: str) -> str:
-    """A field of `Config` as typed on the command line. Example: `flag("batch_size") == "--batch-size"`."""
+    """A field of `Config` as typed on the command line.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
     return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
 
 
 def parse_targets(text: str) -> str | list[str]:
     """Targets as typed: a regular expression if it has a sign of one, else names separated by commas.
 
-    Example: `parse_targets("query,value") == ["query", "value"]`; `parse_targets("all-linear") == "all-linear"`.
+    >>> parse_targets("query,value"), parse_targets(".*/query"), parse_targets("all-linear")
+    (['query', 'value'], '.*/query', 'all-linear')
     """
     if text == "all-linear" or any(sign in text for sign in "*+?()[]{}|\\^$"):
         return text

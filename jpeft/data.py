@@ -49,7 +49,11 @@ class Examples:
         return len(self.texts)
 
     def take(self, rows: Sequence[int], source: str) -> Examples:
-        """The given rows. Example: `train.take(range(100), "the first hundred")`."""
+        """The given rows.
+
+        >>> Examples("train.csv", ("good", "stale"), (), (2, 3)).take([1], "the second").texts
+        ('stale',)
+        """
         pick = lambda values: tuple(values[row] for row in rows) if values else ()  # noqa: E731
         return Examples(source, pick(self.texts), pick(self.labels), pick(self.lines))
 
@@ -79,7 +83,7 @@ class Batch(NamedTuple):
 def read(path: str | Path, text: str, label: str | None = None) -> Examples:
     """Texts and labels of a .csv or .jsonl file, in UTF-8. Whatever is not as it should be is a `UserError`.
 
-    Example: `read("reviews.csv", text="review", label="stars")`.
+    >>> read("reviews.csv", text="review", label="stars")  # doctest: +SKIP
     """
     path = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
@@ -186,7 +190,11 @@ def _label(path: Path, line: int, column: str, value: Any) -> str:
 
 
 def label_names(train: Examples) -> tuple[str, ...]:
-    """The classes of a training set, sorted, whole numbers by value. Example: `("bad", "good")`."""
+    """The classes of a training set, sorted, whole numbers by value.
+
+    >>> label_names(Examples("train.csv", ("tea", "stale", "tea"), ("10", "9", "10"), (2, 3, 4)))
+    ('9', '10')
+    """
     names = sorted(set(train.labels), key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
         raise UserError(f"{train.source}: every example has the label {names[0]!r}; two classes or more are needed")
@@ -198,7 +206,8 @@ def label_names(train: Examples) -> tuple[str, ...]:
 def label_ids(examples: Examples, names: Sequence[str]) -> np.ndarray:
     """Labels as positions in `names`; one that training never showed is an error.
 
-    Example: `label_ids(test, ("bad", "good"))`.
+    >>> label_ids(Examples("test.csv", ("tea",), ("good",), (2,)), ("bad", "good"))
+    array([1], dtype=int32)
     """
     index = {name: position for position, name in enumerate(names)}
     unseen = Counter(name for name in examples.labels if name not in index)
@@ -215,7 +224,9 @@ def label_ids(examples: Examples, names: Sequence[str]) -> np.ndarray:
 def hold_out(examples: Examples, seed: int, share: float = 0.1) -> tuple[Examples, Examples]:
     """Split off a share of every class for evaluation; a class of one stays in training.
 
-    Example: `train, test = hold_out(examples, seed=0)`.
+    >>> train, test = hold_out(Examples("train.csv", tuple("abcd"), ("x", "x", "y", "y"), (2, 3, 4, 5)), seed=0)
+    >>> len(train), test.labels
+    (2, ('x', 'y'))
     """
     rng = np.random.default_rng(seed)
     labels = np.asarray(examples.labels)
@@ -236,7 +247,7 @@ def hold_out(examples: Examples, seed: int, share: float = 0.1) -> tuple[Example
 def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
     """The tokenizer of a HuggingFace folder, set to cut at `max_length` tokens and to pad nothing.
 
-    Example: `load_tokenizer(folder, 128).encode("good tea").ids`.
+    >>> load_tokenizer(folder, 128).encode("good tea").ids  # doctest: +SKIP
     """
     from tokenizers import Tokenizer
 
@@ -258,7 +269,12 @@ def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
 
 
 def length_limit(config: Any) -> int:
-    """The longest input that a model's configuration allows. Example: 512 for MiniLM."""
+    """The longest input that a model's configuration allows.
+
+    >>> import types
+    >>> length_limit(types.SimpleNamespace(max_position_embeddings=512, model_type="bert"))
+    512
+    """
     limit = int(getattr(config, "max_position_embeddings", 512))
     if "roberta" in str(getattr(config, "model_type", "")) or getattr(config, "model_type", "") == "camembert":
         limit -= int(getattr(config, "pad_token_id", 1)) + 1  # their positions begin behind the padding's
@@ -270,7 +286,7 @@ def encode(
 ) -> Encoded:
     """Token ids of texts, cut to `max_length`. A text of any size costs no more than what is kept of it.
 
-    Example: `encode(["good tea", "stale"], load_tokenizer(folder, 128), 128)`.
+    >>> encode(["good tea", "stale"], load_tokenizer(folder, 128), 128)  # doctest: +SKIP
     """
     cut = _CHARACTERS_PER_TOKEN * max_length
     encodings = tokenizer.encode_batch([text[:cut] for text in texts])
@@ -288,7 +304,9 @@ class Batches:
     Every epoch shows every example once. It is shuffled, sorted by length a few batches at a time so that little is
     padding, and the batches are shuffled again. Without a seed it is one pass in order of length, for evaluation.
 
-    Example: `for batch in Batches(encoded, batch_size=32, seed=0, epochs=2).start(40): ...` begins at step 40.
+    >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
+    >>> [int(batch.weight.sum()) for batch in Batches(encoded, batch_size=4, epochs=2).start(1)]
+    [3, 4, 3]
     """
 
     encoded: Encoded
@@ -298,7 +316,12 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches in one epoch, the last padded. Example: 125 for 4,000 examples in batches of 32."""
+        """Batches in one epoch, the last padded.
+
+        >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
+        >>> Batches(encoded, batch_size=4).per_epoch
+        2
+        """
         return -(-len(self.encoded.ids) // self.batch_size)
 
     def __len__(self) -> int:
@@ -308,7 +331,10 @@ class Batches:
         return self.start(0)
 
     def start(self, step: int) -> Iterator[Batch]:
-        """The batches from a step on. Example: `next(batches.start(40))`."""
+        """The batches from a step on.
+
+        >>> next(batches.start(40))  # doctest: +SKIP
+        """
         first, position = divmod(step, self.per_epoch)
         for epoch in range(first, self.epochs):
             for rows in self._order(epoch)[position:]:
@@ -342,7 +368,11 @@ class Batches:
 
 
 def bucket(length: int, max_length: int) -> int:
-    """The padded length for a batch whose longest row has `length` tokens. Example: `bucket(50, 128) == 80`."""
+    """The padded length for a batch whose longest row has `length` tokens.
+
+    >>> bucket(50, 128), bucket(100, 100)
+    (80, 100)
+    """
     return next((size for size in _BUCKETS if length <= size < max_length), max_length)
 
 

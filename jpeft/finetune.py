@@ -31,7 +31,7 @@ import optax
 import jpeft
 from jpeft import checkpoint, classify, data, runs
 from jpeft.assets import DataSource, UserError, resolve_data, resolve_model
-from jpeft.config import Config, flag, parse_targets
+from jpeft.config import Config, Interrupted, flag, parse_targets
 from jpeft.fingerprint import difference, fingerprint
 from jpeft.methods import METHODS, LeafMethod, Method, from_dict
 from jpeft.runs import Log
@@ -53,7 +53,10 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A `Reporter` that says nothing. Example: `finetune(config, out, Silent())`."""
+    """A `Reporter` that says nothing.
+
+    >>> Silent().say("nothing is printed")
+    """
 
     def say(self, text: str) -> None:
         """Nothing."""
@@ -62,21 +65,14 @@ class Silent:
         """Nothing."""
 
 
-class Interrupted(Exception):
-    """A signal stopped the run, which is saved up to a step (0: not yet). `number` is the signal's."""
-
-    def __init__(self, number: int, step: int, run: Path):
-        super().__init__(number, step, run)
-        self.number, self.step, self.run = number, step, run
-
-
 # ----------------------------------------------------------------------------------------------------------- method
 
 
 def build_method(config: Config) -> Method:
     """The method that a configuration names, with the classification head trained beside it.
 
-    Example: `build_method(Config())` is `Chain(LoRA(rank=8, alpha=16, targets="all-linear"), Train("classifier"))`.
+    >>> build_method(Config()) == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
+    True
     """
     known = {**{name.lower(): name for name in METHODS}, **ALIASES}
     asked = config.method.lower()
@@ -85,7 +81,9 @@ def build_method(config: Config) -> Method:
     kind = METHODS[known[asked]]
     fields = _given_fields(config, kind)
     if asked == "full":
-        return jpeft.Train(**{"targets": ".*", **fields})
+        if "targets" in fields:
+            raise UserError("--method full trains everything; --method train takes --targets")
+        return jpeft.Train(".*", **fields)
     if issubclass(kind, LeafMethod):
         fields = {"exclude": classify.HEAD} | fields  # the head is the other method's
     try:
@@ -114,7 +112,9 @@ def _given_fields(config: Config, kind: type[Method]) -> dict[str, Any]:
 def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW, and its learning rate by step: a linear warm-up, then a linear decay to zero.
 
-    Example: `tx, schedule = optimizer(Config(), 250)`.
+    >>> _, schedule = optimizer(Config(lr=1.0, warmup=0.5), 4)
+    >>> [round(float(schedule(step)), 2) for step in range(4)]
+    [0.33, 0.67, 1.0, 0.5]
     """
     warm = min(steps - 1, round(config.warmup * steps))
 
@@ -144,7 +144,10 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What config.json says: the choices, and what they led to. Example: `job.record["labels"]`."""
+        """What config.json says: the choices, and what they led to.
+
+        >>> job.record["labels"]  # doctest: +SKIP
+        """
         files = {"train": self.source.train, "eval": self.source.eval}
         return {
             "format": runs.FORMAT,
@@ -161,7 +164,7 @@ class Job:
 def prepare(config: Config, reporter: Reporter) -> Job:
     """Read, check and bind all that a configuration names. Writes nothing but the cache of assets.
 
-    Example: `prepare(Config(), Silent()).peft.summary()`.
+    >>> prepare(Config(), Silent()).peft.summary()  # doctest: +SKIP
     """
     method = build_method(config)
     source = resolve_data(config.data, config.eval, config.text, config.label, reporter.say)
@@ -190,7 +193,7 @@ def prepare(config: Config, reporter: Reporter) -> Job:
 def finetune(config: Config, out: Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
     """Train from the beginning, into a folder that is not there yet. Returns what the final table shows.
 
-    Example: `finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]`.
+    >>> finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]  # doctest: +SKIP
     """
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
@@ -204,7 +207,7 @@ def resume(run: Path, given: Mapping[str, Any], reporter: Reporter | None = None
     Args:
         given: what is asked for now, by field of `Config`: it must be what the run recorded.
 
-    Example: `resume(Path("runs/first"), {})`.
+    >>> resume(Path("runs/first"), {})  # doctest: +SKIP
     """
     reporter, record = reporter or Silent(), runs.read_record(run)
     config = Config(**record["config"])
@@ -257,7 +260,8 @@ def _train(job: Job, fresh: Any, rng: jax.Array, run: Path, checkpoints: Any, lo
     state = jpeft.TrainState.create(job.peft, fresh, tx, rng)
     start = checkpoints.latest_step() or 0
     if start:
-        state, _ = checkpoint.restore(checkpoints, like=state)
+        state, notes = checkpoint.restore(checkpoints, like=state)
+        start = notes["position"]
     loss = classify.loss_fn(job.peft, train_mode=bool(config.dropout))
     step = jpeft.train_step(job.peft, loss, tx, clip=1.0)
     rates = np.asarray(schedule(np.arange(total)), float)
@@ -371,7 +375,8 @@ def _result(job: Job, run: Path, adapter: Any, log: Log) -> dict[str, Any]:
 def peak_memory() -> int | None:
     """The most memory that this process held, in bytes; None where the system does not tell.
 
-    Example: `peak_memory() / 2**20`.
+    >>> peak_memory() is None or peak_memory() > 2**20
+    True
     """
     try:
         import resource

