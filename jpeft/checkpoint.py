@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import shutil
@@ -57,16 +58,23 @@ def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[s
     """
     import orbax.checkpoint as ocp
 
+    folder = Path(checkpoints.directory)
+    # Orbax writes the state twice, then drops one copy. A disk that fills meanwhile makes tensorstore's threads print
+    # tracebacks, so the room is looked for first.
+    if shutil.disk_usage(folder).free < 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(dict(notes)))
     try:
         checkpoints.save(step, args=args, force=True)
         checkpoints.wait_until_finished()
+        return
     except Exception as error:
-        _drop_partial(Path(checkpoints.directory))
-        if "os_error_code='28'" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            # tensorstore reports a full disk as a ValueError with the system's number in its text
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(checkpoints.directory)) from error
-        raise
+        _drop_partial(folder)
+        # tensorstore reports a full disk as a ValueError with the system's number in its text
+        if "os_error_code='28'" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+    gc.collect()  # now, while asyncio is quiet: the other writes that failed say so when they are collected
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -103,11 +111,13 @@ def _drop_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax's progress notes, which it logs through absl, off the user's terminal; errors still show."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep what Orbax logs, through absl and asyncio, off the user's terminal: what matters of it is raised."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

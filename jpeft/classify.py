@@ -184,14 +184,16 @@ def evaluate(score: Scorer, params: Any, adapter: Any, batches: Batches) -> Scor
 # ----------------------------------------------------------------------------------------------------------- export
 
 
-def export(out: Path, encoder: nn.Module, merged: Any, labels: Sequence[str], source: Path, about: str) -> None:
+def export(
+    out: Path, encoder: nn.Module, merged: Any, labels: Sequence[str], source: Path, *, max_length: int, about: str
+) -> None:
     """A HuggingFace folder of a merged classifier: encoder and tokenizer for transformers, the head in a file beside.
 
     Args:
         merged: `peft.merge(params, adapter)`. source: the folder that the encoder came from.
-        about: a line on how it was trained, for the folder's README.md.
+        max_length, about: tokens of a text, and a line on how it was trained, for the folder's README.md.
 
-    >>> export(Path("merged"), classifier.encoder, merged, ("bad", "good"), folder, "LoRA on reviews")  # doctest: +SKIP
+    >>> export(out, encoder, merged, ("bad", "good"), folder, max_length=128, about="LoRA.")  # doctest: +SKIP
     """
     from safetensors.numpy import save
 
@@ -202,7 +204,9 @@ def export(out: Path, encoder: nn.Module, merged: Any, labels: Sequence[str], so
     kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
     extra = {
         "classifier.safetensors": save({"weight": np.ascontiguousarray(kernel.T), "bias": bias}, {"format": "pt"}),
-        "README.md": _README.format(about=about, labels=", ".join(labels), name=out.name).encode(),
+        "README.md": _README.format(
+            about=about, labels=", ".join(labels), name=out.name, max_length=max_length
+        ).encode(),
     }
     try:
         whole = scratch / "folder"
@@ -236,7 +240,8 @@ from transformers import AutoModel, AutoTokenizer
 folder = "{name}"
 tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 head = load_file(f"{{folder}}/classifier.safetensors")
-batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
+texts = ["a text", "another"]
+batch = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
 with torch.no_grad():
     states, mask = encoder(**batch).last_hidden_state, batch["attention_mask"][..., None]
     pooled = (states * mask).sum(1) / mask.sum(1)

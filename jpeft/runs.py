@@ -241,9 +241,12 @@ class Trained:
             merged = self.peft.merge(self.params, self.adapter)
         except ValueError as error:  # a method that is no change of weights
             raise UserError(str(error)) from error
-        config = self.record["config"]
-        about = f"{config['model']} fine-tuned on {config['data']} with {config['method']} by jpeft."
-        classify.export(out, self.classifier.encoder, merged, self.labels, self.model_folder, about)
+        config = Config(**self.record["config"])
+        about = f"{config.model} fine-tuned on {config.data} with {config.method} by jpeft."
+        classify.export(
+            out, self.classifier.encoder, merged, self.labels, self.model_folder,
+            max_length=config.max_length, about=about,
+        )  # fmt: skip
 
 
 def open_run(run: str | Path) -> Trained:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,18 @@ def test_a_full_disk_is_told_as_one_and_gives_back_what_it_took(tmp_path, monkey
         assert caught.value.errno == errno.ENOSPC
         assert not list(tmp_path.glob("*tmp*"))
         assert int(restore(checkpoints, state(0))[0].step) == 1
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def test_no_save_begins_on_a_disk_without_room(tmp_path, monkeypatch):
+    with open_checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Usage(2**20))
+        with pytest.raises(OSError, match="No space left on device"):
+            save(checkpoints, 1, state(1), {})
+        assert checkpoints.all_steps() == [] and not list(tmp_path.glob("*tmp*"))
 
 
 SAVING = """

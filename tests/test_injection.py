@@ -8,10 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import struct
 
 import jpeft
+from jpeft.tree import flatten
 from tests.zoo import moved, parameters
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 4)), jnp.float32)
@@ -470,6 +472,70 @@ def test_the_base_takes_no_gradient_and_a_stack_of_adapters_serves_a_batch():
     merged = lambda a: (model.apply({"params": peft.merge(params, a)}, X) ** 2).sum()  # noqa: E731
     close(jax.grad(loss)(adapters[0]), jax.grad(merged)(adapters[0]), 1e-3)
     assert jax.tree.structure(jax.grad(loss)(adapters[0])) == jax.tree.structure(adapters[0])
+
+
+# --- a whole model ------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """A causal transformer as people write them: scanned, rematerialised layers, one table for both ends."""
+
+    @nn.compact
+    def __call__(self, ids):
+        class TransformerLayer(nn.Module):
+            @nn.compact
+            def __call__(self, x, mask):
+                h = nn.LayerNorm(name="before_attention")(x)
+                x = x + nn.MultiHeadDotProductAttention(2, name="attention")(h, mask=mask)
+                h = nn.LayerNorm(name="before_ffn")(x)
+                return x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(12, name="up")(h))), None
+
+        embed = nn.Embed(11, 8, name="embed")
+        scan = nn.scan(
+            nn.remat(TransformerLayer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=3,
+        )
+        x, _ = scan(name="layers")(embed(ids), nn.make_causal_mask(ids, dtype=bool))
+        return embed.attend(nn.LayerNorm(name="last")(x))
+
+
+@pytest.mark.parametrize("method", [
+    jpeft.LoRA(rank=2, targets=r".*/(query|value)"),
+    jpeft.Chain(jpeft.LoRA(rank=2), jpeft.LoRA(rank=3, targets=["embed"])),
+    jpeft.Chain(jpeft.IA3(targets=["key", "value", "down"], feedforward=["down"]), jpeft.BitFit()),
+    jpeft.Chain(jpeft.Bottleneck(size=2, activation="tanh"), jpeft.PrefixTuning(length=2)),
+], ids=["query, value", "all-linear and table", "IA3 and biases", "bottleneck and prefix"])  # fmt: skip
+def test_three_steps_of_a_scanned_decoder_change_every_adapter_leaf_and_no_base_bit(method):
+    model, ids = Decoder(), jnp.array([[1, 5, 2, 9, 4], [3, 3, 8, 0, 10]])
+    params = parameters(model, ids)
+    before = jax.tree.map(np.array, params)
+    peft = method.bind(model, params, ids)
+    start = moved(peft, params)
+    tx = optax.sgd(0.1, momentum=0.9)
+
+    @jax.jit
+    def step(params, adapter, state):
+        def loss(adapter):
+            logits = peft.apply(params, adapter, ids[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+        value, grads = jax.value_and_grad(loss)(adapter)
+        updates, state = tx.update(grads, state, adapter)
+        return optax.apply_updates(adapter, updates), state, value
+
+    adapter, state, losses = start, tx.init(start), []
+    for _ in range(3):
+        adapter, state, value = step(params, adapter, state)
+        losses.append(float(value))
+    assert losses[2] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    for path, moved_leaf in flatten(adapter).items():
+        assert (np.asarray(moved_leaf) != np.asarray(flatten(start)[path])).any(), path
+    if all(m.mergeable for m in method.methods()):
+        close(peft.apply(params, adapter, ids), model.apply({"params": peft.merge(params, adapter)}, ids), 1e-4)
 
 
 # --- apply's own arguments --------------------------------------------------------------------------------------------

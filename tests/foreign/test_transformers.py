@@ -139,7 +139,7 @@ METHODS = {
     "all-linear": lambda f: jpeft.LoRA(rank=2),
     "IA3": lambda f: jpeft.IA3(),
     "BitFit": lambda f: jpeft.BitFit(),
-    "Bottleneck": lambda f: jpeft.Bottleneck(size=2),
+    "Bottleneck": lambda f: jpeft.Bottleneck(size=2, activation="tanh"),
     "embedding": lambda f: jpeft.LoRA(rank=2, targets=[f.table]),
 }
 
