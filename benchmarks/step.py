@@ -226,8 +226,8 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     for kind in ("query,value", "all-linear"):
         out[f"time jpeft / qwix, {kind}"] = time_of(f"jpeft lora {kind}") / time_of(f"qwix lora {kind}")
         out[f"FLOPs lora / full, {kind}"] = by[f"jpeft lora {kind}"]["flops"] / by["jpeft full"]["flops"]
-        out[f"time on flax-bert, lora / no adapter, {kind}"] = (
-            time_of(f"flax-bert lora {kind}") / time_of(f"flax-bert path {kind}")
+        out[f"time on flax-bert, lora / no adapter, {kind}"] = time_of(f"flax-bert lora {kind}") / time_of(
+            f"flax-bert path {kind}"
         )
     out["time forward, lora / base"] = time_of("forward lora all-linear") / time_of("forward base")
     out["time forward, merged / base"] = time_of("forward merged") / time_of("forward base")

@@ -202,11 +202,10 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
+    readme = _README.format(about=about, labels=", ".join(labels), name=out.name, max_length=max_length)
     extra = {
+        "README.md": readme.encode(),
         "classifier.safetensors": save({"weight": np.ascontiguousarray(kernel.T), "bias": bias}, {"format": "pt"}),
-        "README.md": _README.format(
-            about=about, labels=", ".join(labels), name=out.name, max_length=max_length
-        ).encode(),
     }
     try:
         whole = scratch / "folder"

@@ -30,7 +30,7 @@ def fingerprint(params: Tree) -> dict[str, str]:
 
 
 def difference(saved: dict[str, str], params: Tree) -> str | None:
-    """What first tells ``params`` from the base that ``saved`` is the fingerprint of, in words; None if nothing does."""
+    """What first tells ``params`` from the base with the fingerprint ``saved``, in words; None if nothing does."""
     leaves: dict[str, Any] = {join(path): meta.unbox(leaf) for path, leaf in flatten(params).items()}
     for name in sorted(saved.keys() | leaves.keys()):
         if name not in leaves:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
+from jax.core import Tracer
 
 from jpeft import attention, geometry
 from jpeft.geometry import Call, Lookup, Parts, Patches
@@ -163,7 +164,7 @@ def _said_deterministic(context: Any, args: Any, kwargs: Any) -> Any:
             return source["deterministic"]
         for name in _TRAINING:
             if isinstance(value := source.get(name), (bool, np.bool_, jax.Array)):
-                return jnp.logical_not(value) if isinstance(value, jax.core.Tracer) else not value
+                return jnp.logical_not(value) if isinstance(value, Tracer) else not value
     return None
 
 
@@ -281,7 +282,9 @@ class Interceptor:
         nested = any(f.module.scope is module.scope for f in self.frames)
         self.frames.append(_Frame(module, path, _said_deterministic(context, args, kwargs)))
         try:
-            return self._call(next_fun, args, kwargs, context, actions, nested) if actions else next_fun(*args, **kwargs)
+            return (
+                self._call(next_fun, args, kwargs, context, actions, nested) if actions else next_fun(*args, **kwargs)
+            )
         finally:
             self.frames.pop()
 
@@ -335,7 +338,7 @@ class Interceptor:
         x = args[found.argument]
         dtype = canonicalize_dtype(*([] if site.lookup and method == "__call__" else [x]), weight, dtype=module.dtype) \
             if hasattr(module, "dtype") else canonicalize_dtype(x, weight)  # fmt: skip
-        bias = meta.unbox(own[found.bias]) if found.bias in own else None
+        bias = meta.unbox(own[found.bias]) if found.bias is not None and found.bias in own else None
 
         def original(raw: Any) -> Any:
             new = list(args)
@@ -405,7 +408,7 @@ def _extend(pairs: Any, key: jax.Array, value: jax.Array, mask: Any) -> Any:
 
 def _on_output(action: Action, leaves: Leaves, y: Any) -> Any:
     first = y[0] if isinstance(y, tuple) else y
-    tokens = first.reshape(-1, first.shape[-1]) if geometry._flatten_tokens() else first
+    tokens = first.reshape(-1, first.shape[-1]) if geometry.flatten_tokens() else first
     changed = action.method.apply(_cast(leaves, first.dtype), tokens).reshape(first.shape)
     if not isinstance(y, tuple):
         return changed
@@ -428,4 +431,3 @@ def intercept(table: Mapping[Path, tuple[Action, ...]], prefix: Path = ()) -> It
             yield
     finally:
         _running.reset(token)
-

@@ -95,7 +95,9 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
     names = [site.name for site in peft.sites]
     if names != config["sites"]:
         first = next(iter(set(names) ^ set(config["sites"])), "their order")
-        raise AdapterError(f"{folder}: its sites are not those that {method.name} finds in this model; differs: {first}")
+        raise AdapterError(
+            f"{folder}: its sites are not those that {method.name} finds in this model; differs: {first}"
+        )
     return peft, _leaves(folder, config, peft, tree)
 
 
@@ -186,7 +188,9 @@ def _serialise(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | Non
     return serialise({k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}, metadata=metadata)
 
 
-def write_safetensors(file: FilePath, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(
+    file: FilePath, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file atomically. Inverse of `read_safetensors`."""
     write_atomically(file, _serialise(tensors, metadata))
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import lift, meta, unfreeze
+from jax.core import Tracer
 
 from jpeft import inject
 from jpeft.inject import MARKER, Action, Changed, Marker, changes_bias, merge_bias, merge_weight
@@ -60,13 +61,12 @@ def bind_seen(method: Method, model: nn.Module, params: Tree, seen: Survey) -> P
     shared: list[Path] = []
     for i, member in enumerate(method.methods()):
         sites = member.sites(seen)
-        key = jax.random.key(0)
-        root = jax.eval_shape(lambda m=member, s=sites: m.shared(key, s))
+        root = jax.eval_shape(lambda key, m=member, s=sites: m.shared(key, s), jax.random.key(0))
         _claim(structure, {(_slug(method, i), n): x for n, x in root.items()}, base, member)
         shared += [(_slug(method, i), n) for n in root]
         for site in sites:
             action = _action(member, i, site, base, root)
-            stored = jax.eval_shape(lambda a=action: _init_one(a, key, _like_weight(a, base)))
+            stored = jax.eval_shape(lambda key, a=action: _init_one(a, key, _like_weight(a, base)), jax.random.key(0))
             _claim(structure, {action.leaf_path(n): x for n, x in stored.items()}, base, member, site.kind == "leaf")
             actions.append(action)
     size = sum(math.prod(np.shape(meta.unbox(x))) for x in base.values())
@@ -103,7 +103,9 @@ def _matrix(action: Action, base: Mapping[Path, Any]) -> jax.Array | None:
     return jnp.zeros((site.inputs, site.outputs), jnp.float32) if site.kind == "weight" else _like_weight(action, base)
 
 
-def _claim(structure: Any, leaves: Leaves, base: Mapping[Path, Any], method: Method, stands_in: bool = False) -> None:
+def _claim(
+    structure: Any, leaves: Mapping[Path, Any], base: Mapping[Path, Any], method: Method, stands_in: bool = False
+) -> None:
     for path, leaf in leaves.items():
         if path in structure:
             raise ValueError(
@@ -179,7 +181,7 @@ class Peft:
         return frozenset(fixed | shared)
 
     def leaf_sites(self) -> dict[Path, tuple[Site | None, Any]]:
-        """For every adapter leaf, the site whose base weight it follows and its axes' roles; (None, None) for others."""
+        """For every adapter leaf, the site whose base weight it follows and its axes' roles; or (None, None)."""
         out: dict[Path, tuple[Site | None, Any]] = dict.fromkeys(self.shared_paths, (None, None))
         for action in self.actions:
             follows = action.site.kind in ("weight", "leaf")
@@ -222,7 +224,7 @@ class Peft:
         out = {}
         for path, (site, roles) in self.leaf_sites().items():
             leaf, sharding = leaves[path], leaf_sharding(base, site, roles)
-            if sharding is not None and not isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+            if sharding is not None and not isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
                 leaf = jax.device_put(leaf, sharding)
             elif sharding is not None and isinstance(leaf, jax.ShapeDtypeStruct):
                 leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -421,7 +423,7 @@ def _without_adapter(out: Any, params: Tree) -> Any:
     y, state = out
     if "params" not in state:
         return out
-    found = flatten(unfreeze(state["params"]))
+    found = flatten(state["params"])
     kept = {p: x.value if isinstance(x := found[p], Changed) else x for p in flatten(params) if p in found}
     return y, like({**{k: v for k, v in state.items() if k != "params"}, "params": unflatten(kept)}, state)
 
@@ -445,7 +447,7 @@ class PeftModule(nn.Module):
         assert scope is not None
         if self.is_initializing() and not _has_adapter(peft, scope.variables().get("params", {})):
             y = peft.model.clone(parent=scope, name=None)(*args, **kwargs)
-            params = unfreeze(scope.variables()["params"])
+            params = unfreeze(dict(scope.variables()["params"]))
             adapter = unfreeze(peft.init(self.make_rng("params"), params))
             for name, value in combine(params, adapter).items():
                 scope.put_variable("params", name, value)

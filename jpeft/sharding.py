@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 from flax.core import meta
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.sites import Site, derive_entries
@@ -46,7 +46,7 @@ def adapter_shardings(peft: Peft, params: Tree) -> Any:
 def named_sharding(leaf: Any) -> NamedSharding | None:
     """A leaf's ``NamedSharding`` on more than nothing, or None: traced and single-device leaves have none."""
     leaf = meta.unbox(leaf)
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
@@ -60,7 +60,7 @@ def leaf_sharding(base: Mapping[Path, Any], site: Site | None, roles: Sequence[s
     if site.kind == "leaf":
         return sharding
     entries = list(derive_entries(site, roles, tuple(sharding.spec)))
-    while entries and entries[-1] is None:  # as XLA spells its outputs: jit would take another spelling for another input
+    while entries and entries[-1] is None:  # as XLA spells its outputs: jit takes another spelling for another input
         entries.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 

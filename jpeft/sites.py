@@ -79,7 +79,7 @@ class Site:
 
     @property
     def linear(self) -> bool:
-        """Whether "all-linear" means this site: a linear weight, neither an embedding nor the output head, or its output."""
+        """Whether "all-linear" means this: a linear weight (or its output), no embedding and not the output head."""
         return self.geometry is not None and self.geometry.linear and not self.head
 
     @property

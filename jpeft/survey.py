@@ -30,7 +30,7 @@ _HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
 
 @dataclass
 class _Record:
-    """What the abstract call did. Its identity is part of the boxes' tree structure, so no trace cache can replay it."""
+    """What the abstract call did. Its identity is in the boxes' tree structure, so no trace cache can replay it."""
 
     reads: dict[Path, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # shape in scope, axes
     foreign: set[Path] = field(default_factory=set)
@@ -54,7 +54,7 @@ class _Watched(meta.AxisMetadata):
     """A parameter that reports when, where and in which shape it is read."""
 
     def __init__(self, value: Any, path: Path, axes: tuple[int, ...], record: _Record):
-        self.__dict__.update(_value=value, _path=path, _axes=axes, _record=record)
+        self._value, self._path, self._axes, self._record = value, path, axes, record
 
     def unbox(self) -> Any:
         value = meta.unbox(self._value)
@@ -163,7 +163,7 @@ def _interceptor(record: _Record):
 
 
 def _is_dynamic(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) or jax.dtypes.issubdtype(
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) or jnp.issubdtype(
         getattr(x, "dtype", np.dtype(object)), jax.dtypes.prng_key
     )
 
@@ -201,10 +201,8 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _stack(axes: tuple[int, ...], stored: tuple[int, ...]) -> Stack:
-    rest, stack = list(stored), []
-    for axis in axes:
-        stack.append((axis, rest.pop(axis)))
-    return tuple(stack)
+    rest = list(stored)
+    return tuple((axis, rest.pop(axis)) for axis in axes)
 
 
 def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
@@ -222,8 +220,8 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     return Survey(
         weights=tuple(weights),
         outputs=tuple(
-            Site(path=p, kind="output", owner=cls, outputs=shape[-1], dtype=dtype, stack=_module_stack(p, record, shapes),
-                 geometry=made_by[p].geometry if p in made_by else None)
+            Site(path=p, kind="output", owner=cls, outputs=shape[-1], dtype=dtype,
+                 stack=_module_stack(p, record, shapes), geometry=made_by[p].geometry if p in made_by else None)
             for p, (cls, shape, dtype) in record.modules.items()
             if shape and p
         ),

@@ -55,8 +55,8 @@ def _selector(targets: Targets) -> list[tuple[str, Callable[[Any], bool]]]:
         return [(targets, lambda s: any(pattern.fullmatch(n) for n in _names(s)))]
     if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
         raise TargetError(
-            f"targets must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable (path, site) -> bool; "
-            f"got {targets!r}"
+            f"targets must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable "
+            f"(path, site) -> bool; got {targets!r}"
         )
     return [(t, lambda s, t=t: any(matches_entry(t, n) for n in _names(s))) for t in targets]
 

@@ -80,7 +80,7 @@ def train_step(
 
     Args:
       peft: the bound method.
-      loss_fn: ``(adapter, params, batch, rng) -> (loss, metrics)``; a scalar mean over the batch, and a dict of scalars.
+      loss_fn: ``(adapter, params, batch, rng) -> (loss, metrics)``: a scalar, the mean over the batch, and a dict.
       tx: the optimiser, plain or `jpeft.masked`.
       accumulate: micro-batches that the batch's leading axis is split into; gradients and metrics are their means.
       clip: largest global norm of the trainable leaves' gradient.

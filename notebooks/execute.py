@@ -1,6 +1,6 @@
 """Executes the notebooks beside this file, in place, so that what they show is what they do.
 
-    python notebooks/execute.py [quickstart.ipynb ...]
+python notebooks/execute.py [quickstart.ipynb ...]
 """
 
 import sys

@@ -19,9 +19,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture
 def registries():
     """Lets a test register geometries and attentions, and forgets them afterwards."""
-    saved = dict(geometry._REGISTRY), dict(attention._REGISTRY)
+    saved = dict(geometry.REGISTRY), dict(attention._REGISTRY)
     yield
-    for registry, before in zip((geometry._REGISTRY, attention._REGISTRY), saved, strict=True):
+    for registry, before in zip((geometry.REGISTRY, attention._REGISTRY), saved, strict=True):
         registry.clear()
         registry.update(before)
 

@@ -474,11 +474,14 @@ def test_the_base_takes_no_gradient_and_a_stack_of_adapters_serves_a_batch():
     assert jax.tree.structure(jax.grad(loss)(adapters[0])) == jax.tree.structure(adapters[0])
 
 
-# --- a whole model ------------------------------------------------------------------------------------------------------
+# --- a whole model ----------------------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
-    """A causal transformer as people write them: scanned, rematerialised layers, one table for both ends."""
+    """A causal transformer as people write them: scanned, rematerialised layers, one table for both ends.
+
+    The bias of its keys is left out below: it shifts every score of a query alike, which softmax does not see.
+    """
 
     @nn.compact
     def __call__(self, ids):
@@ -505,7 +508,7 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("method", [
     jpeft.LoRA(rank=2, targets=r".*/(query|value)"),
     jpeft.Chain(jpeft.LoRA(rank=2), jpeft.LoRA(rank=3, targets=["embed"])),
-    jpeft.Chain(jpeft.IA3(targets=["key", "value", "down"], feedforward=["down"]), jpeft.BitFit()),
+    jpeft.Chain(jpeft.IA3(targets=["key", "value", "down"], feedforward=["down"]), jpeft.BitFit(exclude=["key/bias"])),
     jpeft.Chain(jpeft.Bottleneck(size=2, activation="tanh"), jpeft.PrefixTuning(length=2)),
 ], ids=["query, value", "all-linear and table", "IA3 and biases", "bottleneck and prefix"])  # fmt: skip
 def test_three_steps_of_a_scanned_decoder_change_every_adapter_leaf_and_no_base_bit(method):

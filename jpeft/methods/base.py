@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass of configuration, and a few short functions of one site.
 
-Subclass `WeightMethod` for a method that changes a weight (it writes maths for one matrix ``[in, out]``; scans, experts,
-heads and convolutions are the core's business), `OutputMethod` for one that works on a module's output,
+Subclass `WeightMethod` for a method that changes a weight (it writes maths for one matrix ``[in, out]``; scans,
+experts, heads and convolutions are the core's business), `OutputMethod` for one that works on a module's output,
 `AttentionMethod` for one that adds keys and values, `LeafMethod` for one that trains base leaves.
 """
 
@@ -40,7 +40,7 @@ class Linear(Protocol):
         ...
 
     @property
-    def bias(self) -> Float[Array, out] | None: ...
+    def bias(self) -> Float[Array, " out"] | None: ...
 
     def dropout(self, x: Any, rate: float) -> Any:
         """Drops entries of x, where the caller trains and gave a "dropout" rng."""
@@ -168,7 +168,9 @@ class Method:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if callable(value):
-                raise ValueError(f"{self.name}.{field.name} is a function, which has no JSON form; give patterns instead")
+                raise ValueError(
+                    f"{self.name}.{field.name} is a function, which has no JSON form; give patterns instead"
+                )
             value = json.loads(json.dumps(value, default=_jsonable))
             out[field.name] = value
         return out
@@ -209,7 +211,7 @@ class WeightMethod(Method):
         """The changed weight."""
         raise TypeError(f"{self.name} does not define merge")
 
-    def merge_bias(self, leaves: Leaves, b: Float[Array, out]) -> Float[Array, out]:
+    def merge_bias(self, leaves: Leaves, b: Float[Array, " out"]) -> Float[Array, " out"]:
         """The changed bias; unchanged unless overridden."""
         return b
 

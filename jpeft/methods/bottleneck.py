@@ -1,6 +1,6 @@
 """Bottleneck adapters after a sublayer (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247; Houlsby et al. 2019).
 
-    h <- h + s (f(h D + d) U + u)        D: [features, size], U: [size, features]
+h <- h + s (f(h D + d) U + u)        D: [features, size], U: [size, features]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """IA3: learned scales of activations (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
 
-    y = (x W + b) * l           l: [out], for keys and values
-    y = (x * l) W + b           l: [in], for the second layer of a feed-forward block
+y = (x W + b) * l           l: [out], for keys and values
+y = (x * l) W + b           l: [in], for the second layer of a feed-forward block
 """
 
 from __future__ import annotations
@@ -79,5 +79,5 @@ class IA3(WeightMethod):
             return w * jnp.tile(scale, w.shape[0] // scale.shape[0])[:, None]
         return w * leaves["ia3_out"]
 
-    def merge_bias(self, leaves: Leaves, b: Float[Array, out]) -> Float[Array, out]:
+    def merge_bias(self, leaves: Leaves, b: Float[Array, " out"]) -> Float[Array, " out"]:
         return b * leaves["ia3_out"] if "ia3_out" in leaves else b

@@ -1,6 +1,6 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    y = x W + s (x A) B        A: [in, r], B: [r, out], s = alpha / r, or alpha / sqrt(r) for rsLoRA (2312.03732)
+y = x W + s (x A) B        A: [in, r], B: [r, out], s = alpha / r, or alpha / sqrt(r) for rsLoRA (2312.03732)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LoRA(WeightMethod):
         "orthogonal" (A and B on orthogonal subspaces, so that A B = 0; even r), "random" (A as kaiming and B
         not zero: the model changes at once). Embedding tables take A = 0 and B normal.
       dtype: of the leaves; they are cast to the activation's dtype once.
-      targets, exclude, overrides: see `Method`; rank, alpha, rslora, dropout, init_weights, dtype and parts may differ per site.
+      targets, exclude, overrides: see `Method`; every other field may differ per site.
 
     Leaves at a site: ``lora_a [in, r]``, ``lora_b [r, out]``.
 
