@@ -408,7 +408,7 @@ def _extend(pairs: Any, key: jax.Array, value: jax.Array, mask: Any) -> Any:
 
 def _on_output(action: Action, leaves: Leaves, y: Any) -> Any:
     first = y[0] if isinstance(y, tuple) else y
-    tokens = first.reshape(-1, first.shape[-1]) if geometry.flatten_tokens() else first
+    tokens = first.reshape(-1, first.shape[-1]) if geometry.base.flatten_tokens() else first
     changed = action.method.apply(_cast(leaves, first.dtype), tokens).reshape(first.shape)
     if not isinstance(y, tuple):
         return changed

@@ -69,7 +69,7 @@ def test_running_under_an_adapter_is_running_the_unmodified_model_on_the_merged_
     use, mode, dtype, accelerator, method, monkeypatch
 ):
     if accelerator:
-        monkeypatch.setattr(geometry, "_flatten_tokens", lambda: False)
+        monkeypatch.setattr(geometry.base, "flatten_tokens", lambda: False)
     peft, model, params, x = bound(use, mode, method, dtype)
     assert {s.via for s in peft.sites} == {USES[use].via}
 

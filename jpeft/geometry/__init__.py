@@ -10,7 +10,6 @@ from jpeft.geometry.base import Call as Call
 from jpeft.geometry.base import Geometry as Geometry
 from jpeft.geometry.base import Parts as Parts
 from jpeft.geometry.base import Raw as Raw
-from jpeft.geometry.base import flatten_tokens as flatten_tokens
 from jpeft.geometry.contraction import Contraction as Contraction
 from jpeft.geometry.convolution import Convolution as Convolution
 from jpeft.geometry.convolution import Patches as Patches

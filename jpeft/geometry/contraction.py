@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.geometry.base import Call, Geometry, flatten_tokens
+from jpeft.geometry import base
+from jpeft.geometry.base import Call, Geometry
 
 
 def labels_of(spec: str) -> tuple[str, str, str]:
@@ -104,7 +105,7 @@ class Contraction(Geometry):
         both, ins, _ = self._roles
         sizes = dict(zip(labels, x.shape, strict=True))
         x = _transpose(x, labels, both + tokens + ins)
-        middle = [math.prod(sizes[c] for c in tokens)] if flatten_tokens() else [sizes[c] for c in tokens]
+        middle = [math.prod(sizes[c] for c in tokens)] if base.flatten_tokens() else [sizes[c] for c in tokens]
         return x.reshape(*self.batch, *middle, self._size(ins))
 
     def restore(self, call: Call, x: jax.Array) -> jax.Array:
@@ -123,7 +124,7 @@ class Contraction(Geometry):
         both, _, outs = self._roles
         sizes = dict(zip(x_labels, x.shape, strict=True))
         y = _transpose(y, labels, both + tokens + outs)
-        middle = [math.prod(sizes[c] for c in tokens)] if flatten_tokens() else [sizes[c] for c in tokens]
+        middle = [math.prod(sizes[c] for c in tokens)] if base.flatten_tokens() else [sizes[c] for c in tokens]
         return y.reshape(*self.batch, *middle, self._size(outs))
 
     def output(self, call: Call, y: jax.Array) -> jax.Array:

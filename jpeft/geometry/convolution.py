@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jpeft.geometry.base import Call, Geometry, flatten_tokens
+from jpeft.geometry import base
+from jpeft.geometry.base import Call, Geometry
 
 
 @jax.tree_util.register_pytree_node_class
@@ -36,7 +37,7 @@ class Patches:
 
     def __matmul__(self, a: jax.Array) -> jax.Array:
         y = self.convolve(self.image, a)
-        return y.reshape(-1, y.shape[-1]) if flatten_tokens() else y
+        return y.reshape(-1, y.shape[-1]) if base.flatten_tokens() else y
 
     def __mul__(self, scale: jax.Array) -> Patches:
         """Scales each input channel: ``scale`` has one entry a channel, the same at every place in the window."""
@@ -108,7 +109,7 @@ class Convolution(Geometry):
     def result(self, call: Call, y: jax.Array) -> jax.Array:
         if self.groups > 1:
             y = jnp.moveaxis(y.reshape(*y.shape[:-1], self.groups, -1), -2, 0)
-        return y.reshape(*self.batch, -1, y.shape[-1]) if flatten_tokens() else y
+        return y.reshape(*self.batch, -1, y.shape[-1]) if base.flatten_tokens() else y
 
     def output(self, call: Call, y: jax.Array) -> jax.Array:
         spatial = jax.eval_shape(self._convolve(call), self._first(call), self._one(call)).shape[:-1]

@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.methods.base import POSITIVE_INT, RATE, Leaves, Linear, WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import (
+    POSITIVE_INT,
+    RATE,
+    Leaves,
+    Linear,
+    WeightMethod,
+    check_fields,
+    dtype_name,
+    narrow,
+    normal,
+)
 from jpeft.sites import BOX, MERGE, Site
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "random")
@@ -108,7 +118,7 @@ class LoRA(WeightMethod):
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         # y = x W + s (x A) B: the scale goes on the narrow side.
-        low = base.dropout(x, self.dropout) @ leaves["lora_a"]
+        low = narrow(base.dropout(x, self.dropout), leaves["lora_a"])
         y = base(x)
         return y + ((low * self.scale) @ leaves["lora_b"]).astype(y.dtype)
 
