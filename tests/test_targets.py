@@ -61,7 +61,7 @@ def names(targets, exclude=None, method=jpeft.LoRA, **fields) -> list[str]:
     ("all-linear", ["layer_0/up", "value"], [n for n in ALL if n != "layer_0/up" and "value" not in n]),
     ("all-linear", lambda path, site: site.outputs == 4, ["layer_0/up", "layer_1/up"]),
     (r".*", "all-linear", ["classifier", "projection", "table"]),
-], ids=str)  # fmt: skip
+], ids=lambda v: getattr(v, "__name__", str(v)))  # fmt: skip
 def test_every_form(targets, exclude, expected):
     assert names(targets, exclude) == sorted(expected)
 
@@ -82,7 +82,7 @@ def test_every_form(targets, exclude, expected):
     (3, None, "targets must be a regular expression, a list of paths"),
     ("all-linear", ["qeury"], r"exclude 'qeury' matches nothing; nearest: .*query"),
     (["query"], r".*/query", "leaves nothing of targets"),
-], ids=str)  # fmt: skip
+], ids=lambda v: getattr(v, "__name__", str(v)))  # fmt: skip
 def test_every_mistake_is_an_error_that_helps(targets, exclude, message):
     with pytest.raises(TargetError, match=message):
         names(targets, exclude)
