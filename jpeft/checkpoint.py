@@ -38,6 +38,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
     with _quiet():
         import orbax.checkpoint as ocp
 
+        _drop_partial(Path(folder))  # what a killed save left; Orbax clears it away in its own time
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,

@@ -1,6 +1,7 @@
 """Training checkpoints: what is saved comes back bit for bit, and a killed save is as if it had not begun."""
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -18,6 +19,16 @@ from flax import struct
 
 from jpeft import checkpoint
 from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, save
+
+# Orbax leaves coroutines behind when a read fails; pytest would report them in whichever test runs when they are
+# collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    yield
+    gc.collect()
 
 
 @struct.dataclass
