@@ -20,7 +20,7 @@ class Config:
     """All that decides what a run computes. `None` is the method's, the data's or the job's own default.
 
     >>> Config(rank=16, targets="query,value").rate
-    0.001
+    0.0005
     """
 
     model: str = "minilm"
@@ -63,9 +63,9 @@ class Config:
         """The peak learning rate.
 
         >>> Config().rate, Config(method="ia3").rate, Config(lr=0.1).rate
-        (0.001, 0.005, 0.1)
+        (0.0005, 0.005, 0.1)
         """
-        return LEARNING_RATES.get(self.method.lower(), 1e-3) if self.lr is None else self.lr
+        return LEARNING_RATES.get(self.method.lower(), 5e-4) if self.lr is None else self.lr
 
     def located(self) -> Config:
         """The same with absolute paths, so that it holds from any working folder.

@@ -6,6 +6,7 @@ einsum can say is a `Contraction`; a convolution is a `Convolution`; an embeddin
 no module call explains is `Raw`. `register_geometry` adds one from outside.
 """
 
+from jpeft.geometry import base as base
 from jpeft.geometry.base import Call as Call
 from jpeft.geometry.base import Geometry as Geometry
 from jpeft.geometry.base import Parts as Parts
