@@ -115,11 +115,15 @@ def resolve_data(
     elif Path(name).expanduser().is_file():
         known = DataSource(Path(name).expanduser(), None, "text", "label")
     else:
-        raise UserError(f"--data {name}: no such file; expected {_names(DATA)}, or a .csv or .jsonl file")
+        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(DATA)}, or a .csv or .jsonl file")
     evaluation = known.eval if eval_file is None else Path(eval_file).expanduser()
     if evaluation is not None and not evaluation.is_file():
-        raise UserError(f"--eval {eval_file}: no such file; expected a .csv or .jsonl file")
+        raise UserError(f"--eval {eval_file}: {_no_file(str(eval_file))}; expected a .csv or .jsonl file")
     return DataSource(known.train, evaluation, text or known.text, label or known.label)
+
+
+def _no_file(name: str) -> str:
+    return "is no regular file" if Path(name).expanduser().exists() else "no such file"
 
 
 def cache_folder() -> Path:

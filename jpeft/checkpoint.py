@@ -14,7 +14,10 @@ import errno
 import gc
 import logging
 import os
+import re
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +56,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
 
 
 def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[str, Any]) -> None:
-    """Write the state of a step, and notes in JSON beside it. A full disk is an `OSError` with `ENOSPC`.
+    """Write the state of a step, and notes in JSON beside it. A disk that refuses is an `OSError`, e.g. with `ENOSPC`.
 
     >>> save(checkpoints, 100, state, {"epoch": 2})  # doctest: +SKIP
     """
@@ -71,11 +74,13 @@ def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[s
         return
     except Exception as error:
         _drop_partial(folder)
-        # tensorstore reports a full disk as a ValueError with the system's number in its text
-        if "os_error_code='28'" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
+        # tensorstore reports what the system refused as a ValueError with the system's number in its text
+        said = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(said[1]) if said else getattr(error, "errno", None)
+        if number is None:
             raise
     gc.collect()  # now, while asyncio is quiet: the other writes that failed say so when they are collected
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    raise OSError(number, os.strerror(number), str(folder))
 
 
 def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -98,10 +103,36 @@ def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) 
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
     try:
         found = checkpoints.restore(step, args=args)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # Orbax and tensorstore raise a bare one for some damage
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{checkpoints.directory}/{step}: does not hold the expected state ({reason})") from error
     return found["state"], found["notes"]
+
+
+def restore_newest(checkpoints: CheckpointManager, like: Any) -> tuple[Any, dict[str, Any], list[int]]:
+    """The newest state that can be read, its notes, and the steps of newer ones that could not, which are deleted.
+
+    Raises:
+        CheckpointError: there is none, or none can be read (then all stay where they are).
+
+    >>> state, notes, damaged = restore_newest(checkpoints, like=fresh)  # doctest: +SKIP
+    """
+    damaged: list[int] = []
+    reason = f"{checkpoints.directory}: no checkpoint to resume from"
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            state, notes = restore(checkpoints, like, step)
+        except CheckpointError as error:
+            reason = reason if damaged else str(error)
+            damaged.append(step)
+        else:
+            for bad in damaged:
+                checkpoints.delete(bad)  # or the run could not save that step again
+            return state, notes, damaged
+        with warnings.catch_warnings():  # the reads that Orbax had not begun complain when they are collected
+            warnings.simplefilter("ignore")
+            gc.collect()
+    raise CheckpointError(reason)
 
 
 def _drop_partial(folder: Path) -> None:
@@ -112,13 +143,24 @@ def _drop_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what Orbax logs, through absl and asyncio, off the user's terminal: what matters of it is raised."""
+    """Keep what Orbax logs, through absl and asyncio, off the user's terminal: what matters of it is raised.
+
+    After a read or write that failed, tensorstore's threads still report the others to a loop that is gone.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def unless_late(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = unless_late
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

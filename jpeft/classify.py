@@ -112,12 +112,20 @@ def load_tokenizer(folder: Path, classifier: Classifier, max_length: int) -> Tok
     return data.load_tokenizer(folder, max_length)
 
 
-def pad_id(classifier: Classifier) -> int:
-    """The token id that fills a row: 0 for BERT, 1 for RoBERTa.
+def encode(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    classifier: Classifier,
+    max_length: int,
+    labels: np.ndarray | None = None,
+) -> data.Encoded:
+    """Texts as the classifier takes them.
 
-    >>> pad_id(classifier)  # doctest: +SKIP
+    >>> encode(["good tea"], tokenizer, classifier, max_length=128).ids  # doctest: +SKIP
     """
-    return int(getattr(classifier.encoder.config, "pad_token_id", None) or 0)
+    config: Any = classifier.encoder.config  # type: ignore[attr-defined]
+    pad_id = int(getattr(config, "pad_token_id", None) or 0)  # 0 for BERT, 1 for RoBERTa
+    return data.encode(texts, tokenizer, max_length, labels, pad_id, getattr(config, "vocab_size", None))
 
 
 def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
@@ -202,7 +210,8 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
-    readme = _README.format(about=about, labels=", ".join(labels), name=out.name, max_length=max_length)
+    where = json.dumps(str(out.absolute()))
+    readme = _README.format(about=about, labels=", ".join(labels), folder=where, max_length=max_length)
     extra = {
         "README.md": readme.encode(),
         "classifier.safetensors": save({"weight": np.ascontiguousarray(kernel.T), "bias": bias}, {"format": "pt"}),
@@ -236,7 +245,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-folder = "{name}"
+folder = {folder}
 tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 head = load_file(f"{{folder}}/classifier.safetensors")
 texts = ["a text", "another"]

@@ -6,14 +6,17 @@ Results go to stdout, errors to stderr as one line. Nothing heavy is imported be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-_INTERRUPTED = 130
 _EXTRAS = {"orbax", "tokenizers", "rich", "matplotlib"}  # what the extra [demo] brings
 
 
@@ -35,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(arguments)
     try:
-        args.run_command(args)
+        with _terminable():
+            args.run_command(args)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half-written", _INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail("interrupted; nothing was left half-written", 128 + (stop.args[0] if stop.args else signal.SIGINT))
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -47,6 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         return _fail(*_explain(error))
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill is a Ctrl-C that says which signal it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -60,6 +80,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):
         return str(error), 1
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+        return f"out of memory ({str(error)[:120]}); a smaller --batch-size, --max-length or --rank needs less", 1
     return f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
 
 
@@ -340,11 +362,12 @@ class _Terminal:
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         self._close()
         table = Table(show_header=False)
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # as it is: a path may look like markup
         self._console.print(table)
 
 

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jpeft.assets import DATA, MODELS, UserError
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_COUNT = (_count, "at least 1")
+_TEXT = (lambda v: v is None or isinstance(v, str), "a text")
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("model", "data", "method"), (lambda v: isinstance(v, str), "a text")),
+    **dict.fromkeys(("eval", "text", "label", "targets"), _TEXT),
+    **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every"), _COUNT),
+    "lr": (lambda v: v is None or (_number(v) and v > 0), "a positive number"),
+    "warmup": (lambda v: _number(v) and 0 <= v < 1, "a share of the steps in [0, 1)"),
+    "weight_decay": (lambda v: _number(v) and v >= 0, "a number, at least 0"),
+    "seed": (lambda v: isinstance(v, int) and 0 <= v < 2**32, "a whole number in [0, 2^32)"),
+    "settings": (lambda v: isinstance(v, Mapping), "fields by name"),
+}
 
 # What each method wants as a peak; those not listed take LoRA's.
 LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
@@ -44,19 +66,10 @@ class Config:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        rules = {
-            "lr": (self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "a positive number"),
-            "warmup": (0 <= self.warmup < 1, "a share of the steps in [0, 1)"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "max_length": (self.max_length >= 1, "at least 1"),
-            "seed": (0 <= self.seed < 2**32, "in [0, 2^32)"),
-            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-        }
-        for name, (good, expected) in rules.items():
-            if not good:
-                raise UserError(f"{flag(name)} must be {expected}, got {getattr(self, name)}")
+        for name, (good, expected) in _RULES.items():
+            value = getattr(self, name)
+            if not good(value):
+                raise UserError(f"{flag(name)} must be {expected}, got {value!r}")
 
     @property
     def rate(self) -> float:
@@ -79,10 +92,11 @@ class Config:
     def conflict(self, given: Mapping[str, Any]) -> str | None:
         """The first of the given fields that asks for something else than this configuration, if one does.
 
-        >>> Config(lr=1e-3).conflict({"lr": 1e-2})
-        'lr'
+        >>> Config(lr=1e-3).conflict({"lr": 1e-2}), Config().conflict({"lr": 5e-4})
+        ('lr', None)
         """
-        return next((name for name, value in given.items() if _locate(name, value) != getattr(self, name)), None)
+        mine = {"lr": self.rate} if self.lr is None else {}
+        return next((n for n, v in given.items() if _locate(n, v) != mine.get(n, getattr(self, n))), None)
 
 
 _PATHS: Mapping[str, Mapping[str, Any]] = {"model": MODELS, "data": DATA, "eval": {}}

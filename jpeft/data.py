@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,8 @@ def _decode(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: is UTF-16; convert the file: iconv -f utf-16 -t utf-8")
     try:
         content = raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
     except UnicodeDecodeError as error:
@@ -144,7 +147,7 @@ def _jsonl_rows(path: Path, content: str) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
@@ -174,6 +177,10 @@ def _text(path: Path, line: int, column: str, value: Any) -> str:
         raise UserError(f"{path}: line {line}: {column!r} should be a text, found {json.dumps(value)[:40]}")
     if not value.strip():
         raise UserError(f"{path}: line {line}: the text in {column!r} is empty")
+    return _unicode(path, line, column, value)
+
+
+def _unicode(path: Path, line: int, column: str, value: str) -> str:
     if re.search("[\ud800-\udfff]", value):
         raise UserError(f"{path}: line {line}: {column!r} holds half a surrogate pair, which is no Unicode text")
     return value
@@ -181,9 +188,10 @@ def _text(path: Path, line: int, column: str, value: Any) -> str:
 
 def _label(path: Path, line: int, column: str, value: Any) -> str:
     name = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
-    if not name or isinstance(value, (dict, list)):
+    no_label = isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value))
+    if not name or no_label:
         raise UserError(f"{path}: line {line}: expected a label in {column!r}, found {json.dumps(value)[:40]}")
-    return name
+    return _unicode(path, line, column, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- labels
@@ -282,15 +290,30 @@ def length_limit(config: Any) -> int:
 
 
 def encode(
-    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: np.ndarray | None = None, pad_id: int = 0
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    labels: np.ndarray | None = None,
+    pad_id: int = 0,
+    vocab_size: int | None = None,
 ) -> Encoded:
     """Token ids of texts, cut to `max_length`. A text of any size costs no more than what is kept of it.
+
+    Args:
+        labels: label ids, zeros by default. pad_id: what will fill a row.
+        vocab_size: of the model: an id that it has no row for is a `UserError`.
 
     >>> encode(["good tea", "stale"], load_tokenizer(folder, 128), 128)  # doctest: +SKIP
     """
     cut = _CHARACTERS_PER_TOKEN * max_length
     encodings = tokenizer.encode_batch([text[:cut] for text in texts])
     ids = tuple(np.asarray(encoding.ids, np.int32) for encoding in encodings)
+    top = max((int(row.max()) for row in ids if row.size), default=0)
+    if vocab_size is not None and top >= vocab_size:  # looked up, it would give NaN
+        raise UserError(
+            f"the tokenizer gives {tokenizer.id_to_token(top)!r} the id {top}, but the model's vocabulary is "
+            f"{vocab_size}: tokenizer.json belongs to another model"
+        )
     return Encoded(ids, np.zeros(len(ids), np.int32) if labels is None else labels, max_length, pad_id)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
+import shutil
 import signal
 import statistics
 import sys
@@ -156,7 +156,8 @@ class Job:
             "columns": {"text": self.source.text, "label": self.source.label},
             "steps": len(self.train),
             "method": self.peft.method.to_dict(),
-            "data": {name: None if path is None else _sha256(path) for name, path in files.items()},
+            "data": {name: None if path is None else runs.file_sha256(path) for name, path in files.items()},
+            "tokenizer": runs.file_sha256(self.folder / "tokenizer.json"),
             "base": fingerprint(self.params),
         }
 
@@ -183,10 +184,12 @@ def prepare(config: Config, reporter: Reporter) -> Job:
         peft = method.bind(classifier, params, *classify.example_inputs())
     except ValueError as error:  # a target that names nothing, a field that does not fit
         raise UserError(str(error)) from error
-    pad, length = classify.pad_id(classifier), config.max_length
-    encoded = data.encode(train.texts, tokenizer, length, train_ids, pad)
+    encoded, test_encoded = (
+        classify.encode(examples.texts, tokenizer, classifier, config.max_length, ids)
+        for examples, ids in ((train, train_ids), (test, test_ids))
+    )
     batches = data.Batches(encoded, config.batch_size, config.seed, config.epochs)
-    test_batches = data.Batches(data.encode(test.texts, tokenizer, length, test_ids, pad), _EVAL_BATCH)
+    test_batches = data.Batches(test_encoded, _EVAL_BATCH)
     return Job(config.located(), folder, source, labels, params, peft, batches, test_batches)
 
 
@@ -198,7 +201,15 @@ def finetune(config: Config, out: Path | None = None, reporter: Reporter | None 
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
     job = prepare(config, reporter or Silent())
-    return _finish(job, runs.create_run(out, job.config, job.record), reporter or Silent())
+    run = runs.create_run(out, job.config, job.record)
+    try:
+        return _finish(job, run, reporter or Silent())
+    except (UserError, OSError):
+        raise
+    except Exception:  # too large for the memory, perhaps
+        if not _saved_step(run):
+            shutil.rmtree(run, ignore_errors=True)  # nothing to resume: leave the name free for another try
+        raise
 
 
 def resume(run: Path, given: Mapping[str, Any], reporter: Reporter | None = None) -> dict[str, Any]:
@@ -212,18 +223,25 @@ def resume(run: Path, given: Mapping[str, Any], reporter: Reporter | None = None
     reporter, record = reporter or Silent(), runs.read_record(run)
     config = Config(**record["config"])
     if name := config.conflict(given):
+        mine = getattr(config, name)
         raise UserError(
-            f"{run}: {flag(name)} {given[name]} conflicts with the run's {getattr(config, name)}: a resumed run "
-            "keeps its configuration; start another with another --out"
+            f"{run}: {flag(name)} {given[name]} conflicts with the run's {'default' if mine is None else mine}: a "
+            "resumed run keeps its configuration; start another with another --out"
         )
     if result := runs.read_result(run):
         reporter.say(f"{run} is complete")
         return result
     job = prepare(config, reporter)
     now = job.record
-    what = {"data": "its data", "labels": "its labels", "method": "its method", "steps": "its number of steps"}
+    what = {
+        "data": "its data",
+        "labels": "its labels",
+        "method": "its method",
+        "steps": "its number of steps",
+        "tokenizer": "its model's tokenizer.json",
+    }
     for name, words in what.items():
-        if now[name] != record[name]:
+        if now[name] != record.get(name):
             raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
     if changed := difference(record["base"], job.params):
         raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
@@ -239,11 +257,10 @@ def _finish(job: Job, run: Path, reporter: Reporter) -> dict[str, Any]:
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
     fresh = job.peft.init(adapter_key, job.params)
     with _stopping_well(run), checkpoint.open_checkpoints(run / "checkpoints") as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if start:
-            reporter.say(f"continuing {run} after step {start} of {len(job.train)}")
+        state, start = _begin(job, fresh, rng, checkpoints, reporter)
         with runs.open_log(run / "metrics.jsonl", start) as log:
-            adapter = _train(job, fresh, rng, run, checkpoints, log, reporter)
+            adapter = _train(job, fresh, state, start, run, checkpoints, log, reporter)
+            _check_converged(run, log, len(job.train))
             jpeft.save(run / "adapter", job.peft, adapter, job.params)
             runs.plot(log.lines, run / "loss.png")
             result = _result(job, run, adapter, log)
@@ -251,19 +268,38 @@ def _finish(job: Job, run: Path, reporter: Reporter) -> dict[str, Any]:
     return result
 
 
-def _train(job: Job, fresh: Any, rng: jax.Array, run: Path, checkpoints: Any, log: Log, reporter: Reporter) -> Any:
+def _check_converged(run: Path, log: Log, total: int) -> None:
+    """A run that learnt nothing but infinities is no result."""
+    last, skipped = log.evaluation(total), [line for line in log.lines if "skipped" in line][-1]["skipped"]
+    if last is None or last["eval_loss"] is None or skipped == total:
+        raise UserError(
+            f"{run}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped for that;"
+            " start another with a lower --lr"
+        )
+
+
+def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Any, reporter: Reporter) -> tuple[Any, int]:
+    """The state to go on from, and the steps behind it."""
+    total = len(job.train)
+    state = jpeft.TrainState.create(job.peft, fresh, optimizer(job.config, total)[0], rng)
+    if checkpoints.latest_step() is None:
+        return state, 0
+    state, notes, damaged = checkpoint.restore_newest(checkpoints, like=state)
+    for step in damaged:
+        reporter.say(f"the checkpoint of step {step} cannot be read and is left out")
+    reporter.say(f"continuing after step {notes['position']} of {total}")
+    return state, notes["position"]
+
+
+def _train(
+    job: Job, fresh: Any, state: Any, start: int, run: Path, checkpoints: Any, log: Log, reporter: Reporter
+) -> Any:
     """The steps that are left. Returns the trained adapter."""
     config, params, total = job.config, job.params, len(job.train)
     score = classify.scorer(job.peft)
     _evaluate(0, score, fresh, job, log, reporter)
     tx, schedule = optimizer(config, total)
-    state = jpeft.TrainState.create(job.peft, fresh, tx, rng)
-    start = checkpoints.latest_step() or 0
-    if start:
-        state, notes = checkpoint.restore(checkpoints, like=state)
-        start = notes["position"]
-    loss = classify.loss_fn(job.peft, train_mode=bool(config.dropout))
-    step = jpeft.train_step(job.peft, loss, tx, clip=1.0)
+    step = jpeft.train_step(job.peft, classify.loss_fn(job.peft, train_mode=bool(config.dropout)), tx, clip=1.0)
     rates = np.asarray(schedule(np.arange(total)), float)
     compiled: set[tuple[int, ...]] = set()
     with _stop_signal() as stop:
@@ -324,14 +360,14 @@ def _stopping_well(run: Path) -> Iterator[None]:
     """Say of a full disk, or of a Ctrl-C that did not wait, what is safe and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, _saved_step(run), run) from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(stop.args[0] if stop.args else signal.SIGINT, _saved_step(run), run) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         step = _saved_step(run)
         raise UserError(
-            f"no space left on device, writing to {run}: "
+            f"{(error.strerror or 'no space').lower()}, writing to {run}: "
             f"{f'the run is saved up to step {step}' if step else 'no checkpoint was written yet'}; "
             f"free some and continue with: jpeft finetune --out {run} --resume"
         ) from error
@@ -384,8 +420,3 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,8 +24,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 
 from jpeft import attention, geometry
-from jpeft.geometry import Call, Lookup, Parts, Patches
-from jpeft.methods.base import Leaves, WeightMethod
+from jpeft.geometry import Call, Contraction, Lookup, Parts, Patches
+from jpeft.methods.base import Leaves, WeightMethod, widened
 from jpeft.sites import FUSED, Site, map_axes
 from jpeft.tree import Path, join
 
@@ -72,7 +72,7 @@ def merge_weight(actions: Sequence[Action], leaves: Sequence[Leaves], w: jax.Arr
         assert geom is not None
         merge = map_axes(action.method.merge, len(geom.batch))
         # Low precision would round the sum twice.
-        wide = _wide(w.dtype)
+        wide = widened(w.dtype)
         m = merge(_cast(own, wide), geom.view(w.astype(wide)))
         w = geom.unview(m).astype(w.dtype)
     return w
@@ -83,15 +83,10 @@ def merge_bias(actions: Sequence[Action], leaves: Sequence[Leaves], b: jax.Array
     for action, own in zip(actions, leaves, strict=True):
         geom = action.site.geometry
         assert geom is not None
-        wide = _wide(b.dtype)
+        wide = widened(b.dtype)
         m = map_axes(action.method.merge_bias, len(geom.batch))(_cast(own, wide), geom.view_bias(b.astype(wide)))
         b = geom.unview_bias(m, b.shape).astype(b.dtype)
     return b
-
-
-def _wide(dtype: Any) -> Any:
-    """At least float32; asked so that strict promotion, which knows no common type of two, has nothing to say."""
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def changes_bias(method: Any) -> bool:
@@ -171,8 +166,8 @@ def _said_deterministic(context: Any, args: Any, kwargs: Any) -> Any:
 class _Base:
     """The `jpeft.methods.base.Linear` of one call."""
 
-    def __init__(self, x: Any, call: Callable[[Any], jax.Array], weight: Any, bias: Any, dropout: Any):
-        self._call, self._weight, self._bias, self.dropout = call, weight, bias, dropout
+    def __init__(self, call: Callable[[Any], jax.Array], weight: Any, bias: Any, dropout: Any, plain: bool = False):
+        self._call, self._weight, self._bias, self.dropout, self.plain = call, weight, bias, dropout, plain
 
     def __call__(self, x: Any) -> jax.Array:
         return self._call(x)
@@ -196,6 +191,7 @@ class _Running:
     bias: Callable[[], jax.Array | None]
     dtype: Any
     dropout: Callable[[Any, float], Any]
+    plain: bool  # see `jpeft.methods.base.Linear.plain`
 
 
 def _apply_weight(action: Action, leaves: Leaves, at: _Running) -> Callable[[Any], Any]:
@@ -228,7 +224,7 @@ def _apply_weight(action: Action, leaves: Leaves, at: _Running) -> Callable[[Any
             y, b = z @ view(), bias()
             return y if b is None else y + b
 
-        y = action.method.apply(leaves, _Base(x, original, view, bias, at.dropout), x)
+        y = action.method.apply(leaves, _Base(original, view, bias, at.dropout, at.plain), x)
         return geom.output(call, y)
 
     return run
@@ -246,7 +242,7 @@ def _apply_batched(
                 return y0
             return z @ w if b is None else z @ w + b
 
-        return action.method.apply(leaves, _Base(x, original, lambda: w, lambda: b, at.dropout), x)
+        return action.method.apply(leaves, _Base(original, lambda: w, lambda: b, at.dropout), x)
 
     # The parts of a fused weight share their input; experts and groups each have their own.
     shared = isinstance(geom, Parts)
@@ -259,7 +255,7 @@ def _attend(action: Action, leaves: Leaves, at: _Running, query: Any) -> Any:
     """An embedding used as an output head: the changed lookup, transposed."""
     leaves = _cast(leaves, at.dtype)
     weight = lambda: at.weight().astype(at.dtype)  # noqa: E731
-    base = _Base(None, lambda z: z @ weight(), weight, lambda: None, lambda z, rate: z)
+    base = _Base(lambda z: z @ weight(), weight, lambda: None, lambda z, rate: z)
     assert action.site.geometry is not None
     rows = action.site.inputs
     return geometry.attend(lambda x: action.method.apply(leaves, base, x), query.astype(at.dtype), rows)
@@ -345,7 +341,8 @@ class Interceptor:
             new[found.argument] = raw
             return next_fun(*new, **kwargs)
 
-        at = _Running(call, original, lambda: weight, lambda: bias, dtype, functools.partial(self._dropout, module))
+        dropout = functools.partial(self._dropout, module)
+        at = _Running(call, original, lambda: weight, lambda: bias, dtype, dropout, _is_plain(module, owner, found))
         for i, (action, leaves) in enumerate(pairs):
             if method == "attend":
                 run = functools.partial(_attend, action, leaves, at)
@@ -357,6 +354,7 @@ class Interceptor:
                 run=run,
                 weight=functools.partial(merge_weight, done, used, weight),
                 bias=lambda d=done, u=used: None if bias is None else merge_bias(d, u, bias),
+                plain=False,
             )
         return at.run(x)
 
@@ -380,6 +378,12 @@ class Interceptor:
             return jnp.where(said, a, dropped) if isinstance(said, jax.Array) else dropped
 
         return x.map(drop) if isinstance(x, Patches) else drop(x)
+
+
+def _is_plain(module: nn.Module, owner: str, geom: Any) -> bool:
+    """Whether a module is one of Flax's own linear layers, and multiplies as any other does."""
+    own_way = any(getattr(module, name, None) is not None for name in ("dot_general", "dot_general_cls", "precision"))
+    return isinstance(geom, Contraction) and owner.startswith("flax.linen.") and not own_way
 
 
 def _read(module: nn.Module, action: Action) -> Leaves | None:

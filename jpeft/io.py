@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -27,7 +28,7 @@ from jpeft import methods
 from jpeft.fingerprint import difference, fingerprint
 from jpeft.methods.base import Method
 from jpeft.peft import Peft, split_variables
-from jpeft.tree import Tree, flatten, join, like, nearest, unflatten
+from jpeft.tree import Path, Tree, flatten, join, like, nearest, unflatten
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
@@ -48,25 +49,63 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
       peft: the bound method. adapter: its leaves. params: the base, of which only a fingerprint is kept.
 
     Raises:
-      ValueError: an adapter that is not this Peft's. OSError: the folder cannot be written; what was there is intact.
+      ValueError: an adapter or a base that is not this Peft's. FileExistsError: the folder holds another config.json,
+        a model's perhaps. OSError: it cannot be written. What was there is intact in each case.
     """
     leaves = peft.check(adapter)
+    tree, _ = split_variables(params)
+    _check_base(peft, flatten(tree))
     tensors = {join(p): np.asarray(jax.device_get(meta.unbox(x))) for p, x in leaves.items()}
     config = {
         "format": FORMAT,
         "jpeft": _version(),
         "method": _serialisable(peft).to_dict(),
         "sites": [site.name for site in peft.sites],
-        "base": fingerprint(split_variables(params)[0]),
+        "base": fingerprint(tree),
     }
     folder = FilePath(path)
     folder.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
     blob = _serialise(tensors)
     config["sha256"] = hashlib.sha256(blob).hexdigest()
-    write_atomically(folder / _PENDING, blob)
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    try:
+        write_atomically(folder / _PENDING, blob)
+        write_atomically(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    except BaseException:
+        _settle(folder)  # if it came between the two, the new configuration stands
+        (folder / _PENDING).unlink(missing_ok=True)
+        raise
     os.replace(folder / _PENDING, folder / TENSORS)
     sync_folder(folder)
+
+
+def _check_base(peft: Peft, base: Mapping[Path, Any]) -> None:
+    """Raises unless the parameters are of the model that the Peft was bound to."""
+    for site in peft.sites:
+        if site.stored and (found := np.shape(meta.unbox(base.get(site.weight_path, ())))) != site.stored:
+            raise ValueError(
+                f"params are not those that this Peft was bound to: {join(site.weight_path)!r} has shape "
+                f"{found if site.weight_path in base else 'none: it is missing'}, expected {site.stored}"
+            )
+    size = sum(math.prod(np.shape(meta.unbox(x))) for x in base.values())
+    if size != peft.base_size:
+        raise ValueError(f"params hold {size:,} numbers, the model that this Peft was bound to {peft.base_size:,}")
+
+
+def _settle(folder: FilePath) -> None:
+    """Makes a folder ready to be saved into: an adapter that a killed save left half renamed gets its name.
+
+    Raises:
+      FileExistsError: a config.json that is no adapter's, which would be lost.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        sha256 = read_config(folder)["sha256"]
+    except AdapterError as e:
+        raise FileExistsError(f"{folder} holds a {CONFIG} that is no adapter's; choose another folder ({e})") from e
+    if (found := _tensor_file(folder, sha256)).name == _PENDING:
+        os.replace(found, folder / TENSORS)
 
 
 def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, **kwargs: Any) -> tuple[Peft, Any]:
@@ -118,7 +157,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterError(f"{file} is not JSON: {e}") from e
     if not isinstance(config, dict) or "format" not in config:
         raise AdapterError(f"{file} has no 'format': it was not written by jpeft.save")
-    if config["format"] != FORMAT:
+    if type(config["format"]) is not int or config["format"] != FORMAT:
         raise AdapterError(f"{file} has format {config['format']!r}; this jpeft reads {FORMAT}: upgrade jpeft")
     if wrong := sorted(config.keys() ^ _FIELDS):
         what = "unknown" if wrong[0] in config else "missing"

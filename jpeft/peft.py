@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 from flax.core import lift, meta, unfreeze
 from jax.core import Tracer
 
@@ -50,7 +51,10 @@ def look(model: nn.Module, params: Tree, inputs: tuple[Any, ...], kwargs: Mappin
         hint = "; bind its .module, which is one" if isinstance(getattr(model, "module", None), nn.Module) else ""
         raise TypeError(f"model must be a flax.linen Module, got {type(model).__name__}{hint}")
     tree, others = split_variables(params)
-    return survey(model, {"params": tree, **others}, inputs, kwargs)
+    try:
+        return survey(model, {"params": tree, **others}, inputs, kwargs)
+    except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError, errors.ScopeCollectionNotFound) as e:
+        raise ValueError(f"params do not fit {type(model).__name__}: {e}") from e
 
 
 def bind_seen(method: Method, model: nn.Module, params: Tree, seen: Survey) -> Peft:
@@ -213,7 +217,7 @@ class Peft:
                 shared = member.shared(_fold(key, slug), sites)
                 leaves |= {(slug, n): x for n, x in shared.items()}
         for action in self.actions:
-            w = meta.unbox(base[action.site.weight_path]) if action.site.stored else None
+            w = meta.unbox(_base_leaf(base, action.site.weight_path)) if action.site.stored else None
             placeless = replace(action, site=replace(action.site, path=()))
             own = _init_jitted(placeless, _fold(key, f"{action.member}/{action.site.name}"), w)
             leaves |= {action.leaf_path(n): x for n, x in own.items()}
@@ -317,14 +321,13 @@ class Peft:
         for action in self.actions:
             if action.site.kind == "leaf":
                 path = action.site.path
-                if path not in base:
-                    raise ValueError(f"params lack {join(path)!r}, which this Peft was bound to")
+                _base_leaf(base, path)
                 # The adapter's copy may be wider than the base (a float32 master of a bfloat16 leaf): the model gets
                 # the dtype it had.
                 value, dtype = meta.unbox(leaves[path]), meta.unbox(base[path]).dtype
                 base[path] = meta.replace_boxed(leaves[path], value.astype(dtype))
-            elif action.site.stored and action.site.weight_path not in base:
-                raise ValueError(f"params lack {join(action.site.weight_path)!r}, which this Peft was bound to")
+            elif action.site.stored:
+                _base_leaf(base, action.site.weight_path)
         return base
 
     def _expanded(self, leaves: Mapping[Path, Any]) -> dict[Action, dict[str, Any]]:
@@ -393,6 +396,14 @@ class Peft:
     def summary(self) -> str:
         """What is trained, as a table: per site its path, shape, rank, bytes and the path taken; then totals."""
         return summary(self)
+
+
+def _base_leaf(base: Mapping[Path, Any], path: Path) -> Any:
+    if path not in base:
+        raise ValueError(
+            f"params lack {join(path)!r}, which this Peft was bound to{nearest(join(path), map(join, base))}"
+        )
+    return base[path]
 
 
 def _fold(key: jax.Array, text: str) -> jax.Array:

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 import jpeft
 from jpeft import classify, data
 from jpeft.assets import UserError, resolve_model
@@ -51,9 +53,11 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
     for run in [out] if out is not None else numbered:
         if run.exists():
             continue
-        run.parent.mkdir(parents=True, exist_ok=True)
         scratch = run.with_name(f".{run.name}.{secrets.token_hex(4)}")
-        scratch.mkdir()
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:  # told with the name that was asked for
+            raise UserError(f"{run}: cannot be made: {error.strerror}") from error
         try:
             write_json(scratch / "config.json", dict(record))
             scratch.rename(run)
@@ -94,7 +98,7 @@ def read_record(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: written in format {record.get('format')}; this version reads format {FORMAT}")
     try:
         Config(**record["config"])
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{path}: not a configuration of this version: {error}") from error
     return record
 
@@ -109,6 +113,15 @@ def read_result(run: Path) -> dict[str, Any] | None:
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    >>> file_sha256(run / "config.json")  # doctest: +SKIP
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -167,8 +180,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     lines: list[Any] = []
     with contextlib.suppress(FileNotFoundError):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for text in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # UnicodeDecodeError is one
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
@@ -227,9 +240,11 @@ class Trained:
         >>> run.predict(["good tea"])  # doctest: +SKIP
         """
         length = Config(**self.record["config"]).max_length
-        encoded = data.encode(texts, self.tokenizer, length, pad_id=classify.pad_id(self.classifier))
+        encoded = classify.encode(texts, self.tokenizer, self.classifier, length)
         batches = data.Batches(encoded, min(batch_size, len(texts)))
         found = classify.probabilities(classify.scorer(self.peft), self.params, self.adapter, batches)
+        if (bad := np.flatnonzero(~np.isfinite(found).all(axis=-1))).size:
+            raise UserError(f"text {bad[0] + 1}: the model's output is not finite; was the run's --lr too high?")
         return [(self.labels[row.argmax()], float(row.max())) for row in found]
 
     def export(self, out: Path) -> None:
@@ -243,10 +258,13 @@ class Trained:
             raise UserError(str(error)) from error
         config = Config(**self.record["config"])
         about = f"{config.model} fine-tuned on {config.data} with {config.method} by jpeft."
-        classify.export(
-            out, self.classifier.encoder, merged, self.labels, self.model_folder,
-            max_length=config.max_length, about=about,
-        )  # fmt: skip
+        try:
+            classify.export(
+                out, self.classifier.encoder, merged, self.labels, self.model_folder,
+                max_length=config.max_length, about=about,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{out}: {error.strerror or error}; nothing was kept of it") from error
 
 
 def open_run(run: str | Path) -> Trained:
@@ -262,6 +280,8 @@ def open_run(run: str | Path) -> Trained:
     folder = resolve_model(config.model)
     classifier, params = classify.load_classifier(folder, len(record["labels"]), config.seed)
     tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
+    if file_sha256(folder / "tokenizer.json") != record["tokenizer"]:
+        raise UserError(f"{folder}/tokenizer.json changed since {run} was trained: it would read other tokens")
     peft, adapter = jpeft.load(run / "adapter", classifier, params, *classify.example_inputs())
     return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
 
@@ -300,6 +320,8 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     try:
         with safe_open(folder / TENSORS, framework="numpy") as file:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{folder / TENSORS} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / TENSORS}: not a whole safetensors file ({error})") from error
     return {

@@ -7,7 +7,7 @@ suffixes at a ``/`` boundary (``["query", "value"]``), ``"all-linear"``, or a ca
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jpeft.tree import nearest
@@ -53,7 +53,11 @@ def _selector(targets: Targets) -> list[tuple[str, Callable[[Any], bool]]]:
     if isinstance(targets, str):
         pattern = compile_pattern(targets)
         return [(targets, lambda s: any(pattern.fullmatch(n) for n in _names(s)))]
-    if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
+    if (
+        isinstance(targets, Mapping)
+        or not isinstance(targets, Iterable)
+        or not all(isinstance(t, str) for t in targets)
+    ):
         raise TargetError(
             f"targets must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable "
             f"(path, site) -> bool; got {targets!r}"

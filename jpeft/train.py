@@ -6,12 +6,14 @@ sharded when its inputs are: meshes are the user's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
@@ -20,6 +22,7 @@ from jpeft.peft import Peft
 from jpeft.sharding import named_sharding
 from jpeft.tree import Tree, combine, map_with_path, partition
 
+_METRICS = {"loss", "grad_norm", "skipped"}
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
@@ -47,6 +50,8 @@ class TrainState:
         adapter gives an abstract state. Optimiser slots take the sharding of the leaves they belong to.
         """
         peft.check(adapter)
+        if not _is_key(rng):
+            raise TypeError(f"rng must be a PRNG key, as from jax.random.key(0), got {rng!r}")
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapter))
 
         def make(adapter: Tree, rng: jax.Array) -> TrainState:
@@ -64,6 +69,11 @@ class TrainState:
         # compile again.
         everywhere = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda x: x if named_sharding(x) is not None else jax.device_put(x, everywhere), state)
+
+
+def _is_key(rng: Any) -> bool:
+    dtype = getattr(rng, "dtype", np.dtype(object))
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == np.uint32 and np.ndim(rng) == 1)
 
 
 def train_step(
@@ -92,13 +102,16 @@ def train_step(
       far). A step whose loss or gradient is not finite changes neither adapter nor optimiser, and is counted.
 
     Raises:
-      ValueError: an ``accumulate`` that does not divide the batch, when the step is traced.
+      ValueError: an ``accumulate`` or ``clip`` that is not positive; an ``accumulate`` that does not divide the batch,
+        when the step is traced.
 
     >>> # step = jpeft.train_step(peft, loss_fn, optax.adamw(1e-4), clip=1.0)
     >>> # state, metrics = step(state, params, batch)
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip must be a positive number, or None for no clipping, got {clip}")
 
     def gradient(trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: jax.Array) -> Any:
         def loss(trainable: Tree) -> Any:
@@ -107,6 +120,8 @@ def train_step(
             if not isinstance(out, tuple) or len(out) != 2 or not isinstance(out[1], dict):
                 raise TypeError(f"loss_fn must return (loss, metrics: dict), got {type(out).__name__}")
             value, metrics = out
+            if taken := sorted(_METRICS & metrics.keys()):
+                raise ValueError(f"loss_fn returns a metric called {taken[0]!r}, which is the step's own; rename it")
             if jnp.shape(value) != ():
                 raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(value)}: take its mean")
             return value.astype(jnp.float32), jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
@@ -143,6 +158,10 @@ def _accumulated(gradient: Any, trainable: Tree, frozen: Tree, params: Tree, bat
     """The mean of the gradient over ``n`` micro-batches, one at a time."""
 
     def split(x: Any) -> jax.Array:
+        if jnp.ndim(x) == 0:
+            raise ValueError(
+                f"accumulate={n} splits every leaf of the batch along its leading axis, and one is a scalar"
+            )
         if x.shape[0] % n:
             raise ValueError(f"accumulate={n} does not divide the batch, whose leading axis is {x.shape[0]}")
         # Every n-th example makes a micro-batch: the leading axis keeps its sharding, where blocks would lose it.

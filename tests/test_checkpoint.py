@@ -18,7 +18,7 @@ import pytest
 from flax import struct
 
 from jpeft import checkpoint
-from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, save
+from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, restore_newest, save
 
 # Orbax leaves coroutines behind when a read fails; pytest would report them in whichever test runs when they are
 # collected.
@@ -112,20 +112,50 @@ def test_nothing_is_printed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_told_as_one_and_gives_back_what_it_took(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_as_one_and_gives_back_what_it_took(tmp_path, monkeypatch, number):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
 
         def full(step, args, force):
             (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-            raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+            raise ValueError(f"OUT_OF_RANGE: Failed writing: {os.strerror(number)} [os_error_code='{number}']")
 
         monkeypatch.setattr(checkpoints, "save", full)
-        with pytest.raises(OSError, match="No space left on device") as caught:
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
             save(checkpoints, 2, state(2), {})
-        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.errno == number
         assert not list(tmp_path.glob("*tmp*"))
         assert int(restore(checkpoints, state(0))[0].step) == 1
+
+
+def damage(folder):
+    """Cuts every array file of a checkpoint short."""
+    for file in (folder / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, state(step), {"position": step})
+        damage(tmp_path / "2")
+        found, notes, damaged = restore_newest(checkpoints, state(0))
+        assert bits(found) == bits(state(1)) and notes == {"position": 1} and damaged == [2]
+        save(checkpoints, 2, state(2), {"position": 2})
+        assert bits(restore_newest(checkpoints, state(0))[0]) == bits(state(2))
+
+
+def test_where_all_are_damaged_none_is_deleted(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, state(step), {})
+            damage(tmp_path / str(step))
+        with pytest.raises(CheckpointError, match="2: does not hold the expected state"):
+            restore_newest(checkpoints, state(0))
+        assert checkpoints.all_steps() == [1, 2]
+    with open_checkpoints(tmp_path / "none") as checkpoints, pytest.raises(CheckpointError, match="no checkpoint"):
+        restore_newest(checkpoints, state(0))
 
 
 class Usage(NamedTuple):

@@ -1,9 +1,7 @@
 """The command line on a tiny BERT: the job, its run folder, what comes after, and the mistakes that users make."""
 
 import ast
-import doctest
 import errno
-import importlib
 import io
 import json
 import os
@@ -364,7 +362,29 @@ def test_a_log_cut_short_by_a_kill_is_mended(stopped, finished):
     assert trained("stopped") == trained(finished)
 
 
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, finished, capsys):
+    newest = Path(shutil.copytree(stopped / "checkpoints" / "39", stopped / "checkpoints" / "40"))
+    for file in newest.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    assert main(["finetune", "--resume", "stopped"]) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint of step 40 cannot be read" in said and "continuing after step 39 of 40" in said
+    assert trained("stopped") == trained(finished)
+
+
+def test_a_polite_kill_before_training_is_one_line(capsys, monkeypatch):
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(classify, "evaluate", killed)
+    assert main(job("run")) == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "stopped, before its first checkpoint; continue with" in err
+
+
 def test_flags_that_conflict_with_the_run(stopped, capsys):
+    assert "--rank 4 conflicts with the run's default" in failure(capsys, "finetune", "--resume", stopped, "--rank", 4)
     assert "--lr 0.5 conflicts with the run's 0.03" in failure(capsys, "finetune", "--resume", stopped, "--lr", 0.5)
     assert "--model minilm conflicts" in failure(capsys, "finetune", "--resume", stopped, "--model", "minilm")
     assert "name two runs" in failure(capsys, "finetune", "--resume", stopped, "--out", "other")
@@ -388,6 +408,54 @@ def change_base(folder):
     shutil.rmtree(folder)
     models.save(folder, model, params, source="bert")
     return str(Path(folder).absolute())
+
+
+def swapped_tokenizer(folder):
+    """A copy of the model whose tokenizer takes two words for each other."""
+    shutil.copytree("bert", folder)
+    file = Path(folder) / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    file.write_text(json.dumps(tokenizer))
+    return str(Path(folder).absolute())
+
+
+def test_another_tokenizer(stopped, finished, capsys):
+    other = swapped_tokenizer("other")
+    for run in (stopped, Path(shutil.copytree(finished, "done"))):
+        record = json.loads((run / "config.json").read_text())
+        record["config"]["model"] = other
+        (run / "config.json").write_text(json.dumps(record))
+    assert "its model's tokenizer.json changed" in failure(capsys, "finetune", "--resume", stopped)
+    assert "tokenizer.json changed since done was trained" in failure(capsys, "predict", "done", "--text-arg", "tea")
+
+
+def test_a_tokenizer_of_a_larger_model(capsys):
+    shutil.copytree("bert", "other")
+    file = Path("other/tokenizer.json")
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["tea"] = 99
+    file.write_text(json.dumps(tokenizer))
+    said = failure(capsys, *job("run", "--model", "other"))
+    assert "the tokenizer gives 'tea' the id 99, but the model's vocabulary is 15" in said
+    assert not Path("run").exists()
+
+
+def test_a_run_that_diverges_is_no_result(capsys):
+    said = failure(capsys, *job("run", "--lr", "1e38"))
+    assert "run: training diverged: the loss is not finite" in said and "lower --lr" in said
+    assert not Path("run/adapter").exists()
+
+
+def test_what_does_not_fit_into_memory_leaves_the_name_free(capsys, monkeypatch):
+    def large(*args):
+        raise MemoryError("Unable to allocate 59.6 GiB")
+
+    monkeypatch.setattr(finetune, "_train", large)
+    said = failure(capsys, *job("run"))
+    assert "out of memory (Unable to allocate 59.6 GiB); a smaller --batch-size" in said
+    assert not Path("run").exists()
 
 
 def test_another_base(stopped, finished, capsys):
@@ -486,6 +554,11 @@ def test_a_full_disk(capsys, monkeypatch, finished):
     assert "no space left on device" in said and "saved up to step 6" in said and "finetune --out run --resume" in said
     assert main(["finetune", "--out", "run", "--resume"]) == 0
     assert trained("run") == trained(finished)
+
+
+def test_a_folder_that_looks_like_markup(finished, capsys):
+    assert main(job("run [b]/x[/i]1")) == 0
+    assert "run [b]/x[/i]1" in capsys.readouterr().out
 
 
 def test_typing_errors_are_one_line(capsys):
@@ -599,9 +672,3 @@ def test_help_imports_nothing_beyond_the_package():
     said = ast.literal_eval(done.stdout.splitlines()[-1])
     assert {name for name in said if name.startswith("jpeft")} == {"jpeft.assets", "jpeft.cli", "jpeft.config"}
     assert not {"orbax", "tokenizers", "matplotlib", "pandas"} & set(said)
-
-
-@pytest.mark.parametrize("name", ["assets", "config", "data", "classify", "runs", "finetune"])
-def test_examples_in_docstrings(name):
-    found = doctest.testmod(importlib.import_module(f"jpeft.{name}"))
-    assert found.attempted and not found.failed

@@ -315,6 +315,26 @@ def test_an_adapter_that_does_not_fit_is_refused_by_path():
         peft.apply({"other": params["block"]}, adapter, x)
 
 
+def test_parameters_that_do_not_fit_the_model_are_refused_by_name():
+    peft, model, params, x = bound("dense", "plain", "LoRA")
+    method = peft.method
+    with pytest.raises(ValueError, match=r'params do not fit Model: .*"kernel".*"/block/op"'):
+        method.bind(model, {"block": {"op": {"bias": params["block"]["op"]["bias"]}}}, x)
+    with pytest.raises(ValueError, match="params do not fit Model"):
+        method.bind(model, {}, x)
+    with pytest.raises(ValueError, match=r"params do not fit Model: .*shape"):
+        method.bind(model, jax.tree.map(lambda v: v[..., :-1], params), x)
+    with pytest.raises(ValueError, match="params lack 'block/op/kernel', which this Peft was bound to"):
+        peft.init(jax.random.key(0), {"block": {"up": params["block"]["op"]}})
+
+
+def test_a_weight_that_is_not_floating_is_refused():
+    _, model, params, x = bound("dense", "plain", "LoRA")
+    whole = {"block": {"op": {**params["block"]["op"], "kernel": jnp.ones((4, 6), jnp.int32)}}}
+    with pytest.raises(ValueError, match="LoRA: the weight of 'block/op' is int32, and only a floating one"):
+        jpeft.LoRA(targets=["op"]).bind(model, whole, x)
+
+
 @pytest.mark.parametrize("method", [jpeft.PrefixTuning(length=2), jpeft.Bottleneck(targets=r".*/op")])
 def test_what_is_no_change_of_a_weight_says_that_it_cannot_be_merged(method):
     _, model, params, x = bound("attention", "plain", "LoRA")

@@ -79,6 +79,10 @@ def test_a_long_text_is_read_whole(tmp_path):
         ("a.jsonl", b'{"text": "a", "label": null}\n', "line 1: expected a label in 'label', found null"),
         ("a.jsonl", b'{"text": "a", "label": [1]}\n', r"found \[1\]"),
         ("a.jsonl", rb'{"text": "a\ud800", "label": "b"}', "half a surrogate pair"),
+        ("a.jsonl", rb'{"text": "a", "label": "b\ud800"}', "'label' holds half a surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "label": NaN}', "expected a label in 'label', found NaN"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.csv", "text,label\ntea,up\n".encode("utf-16"), "is UTF-16; convert the file: iconv -f utf-16"),
         ("a.tsv", b"text\tlabel\n", "expected a .csv or .jsonl file"),
     ],
 )

@@ -315,7 +315,7 @@ FIELDS = {
     "init_lora_weights": "pissa_niter_16",
     "peft_type": "IA3",
     "r": 0,
-    "lora_alpha": "8",
+    "lora_alpha": None,
     "lora_dropout": 1.0,
     "use_rslora": 1,
     "bias": "some",
@@ -326,6 +326,14 @@ FIELDS = {
     "layers_to_transform": ["0"],
     "modules_to_save": "classifier",
 }
+
+
+@pytest.mark.parametrize("value", ["8", True, float("inf")])
+def test_alpha_that_is_no_number_is_refused(value, saved):
+    folder, params, _ = saved
+    edit(folder, lora_alpha=value)
+    with pytest.raises(AdapterError, match="lora_alpha must be a finite number"):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -219,6 +219,48 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
     assert sorted(os.listdir(path)) == ["adapter.safetensors", "config.json"]
 
 
+def test_a_save_over_one_that_was_killed_halfway_keeps_that_one_until_it_is_done(saved, monkeypatch):
+    path, params, peft, adapter = saved
+    # Killed between the renames: the configuration is the new one's, its tensors lie beside the old ones.
+    os.replace(path / "adapter.safetensors", path / "adapter.safetensors.new")
+    (path / "adapter.safetensors").write_bytes(b"the old tensors")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        jpeft.save(path, peft, jax.tree.map(lambda x: x * 2, adapter), params)
+    monkeypatch.undo()
+    assert same(jpeft.load(path, MODEL, params, X)[1], adapter)
+    assert sorted(os.listdir(path)) == ["adapter.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "bert"}', '{"format": 1, "config": {}}', "not JSON", "[]"])
+def test_a_configuration_of_something_else_is_not_overwritten(saved, tmp_path, content):
+    _, params, peft, adapter = saved
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"holds a config\.json that is no adapter's; choose another folder"):
+        jpeft.save(tmp_path / "model", peft, adapter, params)
+    assert os.listdir(tmp_path / "model") == ["config.json"]
+    assert (tmp_path / "model" / "config.json").read_text() == content
+
+
+def test_a_base_that_the_peft_was_not_bound_to_is_not_written_down(saved, tmp_path):
+    _, params, peft, adapter = saved
+    wide = {**params, "up": {**params["up"], "kernel": jnp.ones((5, 8))}}
+    more = {**params, "other": {"kernel": jnp.ones(3)}}
+    for base, message in [
+        ({"head": params["head"]}, "'up/kernel' has shape none: it is missing, expected"),
+        (wide, r"'up/kernel' has shape \(5, 8\), expected \(4, 8\)"),
+        (more, "params hold 70 numbers, the model that this Peft was bound to 67"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jpeft.save(tmp_path / "a", peft, adapter, base)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool"])
 def test_fingerprint_is_the_same_on_host_and_device_and_sees_every_bit_and_place(dtype):
     x = (8 * jax.random.normal(jax.random.key(0), (7, 5, 3))).astype("int8")

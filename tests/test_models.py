@@ -189,6 +189,7 @@ BAD = {
     "activation": (config(hidden_act="mish"), "hidden_act='mish' is not supported"),
     "heads": (config(num_attention_heads=3), "hidden_size=16 does not split into 3"),
     "not a number": (config(hidden_size="big"), "hidden_size='big' is not a whole number"),
+    "more layers than tensors": (config(num_hidden_layers=10**9), "1,000,000,000 layers, but there are"),
     "not json": (not_json, "config.json: not JSON"),
     "truncated": (truncated, "not a whole safetensors file"),
     "pickle": (pickle_only, "only pytorch_model.bin, a pickle"),

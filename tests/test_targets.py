@@ -128,6 +128,8 @@ def test_overrides_hold_for_the_first_pattern_that_matches():
     (lambda: jpeft.LoRA(rank="8"), "LoRA.rank must be a positive integer, got '8'"),
     (lambda: jpeft.LoRA(alpha=float("nan")), "LoRA.alpha must be a finite number"),
     (lambda: jpeft.LoRA(alpha="16"), "LoRA.alpha must be a finite number, got '16'"),
+    (lambda: jpeft.LoRA(alpha=0), "LoRA.alpha is 0: the update would be 0"),
+    (lambda: jpeft.LoRA(dtype="float33"), "dtype 'float33' is none that numpy or jax knows"),
     (lambda: jpeft.LoRA(dropout=1.0), r"LoRA.dropout must be a rate in \[0, 1\), got 1.0"),
     (lambda: jpeft.LoRA(init_weights="zeros"), "LoRA.init_weights must be one of kaiming"),
     (lambda: jpeft.LoRA(rank=3, init_weights="orthogonal"), "needs an even rank, got 3"),

@@ -205,6 +205,21 @@ def test_a_loss_that_is_no_scalar_or_no_pair_is_an_error(setup):
             run((peft, params, batch, fn), optax.sgd(0.1))
 
 
+def test_options_that_cannot_be_are_refused(setup):
+    peft, params, batch, loss = setup
+    for clip in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="clip must be a positive number"):
+            jpeft.train_step(peft, loss, optax.sgd(0.1), clip=clip)
+    with pytest.raises(ValueError, match="accumulate must be at least 1"):
+        jpeft.train_step(peft, loss, optax.sgd(0.1), accumulate=0)
+    with pytest.raises(ValueError, match="metric called 'grad_norm', which is the step's own"):
+        run((peft, params, batch, lambda *args: (loss(*args)[0], {"grad_norm": 0.0})), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="splits every leaf of the batch along its leading axis, and one is a scalar"):
+        run((peft, params, {**batch, "temperature": jnp.float32(1)}, loss), optax.sgd(0.1), accumulate=2)
+    with pytest.raises(TypeError, match="rng must be a PRNG key"):
+        jpeft.TrainState.create(peft, peft.init(jax.random.key(0), params), optax.sgd(0.1), 1)
+
+
 SPECS = {
     "query/kernel": (None, "fsdp", "tensor"),
     "query/bias": (None, "tensor"),

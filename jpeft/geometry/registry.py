@@ -18,8 +18,12 @@ from jpeft.geometry.embedding import Embedding
 Factory = Callable[[Call], "Geometry | None"]
 
 
-def _dense(call: Call) -> Geometry:
-    return Contraction(shape=call.shapes["kernel"], stored=call.shapes["kernel"])
+def _stored_as(spec: str) -> Factory:
+    def factory(call: Call) -> Geometry | None:
+        shape = call.shapes.get("kernel")  # None: parameters that are not this model's, which Flax will say
+        return None if shape is None else Contraction(spec=spec, shape=shape, stored=shape)
+
+    return factory
 
 
 def _dense_general(call: Call) -> Geometry | None:
@@ -83,17 +87,14 @@ def _full_name(cls: type) -> str:
 
 # Owners by class, or by class name where importing the class would cost a dependency; method -> geometry.
 REGISTRY: dict[str, tuple[tuple[str, ...], Factory]] = {
-    _full_name(nn.Dense): (("__call__",), _dense),
+    _full_name(nn.Dense): (("__call__",), _stored_as("...i,io->...o")),
     _full_name(nn.DenseGeneral): (("__call__",), _dense_general),
     _full_name(nn.Einsum): (("__call__",), _einsum),
     _full_name(nn.Conv): (("__call__",), _conv),
     _full_name(nn.ConvTranspose): (("__call__",), _conv),
     _full_name(nn.Embed): (("__call__", "attend"), _embed),
     # transformers' GPT-2 keeps its kernel as (out, in).
-    "FlaxConv1D": (
-        ("__call__",),
-        lambda c: Contraction(spec="...i,oi->...o", shape=c.shapes["kernel"], stored=c.shapes["kernel"]),
-    ),
+    "FlaxConv1D": (("__call__",), _stored_as("...i,oi->...o")),
     "Einsum": (("__call__",), _einsum),
     "DenseGeneral": (("__call__",), _dense_general),
 }

@@ -197,6 +197,9 @@ def read(file: Path) -> LoraConfig:
     for field in sorted(_REFUSED & config.keys()):
         if config[field] not in (None, False, [], {}, ""):
             raise AdapterError(f"{file}: {field}={config[field]!r} is not supported; merge it in PEFT instead")
+    for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias"):
+        if config.get(field, 0) is None:
+            raise AdapterError(f"{file}: {field} must be {_RULES[field][1]}, got null")
     given = {k: v for k, v in config.items() if k in fields and v is not None}
     for field, value in given.items():
         ok, expected = _RULES[field]

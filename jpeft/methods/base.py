@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-from jpeft import geometry
 from jpeft.sites import Site
 from jpeft.survey import Survey
 from jpeft.targets import ALL_LINEAR, TargetError, Targets, compile_pattern, matches_entry, select
@@ -43,8 +42,14 @@ class Linear(Protocol):
     @property
     def bias(self) -> Float[Array, " out"] | None: ...
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is ``x @ weight + bias`` to the letter, with the model's own weight: neither changed by a method
+        before, nor multiplied in a way of the module's own. Then ``x @ changed + bias`` may stand in for it."""
+        ...
+
     def dropout(self, x: Any, rate: float) -> Any:
-        """Drops entries of x, where the caller trains and gave a "dropout" rng."""
+        """Drops entries of x, where the caller trains and gave a "dropout" rng; otherwise x itself."""
         ...
 
 
@@ -201,6 +206,11 @@ class WeightMethod(Method):
     per_site: ClassVar[tuple[str, ...]] = ("parts",)
 
     def prepare(self, site: Site) -> Site:
+        if not jnp.issubdtype(jnp.dtype(site.dtype), jnp.floating):
+            raise ValueError(
+                f"{self.name}: the weight of {site.name!r} is {site.dtype}, and only a floating one can be changed; "
+                f"leave it out with exclude=[{site.name!r}]"
+            )
         return site.split(self.parts)
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
@@ -260,7 +270,7 @@ class LeafMethod(Method):
         return survey.leaves
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        wide = jnp.promote_types(w.dtype, jnp.float32) if jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
+        wide = widened(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
         # A copy, not the base's own buffer: a donated training state must not take the base away.
         return {"": jnp.array(w, wide, copy=True)}
 
@@ -268,22 +278,17 @@ class LeafMethod(Method):
 # --- dtypes and initialisers that methods share -----------------------------------------------------------------------
 
 
-def narrow(x: Any, a: Float[Array, "in rank"]) -> Float[Array, "*tokens rank"]:
-    """``x @ a`` for a matrix of few columns.
-
-    XLA's CPU backend is slow at the gradient of ``a`` as ``x.T @ dy``, and rewrites every formulation into it; behind a
-    barrier, ``dy.T @ x`` stays what it is (forward and backward, 2,048 tokens: 384 -> 8 -> 384 4.5 ms against 3.1,
-    1536 -> 8 -> 384 12.1 against 6.3). Elsewhere it is the plain product.
-    """
-    if not isinstance(x, jax.Array) or not geometry.base.flatten_tokens():
-        return x @ a
-    transposed = jax.lax.optimization_barrier(a.T)
-    return jax.lax.dot_general(x, transposed, (((x.ndim - 1,), (1,)), ((), ())))
+def widened(dtype: Any) -> Any:
+    """At least float32; asked so that strict promotion, which knows no common type of two, has nothing to say."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def dtype_name(dtype: Any) -> str:
     """A floating dtype by name, so that configuration is JSON: ``jnp.bfloat16`` -> ``"bfloat16"``."""
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype {dtype!r} is none that numpy or jax knows; e.g. 'float32', 'bfloat16'") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"adapter leaves must be floating, got dtype {dtype.name!r}")
     return dtype.name

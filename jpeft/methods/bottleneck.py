@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jpeft.methods.base import POSITIVE_INT, Leaves, OutputMethod, check_fields, dtype_name, normal
+from jpeft.methods.low_rank import narrow
 from jpeft.sites import Site
 from jpeft.targets import Targets
 
@@ -75,5 +76,5 @@ class Bottleneck(OutputMethod):
 
     def apply(self, leaves: Leaves, y: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         # h + s (f(h D + d) U + u)
-        hidden = _ACTIVATIONS[self.activation](y @ leaves["bottleneck_down"] + leaves["bottleneck_down_bias"])
+        hidden = _ACTIVATIONS[self.activation](narrow(y, leaves["bottleneck_down"]) + leaves["bottleneck_down_bias"])
         return y + self.scale * (hidden @ leaves["bottleneck_up"] + leaves["bottleneck_up_bias"])

@@ -22,9 +22,9 @@ from jpeft.methods.base import (
     WeightMethod,
     check_fields,
     dtype_name,
-    narrow,
     normal,
 )
+from jpeft.methods.low_rank import low_rank
 from jpeft.sites import BOX, MERGE, Site
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "random")
@@ -70,6 +70,8 @@ class LoRA(WeightMethod):
             "init_weights": (lambda v: v in _INITS, f"one of {', '.join(_INITS)}"),
         }
         check_fields(self, rules)
+        if self.alpha == 0:
+            raise ValueError("LoRA.alpha is 0: the update would be 0 whatever it learns; None is scale 1")
         if self.init_weights == "orthogonal" and self.rank % 2:
             raise ValueError(f"LoRA: orthogonal initialisation needs an even rank, got {self.rank}")
         super().__post_init__()
@@ -117,10 +119,8 @@ class LoRA(WeightMethod):
         return {"lora_a": a.astype(self.dtype), "lora_b": b.astype(self.dtype)}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        # y = x W + s (x A) B: the scale goes on the narrow side.
-        low = narrow(base.dropout(x, self.dropout), leaves["lora_a"])
-        y = base(x)
-        return y + ((low * self.scale) @ leaves["lora_b"]).astype(y.dtype)
+        # y = x W + s (x A) B
+        return low_rank(base, x, self.scale * leaves["lora_a"], leaves["lora_b"], self.dropout)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
         # W' = W + s A B

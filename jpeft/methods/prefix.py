@@ -32,7 +32,8 @@ class PrefixTuning(AttentionMethod):
       targets: paths of attention modules; by default all.
 
     Leaves at a site: ``prefix_key [length, kv_heads, head_dim]`` and ``prefix_value``; reparametrised,
-    ``prefix_kernel [hidden, kv]`` and ``prefix_bias [kv]``, and shared ``embedding``, ``kernel``, ``bias``.
+    ``prefix_kernel [hidden, kv]``, ``prefix_key_bias``, ``prefix_value_bias`` and, shared by all sites,
+    ``embedding [length, embedding]``, ``kernel [embedding, hidden]``, ``bias [hidden]``.
     The model changes at once: there is no prefix that does nothing.
 
     >>> import jpeft

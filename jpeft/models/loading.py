@@ -106,8 +106,11 @@ def load(
     """
     folder = Path(folder)
     family, model = _build(folder, dtype, param_dtype)
-    shapes = _leaf_shapes(family, model)
     with _open_tensors(folder) as tensors:
+        layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+        if layers > len(tensors):  # before so many are traced
+            raise ModelError(f"{folder}: config.json says {layers:,} layers, but there are {len(tensors)} tensors")
+        shapes = _leaf_shapes(family, model)
         names = _match(folder, family.EXTRAS, family.prefix(model), shapes, tensors)
         leaves = {path: jnp.asarray(_read_leaf(path, tensors[name]), param_dtype) for path, name in names.items()}
     return model, tree.unflatten({tuple(path.split("/")): leaf for path, leaf in leaves.items()})

@@ -1,0 +1,65 @@
+"""What is written down as an example runs: in docstrings and in the README."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jpeft
+from jpeft.models.bert import Bert, BertConfig
+
+MODULES = [m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.")]
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _as_users_do():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name, registries):
+    assert not doctest.testmod(importlib.import_module(name)).failed
+
+
+@pytest.mark.parametrize("name", [n for n, v in vars(jpeft).items() if n[0] != "_" and callable(v)])
+def test_every_name_of_the_surface_says_what_it_does(name):
+    assert getattr(jpeft, name).__doc__
+
+
+def test_the_surface_in_twenty_lines(tmp_path, monkeypatch):
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "jpeft.models.load" in block)
+    monkeypatch.chdir(tmp_path)
+    model = Bert(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=32, max_position_embeddings=16))  # fmt: skip
+    ids = jnp.array([[1, 5, 7, 2]])
+    jpeft.models.save(tmp_path / "path" / "to" / "bert", model, model.init(jax.random.key(0), ids)["params"])
+    scope = {"ids": ids, "batch": {"ids": ids}}
+    exec(code, scope)
+    assert int(scope["state"].step) == 1 and scope["states"].shape == (1, 4, 16)
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter.safetensors", "config.json"]
+
+
+def test_the_method_and_the_geometry_that_the_readme_adds(registries):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    (shift,) = (block for block in blocks if "class Shift" in block)
+    scope: dict = {}
+    exec("from dataclasses import dataclass\nimport jax.numpy as jnp\nfrom jpeft.methods import WeightMethod", scope)
+    exec(shift, scope)
+    model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), jnp.ones((3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    peft = scope["Shift"](targets=["layers_0"]).bind(model, params, x)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.5, peft.init(jax.random.key(1), params))
+    merged = model.apply({"params": peft.merge(params, adapter)}, x)
+    assert jnp.allclose(peft.apply(params, adapter, x), merged, atol=1e-6)
+    assert not jnp.allclose(merged, model.apply({"params": params}, x))
+    (geometry,) = (block for block in blocks if "TheirLinear" in block)
+    exec(geometry, {"jpeft": jpeft})
+    assert "TheirLinear" in jpeft.geometry.REGISTRY
