@@ -11,6 +11,7 @@ The parameter tree is `{"encoder": …, "classifier": …}`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -85,10 +86,12 @@ def load_classifier(folder: Path, num_labels: int, seed: int) -> tuple[Classifie
                             params, *example_inputs())  # fmt: skip
     if states.ndim != 3:
         raise UserError(f"{folder}: expected an encoder with states [batch, length, hidden], found {states.shape}")
-    # Only the head is initialised: the encoder's parameters are the folder's.
-    key = jax.random.fold_in(jax.random.key(seed), 1)  # the adapter's own keys are split from the seed's
-    fresh = nn.Dense(num_labels).init(key, jnp.zeros((1, states.shape[-1]), states.dtype))
-    return classifier, {"encoder": params, HEAD: fresh["params"]}
+    # Only the head is initialised: the encoder's parameters are the folder's. By numpy and without a transcendental
+    # function, so that it is the same to the bit on every machine: an adapter is loaded on the base it was trained on.
+    width, rng = states.shape[-1], np.random.default_rng(seed)
+    kernel = rng.uniform(-1, 1, (width, num_labels)) * math.sqrt(3 / width)  # variance 1 / width
+    head = {"kernel": jnp.asarray(kernel, states.dtype), "bias": jnp.zeros(num_labels, states.dtype)}
+    return classifier, {"encoder": params, HEAD: head}
 
 
 def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -162,46 +162,54 @@ def test_what_is_not_there_is_said(saved, tmp_path):
         read_config(path)
 
 
-# Replaces an adapter whose leaves are all 1 by one whose leaves are all 2, and is killed at the n-th file operation.
+# Replaces an adapter whose leaves are all 1 by one whose leaves are all 2, again and again: each time in a process that
+# is killed one file operation later than the time before, until one comes to the end.
 _KILLED = """
-    import os, signal, sys
-    import jax, jpeft
+    import json, os, signal, sys
+    import jax, numpy as np, jpeft
     from tests.test_io import METHOD, MODEL, X
-    path, at = sys.argv[1], int(sys.argv[2])
+    path = sys.argv[1]
     params = MODEL.init(jax.random.key(0), X)["params"]
     peft = METHOD.bind(MODEL, params, X)
-    adapter = jax.tree.map(lambda x: x * 0 + 2, peft.init(jax.random.key(1), params))
-    calls = 0
-    def killing(real):
+    fresh = peft.init(jax.random.key(1), params)
+    of = lambda value: jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), fresh)
+    numbers = jax.tree.map(np.asarray, params)  # a forked process must not need JAX's threads
+
+    def killing(real, at, calls):
         def call(*args, **kwargs):
-            global calls
-            calls += 1
-            if calls == at:
+            calls.append(args)
+            if len(calls) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
         return call
-    os.replace, os.fsync = killing(os.replace), killing(os.fsync)
-    jpeft.save(path, peft, adapter, params)
-    print("saved after", calls)
+
+    for at in range(1, 20):
+        jpeft.save(path, peft, of(1), numbers)
+        child = os.fork()
+        if child == 0:
+            calls = []
+            os.replace, os.fsync = killing(os.replace, at, calls), killing(os.fsync, at, calls)
+            jpeft.save(path, peft, of(2), numbers)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        leaves = jax.tree.leaves(jpeft.load(path, MODEL, params, X)[1])
+        print(json.dumps([status, sorted({float(v) for x in leaves for v in np.unique(x)})]), flush=True)
+        if status != signal.SIGKILL:
+            break
 """
 
 
 def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(saved):
-    path, params, peft, adapter = saved
-    seen = []
-    for at in range(1, 20):
-        jpeft.save(path, peft, jax.tree.map(lambda x: x * 0 + 1, adapter), params)
-        out = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(_KILLED), str(path), str(at)],
-            cwd=os.path.dirname(os.path.dirname(__file__)), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        values = {float(v) for x in jax.tree.leaves(jpeft.load(path, MODEL, params, X)[1]) for v in np.unique(x)}
-        assert len(values) == 1, "half old, half new"
-        seen.append(values.pop())
-        if out.returncode == 0:
-            break
-        assert out.returncode == -signal.SIGKILL, out.stderr
-    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] == 2 and len(seen) > 4
+    path, _, _, _ = saved
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_KILLED), str(path)],
+        cwd=os.path.dirname(os.path.dirname(__file__)), capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    seen = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [status for status, _ in seen] == [signal.SIGKILL] * (len(seen) - 1) + [0] and len(seen) > 4
+    values = [value for _, found in seen for value in found]
+    assert len(values) == len(seen), "half old, half new"
+    assert values == sorted(values) and (values[0], values[-1]) == (1, 2)
     assert sorted(os.listdir(path))[-2:] == ["adapter.safetensors", "config.json"]
 
 
