@@ -16,6 +16,10 @@ from jpeft import attention, geometry
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--whole-product", action="store_true", help="the law in every mode and dtype: as .ci/run does")
+
+
 @pytest.fixture
 def registries():
     """Lets a test register geometries and attentions, and forgets them afterwards."""

@@ -14,12 +14,21 @@ from jpeft.peft import bind_seen, look
 from jpeft.tree import flatten, unflatten
 from tests.zoo import LAYERS, METHODS, MODES, USES, Model, moved, numbers, parameters
 
+# The law: every method on every use of a weight, in these modes and dtypes; with --whole-product, in all.
+CELLS = (("plain", "float32"), ("scan", "float32"), ("remat", "bfloat16"))
+WHOLE = tuple((mode, dtype) for mode in MODES for dtype in ("float32", "bfloat16"))
 # Every method, in every mode, on the uses it names first.
 EACH = [
     pytest.param(use, mode, method, id=f"{use}-{mode}-{method}")
     for method, entry in METHODS.items()
     for use, mode in zip(entry.uses[:3] * 3, MODES, strict=False)
 ]
+
+
+def pytest_generate_tests(metafunc):
+    if {"mode", "dtype"} <= set(metafunc.fixturenames):
+        cells = WHOLE if metafunc.config.getoption("whole_product") else CELLS
+        metafunc.parametrize(("mode", "dtype"), cells, ids=lambda v: v)
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +61,6 @@ def differ(a, b) -> bool:
     return bool(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max() > 1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("use", USES)
 def test_running_under_an_adapter_is_running_the_unmodified_model_on_the_merged_tree(use, mode, dtype, monkeypatch):
     if dtype == "bfloat16":  # on an accelerator's layout

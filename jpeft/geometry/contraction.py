@@ -14,6 +14,7 @@ from jpeft.geometry.base import Call, Geometry
 
 
 def labels_of(spec: str) -> tuple[str, str, str]:
+    """The axes of input, weight and output in an einsum of the two; a ValueError where it is none of a matrix."""
     try:
         operands, y = spec.replace(" ", "").split("->")
         x, w = operands.split(",")
@@ -86,54 +87,45 @@ class Contraction(Geometry):
         m = m.reshape([self._size(c) for c in both + outs])
         return _transpose(m, both + outs, self._bias_labels()).reshape(shape)
 
-    def _expand(self, x_ndim: int) -> tuple[str, str, str]:
-        """x and y labels with the ellipsis written out for this rank, and the token labels."""
+    def _layout(self, call: Call) -> tuple[str, str, str, dict[str, int]]:
+        """Labels of a call's x and y, the ellipsis written out for its rank; those of its tokens; and x's sizes."""
         x, w, y = labels_of(self.spec)
+        shape = call.args[self.argument].shape
         if "..." in x:
-            free = [chr(0x4E00 + i) for i in range(x_ndim - len(x.replace("...", "")))]
+            free = [chr(0x4E00 + i) for i in range(len(shape) - len(x.replace("...", "")))]
             x, y = x.replace("...", "".join(free)), y.replace("...", "".join(free))
-        if len(x) != x_ndim:
+        if len(x) != len(shape):
             raise ValueError(
-                f"geometry {self.spec!r} was bound to inputs of rank {len(x)}; this call has rank {x_ndim}"
+                f"geometry {self.spec!r} was bound to inputs of rank {len(x)}; this call has rank {len(shape)}"
             )
-        return x, y, "".join(c for c in x if c not in w)
+        return x, y, "".join(c for c in x if c not in w), dict(zip(x, shape, strict=True))
+
+    def _flat(self, x: jax.Array, labels: str, tokens: str, features: str, sizes: dict[str, int]) -> jax.Array:
+        """An input or output as ``[batch..., tokens..., features]``."""
+        x = _transpose(x, labels, self._roles[0] + tokens + features)
+        middle = [math.prod(sizes[c] for c in tokens)] if base.flatten_tokens() else [sizes[c] for c in tokens]
+        return x.reshape(*self.batch, *middle, self._size(features))
 
     def operand(self, call: Call, dtype: Any) -> jax.Array:
         """The input as ``[batch..., tokens..., in]``. Inverse of `restore`."""
-        x = call.args[self.argument].astype(dtype)
-        labels, _, tokens = self._expand(x.ndim)
-        both, ins, _ = self._roles
-        sizes = dict(zip(labels, x.shape, strict=True))
-        x = _transpose(x, labels, both + tokens + ins)
-        middle = [math.prod(sizes[c] for c in tokens)] if base.flatten_tokens() else [sizes[c] for c in tokens]
-        return x.reshape(*self.batch, *middle, self._size(ins))
+        labels, _, tokens, sizes = self._layout(call)
+        return self._flat(call.args[self.argument].astype(dtype), labels, tokens, self._roles[1], sizes)
 
     def restore(self, call: Call, x: jax.Array) -> jax.Array:
         """Inverse of `operand`."""
-        old = call.args[self.argument]
-        labels, _, tokens = self._expand(old.ndim)
-        both, ins, _ = self._roles
-        sizes = dict(zip(labels, old.shape, strict=True))
-        order = both + tokens + ins
+        labels, _, tokens, sizes = self._layout(call)
+        order = self._roles[0] + tokens + self._roles[1]
         return _transpose(x.reshape([sizes[c] for c in order]), order, labels)
 
     def result(self, call: Call, y: jax.Array) -> jax.Array:
         """The module's output as ``[batch..., tokens..., out]``. Inverse of `output`."""
-        x = call.args[self.argument]
-        x_labels, labels, tokens = self._expand(x.ndim)
-        both, _, outs = self._roles
-        sizes = dict(zip(x_labels, x.shape, strict=True))
-        y = _transpose(y, labels, both + tokens + outs)
-        middle = [math.prod(sizes[c] for c in tokens)] if base.flatten_tokens() else [sizes[c] for c in tokens]
-        return y.reshape(*self.batch, *middle, self._size(outs))
+        _, labels, tokens, sizes = self._layout(call)
+        return self._flat(y, labels, tokens, self._roles[2], sizes)
 
     def output(self, call: Call, y: jax.Array) -> jax.Array:
         """Inverse of `result`."""
-        x = call.args[self.argument]
-        x_labels, labels, tokens = self._expand(x.ndim)
-        both, _, outs = self._roles
-        sizes = dict(zip(x_labels, x.shape, strict=True))
-        order = both + tokens + outs
+        _, labels, tokens, sizes = self._layout(call)
+        order = self._roles[0] + tokens + self._roles[2]
         return _transpose(y.reshape([sizes[c] if c in sizes else self._size(c) for c in order]), order, labels)
 
     def flat_call(self, call: Call) -> bool:

@@ -307,6 +307,7 @@ def check_fields(method: Method, rules: Mapping[str, tuple[Callable[[Any], bool]
 
 
 def positive_int(value: Any) -> bool:
+    """Whether a value is a whole number above 0; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
