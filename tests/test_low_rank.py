@@ -112,6 +112,18 @@ def test_the_sum_of_weights_is_taken_only_where_it_is_less_work_and_rounds_no_wo
     assert not summed(tokens=MANY)
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_a_stack_of_adapters_is_one_after_the_other(tokens):
+    peft, params, _, x = bound(tokens)
+    adapters = [peft.init(jax.random.key(seed), params) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    loss = lambda adapter: (peft.apply(params, adapter, x) ** 2).sum()  # noqa: E731
+    many = jax.vmap(jax.value_and_grad(loss))(stacked)
+    one = [jax.value_and_grad(loss)(adapter) for adapter in adapters]
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3), many, want)
+
+
 def test_dropout_acts_on_the_adapters_input_alone():
     method = jpeft.LoRA(rank=4, alpha=8, targets="layers_0", init_weights="random", dropout=0.5)
     peft, params, adapter, x = bound(MANY, method=method)
