@@ -19,9 +19,9 @@ def low_rank(
 ) -> Float[Array, "*tokens out"]:
     """``base(x) + (dropout(x) a) b``.
 
-    Where that is less work, as ``x (w + a b)``: then nothing of the size of the activations is added, neither to the
-    output nor to the gradient of the input (RunLoRA, Cherniuk et al. 2023, https://arxiv.org/abs/2312.03415). The
-    gradients of ``a`` and ``b`` are the low-rank ones in both forms.
+    Where it is differentiated, and that is less work, as ``x (w + a b)``: then nothing of the size of the activations
+    is added, neither to the output nor to the gradient of the input (RunLoRA, Cherniuk et al. 2023,
+    https://arxiv.org/abs/2312.03415). The gradients of ``a`` and ``b`` are the low-rank ones in both forms.
     """
     dropped = base.dropout(x, dropout)
     if dropped is x and _summed_is_less(base, x, a, b):
@@ -32,7 +32,7 @@ def low_rank(
 
 
 def _summed_is_less(base: Linear, x: Any, a: jax.Array, b: jax.Array) -> bool:
-    """Whether ``x (w + a b)`` reads and writes less than ``x w + (x a) b``, and rounds no worse.
+    """Whether ``x (w + a b)`` and its gradients read and write less than ``x w + (x a) b``, and round no worse.
 
     Measured on CPU alone, and not in low precision, where the sum of weights would swallow small updates.
     """
@@ -44,7 +44,7 @@ def _summed_is_less(base: Linear, x: Any, a: jax.Array, b: jax.Array) -> bool:
 
 @jax.custom_jvp
 def _summed(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return x @ (w + a @ b)
+    return x @ w + narrow(x, a) @ b  # without gradients the sum would be made for one product alone
 
 
 def _summed_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
