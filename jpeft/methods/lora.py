@@ -14,16 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.methods.base import (
-    POSITIVE_INT,
-    RATE,
-    Leaves,
-    Linear,
-    WeightMethod,
-    check_fields,
-    dtype_name,
-    normal,
-)
+from jpeft.methods.base import POSITIVE_INT, RATE, Leaves, Linear, WeightMethod, check_fields, dtype_name, normal
 from jpeft.methods.low_rank import low_rank
 from jpeft.sites import BOX, MERGE, Site
 
