@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jpeft import models, tree
-from jpeft.models import bert
+from jpeft.models import bert, ops
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
          "intermediate_size": 32, "max_position_embeddings": 24}  # fmt: skip
@@ -361,13 +361,13 @@ def test_attend_with_more_keys_than_queries(masked):
 
 def test_the_functions_written_for_speed():
     x = jnp.linspace(-12, 12, 1001)
-    assert jnp.abs(bert.gelu(x) - nn.gelu(x, approximate=False)).max() < 2e-6
-    slopes = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (bert.gelu, lambda x: nn.gelu(x, approximate=False)))
+    assert jnp.abs(ops.gelu(x) - nn.gelu(x, approximate=False)).max() < 2e-6
+    slopes = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (ops.gelu, lambda x: nn.gelu(x, approximate=False)))
     assert jnp.abs(jnp.subtract(*slopes)).max() < 2e-6
     scores = jax.random.normal(jax.random.key(0), (3, 7))
     mask = jnp.arange(7)[None] < jnp.array([[7], [3], [1]])
     for order in (jax.jacfwd, jax.jacrev, lambda f: jax.jacfwd(jax.jacrev(f))):
-        got = jax.jit(order(lambda s: bert.masked_softmax(s, mask)))(scores)
+        got = jax.jit(order(lambda s: ops.masked_softmax(s, mask)))(scores)
         want = jax.jit(order(lambda s: nn.softmax(s, where=mask)))(scores)
         np.testing.assert_allclose(got, want, atol=1e-6)
 

@@ -1,6 +1,9 @@
-"""Linen models that read and write HuggingFace folders."""
+"""Linen models that read and write HuggingFace folders, and read GGUF files."""
 
+from jpeft.models.files import ModelError as ModelError
 from jpeft.models.loading import FAMILIES as FAMILIES
-from jpeft.models.loading import ModelError as ModelError
 from jpeft.models.loading import load as load
+from jpeft.models.loading import logical_shardings as logical_shardings
 from jpeft.models.loading import save as save
+from jpeft.models.stacking import stack as stack
+from jpeft.models.stacking import unstack as unstack

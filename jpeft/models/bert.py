@@ -12,21 +12,19 @@ slow at a contraction over `[batch, length, features]` (a dense layer with its w
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.attention import register_attention
+from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
 
 Flat = Float[Array, "tokens hidden"]
-Mask = Bool[Array, "*#scores"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,50 +50,6 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     pad_token_id: int = 0
-
-
-# --- two functions that XLA CPU needs help with; milliseconds are forward + backward on one core ----------------------
-
-
-@jax.checkpoint
-def gelu(x: jax.Array) -> jax.Array:
-    """`x * Phi(x)`, by erf as torch computes it.
-
-    `nn.gelu` goes by erfc, which takes four times as long (2,048 x 1,536: 31 ms against 8). Checkpointed, because
-    computing erf and exp again costs less than reading them back (6.5), and only `x` stays in memory, not three arrays.
-    """
-    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
-
-
-@jax.custom_jvp
-def masked_softmax(scores: Float[Array, "*batch q k"], mask: Mask) -> Float[Array, "*batch q k"]:
-    """Softmax over the last axis where `mask` is True, in float32 or wider."""
-    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    if mask is not None:
-        wide = jnp.where(mask, wide, jnp.finfo(wide.dtype).min)
-    weights = jnp.exp(wide - wide.max(axis=-1, keepdims=True))
-    return (weights * (1 / weights.sum(axis=-1, keepdims=True))).astype(scores.dtype)
-
-
-@masked_softmax.defjvp
-def _masked_softmax_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # d softmax = p (ds - <p, ds>). p is the one residual, where autodiff keeps three; it is 0 where masked, so the mask
-    # is not needed again.
-    weights, ds = masked_softmax(*primals), tangents[0]
-    return weights, weights * (ds - (weights * ds).sum(axis=-1, keepdims=True))
-
-
-_TANH_GELU = functools.partial(nn.gelu, approximate=True)
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": gelu,
-    "gelu_new": _TANH_GELU,
-    "gelu_fast": _TANH_GELU,
-    "gelu_pytorch_tanh": _TANH_GELU,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": nn.tanh,
-}
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
@@ -366,7 +320,8 @@ _DISTILBERT = {
 # Fields that change the maths in a way this encoder does not follow, each with the one value that is accepted.
 _FIXED = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute", "pruned_heads": {}}
 
-EXTRAS = re.compile(
+OPTIONS: frozenset[str] = frozenset()
+_EXTRAS = re.compile(
     r"embeddings\.(position_ids|token_type_ids)"  # buffers of old checkpoints
     r"|(pooler|cls|classifier|pre_classifier|lm_head|qa_outputs|vocab_\w+|generator_\w+|discriminator_\w+)\..*"
 )
@@ -427,6 +382,19 @@ def prefix(model: Bert) -> str:
     'roberta.'
     """
     return _PREFIX.get(model.config.model_type, f"{model.config.model_type}.")
+
+
+def extras(model: Bert) -> re.Pattern[str]:
+    """The tensors that may stand beside the encoder: heads, and buffers of old checkpoints.
+
+    >>> bool(extras(Bert(BertConfig())).fullmatch("pooler.dense.weight"))
+    True
+    """
+    return _EXTRAS
+
+
+def stacked(model: Bert) -> None:
+    """Nothing is: the layers are named `0`, `1`, …"""
 
 
 def example_inputs(model: Bert) -> tuple[jax.ShapeDtypeStruct, ...]:

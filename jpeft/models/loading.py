@@ -9,25 +9,28 @@ line of `FAMILIES`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import importlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jpeft import tree
 from jpeft.io import write_safetensors
+from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config
 
 #: `model_type` of a `config.json` → the module that builds it (see `Family`), imported when asked for.
 FAMILIES: dict[str, str] = {
@@ -37,10 +40,15 @@ FAMILIES: dict[str, str] = {
     "camembert": "jpeft.models.bert",
     "electra": "jpeft.models.bert",
     "distilbert": "jpeft.models.bert",
+    "llama": "jpeft.models.decoder",
+    "mistral": "jpeft.models.decoder",
+    "qwen2": "jpeft.models.decoder",
+    "qwen3": "jpeft.models.decoder",
+    "gemma2": "jpeft.models.decoder",
+    "gemma3": "jpeft.models.decoder",
+    "gemma3_text": "jpeft.models.decoder",
 }
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _OLD_LEAF = {"gamma": "weight", "beta": "bias"}  # LayerNorm's, in checkpoints converted from TensorFlow
 # What `save` does not copy from the source: it writes its own config and weights, and other weights would be stale.
@@ -49,17 +57,13 @@ _NOT_COPIED = re.compile(
 )
 
 
-class ModelError(ValueError):
-    """A model folder or tree that cannot be used; the message is one line that names what is wrong."""
-
-
 class Family(Protocol):
     """What a module of `FAMILIES` defines. Its Linen modules have a `config` with a `model_type`."""
 
-    EXTRAS: re.Pattern[str]
-    """Matches the tensors that may stand beside the model (heads, buffers), named without the prefix."""
+    OPTIONS: frozenset[str]
+    """What `from_config` takes beside the config and the dtypes."""
 
-    def from_config(self, config: Mapping[str, Any], *, dtype: Any, param_dtype: Any) -> nn.Module:
+    def from_config(self, config: Mapping[str, Any], *, dtype: Any, param_dtype: Any, **options: Any) -> nn.Module:
         """The module that a `config.json` describes; a ValueError names a field that it cannot follow."""
         ...
 
@@ -68,7 +72,15 @@ class Family(Protocol):
         ...
 
     def prefix(self, model: Any) -> str:
-        """What stands before the model's tensor names in a checkpoint that also holds a head."""
+        """What stands before the model's tensor names in a checkpoint that holds more than it."""
+        ...
+
+    def extras(self, model: Any) -> re.Pattern[str]:
+        """Matches the tensors that may stand beside the model (heads, buffers), named without the prefix."""
+        ...
+
+    def stacked(self, model: Any) -> str | None:
+        """The path below which leaves of all layers lie stacked along their first axis, if any do."""
         ...
 
     def example_inputs(self, model: Any) -> tuple[Any, ...]:
@@ -77,20 +89,33 @@ class Family(Protocol):
 
 
 def load(
-    folder: str | os.PathLike[str], *, dtype: Any = None, param_dtype: Any = jnp.float32
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    shardings: Any = None,
+    **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads a HuggingFace folder: `config.json` and safetensors, sharded or not.
+    """Reads a HuggingFace folder (`config.json` and safetensors, sharded or not) or a `.gguf` file.
+
+    Each tensor goes straight to its place, dtype and sharding: beside the model itself, host memory holds one tensor.
 
     Args:
-        folder: the path. Nothing is downloaded, and no pickle is opened.
+        path: the folder or file. Nothing is downloaded, and no pickle is opened.
         dtype: what the model computes in; None follows the parameters.
-        param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16).
+        param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16). Quantised
+            tensors of a `.gguf` file are dequantised into it.
+        shardings: where the parameters go: a `jax.sharding.Sharding` for all, a tree of them like the parameters, or
+            a function from the model to one of these, such as `lambda m: logical_shardings(m, mesh, rules)`. None is
+            the default device.
+        **options: the family's own: for decoders `scan_layers` (True) and `remat` (None), see `jpeft.models.decoder`.
 
     Returns:
-        `(model, params)`, for `model.apply({"params": params}, input_ids, attention_mask=mask)`.
+        `(model, params)`, for `model.apply({"params": params}, input_ids, attention_mask=mask)`: hidden states
+        `[batch, length, hidden]` of an encoder, logits `[batch, length, vocabulary]` of a decoder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no `config.json`, weights or shard in it.
+        FileNotFoundError: there is no such folder or file, or no `config.json`, weights or shard in it.
         ModelError: a model type or a config field that is not supported, a file that cannot be read, or tensors that
             are missing, unexpected or misshapen; it names them.
 
@@ -104,16 +129,37 @@ def load(
     >>> model.apply({"params": params}, ids, attention_mask=jnp.ones_like(ids)).shape
     (1, 3, 8)
     """
-    folder = Path(folder)
-    family, model = _build(folder, dtype, param_dtype)
-    with _open_tensors(folder) as tensors:
+    path = Path(path)
+    family, model = _build(path, dtype, param_dtype, options)
+    with open_tensors(path) as tensors:
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
         if layers > len(tensors):  # before so many are traced
-            raise ModelError(f"{folder}: config.json says {layers:,} layers, but there are {len(tensors)} tensors")
-        shapes = _leaf_shapes(family, model)
-        names = _match(folder, family.EXTRAS, family.prefix(model), shapes, tensors)
-        leaves = {path: jnp.asarray(_read_leaf(path, tensors[name]), param_dtype) for path, name in names.items()}
-    return model, tree.unflatten({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
+            raise ModelError(f"{path}: config.json says {layers:,} layers, but there are {len(tensors)} tensors")
+        abstract = _abstract(family, model)
+        slots = _slots(abstract, family.stacked(model))
+        names = _match(path, family, model, slots, tensors)
+        placed = _place(abstract, slots, names, tensors, param_dtype, _shardings_by_path(shardings, model, abstract))
+    return model, tree.unflatten({tuple(name.split("/")): leaf for name, leaf in placed.items()})
+
+
+def logical_shardings(model: nn.Module, mesh: Mesh, rules: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The shardings of a model's parameters on a mesh, from the logical names of their axes.
+
+    Args:
+        rules: pairs of a logical axis and a mesh axis (or None, or a tuple of mesh axes). Decoders name `vocab`,
+            `embed`, `heads`, `kv_heads`, `mlp`, `head_dim` and `layers`; axes without a rule, and parameters without
+            names, are replicated.
+
+    >>> from jpeft.models.decoder import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96))
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> logical_shardings(model, mesh, [("mlp", "tensor")])["model"]["layers"]["mlp"]["up_proj"]["kernel"].spec
+    P(None, None, 'tensor')
+    """
+    family = _family(cast(Any, model).config.model_type)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))
+    specs = nn.get_partition_spec(variables)["params"]
+    return nn.logical_to_mesh_sharding(specs, mesh, list(rules))
 
 
 def save(
@@ -149,19 +195,20 @@ def save(
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path}: exists and is not an empty folder")
     family = _family(cast(Any, model).config.model_type)
-    leaves = _leaves(params)
-    shapes = _leaf_shapes(family, model)
-    _check_leaves("params", shapes, {name: np.shape(leaf) for name, leaf in leaves.items()})
+    leaves, abstract = _leaves(params), _abstract(family, model)
+    _check_leaves("params", {name: leaf.shape for name, leaf in abstract.items()},
+                  {name: np.shape(leaf) for name, leaf in leaves.items()})  # fmt: skip
+    slots = _slots(abstract, family.stacked(model))
     config, kept, prefix = family.to_config(model), {}, ""
     if source is not None:
-        config, kept, prefix = _read_source(Path(source), family, model, shapes)
-    tensors = kept | {prefix + _torch_name(name): _torch_layout(name, leaf) for name, leaf in leaves.items()}
+        config, kept, prefix = _read_source(Path(source), family, model, slots)
+    tensors = kept | {prefix + _torch_name(slot.name): _torch_layout(slot, leaves) for slot in slots}
     config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(leaves)
     with _new_folder(path) as new:
         if source is not None:
             _copy_companions(Path(source), new)
-        (new / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_safetensors(new / _WEIGHTS, tensors, {"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_safetensors(new / WEIGHTS, tensors, {"format": "pt"})
         for name, content in (extra_files or {}).items():
             (new / name).write_bytes(content)
 
@@ -174,31 +221,19 @@ def _dtype_name(leaves: Mapping[str, Any]) -> str:
 # --- the config and its family ---
 
 
-def _build(folder: Path, dtype: Any, param_dtype: Any) -> tuple[Family, Any]:
-    config = _read_config(folder)
-    family = _family(config.get("model_type"), f"{folder / _CONFIG}: ")
+def _build(path: Path, dtype: Any, param_dtype: Any, options: Mapping[str, Any]) -> tuple[Family, Any]:
+    config = read_config(path)
+    where = path if is_gguf(path) else path / CONFIG
+    family = _family(config.get("model_type"), f"{where}: ")
+    if unknown := sorted(options.keys() - family.OPTIONS):
+        raise ModelError(
+            f"{config['model_type']} models have no option {', '.join(unknown)}, "
+            f"only {', '.join(sorted(family.OPTIONS)) or 'none'}"
+        )
     try:
-        return family, family.from_config(config, dtype=dtype, param_dtype=param_dtype)
+        return family, family.from_config(config, dtype=dtype, param_dtype=param_dtype, **options)
     except ValueError as error:
-        raise ModelError(f"{folder / _CONFIG}: {error}") from None
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not (folder / _CONFIG).is_file():
-        raise FileNotFoundError(f"{folder}: no {_CONFIG} (is this a HuggingFace model folder?)")
-    return _read_json(folder / _CONFIG)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # json's and UTF-8's errors alike
-        raise ModelError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return value
+        raise ModelError(f"{where}: {error}") from None
 
 
 def _family(model_type: Any, where: str = "") -> Family:
@@ -207,69 +242,27 @@ def _family(model_type: Any, where: str = "") -> Family:
     return cast(Family, importlib.import_module(FAMILIES[model_type]))
 
 
-# --- tensor files ---
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor in an open safetensors file: its shape costs nothing, its bytes are read when asked for."""
-
-    path: Path
-    name: str
-    file: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
-
-
-@contextlib.contextmanager
-def _open_tensors(folder: Path) -> Iterator[dict[str, _Tensor]]:
-    """The folder's tensors by name, readable inside the `with`."""
-    import safetensors
-
-    with contextlib.ExitStack() as stack:
-        tensors = {}
-        for path in _weight_files(folder):
-            try:
-                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
-            tensors |= {name: _Tensor(path, name, file) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        yield tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if (folder / _INDEX).is_file():
-        return _shards(folder)
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder}: only {pickles[0]}, a pickle, which may run code when opened and is refused; if you trust it, "
-            "convert it with transformers.AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    raise FileNotFoundError(f"{folder}: no weights (neither {_WEIGHTS} nor {_INDEX})")
-
-
-def _shards(folder: Path) -> list[Path]:
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{folder / _INDEX}: no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name:  # an index may not point out of its folder
-            raise ModelError(f"{folder / _INDEX}: {name!r} is not a file name")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name}, which {_INDEX} lists")
-    return [folder / name for name in names]
-
-
 # --- leaves and names ---
+
+
+class _Slot(NamedTuple):
+    """Where one tensor goes: a leaf, or one layer of a stacked leaf."""
+
+    name: str  # the leaf's path, with the layer's number where torch has it
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]  # as the model has it
+
+
+def _slots(abstract: Mapping[str, Any], stacked: str | None) -> list[_Slot]:
+    slots = []
+    for path, leaf in abstract.items():
+        if stacked is None or not path.startswith(f"{stacked}/"):
+            slots.append(_Slot(path, path, None, leaf.shape))
+            continue
+        rest = path.removeprefix(stacked)
+        slots += [_Slot(f"{stacked}/{i}{rest}", path, i, leaf.shape[1:]) for i in range(leaf.shape[0])]
+    return slots
 
 
 def _torch_name(path: str) -> str:
@@ -284,23 +277,24 @@ def _bare_name(name: str, prefix: str) -> str:
     return owner + dot + _OLD_LEAF.get(leaf, leaf)
 
 
-def _torch_layout(path: str, leaf: Any) -> np.ndarray:
-    """A leaf as torch stores it."""
-    value = np.asarray(jax.device_get(leaf))
-    return value.T if path.endswith("/kernel") else value
+def _torch_layout(slot: _Slot, leaves: Mapping[str, Any]) -> np.ndarray:
+    """A tensor as torch stores it."""
+    leaf = leaves[slot.path]
+    value = np.asarray(jax.device_get(leaf if slot.layer is None else leaf[slot.layer]))
+    return value.T if slot.path.endswith("/kernel") else value
 
 
-def _read_leaf(path: str, tensor: _Tensor) -> np.ndarray:
+def _read(slot: _Slot, tensor: Tensor) -> np.ndarray:
     """Inverse of `_torch_layout`."""
     value = tensor.read()
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ModelError(f"{tensor.path}: {tensor.name} is {value.dtype}; quantised weights are not read here")
-    return value.T if path.endswith("/kernel") else value
+    return value.T if slot.path.endswith("/kernel") else value
 
 
-def _leaf_shapes(family: Family, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))
-    return {path: leaf.shape for path, leaf in _leaves(variables["params"]).items()}
+def _abstract(family: Family, model: nn.Module) -> dict[str, Any]:
+    """Shapes and dtypes of the model's leaves, by path."""
+    return _leaves(jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))["params"])
 
 
 def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,24 +306,20 @@ def _used_prefix(prefix: str, names: Mapping[str, Any]) -> str:
 
 
 def _match(
-    folder: Path,
-    extras: re.Pattern[str],
-    prefix: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, _Tensor],
-) -> dict[str, str]:
-    """Each leaf's path → its tensor's name; checked both ways and for shape."""
-    prefix = _used_prefix(prefix, tensors)
-    paths = {_torch_name(path): path for path in shapes}
+    source: Path, family: Family, model: Any, slots: Sequence[_Slot], tensors: Mapping[str, Tensor]
+) -> dict[_Slot, str]:
+    """The name of each slot's tensor; checked both ways and for shape."""
+    prefix, extras = _used_prefix(family.prefix(model), tensors), family.extras(model)
+    wanted = {_torch_name(slot.name): slot for slot in slots}
     names, found = {}, {}
     for name, tensor in tensors.items():
         bare = _bare_name(name, prefix)
-        if path := paths.get(bare):
-            names[path] = name
-            found[path] = tensor.shape[::-1] if path.endswith("/kernel") else tensor.shape
+        if slot := wanted.get(bare):
+            names[slot] = name
+            found[slot.name] = tensor.shape[::-1] if slot.path.endswith("/kernel") else tensor.shape
         elif name.startswith(prefix) and not extras.fullmatch(bare):  # beside a prefix, everything else is a head
             found[name] = tensor.shape
-    _check_leaves(str(folder), shapes, found)
+    _check_leaves(str(source), {slot.name: slot.shape for slot in slots}, found)
     return names
 
 
@@ -347,19 +337,81 @@ def _some(names: list[str], at_most: int = 3) -> str:
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
+# --- placing ---
+
+
+def _shardings_by_path(shardings: Any, model: nn.Module, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
+    if callable(shardings) and not isinstance(shardings, Sharding):
+        shardings = shardings(model)
+    if shardings is None or isinstance(shardings, Sharding):
+        return dict.fromkeys(abstract, shardings)
+    by_path = {tree.join(path): leaf for path, leaf in tree.flatten(shardings).items()}
+    if by_path.keys() != abstract.keys():
+        differ = sorted(by_path.keys() ^ abstract.keys())
+        raise ModelError(f"the tree of shardings is not like the parameters: {_some(differ)} in one of them only")
+    return by_path
+
+
+def _place(
+    abstract: Mapping[str, Any],
+    slots: Sequence[_Slot],
+    names: Mapping[_Slot, str],
+    tensors: Mapping[str, Tensor],
+    dtype: Any,
+    shardings: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """Every leaf where it belongs. The largest tensors go first, while there is room for a second copy of them."""
+    placed: dict[str, jax.Array] = {}
+    for slot in sorted(slots, key=lambda slot: -math.prod(slot.shape)):
+        value = _read(slot, tensors[names[slot]]).astype(dtype)
+        sharding = shardings[slot.path]
+        if slot.layer is None:
+            placed[slot.path] = _put(value, sharding)
+            continue
+        if slot.path not in placed:
+            placed[slot.path] = _empty(abstract[slot.path].shape, dtype, sharding)
+        layer = _put(value, _of_a_layer(sharding))
+        # One at a time: what waits for the device would stay in host memory.
+        placed[slot.path] = jax.block_until_ready(_into(sharding)(placed[slot.path], layer, slot.layer))
+    return {path: placed[path] for path in abstract}
+
+
+def _put(value: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.array(value)  # a copy: a view of the file's own memory would end with it
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.ascontiguousarray(value[index]))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def _into(sharding: Any) -> Any:
+    """Writes a layer into a stacked leaf, in place."""
+    write = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)  # noqa: E731
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _of_a_layer(sharding: Any) -> Any:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
 # --- writing ---
 
 
 def _read_source(
-    source: Path, family: Family, model: Any, shapes: Mapping[str, tuple[int, ...]]
+    source: Path, family: Family, model: Any, slots: Sequence[_Slot]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
     """The source's config, the tensors it holds beside the model, and the prefix of those inside."""
-    if _build(source, model.dtype, model.param_dtype)[1].config != model.config:
+    if _build(source, model.dtype, model.param_dtype, {})[1].config != model.config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
-    with _open_tensors(source) as tensors:
-        inside = set(_match(source, family.EXTRAS, family.prefix(model), shapes, tensors).values())
+    with open_tensors(source) as tensors:
+        inside = set(_match(source, family, model, slots, tensors).values())
         kept = {name: tensor.read() for name, tensor in tensors.items() if name not in inside}
-        return _read_config(source), kept, _used_prefix(family.prefix(model), tensors)
+        return read_config(source), kept, _used_prefix(family.prefix(model), tensors)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

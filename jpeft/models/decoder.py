@@ -1,0 +1,732 @@
+"""Llama and its family as one Linen decoder: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text).
+
+Touvron et al. 2023, https://arxiv.org/abs/2302.13971. The parameter tree carries the names of HuggingFace's torch
+modules with `/` for `.`, and Flax's leaf names. The layers lie stacked below `model/layers`, so that one layer is
+traced and compiled whatever their number: `model/layers/self_attn/q_proj/kernel` is `[layers, in, out]`. With
+`scan_layers=False` each has its own subtree, `model/layers/0/self_attn/q_proj/kernel`; `jpeft.models.stacking` turns
+one tree into the other.
+
+What the members of the family do differently is data here (`DecoderConfig`), down to the kind of each layer: a layer
+that sees a window and one that sees everything differ in their mask and rotary table only, so one scan holds both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jpeft.attention import register_attention
+from jpeft.models import ops
+from jpeft.models.rotary import Rotary, rotate
+from jpeft.models.rotary import from_config as rotary_from_config
+from jpeft.models.rotary import to_config as rotary_to_config
+
+States = Float[Array, "batch length hidden"]
+Heads = Float[Array, "batch length heads head_dim"]
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+#: Names for `Decoder.remat` beside those of `jax.checkpoint_policies`.
+REMAT = {"full": "nothing_saveable", "dots": "dots_with_no_batch_dims_saveable"}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What shapes the decoder. Names are those of HuggingFace's configs where they have one.
+
+    >>> DecoderConfig(model_type="llama", vocab_size=100, hidden_size=64, num_attention_heads=4).head_dim
+    16
+    """
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0  # 0: as many as there are query heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys are normalised, head by head, before they are turned
+    gemma: bool = False  # norms scale by 1 + w and stand after sublayers too; embeddings scale by sqrt(hidden_size)
+    query_pre_attn_scalar: float = 0.0  # scores scale by its -1/2th power; 0: head_dim
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()  # of each layer; (): all see everything
+    rotary: Rotary = dataclasses.field(default_factory=Rotary)
+    rotary_sliding: Rotary | None = None  # of sliding layers, where they have their own
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        derived = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // max(1, self.num_attention_heads),
+            "layer_types": (FULL,) * self.num_hidden_layers,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        object.__setattr__(self, "query_pre_attn_scalar", self.query_pre_attn_scalar or float(self.head_dim))
+
+    @property
+    def context(self) -> int:
+        """The number of positions that the model is made for."""
+        return self.rotary.context(self.max_position_embeddings)
+
+    @property
+    def sliding(self) -> bool | tuple[bool, ...]:
+        """Whether all layers see a window only, or none, or which."""
+        flags = tuple(kind == SLIDING for kind in self.layer_types)
+        return flags[0] if len(set(flags)) == 1 else flags
+
+
+@flax.struct.dataclass
+class Context:
+    """What all layers share in one call. Pairs are for full and for sliding layers; they may be one and the same."""
+
+    rotary: tuple[Any, Any]  # tables, see `Rotary.table`
+    masks: tuple[Any, Any]  # [batch, 1, queries, keys], or None for causal ones over the queries' own keys
+    index: Any = None  # where in the cache the queries' own keys go
+
+
+class _Module(nn.Module):
+    """The fields and submodules that the modules below have in common."""
+
+    config: DecoderConfig
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def fields(self) -> dict[str, Any]:
+        return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def dense(self, x: jax.Array, features: int, name: str, axes: tuple[str, str], bias: bool = False) -> jax.Array:
+        """A linear layer called `name`; `axes` are the logical names of its input and output."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        layer = nn.Dense(
+            features,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.with_logical_partitioning(init, axes),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+            name=name,
+        )
+        return ops.flat(layer, x)
+
+    def norm(self, x: jax.Array, name: str, axis: str = "embed") -> jax.Array:
+        return RMSNorm(**self.fields(), axis=axis, name=name)(x)
+
+
+class RMSNorm(_Module):
+    """`x / rms(x) * scale` over the last axis, in float32; Gemma's scale is `1 + w`."""
+
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        offset = 1.0 if self.config.gemma else 0.0
+        init = nn.with_logical_partitioning(nn.initializers.constant(1.0 - offset), (self.axis,))
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.rms_norm_eps)
+        return (wide * (scale.astype(jnp.float32) + offset)).astype(
+            self.dtype or jnp.promote_types(x.dtype, scale.dtype)
+        )
+
+
+class SelfAttention(_Module):
+    """Grouped-query attention with rotary positions, and its projections."""
+
+    sliding: bool | None = None
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        self.weights_dropout = nn.Dropout(self.config.attention_dropout)
+
+    @nn.compact
+    def __call__(self, x: States, cache: Any, layer: Any, sliding: Any, context: Context) -> tuple[States, Any]:
+        """Args:
+        cache: `{"key", "value"}` of all layers, `[layers, batch, kv_heads, capacity, head_dim]`, or None.
+        layer: this layer's number. sliding: whether it is a sliding one.
+        """
+        cfg = self.config
+        query = self.project(x, cfg.num_attention_heads, "q")
+        key = self.project(x, cfg.num_key_value_heads, "k")
+        value = self.project(x, cfg.num_key_value_heads, "v")
+        if cfg.qk_norm:
+            query, key = self.norm(query, "q_norm", "head_dim"), self.norm(key, "k_norm", "head_dim")
+        table = _pick(sliding, context.rotary)
+        query, key = rotate(query, table), rotate(key, table)
+        if cache is not None:
+            cache, key, value = _remember(cache, key, value, layer, context.index)
+        out = self.attend(query, key, value, _pick(sliding, context.masks))
+        out = out.reshape(*x.shape[:-1], cfg.num_attention_heads * cfg.head_dim)
+        return self.dense(out, cfg.hidden_size, "o_proj", ("heads", "embed"), cfg.output_bias), cache
+
+    def project(self, x: States, heads: int, name: str) -> Heads:
+        """Queries, keys or values, split by head."""
+        width = heads * self.config.head_dim
+        axes = ("embed", "heads" if name == "q" else "kv_heads")
+        y = self.dense(x, width, f"{name}_proj", axes, self.config.attention_bias)
+        return y.reshape(*x.shape[:-1], heads, self.config.head_dim)
+
+    def attend(
+        self,
+        query: Float[Array, "batch queries heads head_dim"],
+        key: Float[Array, "batch keys kv_heads head_dim"],
+        value: Float[Array, "batch keys kv_heads head_dim"],
+        mask: ops.Mask,
+    ) -> Float[Array, "batch queries heads head_dim"]:
+        """The one place where keys, values and mask pass, turned by their positions, with and without a cache.
+
+        Args:
+          mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None is causal: the last
+            keys are the queries' own, and what stands before those is seen by all.
+        """
+        cfg = self.config
+        drop = None
+        if cfg.attention_dropout and not self.deterministic:
+            drop = lambda weights: self.weights_dropout(weights, deterministic=False)  # noqa: E731
+        return ops.attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=cfg.query_pre_attn_scalar**-0.5,
+            window=cfg.sliding_window if self.sliding else None,
+            softcap=cfg.attn_logit_softcapping,
+            dropout=drop,
+        )
+
+
+def _pick(sliding: Any, pair: tuple[Any, Any]) -> Any:
+    """Of (full, sliding): statically, or in a scan over layers of both kinds."""
+    if isinstance(sliding, bool):
+        return pair[sliding]
+    return pair[0] if pair[0] is pair[1] else jax.tree.map(lambda f, s: jnp.where(sliding, s, f), *pair)
+
+
+def _remember(cache: Any, key: Heads, value: Heads, layer: Any, index: Any) -> tuple[Any, Heads, Heads]:
+    """The cache with this layer's new keys and values from `index` on, and all that it then holds of the layer."""
+    new, held = {}, []
+    for name, x in (("key", key), ("value", value)):
+        block = x.swapaxes(1, 2).astype(cache[name].dtype)[None]
+        new[name] = jax.lax.dynamic_update_slice(cache[name], block, (layer, 0, 0, index, 0))
+        held.append(jax.lax.dynamic_index_in_dim(new[name], layer, keepdims=False).swapaxes(1, 2).astype(x.dtype))
+    return new, *held
+
+
+class MLP(_Module):
+    """The gated feed-forward sublayer."""
+
+    @nn.compact
+    def __call__(self, x: States) -> States:
+        width = self.config.intermediate_size
+        gate = self.dense(x, width, "gate_proj", ("embed", "mlp"), self.config.mlp_bias)
+        up = self.dense(x, width, "up_proj", ("embed", "mlp"), self.config.mlp_bias)
+        wide = ops.ACTIVATIONS[self.config.hidden_act](gate) * up
+        return self.dense(wide, self.config.hidden_size, "down_proj", ("mlp", "embed"), self.config.mlp_bias)
+
+
+class Layer(_Module):
+    """One decoder layer, as the body of a scan. `sliding` is None where layers of both kinds are scanned."""
+
+    sliding: bool | None = None
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, carry: tuple[States, Any], inputs: tuple[Any, Any], context: Context) -> tuple[Any, None]:
+        """Args:
+        carry: the states, and the cache of all layers or None. inputs: the layer's number, and whether it slides.
+        """
+        (x, cache), (layer, slides) = carry, inputs
+        sliding = slides if self.sliding is None else self.sliding
+        attention = SelfAttention(
+            **self.fields(), sliding=self.sliding, deterministic=self.deterministic, name="self_attn"
+        )
+        y, cache = attention(self.norm(x, "input_layernorm"), cache, layer, sliding, context)
+        if self.config.gemma:  # norms before and after both sublayers
+            x = x + self.norm(y, "post_attention_layernorm")
+            y = MLP(**self.fields(), name="mlp")(self.norm(x, "pre_feedforward_layernorm"))
+            x = x + self.norm(y, "post_feedforward_layernorm")
+        else:
+            x = x + y
+            x = x + MLP(**self.fields(), name="mlp")(self.norm(x, "post_attention_layernorm"))
+        return (x, cache), None
+
+
+class Layers(_Module):
+    """The layers one by one, named `0`, `1`, …"""
+
+    layer: Any = Layer
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Any, context: Context) -> tuple[Any, None]:
+        for i, kind in enumerate(self.config.layer_types):
+            layer = self.layer(**self.fields(), sliding=kind == SLIDING, deterministic=self.deterministic, name=str(i))
+            carry, _ = layer(carry, (i, None), context)
+        return carry, None
+
+
+class Model(_Module):
+    """Token ids to the normalised states of the last layer."""
+
+    scan_layers: bool = True
+    remat: str | None = None
+
+    def setup(self) -> None:
+        cfg = self.config
+        init = nn.initializers.normal(cfg.initializer_range)
+        self.embed_tokens = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
+        )
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Int[Array, "batch length"], cache: Any, context: Context, deterministic: bool
+    ) -> tuple[States, Any]:
+        cfg = self.config
+        x = self.embed_tokens(input_ids)
+        if cfg.gemma:
+            x *= jnp.asarray(cfg.hidden_size**0.5, x.dtype)
+        layer: Any = Layer
+        if self.remat is not None:
+            policy = getattr(jax.checkpoint_policies, REMAT.get(self.remat, self.remat))
+            layer = nn.remat(Layer, policy=policy, prevent_cse=not self.scan_layers)
+        carry = (x, cache)
+        if self.scan_layers:
+            numbers = jnp.arange(cfg.num_hidden_layers)
+            mixed = isinstance(cfg.sliding, tuple)
+            layers = nn.scan(
+                layer,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=cfg.num_hidden_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(
+                **self.fields(),
+                sliding=None if mixed else cfg.sliding,
+                deterministic=deterministic,
+                name="layers",
+            )
+            carry, _ = layers(carry, (numbers, jnp.asarray(cfg.sliding) if mixed else numbers), context)
+        else:
+            layers = Layers(**self.fields(), layer=layer, deterministic=deterministic, name="layers")
+            carry, _ = layers(carry, None, context)
+        x, cache = carry
+        return self.norm(x, "norm"), cache
+
+
+class Decoder(_Module):
+    """A causal language model of the Llama family: token ids to logits.
+
+    Fields: `config`; `dtype`, what it computes in (None follows the parameters); `param_dtype`; `scan_layers`, whether
+    the layers are stacked and scanned; `remat`, what the backward pass may read back from the forward pass of a layer:
+    None for everything, `"full"` for nothing, `"dots"` for the products with weights, or the name of one of
+    `jax.checkpoint_policies`.
+
+    >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...                     num_attention_heads=4, num_key_value_heads=2)
+    >>> model, ids = Decoder(cfg), jnp.array([[3, 1, 4, 1, 5]])
+    >>> params = nn.meta.unbox(model.init(jax.random.key(0), ids)["params"])
+    >>> model.apply({"params": params}, ids).shape
+    (1, 5, 50)
+    >>> logits, cache = model.apply({"params": params}, ids, cache=init_cache(model, batch=1, capacity=8))
+    >>> logits, cache = model.apply({"params": params}, jnp.array([[9]]), cache=cache)  # goes on where that ended
+    >>> logits.shape, int(cache["index"])
+    ((1, 1, 50), 6)
+    """
+
+    scan_layers: bool = True
+    remat: str | None = None
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.model = Model(**self.fields(), scan_layers=self.scan_layers, remat=self.remat)
+        if not cfg.tie_word_embeddings:
+            init = nn.initializers.normal(cfg.initializer_range)
+            self.lm_head = nn.Dense(
+                cfg.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.with_logical_partitioning(init, ("embed", "vocab")),
+            )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Shaped[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: Mapping[str, Any] | None = None,
+        logits_to_keep: int = 0,
+        deterministic: bool = True,
+    ) -> Any:
+        """Args:
+          attention_mask: 1 for tokens, 0 for padding on either side; None is all tokens. With a cache, of the new ones.
+          position_ids: None counts from 0, padding included; with a cache, tokens only, on from what it holds.
+          segment_ids: tokens attend within their own segment only (several examples in one row).
+          cache: as `init_cache` made it or the last call returned it.
+          logits_to_keep: of how many last positions; 0 is all.
+          deterministic: no dropout on the attention weights; otherwise `rngs={"dropout": key}` is needed.
+
+        Returns:
+          Logits, float32 `[batch, length, vocabulary]`; with a cache, `(logits, cache)`.
+        """
+        states = self.hidden_states(
+            input_ids, attention_mask, position_ids, segment_ids, cache=cache, deterministic=deterministic
+        )
+        states, cache = states if cache is not None else (states, None)
+        logits = self.logits(states[:, -logits_to_keep:])
+        return logits if cache is None else (logits, cache)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Shaped[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: Mapping[str, Any] | None = None,
+        deterministic: bool = True,
+    ) -> Any:
+        """What `logits` takes, `[batch, length, hidden]`; with a cache, `(states, cache)`. Arguments as for a call."""
+        if cache is None:
+            context = self._context(input_ids, attention_mask, position_ids, segment_ids)
+            return self.model(input_ids, None, context, deterministic)[0]
+        if segment_ids is not None:
+            raise ValueError("segment_ids and a cache do not go together: a cache holds one sequence a row")
+        context, seen = self._cached_context(input_ids, attention_mask, position_ids, cache)
+        held = {name: cache[name] for name in ("key", "value")}
+        states, held = self.model(input_ids, held, context, deterministic)
+        return states, {**held, "seen": seen, "index": cache["index"] + input_ids.shape[1]}
+
+    def logits(self, states: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocabulary"]:
+        """The output head over `hidden_states`, in float32."""
+        head = self.model.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        logits = ops.flat(head, states).astype(jnp.float32)
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = jnp.tanh(logits / cap) * cap
+        return logits
+
+    def _context(self, input_ids: jax.Array, attention_mask: Any, position_ids: Any, segment_ids: Any) -> Context:
+        length = input_ids.shape[1]
+        positions = jnp.arange(length)[None] if position_ids is None else position_ids
+        if attention_mask is None and segment_ids is None and isinstance(self.config.sliding, bool):
+            return Context(self._tables(positions), (None, None))
+        allowed = jnp.ones((1, 1, 1, length), bool)
+        if attention_mask is not None:
+            allowed = jnp.asarray(attention_mask, bool)[:, None, None, :]
+        if segment_ids is not None:
+            allowed &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        return Context(self._tables(positions), self._masks(length, length, None, allowed))
+
+    def _cached_context(
+        self, input_ids: jax.Array, attention_mask: Any, position_ids: Any, cache: Mapping[str, Any]
+    ) -> tuple[Context, Bool[Array, "batch capacity"]]:
+        length, capacity = input_ids.shape[1], cache["seen"].shape[1]
+        real = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+        positions = position_ids
+        if positions is None:
+            counted = cache["seen"].sum(axis=1, keepdims=True) + jnp.cumsum(real, axis=1) - 1
+            positions = jnp.maximum(counted, 0)  # padding before the first token
+        index = cache["index"]
+        seen = jax.lax.dynamic_update_slice(cache["seen"], real, (0, index))
+        masks = self._masks(length, capacity, index, seen[:, None, None, :])
+        return Context(self._tables(positions), masks, index), seen
+
+    def _tables(self, positions: Int[Array, "#batch length"]) -> tuple[Any, Any]:
+        cfg = self.config
+        tables = {
+            r: r.table(positions, cfg.head_dim, cfg.max_position_embeddings)
+            for r in {cfg.rotary, cfg.rotary_sliding or cfg.rotary}
+        }
+        return tables[cfg.rotary], tables[cfg.rotary_sliding or cfg.rotary]
+
+    def _masks(self, queries: int, keys: int, offset: Any, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        full = ops.causal_mask(queries, keys, None, offset) & allowed
+        if self.config.sliding is False:
+            return full, full
+        return full, ops.causal_mask(queries, keys, self.config.sliding_window, offset) & allowed
+
+
+register_attention(SelfAttention)  # where prefixes go in
+
+
+def init_cache(model: Decoder, batch: int, capacity: int, dtype: Any = None) -> dict[str, jax.Array]:
+    """An empty cache: a plain tree. Rows hold one sequence each; padding in it is never attended to.
+
+    `key` and `value` are `[layers, batch, kv_heads, capacity, head_dim]`; `seen` `[batch, capacity]` says which slots
+    hold tokens; `index` is the next free slot, the same in all rows. A call that does not fit is not noticed: JAX
+    clamps where it would write.
+
+    Args:
+      dtype: of keys and values; None is what the model computes in.
+
+    >>> cfg = DecoderConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+    >>> init_cache(Decoder(cfg), batch=3, capacity=16)["key"].shape
+    (2, 3, 2, 16, 8)
+    """
+    cfg = model.config
+    shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
+    dtype = dtype or model.dtype or model.param_dtype
+    return {
+        "key": jnp.zeros(shape, dtype),
+        "value": jnp.zeros(shape, dtype),
+        "seen": jnp.zeros((batch, capacity), bool),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+# --- HuggingFace's side: a `jpeft.models.loading.Family` --------------------------------------------------------------
+
+_GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 4, "vocab_size": 256000,
+          "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+          "query_pre_attn_scalar": 256.0, "sliding_window": 4096, "tie_word_embeddings": True,
+          "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+         "sliding_window": 4096}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {  # where HuggingFace's config class departs from DecoderConfig
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "gemma2": {**_GEMMA, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0,
+               "final_logit_softcapping": 30.0},
+    "gemma3_text": {**_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072},
+}  # fmt: skip
+_ARCHITECTURE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+_THETA = {"gemma3_text": 1e6}
+# Fields that change the maths in a way this decoder does not follow, each with the one value that is accepted.
+_FIXED = {"use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
+
+OPTIONS = frozenset({"scan_layers", "remat"})
+
+
+def from_config(
+    config: Mapping[str, Any], *, dtype: Any = None, param_dtype: Any = jnp.float32, **options: Any
+) -> Decoder:
+    """The decoder that a `config.json` describes. `options`: `scan_layers`, `remat`. Inverse of `to_config`.
+
+    Raises:
+      ValueError: a field has a value that the decoder does not follow.
+
+    >>> from_config({"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 8}).config.num_key_value_heads
+    8
+    """
+    if config["model_type"] == "gemma3":  # the text part of a model that also sees
+        config = {**config.get("text_config", {}), "model_type": "gemma3_text"}
+    kind = config["model_type"]
+    for name, accepted in _FIXED.items():
+        if config.get(name) not in (None, accepted):
+            raise ValueError(f"{name}={config[name]!r} is not supported, only {accepted!r}")
+    if config.get("quantization_config"):
+        raise ValueError("its weights are quantised, which is not read here; load the original and use jpeft.quantize")
+    given = _given(kind, config)
+    given |= _attention_kinds(kind, config, given)
+    cfg = DecoderConfig(model_type=kind, **given, **_rotary(kind, config))
+    _check(cfg)
+    if (remat := options.get("remat")) is not None and not hasattr(jax.checkpoint_policies, REMAT.get(remat, remat)):
+        raise ValueError(f"remat={remat!r} is none of {', '.join(REMAT)} or jax.checkpoint_policies")
+    return Decoder(cfg, dtype=dtype, param_dtype=param_dtype, **options)
+
+
+def _given(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that carry over by name."""
+    gemma = kind.startswith("gemma")
+    given = dict(_DEFAULTS[kind])
+    special = {"model_type", "layer_types", "rotary", "rotary_sliding", "qk_norm", "gemma", "output_bias"}
+    for field in dataclasses.fields(DecoderConfig):
+        name = {"hidden_act": "hidden_activation"}.get(field.name, field.name) if gemma else field.name
+        null_means_none = field.name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+                                         "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+        if field.name not in special and name in config and (config[name] is not None or null_means_none):
+            given[field.name] = config[name]
+    if isinstance(given.get("eos_token_id"), list):
+        given["eos_token_id"] = tuple(given["eos_token_id"])
+    given["gemma"] = gemma
+    given["qk_norm"] = kind in ("qwen3", "gemma3_text")
+    given["output_bias"] = bool(given.get("attention_bias"))
+    if kind == "qwen2":  # biases are fixed there, in these places
+        given |= {"attention_bias": True, "output_bias": False}
+    if kind == "mistral":
+        given |= {"attention_bias": False, "output_bias": False}
+    if kind != "llama":
+        given["mlp_bias"] = False
+    if not gemma:
+        given["query_pre_attn_scalar"] = 0.0
+    if kind != "gemma2":  # transformers' gemma 3 has the field and does not use it
+        given["attn_logit_softcapping"] = None
+    if not gemma:
+        given["final_logit_softcapping"] = None
+    return given
+
+
+def _attention_kinds(kind: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`."""
+    layers, window = given.get("num_hidden_layers", DecoderConfig.num_hidden_layers), given.get("sliding_window")
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= 10_000:
+        raise ValueError(f"num_hidden_layers={layers!r} is not a number of layers")
+    if kind == "llama":
+        window = None
+    if kind.startswith("qwen") and not config.get("use_sliding_window"):
+        window = None
+    listed = config.get("layer_types") if kind != "llama" else None
+    if listed is not None:
+        if not isinstance(listed, list | tuple) or len(listed) != layers or set(listed) - {SLIDING, FULL}:
+            raise ValueError(f"layer_types={listed!r} does not say {SLIDING} or {FULL} for each of {layers} layers")
+        if kind == "mistral" and len(set(listed)) > 1:
+            raise ValueError("mistral with layers of both kinds is another model (ministral), which is not supported")
+        if SLIDING in listed and window is None:
+            raise ValueError(f"layer_types has {SLIDING}, but there is no sliding_window")
+        types = tuple(listed)
+    elif kind.startswith("gemma"):
+        every = 2 if kind == "gemma2" else config.get("sliding_window_pattern") or 6
+        types = tuple(SLIDING if (i + 1) % every else FULL for i in range(layers))
+    elif kind.startswith("qwen"):
+        first = config.get("max_window_layers")
+        first = 28 if first is None else first
+        types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(layers))
+    else:
+        types = ((FULL if window is None else SLIDING),) * layers
+    return {"layer_types": types, "sliding_window": window if SLIDING in types else None}
+
+
+def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    theta = config.get("rope_theta") or _THETA.get(kind, 10000.0)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling={scaling!r} is not an object")
+    if kind != "gemma3_text":
+        return {"rotary": rotary_from_config(scaling, theta)}
+    local = config.get("rope_local_base_freq") or 10000.0
+    if FULL in scaling or SLIDING in scaling:  # transformers 5 has one for each kind of layer
+        return {
+            "rotary": rotary_from_config(scaling.get(FULL), theta),
+            "rotary_sliding": rotary_from_config(scaling.get(SLIDING), local),
+        }
+    return {"rotary": rotary_from_config(scaling, theta), "rotary_sliding": rotary_from_config(None, local)}
+
+
+def _check(cfg: DecoderConfig) -> None:
+    for field in dataclasses.fields(cfg):
+        value, kind = getattr(cfg, field.name), str(field.type)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if kind == "int" and not (whole and value > 0):
+            raise ValueError(f"{field.name}={value!r} is not a positive whole number")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{field.name}={value!r} is neither true nor false")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if "float" in kind and value is not None and not (number and value >= 0):
+            raise ValueError(f"{field.name}={value!r} is not a number that is at least 0")
+    if not isinstance(cfg.hidden_act, str) or cfg.hidden_act not in ops.ACTIVATIONS:
+        raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported, only {', '.join(ops.ACTIVATIONS)}")
+    if cfg.num_attention_heads % cfg.num_key_value_heads:
+        raise ValueError(
+            f"{cfg.num_attention_heads} query heads do not split over {cfg.num_key_value_heads} key and value heads"
+        )
+    if cfg.head_dim % 2:
+        raise ValueError(f"head_dim={cfg.head_dim} is odd, but rotary positions turn pairs")
+    if cfg.sliding_window is not None and not (isinstance(cfg.sliding_window, int) and cfg.sliding_window > 0):
+        raise ValueError(f"sliding_window={cfg.sliding_window!r} is not a positive whole number")
+
+
+def to_config(model: Decoder) -> dict[str, Any]:
+    """The `config.json` of a decoder. Inverse of `from_config`.
+
+    >>> to_config(from_config({"model_type": "gemma2"}))["hidden_activation"]
+    'gelu_pytorch_tanh'
+    """
+    cfg, kind = model.config, model.config.model_type
+    fields = dataclasses.asdict(cfg)
+    for name in ("gemma", "qk_norm", "output_bias", "rotary", "rotary_sliding"):
+        del fields[name]
+    fields |= {"rope_theta": cfg.rotary.theta, "rope_scaling": rotary_to_config(cfg.rotary)}
+    fields["layer_types"] = list(cfg.layer_types)
+    if isinstance(cfg.eos_token_id, tuple):
+        fields["eos_token_id"] = list(cfg.eos_token_id)
+    if cfg.gemma:
+        fields["hidden_activation"] = fields.pop("hidden_act")
+    else:
+        del fields["query_pre_attn_scalar"], fields["attn_logit_softcapping"], fields["final_logit_softcapping"]
+    if kind in ("llama", "mistral"):
+        del fields["layer_types"]
+    if kind == "llama":
+        del fields["sliding_window"]
+    else:
+        del fields["mlp_bias"]
+    if kind in ("mistral", "qwen2"):
+        del fields["attention_bias"]
+    if kind.startswith("qwen"):
+        fields["use_sliding_window"] = cfg.sliding_window is not None
+    if cfg.rotary_sliding is not None:
+        fields["rope_local_base_freq"] = cfg.rotary_sliding.theta
+    return {"architectures": [_ARCHITECTURE[kind]], **fields}
+
+
+def prefix(model: Decoder) -> str:
+    """What stands before the text model's tensor names in a checkpoint that also sees.
+
+    >>> prefix(Decoder(DecoderConfig()))
+    'language_model.'
+    """
+    return "language_model."
+
+
+def extras(model: Decoder) -> re.Pattern[str]:
+    """The tensors that may stand beside the decoder: buffers of old checkpoints, and a tied head.
+
+    >>> bool(extras(Decoder(DecoderConfig(tie_word_embeddings=True))).fullmatch("lm_head.weight"))
+    True
+    """
+    buffers = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    return re.compile(rf"{buffers}|lm_head\.weight" if model.config.tie_word_embeddings else buffers)
+
+
+def stacked(model: Decoder) -> str | None:
+    """Below which path the leaves of all layers lie stacked along their first axis, or None.
+
+    >>> stacked(Decoder(DecoderConfig()))
+    'model/layers'
+    """
+    return "model/layers" if model.scan_layers else None
+
+
+def example_inputs(model: Decoder) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest inputs that the model takes, abstract.
+
+    >>> example_inputs(Decoder(DecoderConfig()))
+    (ShapeDtypeStruct(shape=(1, 1), dtype=int32),)
+    """
+    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)

@@ -1,0 +1,145 @@
+"""The files of a model: `config.json` and safetensors, one file or many. A `.gguf` file is read by `jpeft.models.gguf`.
+
+Nothing here knows a model: tensors have torch's names and layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class ModelError(ValueError):
+    """A model folder or tree that cannot be used; the message is one line that names what is wrong."""
+
+
+class Tensor(Protocol):
+    """A tensor in a file: its shape costs nothing, its bytes are read when asked for."""
+
+    path: Path
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As torch has it."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """The whole tensor, in memory of its own."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _SafeTensor:
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        # The file is mapped for one tensor at a time: pages of it that were read count as ours until it is unmapped.
+        with _open(self.path) as file:
+            return file.get_tensor(self.name)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, by its name.
+
+    >>> is_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    True
+    """
+    return path.suffix == ".gguf"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `config.json` of a folder, or what the metadata of a `.gguf` file say in its words."""
+    if is_gguf(path):
+        from jpeft.models import gguf
+
+        _need_file(path)
+        return gguf.read_config(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path}: no {CONFIG} (is this a HuggingFace model folder?)")
+    return read_json(path / CONFIG)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a folder or a `.gguf` file by name, readable inside the `with`."""
+    if is_gguf(path):
+        from jpeft.models import gguf
+
+        _need_file(path)
+        with gguf.open_tensors(path) as found:
+            yield found
+        return
+    tensors: dict[str, Tensor] = {}
+    for file_path in _weight_files(path):
+        with _open(file_path) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        tensors |= {name: _SafeTensor(file_path, name, shape) for name, shape in shapes.items()}
+    yield tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # json's and UTF-8's errors alike
+        raise ModelError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def _need_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder}: only {pickles[0]}, a pickle, which may run code when opened and is refused; if you trust it, "
+            "convert it with transformers.AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise FileNotFoundError(f"{folder}: no weights (neither {WEIGHTS} nor {INDEX})")
+
+
+def _shards(folder: Path) -> list[Path]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{folder / INDEX}: no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:  # an index may not point out of its folder
+            raise ModelError(f"{folder / INDEX}: {name!r} is not a file name")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name}, which {INDEX} lists")
+    return [folder / name for name in names]

@@ -1,0 +1,452 @@
+"""GGUF files of Llama-family decoders: the config, the tensors and the tokenizer that HuggingFace would publish.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What llama.cpp's converter changed is changed
+back: `llama` files hold the rows of q and k in the order of Meta's rotary embedding, gemma's norms hold `1 + weight`.
+`gguf` dequantises, but the header is parsed here: `gguf.GGUFReader` takes 4.5 s for SmolLM2's vocabulary of 49,152
+tokens where this takes 0.2, and a corrupt count keeps it busy until the memory is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from jpeft.models import gguf_tokenizer
+from jpeft.models.loading import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+#: `general.architecture` → `model_type` of a `config.json`. Mistral and SmolLM2 are `llama` as well.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+
+_EMBEDDING, _HEAD, _ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA_NAMES = {
+    **_LAYER_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `config.json` that describes the file's model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelError: it is no whole GGUF file, of another architecture, or without a field that is needed.
+
+    >>> read_config("SmolLM2-135M-Instruct.Q4_1.gguf")["hidden_size"]  # doctest: +SKIP
+    576
+    """
+    file = _open(path)
+    arch, get = _architecture(file), file.field
+    heads, hidden = get("attention.head_count", int), get("embedding_length", int)
+    head_dim = get("attention.key_length", int, get("rope.dimension_count", int, hidden // max(heads, 1)))
+    for key, only in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim), ("expert_count", 0)):
+        if (value := get(key, int, only)) != only:
+            raise ModelError(f"{file.path}: {arch}.{key} is {value}, only {only} is supported")
+    if _EMBEDDING not in file.tensors:
+        raise ModelError(f"{file.path}: no tensor {_EMBEDDING}; is it a vocabulary or an adapter alone?")
+    config = {
+        "model_type": ARCHITECTURES[arch],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length", int),
+        "num_hidden_layers": get("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "vocab_size": file.tensors[_EMBEDDING].shape[0],
+        "max_position_embeddings": get("context_length", int),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
+        "rope_theta": get("rope.freq_base", float, 1e6 if arch == "gemma3" else 1e4),  # HuggingFace's and llama.cpp's
+        "rope_scaling": _rope_scaling(file),
+        "tie_word_embeddings": _HEAD not in file.tensors,
+        "attention_bias": any(re.fullmatch(r"blk\.\d+\.attn_\w+\.bias", name) for name in file.tensors),
+        **{f"{name}_token_id": gguf_tokenizer.special_id(file, name) for name in ("bos", "eos", "pad")},
+    }
+    return config | (_gemma_fields(file, arch, config) if arch.startswith("gemma") else _llama_fields(file, arch))
+
+
+def _llama_fields(file: File, arch: str) -> dict[str, Any]:
+    fields = {"hidden_act": "silu"}  # no file says so: it is what every published Llama, Mistral and Qwen has
+    if arch != "llama":
+        return fields | {"use_sliding_window": False, "sliding_window": None}  # as every published Qwen
+    if window := file.field("attention.sliding_window", int, 0):  # HuggingFace's Llama has none
+        return fields | {"model_type": "mistral", "sliding_window": window}
+    return fields | {"mlp_bias": any(re.fullmatch(r"blk\.\d+\.ffn_\w+\.bias", name) for name in file.tensors)}
+
+
+def _gemma_fields(file: File, arch: str, config: dict[str, Any]) -> dict[str, Any]:
+    get, two, layers = file.field, arch == "gemma2", config["num_hidden_layers"]
+    window = get("attention.sliding_window", int, 4096 if two else 0)
+    period = get("attention.sliding_window_pattern", int, 2 if two else 6) if window else 1
+    # No file says by what queries are scaled. Like llama.cpp (src/models/gemma2.cpp, gemma3.cpp) this goes by the
+    # number of layers: hidden_size / heads in the two 27B models, head_dim in all others.
+    whole = layers == (46 if two else 62)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",  # of every published Gemma
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if whole
+        else config["head_dim"],
+        "sliding_window": window or None,
+        "layer_types": [
+            "full_attention" if period and (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)
+        ],
+        # Gemma 2's are the published values, which llama.cpp falls back to; Gemma 3 has none.
+        "attn_logit_softcapping": get("attn_logit_softcapping", float, 50.0) if two else None,
+        "final_logit_softcapping": get("final_logit_softcapping", float, 30.0 if two else 0.0) or None,
+    } | ({} if two else {"rope_local_base_freq": get("rope.freq_base_swa", float, 1e4)})  # of every published Gemma 3
+
+
+def _rope_scaling(file: File) -> dict[str, Any] | None:
+    get = file.field
+    if _ROPE_FREQS in file.tensors:
+        return _llama3_scaling(file)
+    factor = get("rope.scaling.factor", float, get("rope.scale_linear", float, 0.0))  # the second is the older key
+    kind = get("rope.scaling.type", str, "linear")
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise ModelError(f"{file.path}: rope.scaling.type {kind!r} is not one of none, linear, yarn")
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if (value := get(f"rope.scaling.{key}", float, 1.0)) != 1.0:
+            raise ModelError(f"{file.path}: rope.scaling.{key} is {value}, only 1.0 is supported")
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": get(
+            "rope.scaling.original_context_length", int, get("context_length", int)
+        ),
+        "beta_fast": get("rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": get("rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+
+
+def _llama3_scaling(file: File) -> dict[str, Any] | None:
+    """What is behind `rope_freqs.weight [head_dim / 2]`, the divisors of the frequencies, which alone are in the file.
+
+    The factor is the largest divisor, and every Llama from 3.1 on has the same `low`, `high` and `length`; together
+    they have to give the tensor again.
+    """
+    divisors = Tensor(file, _ROPE_FREQS).read().astype(np.float64).ravel()
+    low, high, length, factor = 1.0, 4.0, 8192, float(divisors.max())
+    theta = file.field("rope.freq_base", float, 1e4)
+    turns = length * theta ** (-np.arange(divisors.size) / divisors.size) / (2 * math.pi)  # of each angle in `length`
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: the frequency as it was, 0: divided by the factor
+    if not np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-5, atol=0):
+        raise ModelError(
+            f"{file.path}: {_ROPE_FREQS} is not llama3's scaling with low_freq_factor {low:g}, high_freq_factor "
+            f"{high:g} and original_max_position_embeddings {length}, the only one that is recognised"
+        )
+    scaling = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": length}
+    return {"rope_type": "llama3", "factor": float(f"{factor:.6g}"), **scaling} if factor != 1.0 else None
+
+
+# --- tensors ---
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
+    """The file's tensors by HuggingFace's names; one that no such model has keeps its GGUF name.
+
+    Raises:
+        FileNotFoundError, ModelError: as `read_config`; `Tensor.read` for a type that cannot be dequantised.
+
+    >>> with open_tensors("SmolLM2-135M-Instruct.Q4_1.gguf") as tensors:  # doctest: +SKIP
+    ...     tensors["model.layers.0.self_attn.k_proj.weight"].shape
+    (192, 576)
+    """
+    file = _open(path)
+    arch = _architecture(file)
+    # `rope_freqs.weight` is in the config.
+    yield {_torch_name(arch, name): _tensor(file, arch, name) for name in file.tensors if name != _ROPE_FREQS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of an open file, `name` in the file: its shape costs nothing, its bytes are read when asked for."""
+
+    file: File
+    name: str
+    heads: int = 0  # of q or k, where the converter has permuted the rows
+    shift: float = 0.0  # what the converter has added
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In torch's order."""
+        return self.file.tensors[self.name].shape
+
+    def read(self) -> np.ndarray:
+        """As HuggingFace's checkpoint holds it: in the file's own dtype, or in float32 if it is quantised."""
+        info = self.file.tensors[self.name]
+        raw = self.file.data[info.start : info.start + info.nbytes]
+        if info.type.name in _DTYPES:
+            value = np.array(raw).view(_DTYPES[info.type.name]).reshape(info.shape)  # a copy: it outlives the file
+        else:
+            import gguf
+
+            try:
+                value = gguf.dequantize(raw.reshape(math.prod(info.shape[:-1]), -1), info.type).reshape(info.shape)
+            except NotImplementedError:
+                raise ModelError(
+                    f"{self.path}: {self.name} is of type {info.type.name}, which gguf does not dequantise; "
+                    "take a file with another quantisation"
+                ) from None
+        if self.shift:
+            value = value.astype(np.float32) - np.float32(self.shift)
+        return _to_halves(value, self.heads) if self.heads else value
+
+
+_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def _tensor(file: File, arch: str, name: str) -> Tensor:
+    if arch.startswith("gemma") and name.endswith("norm.weight"):
+        return Tensor(file, name, shift=1.0)
+    match = re.fullmatch(r"blk\.\d+\.attn_(q|k)\.(weight|bias)", name)
+    if arch != "llama" or match is None:
+        return Tensor(file, name)
+    heads, rows = file.field("attention.head_count", int), file.tensors[name].shape[0]
+    heads = heads if match[1] == "q" else file.field("attention.head_count_kv", int, heads)
+    if heads < 1 or rows % (2 * heads):
+        raise ModelError(f"{file.path}: {name} has {rows} rows, which {heads} heads of even width do not fill")
+    return Tensor(file, name, heads)
+
+
+def _to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """From each row beside the one it rotates with to half a head away from it. E.g. 0 1 2 3 4 5 to 0 2 4 1 3 5."""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def _torch_name(arch: str, name: str) -> str:
+    """`blk.0.attn_q.weight` to `model.layers.0.self_attn.q_proj.weight`; an unknown name stays."""
+    known = _GEMMA_NAMES if arch.startswith("gemma") else _LAYER_NAMES
+    owner, _, leaf = name.rpartition(".")
+    if owner in _NAMES:
+        return f"{_NAMES[owner]}.{leaf}"
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)", owner)) and match[2] in known:
+        return f"model.layers.{match[1]}.{known[match[2]]}.{leaf}"
+    return name
+
+
+# --- the tokenizer ---
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in the file's metadata: byte-level BPE (`gpt2`), or SentencePiece's BPE (`llama`).
+
+    Control tokens are special tokens, user-defined ones added tokens; bos and eos are added where the file says so.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelError: no tokenizer or one of another kind, an unknown pre-tokenizer, or more tokens than embeddings.
+
+    >>> read_tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf").encode("Hello world").ids  # doctest: +SKIP
+    [19556, 905]
+    """
+    return gguf_tokenizer.build(_open(path))
+
+
+def read_special(path: str | os.PathLike[str]) -> dict[str, str]:
+    """`bos_token`, `eos_token`, `unk_token` and `pad_token` as a chat template names them, those that there are.
+
+    >>> read_special("SmolLM2-135M-Instruct.Q4_1.gguf")["eos_token"]  # doctest: +SKIP
+    '<|im_end|>'
+    """
+    return gguf_tokenizer.special_tokens(_open(path))
+
+
+def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The tokens that end a text or a turn, eos first.
+
+    >>> stop_ids("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+    (2,)
+    """
+    return gguf_tokenizer.stop_ids(_open(path))
+
+
+def read_chat_template(path: str | os.PathLike[str]) -> str | None:
+    """The file's Jinja chat template.
+
+    >>> read_chat_template("SmolLM2-135M-Instruct.Q4_1.gguf")[:26]  # doctest: +SKIP
+    '{% for message in messages'
+    """
+    return _open(path).get("tokenizer.chat_template", str, None)
+
+
+# --- the file ---
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "an array"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's shape in torch's order, which is GGUF's reversed, its `gguf.GGMLQuantizationType` and its bytes."""
+
+    shape: tuple[int, ...]
+    type: Any
+    start: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """An open file: memory-mapped, with its header read."""
+
+    path: Path
+    data: np.ndarray
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def get(self, key: str, kind: type, default: Any = ...) -> Any:
+        """The value of `key`; a ModelError if it is of another kind, or missing without a default."""
+        if key not in self.metadata:
+            if default is ...:
+                raise ModelError(f"{self.path}: no {key} in the metadata")
+            return default
+        value = self.metadata[key]
+        if kind in (int, float) and isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # one for each layer, all alike
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ModelError(f"{self.path}: {key} is {str(value)[:40]!r}, expected {_KINDS[kind]}")
+        return value
+
+    def field(self, key: str, kind: type, default: Any = ...) -> Any:
+        """`get` of a key of the architecture's own."""
+        return self.get(f"{self.metadata['general.architecture']}.{key}", kind, default)
+
+
+def _architecture(file: File) -> str:
+    arch = file.get("general.architecture", str)
+    if arch not in ARCHITECTURES:
+        raise ModelError(f"{file.path}: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+    return arch
+
+
+def _open(path: str | os.PathLike[str]) -> File:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    data = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)  # nothing cannot be mapped
+    magic, version = bytes(data[:4]), int.from_bytes(bytes(data[4:8]), "little")
+    if magic != b"GGUF":
+        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r})")
+    if version and version & 0xFFFF == 0:
+        raise ModelError(f"{path}: big-endian; convert it with gguf-convert-endian {path} little")
+    if version not in (2, 3):
+        raise ModelError(f"{path}: GGUF version {version}, expected 2 or 3")
+    try:
+        file = File(path, data, *_Header(data.data).read())
+    except (struct.error, ValueError) as error:
+        raise ModelError(f"{path}: not a whole GGUF file ({error})") from None
+    if (count := file.get("split.count", int, 1)) > 1:
+        raise ModelError(f"{path}: one of {count} parts; join them with llama-gguf-split --merge")
+    return file
+
+
+class _Header:
+    """Reads what stands before the tensors. Missing bytes are a struct.error, senseless ones a ValueError."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at = data, 8  # behind the magic number and the version
+
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        tensor_count, key_count = self.take("QQ")
+        metadata, found = {}, []
+        for _ in range(key_count):
+            key = self.text()
+            metadata[key] = self.value(*self.take("I"))
+        for _ in range(tensor_count):
+            name, (dimensions,) = self.text(), self.take("I")
+            shape = self.take(f"{dimensions}Q")[::-1] if dimensions <= 4 else ()
+            found.append((name, shape, *self.take("IQ")))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        base = -(-self.at // alignment) * alignment
+        tensors = {name: self.tensor(name, shape, number, base + offset) for name, shape, number, offset in found}
+        if len(tensors) != len(found):
+            raise ValueError("two tensors have the same name")
+        return metadata, tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> TensorInfo:
+        import gguf
+
+        if not math.prod(shape) or not shape:
+            raise ValueError(f"tensor {name!r} has shape {shape}, expected one to four sizes above 0")
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+        except ValueError:
+            raise ValueError(f"tensor {name!r} is of type {number}, which gguf does not know") from None
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, expected multiples of {kind.name}'s {block}")
+        stop = start + math.prod(shape) // block * size
+        if stop > len(self.data):
+            raise ValueError(f"cut short: tensor {name!r} ends at byte {stop:,}, the file at {len(self.data):,}")
+        return TensorInfo(shape, kind, start, stop - start)
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{layout}", self.data, self.at)
+        self.at += struct.calcsize(f"<{layout}")
+        return values
+
+    def many(self, count: int, code: str) -> tuple[Any, ...]:
+        return self.take(f"{min(count, len(self.data))}{code}")  # a count that no file holds is no layout either
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        return str(self.many(length, "s")[0], "utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            kind, count = self.take("IQ")
+            if kind == _STRING:
+                return [self.text() for _ in range(count)]
+            return list(self.many(count, self.code(kind)))
+        (value,) = self.take(self.code(kind))
+        return float(str(np.float32(value))) if kind == _FLOAT32 else value  # 1e-05, and not 9.999999747378752e-06
+
+    @staticmethod
+    def code(kind: int) -> str:
+        if kind not in _SCALARS:
+            raise ValueError(f"a value of type {kind}, which GGUF does not have")
+        return _SCALARS[kind]

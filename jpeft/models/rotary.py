@@ -1,0 +1,185 @@
+"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) and its scalings to longer contexts.
+
+    [x1, x2] -> [x1 cos(p f) - x2 sin(p f), x2 cos(p f) + x1 sin(p f)],   f_i = theta^(-2i / head_dim),   p: position
+
+A scaling changes the frequencies f: `linear` divides them all; `dynamic` raises theta as the sequence grows past the
+trained length; `llama3` divides the slow ones; `yarn` (https://arxiv.org/abs/2309.00071) divides those that turn less
+than once or so within the trained length, and makes queries and keys a little longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_OPTIONAL = {
+    "yarn": ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "truncate"),
+    "dynamic": ("original_max_position_embeddings",),  # which HuggingFace reads and does not use
+}  # fmt: skip
+_NO_MATHS = {"rope_type", "type", "rope_theta", "finetuned"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """The frequencies of one kind of layer. Names are those of HuggingFace's `rope_scaling`; None is not given.
+
+    >>> Rotary(theta=10000.0).frequencies(4, 2048).tolist()
+    [1.0, 0.009999999776482582]
+    """
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def frequencies(self, head_dim: int, max_positions: int) -> np.ndarray:
+        """`[head_dim / 2]`, float32; `dynamic`'s within the trained length. max_positions: the config's context."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+        f = self.theta**-exponents
+        if self.rope_type == "linear":
+            f = f / self.factor
+        elif self.rope_type == "llama3":
+            f = self._llama3(f)
+        elif self.rope_type == "yarn":
+            f = self._yarn(f, self.original_max_position_embeddings or max_positions)
+        return f.astype(np.float32)
+
+    def _llama3(self, f: np.ndarray) -> np.ndarray:
+        assert self.original_max_position_embeddings and self.low_freq_factor and self.high_freq_factor
+        turns = self.original_max_position_embeddings * f / (2 * math.pi)  # within the trained length
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip(kept, 0, 1)
+        return (1 - kept) * f / self.factor + kept * f
+
+    def _yarn(self, f: np.ndarray, trained: int) -> np.ndarray:
+        head_dim = 2 * len(f)
+
+        def index(turns: float) -> float:  # of the frequency that turns so often within the trained length
+            return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = index(self.beta_fast or 32), index(self.beta_slow or 1)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        divided = np.clip((np.arange(len(f)) - low) / (high - low or 0.001), 0, 1)
+        return (1 - divided) * f + divided * f / self.factor
+
+    def length(self) -> float:
+        """What queries and keys are multiplied by: 1 but for yarn.
+
+        >>> round(Rotary(rope_type="yarn", factor=4.0).length(), 4)
+        1.1386
+        """
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        by = lambda m: 1.0 if self.factor <= 1 else 0.1 * m * math.log(self.factor) + 1.0  # noqa: E731
+        return by(self.mscale) / by(self.mscale_all_dim) if self.mscale and self.mscale_all_dim else by(1.0)
+
+    def context(self, max_positions: int) -> int:
+        """How many positions a model is made for, where its config says `max_positions`.
+
+        >>> Rotary(rope_type="linear", factor=4.0).context(2048), Rotary(rope_type="llama3").context(131072)
+        (8192, 131072)
+        """
+        # Only these two are switched on by hand, over a config that keeps the trained length.
+        return int(max_positions * self.factor) if self.rope_type in ("linear", "dynamic") else max_positions
+
+    def table(
+        self, positions: Int[Array, "batch length"], head_dim: int, max_positions: int
+    ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
+        """The cosines and sines of each position, float32."""
+        f = jnp.asarray(self.frequencies(head_dim, max_positions))
+        if self.rope_type == "dynamic":
+            longest = jnp.maximum(positions.max() + 1, max_positions).astype(jnp.float32)
+            grown = self.factor * longest / max_positions - (self.factor - 1)
+            theta = self.theta * grown ** (head_dim / (head_dim - 2))
+            f = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        angles = positions.astype(jnp.float32)[..., None] * f
+        return jnp.cos(angles) * self.length(), jnp.sin(angles) * self.length()
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"], table: tuple[jax.Array, jax.Array]
+) -> Float[Array, "batch length heads head_dim"]:
+    """Turns queries or keys by their positions, in float32.
+
+    >>> x = jnp.ones((1, 2, 3, 4))
+    >>> bool((rotate(x, Rotary().table(jnp.zeros((1, 2), int), 4, 8)) == x).all())
+    True
+    """
+    cos, sin = (t[..., None, :] for t in table)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def from_config(given: Mapping[str, Any] | None, theta: float) -> Rotary:
+    """The rotary embedding that a config's `rope_scaling` (or transformers 5's `rope_parameters`) describes.
+
+    Raises:
+      ValueError: a type or a field that is not followed, or one that is missing.
+
+    >>> from_config({"rope_type": "linear", "factor": 2}, 10000.0).factor
+    2.0
+    """
+    given = dict(given or {})
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _NEEDED:
+        raise ValueError(f"rope_type {kind!r} is not supported, only {', '.join(_NEEDED)}")
+    known = {*_NEEDED[kind], *_OPTIONAL.get(kind, ())}
+    if unknown := sorted(k for k in given.keys() - known - _NO_MATHS if given[k] is not None):
+        raise ValueError(
+            f"{kind} rope scaling has no {', '.join(unknown)}, only {', '.join(sorted(known)) or 'no field'}"
+        )
+    if missing := [name for name in _NEEDED[kind] if given.get(name) is None]:
+        raise ValueError(f"{kind} rope scaling lacks {', '.join(missing)}")
+    values = {name: _number(name, given[name]) for name in known if given.get(name) is not None}
+    rotary = Rotary(theta=_number("rope_theta", given.get("rope_theta", theta)), rope_type=kind, **values)
+    if kind == "llama3" and not rotary.low_freq_factor < rotary.high_freq_factor:  # type: ignore[operator]
+        raise ValueError("llama3 rope scaling needs low_freq_factor < high_freq_factor")
+    return rotary
+
+
+def _number(name: str, value: Any) -> Any:
+    if name == "truncate" and isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} in the rope scaling is not a positive number")
+    return value if name == "original_max_position_embeddings" else float(value)
+
+
+def to_config(rotary: Rotary) -> dict[str, Any] | None:
+    """`rope_scaling` as HuggingFace writes it; None where nothing is scaled. Inverse of `from_config`.
+
+    >>> to_config(Rotary()), to_config(Rotary(rope_type="linear", factor=2.0))
+    (None, {'rope_type': 'linear', 'factor': 2.0})
+    """
+    if rotary.rope_type == "default":
+        return None
+    names = (*_NEEDED[rotary.rope_type], *_OPTIONAL.get(rotary.rope_type, ()))
+    fields = {name: getattr(rotary, name) for name in names}
+    return {"rope_type": rotary.rope_type, **{k: v for k, v in fields.items() if v is not None}}
