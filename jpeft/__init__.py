@@ -22,9 +22,11 @@ from jpeft.tree import partition as partition
 
 
 def __getattr__(name: str) -> Any:
-    """`jpeft.hf` and `jpeft.models` are imported when they are first used: `import jpeft` stays light."""
-    if name in ("hf", "models"):
-        import importlib
+    """`jpeft.hf`, `jpeft.models` and what runs them are imported when first used: `import jpeft` stays light."""
+    import importlib
 
+    if name in ("hf", "models"):
         return importlib.import_module(f"jpeft.{name}")
+    if name in ("generate", "stream"):
+        return getattr(importlib.import_module("jpeft.generation"), name)
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

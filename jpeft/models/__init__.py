@@ -6,4 +6,5 @@ from jpeft.models.loading import load as load
 from jpeft.models.loading import logical_shardings as logical_shardings
 from jpeft.models.loading import save as save
 from jpeft.models.stacking import stack as stack
+from jpeft.models.stacking import unroll as unroll
 from jpeft.models.stacking import unstack as unstack

@@ -363,6 +363,11 @@ class Decoder(_Module):
     scan_layers: bool = True
     remat: str | None = None
 
+    @property
+    def stacked_layers(self) -> str | None:
+        """Below which path of its parameters all layers lie stacked, see `jpeft.models.stacking`."""
+        return "model/layers" if self.scan_layers else None
+
     def setup(self) -> None:
         cfg = self.config
         self.model = Model(**self.fields(), scan_layers=self.scan_layers, remat=self.remat)
@@ -720,7 +725,7 @@ def stacked(model: Decoder) -> str | None:
     >>> stacked(Decoder(DecoderConfig()))
     'model/layers'
     """
-    return "model/layers" if model.scan_layers else None
+    return model.stacked_layers
 
 
 def example_inputs(model: Decoder) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -1,0 +1,303 @@
+"""Generation with a decoder over a cache of keys and values, with or without an adapter.
+
+    tokens = jpeft.generate(model, params, [[1, 17, 4]], max_new_tokens=64, stop_ids=(2,))
+    tokens = jpeft.generate(model, params, prompts, peft=peft, adapter=adapter, temperature=0.7, key=jax.random.key(0))
+
+Two programs are compiled for a shape: one reads the prompts and draws the first token, one loops over tokens. Prompts
+are padded on the left to a power of two and so is the cache, so that lengths, limits and sampling settings change
+nothing that is compiled. What a row draws depends on the key, its own number and its own tokens alone.
+
+On a CPU, give the layers one by one (`jpeft.models.unroll`): a scan copies each layer's weights before it uses them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jpeft.models.decoder import Decoder, init_cache
+from jpeft.peft import Peft
+
+_SHORTEST = 16  # of the buckets that prompts and caches are padded to
+_STOPS = 8  # stop ids are padded to a multiple of it
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """What is static in a compiled program."""
+
+    model: Decoder
+    peft: Peft | None
+
+    def __call__(self, trees: tuple[Any, Any], input_ids: jax.Array, **kwargs: Any) -> tuple[jax.Array, Any]:
+        params, adapter = trees
+        if self.peft is None:
+            return self.model.apply({"params": params}, input_ids, **kwargs)
+        return self.peft.apply(params, adapter, input_ids, **kwargs)
+
+
+class _Sampling(NamedTuple):
+    """Arrays, so that another temperature is no other program."""
+
+    keys: Key[Array, " batch"]  # one a row
+    temperature: Float[Array, ""]  # 0: the likeliest token
+    top_k: Int[Array, ""]  # as large as the vocabulary: off
+    top_p: Float[Array, ""]  # 1: off
+    stop_ids: Int[Array, " stops"]
+
+
+class _State(NamedTuple):
+    """Between two tokens."""
+
+    cache: Any
+    tokens: Int[Array, "batch room"]
+    done: Bool[Array, " batch"]
+    count: Int[Array, ""]  # of tokens drawn
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    peft: Peft | None = None,
+    adapter: Any = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] = (),
+    key: Key[Array, ""] | None = None,
+) -> list[list[int]]:
+    """Continues a batch of prompts.
+
+    Args:
+      model: a decoder of `jpeft.models`. params: its tree.
+      prompts: token ids, of any lengths.
+      peft, adapter: to run it under; the Peft of this model.
+      max_new_tokens: at most so many for each prompt.
+      temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), and `key` is
+        needed. top_k: of the k likeliest only. top_p: of the likeliest that make up this probability.
+      stop_ids: ids that end a row.
+
+    Returns:
+      The new tokens of each prompt, up to and with its stop id.
+
+    Raises:
+      ValueError: no prompts, an empty one, an id outside the vocabulary, more tokens than the model has positions for,
+        a setting that makes no sense.
+
+    >>> from jpeft.models.decoder import Decoder, DecoderConfig
+    >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...                     num_attention_heads=4, num_key_value_heads=2)
+    >>> model = Decoder(cfg)
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> [len(row) for row in generate(model, params, [[3, 1, 4], [1]], max_new_tokens=5)]
+    [5, 5]
+    """
+    steps = _Steps(model, params, prompts, peft, adapter, max_new_tokens, temperature, top_k, top_p, stop_ids, key)
+    steps.advance(max_new_tokens - 1)
+    return steps.rows()
+
+
+def stream(
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], **settings: Any
+) -> Iterator[list[int | None]]:
+    """The same tokens one by one, as they are made: for each step the new token of each row, None once it has ended.
+
+    Arguments as for `generate`; they are checked at once.
+
+    >>> from jpeft.models.decoder import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...                               num_attention_heads=4))
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> len(list(stream(model, params, [[3, 1, 4]], max_new_tokens=5)))
+    5
+    """
+    settings = {"peft": None, "adapter": None, "max_new_tokens": 128, "temperature": 0.0, "top_k": None, "top_p": None,
+                "stop_ids": (), "key": None, **settings}  # fmt: skip
+    return _one_by_one(_Steps(model, params, prompts, **settings))
+
+
+def _one_by_one(steps: _Steps) -> Iterator[list[int | None]]:
+    before = np.zeros(steps.batch, bool)
+    while True:
+        count, done = steps.progress()
+        token = np.asarray(steps.state.tokens[:, count - 1])
+        yield [None if ended else int(t) for ended, t in zip(before, token, strict=True)]
+        if count >= steps.limit or done.all():
+            return
+        before = done
+        steps.advance(1)
+
+
+def bucket(length: int, most: int) -> int:
+    """The length that `length` is padded to: a power of two, but not above `most`.
+
+    >>> bucket(5, 8192), bucket(17, 8192), bucket(5000, 6000)
+    (16, 32, 6000)
+    """
+    return max(length, min(most, max(_SHORTEST, 1 << (length - 1).bit_length())))
+
+
+class _Steps:
+    """One generation under way."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        peft: Peft | None,
+        adapter: Any,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        stop_ids: Sequence[int],
+        key: Key[Array, ""] | None,
+    ):
+        if not isinstance(model, Decoder):
+            raise TypeError(f"model must be a decoder of jpeft.models, got {type(model).__name__}")
+        if (peft is None) != (adapter is None):
+            raise ValueError("give peft and adapter together, or neither")
+        if peft is not None and peft.model != model:
+            raise ValueError("the Peft was bound to another model; are layers stacked in one? see jpeft.models.unroll")
+        _check_settings(max_new_tokens, temperature, top_k, top_p, key)
+        ids, mask = _left_padded(prompts, model.config, max_new_tokens)
+        self.batch, width = ids.shape
+        self.limit, self.run, self.trees = max_new_tokens, _Runner(model, peft), (params, adapter)
+        vocabulary = model.config.vocab_size
+        stops = [int(i) for i in stop_ids]
+        stops += [-1] * (-len(stops) % _STOPS or (0 if stops else _STOPS))
+        key = jax.random.key(0) if key is None else key  # not used where the temperature is 0
+        self.sampling = _Sampling(
+            keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.batch)),
+            temperature=jnp.float32(temperature),
+            top_k=jnp.int32(vocabulary if top_k is None else min(top_k, vocabulary)),
+            top_p=jnp.float32(1.0 if top_p is None else top_p),
+            stop_ids=jnp.asarray(stops, jnp.int32),
+        )
+        # The last token is never read back, so a cache of context size is enough.
+        capacity = bucket(width + max_new_tokens, 1 << 62)
+        self.state = _prefill(self.run, self.trees, ids, mask, self.sampling, capacity)
+
+    def advance(self, steps: int) -> None:
+        if steps > 0:
+            self.state = _decode(self.run, self.trees, self.state, self.sampling, jnp.int32(steps))
+
+    def progress(self) -> tuple[int, np.ndarray]:
+        return int(self.state.count), np.asarray(self.state.done)
+
+    def rows(self) -> list[list[int]]:
+        count, _ = self.progress()
+        stops = set(np.asarray(self.sampling.stop_ids).tolist())
+        rows = []
+        for row in np.asarray(self.state.tokens)[:, :count].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in stops), count)
+            rows.append(row[:end])
+        return rows
+
+
+@functools.partial(jax.jit, static_argnames=("run", "capacity"))
+def _prefill(run: _Runner, trees: Any, ids: jax.Array, mask: jax.Array, sampling: _Sampling, capacity: int) -> _State:
+    batch, width = ids.shape
+    cache = init_cache(run.model, batch, width)  # as wide as the prompts: they need not look at empty slots
+    logits, cache = run(trees, ids, attention_mask=mask, cache=cache, logits_to_keep=1)
+    room = capacity - width
+    cache["seen"] = jnp.pad(cache["seen"], ((0, 0), (0, room)))
+    for name in ("key", "value"):
+        cache[name] = jnp.pad(cache[name], ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
+    token = _draw(logits[:, -1], sampling, 0)
+    tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
+    return _State(cache, tokens, jnp.isin(token, sampling.stop_ids), jnp.int32(1))
+
+
+@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
+def _decode(run: _Runner, trees: Any, state: _State, sampling: _Sampling, steps: jax.Array) -> _State:
+    """Up to `steps` more tokens, until every row has ended."""
+    last = state.count + steps
+
+    def go_on(state: _State) -> jax.Array:
+        return (state.count < last) & ~state.done.all()
+
+    def step(state: _State) -> _State:
+        token = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1)
+        logits, cache = run(trees, token, cache=state.cache)
+        token = _draw(logits[:, -1], sampling, state.count)
+        tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
+        return _State(cache, tokens, state.done | jnp.isin(token, sampling.stop_ids), state.count + 1)
+
+    return jax.lax.while_loop(go_on, step, state)
+
+
+def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: Any) -> Int[Array, " batch"]:
+    """The next token of each row."""
+
+    def sampled() -> jax.Array:
+        scaled = logits / sampling.temperature
+        off = (sampling.top_k >= logits.shape[-1]) & (sampling.top_p >= 1.0)
+        kept = jax.lax.cond(off, lambda: scaled, lambda: _likeliest(scaled, sampling.top_k, sampling.top_p))
+        keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, count)
+        return jax.vmap(jax.random.categorical)(keys, kept)
+
+    token = jax.lax.cond(sampling.temperature > 0, sampled, lambda: logits.argmax(axis=-1))
+    return token.astype(jnp.int32)
+
+
+def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Minus infinity but for the `top_k` likeliest, and of these the fewest that make up `top_p` of them."""
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ordered = jnp.take_along_axis(logits, order, axis=-1)
+    ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
+    share = jax.nn.softmax(ordered, axis=-1)
+    ordered = jnp.where(jnp.cumsum(share, axis=-1) - share < top_p, ordered, -jnp.inf)
+    return jnp.put_along_axis(logits, order, ordered, axis=-1, inplace=False)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts as one array, `[batch, bucket]`, and where it holds tokens."""
+    if not len(prompts):
+        raise ValueError("no prompts")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row = np.asarray(prompt)
+        if row.ndim != 1 or not row.size:
+            raise ValueError(f"prompt {i} is empty" if not row.size else f"prompt {i} is no sequence of token ids")
+        if not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"prompt {i} holds {row.dtype.name}, expected token ids")
+        if row.min() < 0 or row.max() >= cfg.vocab_size:
+            bad = row[(row < 0) | (row >= cfg.vocab_size)][0]
+            raise ValueError(f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {cfg.vocab_size - 1}")
+        if row.size + new > cfg.context:
+            raise ValueError(
+                f"prompt {i} has {row.size} tokens; with {new} new ones it is longer than the model's context of "
+                f"{cfg.context}"
+            )
+        rows.append(row)
+    width = bucket(max(row.size for row in rows), cfg.context)
+    ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        ids[i, width - row.size :], mask[i, width - row.size :] = row, True
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+def _check_settings(new: Any, temperature: Any, top_k: Any, top_p: Any, key: Any) -> None:
+    if not isinstance(new, int) or isinstance(new, bool) or new < 1:
+        raise ValueError(f"max_new_tokens must be a whole number from 1, got {new!r}")
+    if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+        raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise ValueError(f"top_k must be a whole number from 1, got {top_k!r}")
+    if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if temperature > 0 and key is None:
+        raise ValueError("a temperature above 0 draws tokens at random: give a key, e.g. key=jax.random.key(0)")
