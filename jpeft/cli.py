@@ -1,4 +1,4 @@
-"""The command line: `jpeft finetune | predict | merge | inspect`.
+"""The command line: `jpeft finetune | predict | merge | inspect | generate | chat`.
 
 Results go to stdout, errors to stderr as one line. Nothing heavy is imported before the arguments are understood.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-_EXTRAS = {"orbax", "tokenizers", "rich", "matplotlib"}  # what the extra [demo] brings
+_EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib"}  # what the extra [demo] brings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "Write a HuggingFace folder with the adapter merged into the model.")
     merge.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
+    generate = command("generate", _generate, "Let a language model go on from a prompt, in its own chat template.")
+    _speaker_arguments(generate)
+    generate.add_argument(
+        "prompts", metavar="PROMPT", nargs="*", help="several are one batch; without any, stdin is one"
+    )
+    generate.add_argument("--raw", action="store_true", help="go on from the text itself, without a chat template")
+    generate.add_argument("--messages", metavar="FILE", help='a JSON list of {"role", "content"} instead; - is stdin')
+    talk = command("chat", _chat, "Talk with a language model: a line from stdin is a turn, Ctrl-D ends it.")
+    _speaker_arguments(talk)
     inspect = command("inspect", _inspect, "Say what a run or an adapter is; needs no model.")
     inspect.add_argument("path", metavar="RUN|ADAPTER", type=Path)
     return parser
@@ -156,6 +165,23 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: a new one below runs/)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                         help="continue RUN, or the run at --out, or the latest below runs/")  # fmt: skip
+
+
+def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2 (default), a HuggingFace folder, a .gguf or a hub id"
+    )
+    parser.add_argument(
+        "--adapter", metavar="RUN", help="a run, or an adapter's folder (jpeft's or HuggingFace PEFT's)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="INT", help="(default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="FLOAT", help="0 (default): no chance")
+    parser.add_argument("--top-k", type=int, metavar="INT", help="draw from the so many likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="FLOAT", help="draw from the likeliest that make up this share")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of what is drawn (default: 0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="of the weights and the arithmetic (default: float32)")  # fmt: skip
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -243,6 +269,89 @@ def _merge(args: argparse.Namespace) -> None:
         print(json.dumps({"folder": str(args.out), "bytes": size}))
     else:
         print(f"{args.out}: {_bytes(size)}, a HuggingFace folder; its README.md shows how to load it with the head")
+
+
+def _open_speaker(args: argparse.Namespace) -> tuple[Any, Any]:
+    from jpeft import talk
+
+    talk.keep_compiled()
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    settings = talk.Settings(**{name: getattr(args, name) for name in names})
+    say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    return talk.open_speaker(args.model, args.adapter, args.dtype, say), settings
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.messages and (args.prompts or args.raw or args.system):
+        raise UserError("--messages holds the whole conversation; give no PROMPT, --raw or --system with it")
+    if args.raw and args.system:
+        raise UserError("--raw goes on from the text itself; there is no place for --system")
+    prompts = [_messages(args.messages)] if args.messages else args.prompts or [sys.stdin.read().rstrip("\n")]
+    speaker, settings = _open_speaker(args)
+    raw = args.raw or (speaker.codec.template is None and not args.messages and not args.system)
+    ids = [speaker.codec.encode(p) if raw else speaker.codec.encode_chat(_as_messages(p, args.system)) for p in prompts]
+    if len(ids) > 1:
+        texts = speaker.answers(ids, settings)
+        if args.json:
+            print(
+                json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], ensure_ascii=False)
+            )
+        else:
+            print("\n\n".join(texts))
+        return
+    text, speed = _speak(speaker, ids[0], settings, quiet=args.json)
+    if args.json:
+        numbers = {"prompt_tokens": speed.prompt, "new_tokens": speed.new, "tokens_per_second": speed.tokens_per_second}
+        print(json.dumps({"prompt": prompts[0], "text": text, **numbers}, ensure_ascii=False))
+    elif (rate := speed.tokens_per_second) is not None:
+        print(f"({speed.new} tokens, {rate:.1f} tokens/s after the first)", file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from jpeft.talk import Conversation
+
+    speaker, settings = _open_speaker(args)
+    talk, watched = Conversation(args.system), sys.stdin.isatty()
+    while True:
+        if watched:
+            print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if not line.strip():
+            continue
+        talk.add("user", line.strip())
+        text, _ = _speak(speaker, speaker.codec.encode_chat(talk.messages), settings, quiet=args.json)
+        talk.add("assistant", text)
+        if args.json:
+            print(json.dumps(talk.messages[-1], ensure_ascii=False), flush=True)
+
+
+def _speak(speaker: Any, ids: Sequence[int], settings: Any, quiet: bool) -> tuple[str, Any]:
+    """An answer, printed as it comes unless `quiet`."""
+    from jpeft.talk import Speed
+
+    speed, pieces = Speed(), []
+    for piece in speaker.answer(ids, settings, speed):
+        pieces.append(piece)
+        if not quiet:
+            print(piece, end="", flush=True)
+    if not quiet:
+        print()
+    return "".join(pieces), speed
+
+
+def _as_messages(prompt: Any, system: str | None) -> list[dict[str, str]]:
+    if not isinstance(prompt, str):
+        return prompt
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def _messages(file: str) -> Any:
+    try:
+        return json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--messages {file}: not JSON ({error})") from None
 
 
 def _inspect(args: argparse.Namespace) -> None:

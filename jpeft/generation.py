@@ -26,7 +26,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jpeft.models.decoder import Decoder, init_cache
 from jpeft.peft import Peft
 
-_SHORTEST = 16  # of the buckets that prompts and caches are padded to
 _STOPS = 8  # stop ids are padded to a multiple of it
 
 
@@ -44,6 +43,10 @@ class _Runner:
         return self.peft.apply(params, adapter, input_ids, **kwargs)
 
 
+class GenerationError(ValueError):
+    """Prompts or settings that cannot be generated from; the message says which and why."""
+
+
 class _Sampling(NamedTuple):
     """Arrays, so that another temperature is no other program."""
 
@@ -52,6 +55,7 @@ class _Sampling(NamedTuple):
     top_k: Int[Array, ""]  # as large as the vocabulary: off
     top_p: Float[Array, ""]  # 1: off
     stop_ids: Int[Array, " stops"]
+    vocabulary: Int[Array, ""]  # ids from here on are never drawn
 
 
 class _State(NamedTuple):
@@ -76,6 +80,8 @@ def generate(
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
     key: Key[Array, ""] | None = None,
+    vocabulary: int | None = None,
+    shortest: int = 16,
 ) -> list[list[int]]:
     """Continues a batch of prompts.
 
@@ -87,13 +93,15 @@ def generate(
       temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), and `key` is
         needed. top_k: of the k likeliest only. top_p: of the likeliest that make up this probability.
       stop_ids: ids that end a row.
+      vocabulary: only ids below are drawn, where the embedding has more rows than the tokenizer has tokens.
+      shortest: prompts are padded to this length at least; a larger one means fewer programs to compile.
 
     Returns:
       The new tokens of each prompt, up to and with its stop id.
 
     Raises:
-      ValueError: no prompts, an empty one, an id outside the vocabulary, more tokens than the model has positions for,
-        a setting that makes no sense.
+      GenerationError: no prompts, an empty one, an id outside the vocabulary, more tokens than the model has positions
+        for, a setting that makes no sense.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -103,7 +111,8 @@ def generate(
     >>> [len(row) for row in generate(model, params, [[3, 1, 4], [1]], max_new_tokens=5)]
     [5, 5]
     """
-    steps = _Steps(model, params, prompts, peft, adapter, max_new_tokens, temperature, top_k, top_p, stop_ids, key)
+    steps = _Steps(model, params, prompts, peft, adapter, max_new_tokens, temperature, top_k, top_p, stop_ids, key,
+                   vocabulary, shortest)  # fmt: skip
     steps.advance(max_new_tokens - 1)
     return steps.rows()
 
@@ -123,7 +132,7 @@ def stream(
     5
     """
     settings = {"peft": None, "adapter": None, "max_new_tokens": 128, "temperature": 0.0, "top_k": None, "top_p": None,
-                "stop_ids": (), "key": None, **settings}  # fmt: skip
+                "stop_ids": (), "key": None, "vocabulary": None, "shortest": 16, **settings}  # fmt: skip
     return _one_by_one(_Steps(model, params, prompts, **settings))
 
 
@@ -139,13 +148,13 @@ def _one_by_one(steps: _Steps) -> Iterator[list[int | None]]:
         steps.advance(1)
 
 
-def bucket(length: int, most: int) -> int:
-    """The length that `length` is padded to: a power of two, but not above `most`.
+def bucket(length: int, shortest: int, most: int) -> int:
+    """The length that `length` is padded to: a power of two, but not below `shortest` or above `most`.
 
-    >>> bucket(5, 8192), bucket(17, 8192), bucket(5000, 6000)
+    >>> bucket(5, 16, 8192), bucket(17, 16, 8192), bucket(5000, 16, 6000)
     (16, 32, 6000)
     """
-    return max(length, min(most, max(_SHORTEST, 1 << (length - 1).bit_length())))
+    return max(length, min(most, max(shortest, 1 << (length - 1).bit_length())))
 
 
 class _Steps:
@@ -164,18 +173,22 @@ class _Steps:
         top_p: float | None,
         stop_ids: Sequence[int],
         key: Key[Array, ""] | None,
+        vocabulary: int | None,
+        shortest: int,
     ):
         if not isinstance(model, Decoder):
             raise TypeError(f"model must be a decoder of jpeft.models, got {type(model).__name__}")
         if (peft is None) != (adapter is None):
-            raise ValueError("give peft and adapter together, or neither")
+            raise GenerationError("give peft and adapter together, or neither")
         if peft is not None and peft.model != model:
-            raise ValueError("the Peft was bound to another model; are layers stacked in one? see jpeft.models.unroll")
+            raise GenerationError(
+                "the Peft was bound to another model; are layers stacked in one? see jpeft.models.unroll"
+            )
         _check_settings(max_new_tokens, temperature, top_k, top_p, key)
-        ids, mask = _left_padded(prompts, model.config, max_new_tokens)
+        ids, mask = _left_padded(prompts, model.config, max_new_tokens, shortest)
         self.batch, width = ids.shape
         self.limit, self.run, self.trees = max_new_tokens, _Runner(model, peft), (params, adapter)
-        vocabulary = model.config.vocab_size
+        vocabulary = min(vocabulary or model.config.vocab_size, model.config.vocab_size)
         stops = [int(i) for i in stop_ids]
         stops += [-1] * (-len(stops) % _STOPS or (0 if stops else _STOPS))
         key = jax.random.key(0) if key is None else key  # not used where the temperature is 0
@@ -185,9 +198,9 @@ class _Steps:
             top_k=jnp.int32(vocabulary if top_k is None else min(top_k, vocabulary)),
             top_p=jnp.float32(1.0 if top_p is None else top_p),
             stop_ids=jnp.asarray(stops, jnp.int32),
+            vocabulary=jnp.int32(vocabulary),
         )
-        # The last token is never read back, so a cache of context size is enough.
-        capacity = bucket(width + max_new_tokens, 1 << 62)
+        capacity = bucket(width + max_new_tokens, shortest, 1 << 62)
         self.state = _prefill(self.run, self.trees, ids, mask, self.sampling, capacity)
 
     def advance(self, steps: int) -> None:
@@ -241,6 +254,7 @@ def _decode(run: _Runner, trees: Any, state: _State, sampling: _Sampling, steps:
 
 def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: Any) -> Int[Array, " batch"]:
     """The next token of each row."""
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocabulary, logits, -jnp.inf)
 
     def sampled() -> jax.Array:
         scaled = logits / sampling.temperature
@@ -263,27 +277,27 @@ def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p
     return jnp.put_along_axis(logits, order, ordered, axis=-1, inplace=False)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int) -> tuple[jax.Array, jax.Array]:
+def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int, shortest: int) -> tuple[jax.Array, jax.Array]:
     """Prompts as one array, `[batch, bucket]`, and where it holds tokens."""
     if not len(prompts):
-        raise ValueError("no prompts")
+        raise GenerationError("no prompts")
     rows = []
     for i, prompt in enumerate(prompts):
         row = np.asarray(prompt)
         if row.ndim != 1 or not row.size:
-            raise ValueError(f"prompt {i} is empty" if not row.size else f"prompt {i} is no sequence of token ids")
+            raise GenerationError(f"prompt {i} is empty" if not row.size else f"prompt {i} is no sequence of token ids")
         if not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"prompt {i} holds {row.dtype.name}, expected token ids")
+            raise GenerationError(f"prompt {i} holds {row.dtype.name}, expected token ids")
         if row.min() < 0 or row.max() >= cfg.vocab_size:
             bad = row[(row < 0) | (row >= cfg.vocab_size)][0]
-            raise ValueError(f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {cfg.vocab_size - 1}")
+            raise GenerationError(f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {cfg.vocab_size - 1}")
         if row.size + new > cfg.context:
-            raise ValueError(
+            raise GenerationError(
                 f"prompt {i} has {row.size} tokens; with {new} new ones it is longer than the model's context of "
                 f"{cfg.context}"
             )
         rows.append(row)
-    width = bucket(max(row.size for row in rows), cfg.context)
+    width = bucket(max(row.size for row in rows), shortest, cfg.context)
     ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         ids[i, width - row.size :], mask[i, width - row.size :] = row, True
@@ -292,12 +306,12 @@ def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int) -> tuple[
 
 def _check_settings(new: Any, temperature: Any, top_k: Any, top_p: Any, key: Any) -> None:
     if not isinstance(new, int) or isinstance(new, bool) or new < 1:
-        raise ValueError(f"max_new_tokens must be a whole number from 1, got {new!r}")
+        raise GenerationError(f"max_new_tokens must be a whole number from 1, got {new!r}")
     if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
-        raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
+        raise GenerationError(f"temperature must be a number from 0, got {temperature!r}")
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise ValueError(f"top_k must be a whole number from 1, got {top_k!r}")
+        raise GenerationError(f"top_k must be a whole number from 1, got {top_k!r}")
     if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+        raise GenerationError(f"top_p must be above 0 and at most 1, got {top_p!r}")
     if temperature > 0 and key is None:
-        raise ValueError("a temperature above 0 draws tokens at random: give a key, e.g. key=jax.random.key(0)")
+        raise GenerationError("a temperature above 0 draws tokens at random: give a key, e.g. key=jax.random.key(0)")

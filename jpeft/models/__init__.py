@@ -1,5 +1,6 @@
 """Linen models that read and write HuggingFace folders, and read GGUF files."""
 
+from jpeft.models.decoder import Decoder as Decoder
 from jpeft.models.files import ModelError as ModelError
 from jpeft.models.loading import FAMILIES as FAMILIES
 from jpeft.models.loading import load as load

@@ -1,0 +1,171 @@
+"""What `jpeft generate` and `jpeft chat` do: a language model with its tokenizer, under an adapter, that answers in text.
+
+speaker = open_speaker("smollm2", adapter="runs/mine")
+for piece in speaker.answer(speaker.codec.encode_chat([{"role": "user", "content": "Who are you?"}]), Settings()):
+    print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jpeft
+from jpeft import chat, generation, models
+from jpeft.assets import UserError, cache_folder, resolve_model
+from jpeft.hf.config import CONFIG as HF_CONFIG
+from jpeft.io import CONFIG, AdapterError
+
+_SHORTEST = 256  # prompts are padded to it, so that the turns of a talk seldom meet a length that is not compiled
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen: see `jpeft.generate`."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Speed:
+    """How fast an answer came."""
+
+    prompt: int = 0  # tokens
+    new: int = 0
+    first: float = 0.0  # seconds to the first token, compilation included
+    rest: float = 0.0  # seconds for the others
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; None where there is none, or compiling was part of it."""
+        return (self.new - 1) / self.rest if self.new > 1 and self.rest else None
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A decoder with its tokenizer, and the adapter it runs under, if any."""
+
+    model: Any
+    params: Any
+    codec: chat.Codec
+    peft: Any = None
+    adapter: Any = None
+
+    def answer(self, ids: Sequence[int], settings: Settings, speed: Speed | None = None) -> Iterator[str]:
+        """The text that goes on after a prompt, piece by piece."""
+        speed = speed or Speed()
+        text, began = chat.Stream(self.codec), time.perf_counter()
+        for (token,) in generation.stream(self.model, self.params, [ids], **self._settings(settings)):
+            assert token is not None  # the only row ends the stream
+            now = time.perf_counter()
+            if speed.new == 0:
+                speed.prompt, speed.first = len(ids), now - began
+            else:
+                speed.rest += now - began
+            speed.new, began = speed.new + 1, now
+            yield text.push(token)
+        yield text.finish()
+
+    def answers(self, prompts: Sequence[Sequence[int]], settings: Settings) -> list[str]:
+        """The texts that go on after several prompts, made as one batch."""
+        rows = generation.generate(self.model, self.params, prompts, **self._settings(settings))
+        return [self.codec.decode(row) for row in rows]
+
+    def _settings(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "peft": self.peft,
+            "adapter": self.adapter,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "stop_ids": self.codec.stop_ids,
+            "key": jax.random.key(settings.seed),
+            "vocabulary": self.codec.size,
+            "shortest": _SHORTEST,
+        }
+
+
+def open_speaker(
+    name: str,
+    adapter: str | Path | None = None,
+    dtype: str = "float32",
+    log: Callable[[str], None] = lambda line: None,
+) -> Speaker:
+    """A named model, a HuggingFace folder or a `.gguf` file, under the adapter of a run, of jpeft or of HuggingFace.
+
+    Raises:
+      UserError: what was named is no language model, or no adapter, or they do not belong together.
+
+    >>> open_speaker("smollm2")  # doctest: +SKIP
+    """
+    path = resolve_model(name, log)
+    codec = chat.read(path)
+    # Layers one by one are faster on a CPU; an adapter is read onto the layers as it was trained, and follows.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"scan_layers": False} if on_cpu and adapter is None else {}
+    try:
+        model, params = models.load(path, param_dtype=jnp.dtype(dtype), **options)
+    except models.ModelError as error:
+        if options and "have no option" in str(error):
+            raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text") from None
+        raise
+    if not isinstance(model, models.Decoder):
+        raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
+    chat.check_vocabulary(codec, model.config.vocab_size)
+    peft = leaves = None
+    if adapter is not None:
+        peft, leaves = _read_adapter(Path(adapter).expanduser(), model, params)
+    if on_cpu:
+        model, params, peft, leaves = models.unroll(model, params, peft, leaves)
+    return Speaker(model, params, codec, peft, leaves)
+
+
+def _read_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
+    inputs = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    if (path / HF_CONFIG).is_file():
+        return jpeft.hf.load(path, model, params, inputs)
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--adapter {path}: no adapter there; expected a run, or a folder that jpeft or PEFT saved")
+    try:
+        return jpeft.load(folder, model, params, inputs)
+    except AdapterError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--adapter {path}: does not fit {type(model).__name__}: {error}") from error
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the cache folder: the next process starts at once."""
+    folder = cache_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a cache that cannot be written is no reason to stop
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@dataclass
+class Conversation:
+    """Turns so far, as a chat template wants them."""
+
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+
+    def add(self, role: str, content: str) -> None:
+        self.messages.append({"role": role, "content": content})
