@@ -123,9 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
     generate = command("generate", _generate, "Let a language model go on from a prompt, in its own chat template.")
     _speaker_arguments(generate)
-    generate.add_argument(
-        "prompts", metavar="PROMPT", nargs="*", help="several are one batch; without any, stdin is one"
-    )
+    generate.add_argument("prompts", metavar="PROMPT", nargs="*", help="several are a batch; without any, stdin is one")
     generate.add_argument("--raw", action="store_true", help="go on from the text itself, without a chat template")
     generate.add_argument("--messages", metavar="FILE", help='a JSON list of {"role", "content"} instead; - is stdin')
     talk = command("chat", _chat, "Talk with a language model: a line from stdin is a turn, Ctrl-D ends it.")
@@ -168,12 +166,8 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="smollm2", help="smollm2 (default), a HuggingFace folder, a .gguf or a hub id"
-    )
-    parser.add_argument(
-        "--adapter", metavar="RUN", help="a run, or an adapter's folder (jpeft's or HuggingFace PEFT's)"
-    )
+    parser.add_argument("--model", default="smollm2", help="smollm2 (default), a HuggingFace folder, .gguf or hub id")
+    parser.add_argument("--adapter", metavar="RUN", help="a run, or an adapter's folder (jpeft's or PEFT's)")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="INT", help="(default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="FLOAT", help="0 (default): no chance")
@@ -304,7 +298,7 @@ def _generate(args: argparse.Namespace) -> None:
         numbers = {"prompt_tokens": speed.prompt, "new_tokens": speed.new, "tokens_per_second": speed.tokens_per_second}
         print(json.dumps({"prompt": prompts[0], "text": text, **numbers}, ensure_ascii=False))
     elif (rate := speed.tokens_per_second) is not None:
-        print(f"({speed.new} tokens, {rate:.1f} tokens/s after the first)", file=sys.stderr)
+        print(f"({speed.new} tokens, {rate:.1f} tokens/s after the second)", file=sys.stderr)
 
 
 def _chat(args: argparse.Namespace) -> None:

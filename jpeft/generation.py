@@ -257,7 +257,8 @@ def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: 
     logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocabulary, logits, -jnp.inf)
 
     def sampled() -> jax.Array:
-        scaled = logits / sampling.temperature
+        # The likeliest are at 0, so that no temperature is low enough to make them infinite.
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
         off = (sampling.top_k >= logits.shape[-1]) & (sampling.top_p >= 1.0)
         kept = jax.lax.cond(off, lambda: scaled, lambda: _likeliest(scaled, sampling.top_k, sampling.top_p))
         keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, count)
@@ -273,7 +274,8 @@ def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p
     ordered = jnp.take_along_axis(logits, order, axis=-1)
     ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
     share = jax.nn.softmax(ordered, axis=-1)
-    ordered = jnp.where(jnp.cumsum(share, axis=-1) - share < top_p, ordered, -jnp.inf)
+    above = jnp.cumsum(share, axis=-1) - share
+    ordered = jnp.where((above < top_p) | (top_p >= 1), ordered, -jnp.inf)  # rounded, `above` may reach 1
     return jnp.put_along_axis(logits, order, ordered, axis=-1, inplace=False)
 
 

@@ -1,4 +1,4 @@
-"""What `jpeft generate` and `jpeft chat` do: a language model with its tokenizer, under an adapter, that answers in text.
+"""What `jpeft generate` and `jpeft chat` do: a language model with its tokenizer answers in text, under an adapter.
 
 speaker = open_speaker("smollm2", adapter="runs/mine")
 for piece in speaker.answer(speaker.codec.encode_chat([{"role": "user", "content": "Who are you?"}]), Settings()):
@@ -42,13 +42,13 @@ class Speed:
 
     prompt: int = 0  # tokens
     new: int = 0
-    first: float = 0.0  # seconds to the first token, compilation included
+    compiled: float = 0.0  # seconds for the first two tokens: each may have waited for a program to be compiled
     rest: float = 0.0  # seconds for the others
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None where there is none, or compiling was part of it."""
-        return (self.new - 1) / self.rest if self.new > 1 and self.rest else None
+        """Of the tokens after the second; None where there is none."""
+        return (self.new - 2) / self.rest if self.new > 2 and self.rest else None
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Speaker:
         for (token,) in generation.stream(self.model, self.params, [ids], **self._settings(settings)):
             assert token is not None  # the only row ends the stream
             now = time.perf_counter()
-            if speed.new == 0:
-                speed.prompt, speed.first = len(ids), now - began
+            speed.prompt, speed.new = len(ids), speed.new + 1
+            if speed.new <= 2:
+                speed.compiled += now - began
             else:
                 speed.rest += now - began
-            speed.new, began = speed.new + 1, now
+            began = now
             yield text.push(token)
         yield text.finish()
 

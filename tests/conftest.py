@@ -37,3 +37,11 @@ def minilm_folder() -> Path:
 
     given = os.environ.get("JPEFT_MINILM")
     return Path(given) if given else assets.resolve_model("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as a `.gguf` file: fetched once (93 MB)."""
+    from jpeft import assets
+
+    return assets.resolve_model("smollm2")

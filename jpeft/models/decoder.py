@@ -13,6 +13,7 @@ that sees a window and one that sees everything differ in their mask and rotary 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +34,20 @@ States = Float[Array, "batch length hidden"]
 Heads = Float[Array, "batch length heads head_dim"]
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-#: Names for `Decoder.remat` beside those of `jax.checkpoint_policies`.
-REMAT = {"full": "nothing_saveable", "dots": "dots_with_no_batch_dims_saveable"}
+_SAVEABLE = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+)
+#: Names for `Decoder.remat`, and what they are called in `jax.checkpoint_policies`; its others want arguments.
+REMAT = {
+    "full": "nothing_saveable",
+    "dots": "dots_with_no_batch_dims_saveable",
+    **{name: name for name in _SAVEABLE},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +229,12 @@ class SelfAttention(_Module):
         )
 
 
+def _known_remat(name: Any) -> str:
+    if not isinstance(name, str) or name not in REMAT:
+        raise ValueError(f"remat={name!r} is none of {', '.join(REMAT)}")
+    return name
+
+
 def _pick(sliding: Any, pair: tuple[Any, Any]) -> Any:
     """Of (full, sliding): statically, or in a scan over layers of both kinds."""
     if isinstance(sliding, bool):
@@ -313,7 +332,7 @@ class Model(_Module):
             x *= jnp.asarray(cfg.hidden_size**0.5, x.dtype)
         layer: Any = Layer
         if self.remat is not None:
-            policy = getattr(jax.checkpoint_policies, REMAT.get(self.remat, self.remat))
+            policy = getattr(jax.checkpoint_policies, REMAT[_known_remat(self.remat)])
             layer = nn.remat(Layer, policy=policy, prevent_cse=not self.scan_layers)
         carry = (x, cache)
         if self.scan_layers:
@@ -346,7 +365,7 @@ class Decoder(_Module):
     Fields: `config`; `dtype`, what it computes in (None follows the parameters); `param_dtype`; `scan_layers`, whether
     the layers are stacked and scanned; `remat`, what the backward pass may read back from the forward pass of a layer:
     None for everything, `"full"` for nothing, `"dots"` for the products with weights, or the name of one of
-    `jax.checkpoint_policies`.
+    `jax.checkpoint_policies` that takes no arguments (`REMAT`).
 
     >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     ...                     num_attention_heads=4, num_key_value_heads=2)
@@ -447,7 +466,10 @@ class Decoder(_Module):
             allowed = jnp.asarray(attention_mask, bool)[:, None, None, :]
         if segment_ids is not None:
             allowed &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        return Context(self._tables(positions), self._masks(length, length, None, allowed))
+        full = near = ops.causal_mask(length, length) & allowed
+        if self.config.sliding is not False:
+            near = ops.causal_mask(length, length, self.config.sliding_window) & allowed
+        return Context(self._tables(positions), (full, near))
 
     def _cached_context(
         self, input_ids: jax.Array, attention_mask: Any, position_ids: Any, cache: Mapping[str, Any]
@@ -460,22 +482,20 @@ class Decoder(_Module):
             positions = jnp.maximum(counted, 0)  # padding before the first token
         index = cache["index"]
         seen = jax.lax.dynamic_update_slice(cache["seen"], real, (0, index))
-        masks = self._masks(length, capacity, index, seen[:, None, None, :])
-        return Context(self._tables(positions), masks, index), seen
+        full = near = ops.causal_mask(length, capacity, None, index) & seen[:, None, None, :]
+        if self.config.sliding is not False:  # a window counts tokens, not the padding that may lie between them
+            tokens = jnp.cumsum(seen, axis=1)
+            own = jax.lax.dynamic_slice_in_dim(tokens, index, length, axis=1)
+            near = full & (own[:, :, None] - tokens[:, None, :] < self.config.sliding_window)[:, None]
+        return Context(self._tables(positions), (full, near), index), seen
 
     def _tables(self, positions: Int[Array, "#batch length"]) -> tuple[Any, Any]:
         cfg = self.config
         tables = {
             r: r.table(positions, cfg.head_dim, cfg.max_position_embeddings)
-            for r in {cfg.rotary, cfg.rotary_sliding or cfg.rotary}
+            for r in dict.fromkeys((cfg.rotary, cfg.rotary_sliding or cfg.rotary))  # in one order in all processes
         }
         return tables[cfg.rotary], tables[cfg.rotary_sliding or cfg.rotary]
-
-    def _masks(self, queries: int, keys: int, offset: Any, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        full = ops.causal_mask(queries, keys, None, offset) & allowed
-        if self.config.sliding is False:
-            return full, full
-        return full, ops.causal_mask(queries, keys, self.config.sliding_window, offset) & allowed
 
 
 register_attention(SelfAttention)  # where prefixes go in
@@ -551,7 +571,7 @@ def from_config(
     8
     """
     if config["model_type"] == "gemma3":  # the text part of a model that also sees
-        config = {**config.get("text_config", {}), "model_type": "gemma3_text"}
+        config = _text_config(config)
     kind = config["model_type"]
     for name, accepted in _FIXED.items():
         if config.get(name) not in (None, accepted):
@@ -559,12 +579,22 @@ def from_config(
     if config.get("quantization_config"):
         raise ValueError("its weights are quantised, which is not read here; load the original and use jpeft.quantize")
     given = _given(kind, config)
+    _check_fields(given)
     given |= _attention_kinds(kind, config, given)
     cfg = DecoderConfig(model_type=kind, **given, **_rotary(kind, config))
     _check(cfg)
-    if (remat := options.get("remat")) is not None and not hasattr(jax.checkpoint_policies, REMAT.get(remat, remat)):
-        raise ValueError(f"remat={remat!r} is none of {', '.join(REMAT)} or jax.checkpoint_policies")
+    if options.get("remat") is not None:
+        _known_remat(options["remat"])
     return Decoder(cfg, dtype=dtype, param_dtype=param_dtype, **options)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model that also sees: its text part, with what it says of both."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config={text!r} is not an object")
+    both = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
+    return {**{name: config[name] for name in both if name in config}, **text, "model_type": "gemma3_text"}
 
 
 def _given(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -601,31 +631,40 @@ def _given(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _attention_kinds(kind: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`sliding_window` and `layer_types`."""
     layers, window = given.get("num_hidden_layers", DecoderConfig.num_hidden_layers), given.get("sliding_window")
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= 10_000:
-        raise ValueError(f"num_hidden_layers={layers!r} is not a number of layers")
-    if kind == "llama":
-        window = None
-    if kind.startswith("qwen") and not config.get("use_sliding_window"):
+    if layers > 10_000:
+        raise ValueError(f"num_hidden_layers={layers} is not a number of layers")
+    if kind == "llama" or (kind.startswith("qwen") and not config.get("use_sliding_window")):
         window = None
     listed = config.get("layer_types") if kind != "llama" else None
     if listed is not None:
-        if not isinstance(listed, list | tuple) or len(listed) != layers or set(listed) - {SLIDING, FULL}:
+        known = isinstance(listed, list | tuple) and all(entry in (SLIDING, FULL) for entry in listed)
+        if not known or len(listed) != layers:
             raise ValueError(f"layer_types={listed!r} does not say {SLIDING} or {FULL} for each of {layers} layers")
         if kind == "mistral" and len(set(listed)) > 1:
             raise ValueError("mistral with layers of both kinds is another model (ministral), which is not supported")
-        if SLIDING in listed and window is None:
-            raise ValueError(f"layer_types has {SLIDING}, but there is no sliding_window")
         types = tuple(listed)
     elif kind.startswith("gemma"):
-        every = 2 if kind == "gemma2" else config.get("sliding_window_pattern") or 6
+        every = 2 if kind == "gemma2" else _whole(config, "sliding_window_pattern", 6, at_least=1)
         types = tuple(SLIDING if (i + 1) % every else FULL for i in range(layers))
     elif kind.startswith("qwen"):
-        first = config.get("max_window_layers")
-        first = 28 if first is None else first
+        first = _whole(config, "max_window_layers", 28)
         types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(layers))
     else:
         types = ((FULL if window is None else SLIDING),) * layers
+    if SLIDING in types and window is None:
+        raise ValueError(f"there are layers with {SLIDING}, but there is no sliding_window")
     return {"layer_types": types, "sliding_window": window if SLIDING in types else None}
+
+
+def _whole(config: Mapping[str, Any], name: str, default: int, at_least: int = 0) -> int:
+    value = default if config.get(name) is None else config[name]
+    if not _is_whole(value) or value < at_least:
+        raise ValueError(f"{name}={value!r} is not a whole number that is at least {at_least}")
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -644,27 +683,37 @@ def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rotary": rotary_from_config(scaling, theta), "rotary_sliding": rotary_from_config(None, local)}
 
 
+def _check_fields(given: Mapping[str, Any]) -> None:
+    for field in dataclasses.fields(DecoderConfig):
+        name, kind = field.name, str(field.type)
+        if name not in given or (given[name] is None and kind.endswith("None")):
+            continue
+        value = given[name]
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, tuple) and "tuple" in kind else (value,)
+            if not all(map(_is_whole, ids)):
+                raise ValueError(f"{name}={value!r} is not a token id")
+        elif "int" in kind and not (_is_whole(value) and value > 0):
+            raise ValueError(f"{name}={value!r} is not a positive whole number")
+        elif kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is neither true nor false")
+        elif "float" in kind:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 <= value < math.inf):
+                raise ValueError(f"{name}={value!r} is not a number that is at least 0")
+            if value == 0 and name.endswith("_softcapping"):
+                raise ValueError(f"{name}={value!r} leaves nothing of what it caps; null caps nothing")
+
+
 def _check(cfg: DecoderConfig) -> None:
-    for field in dataclasses.fields(cfg):
-        value, kind = getattr(cfg, field.name), str(field.type)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if kind == "int" and not (whole and value > 0):
-            raise ValueError(f"{field.name}={value!r} is not a positive whole number")
-        if kind == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{field.name}={value!r} is neither true nor false")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if "float" in kind and value is not None and not (number and value >= 0):
-            raise ValueError(f"{field.name}={value!r} is not a number that is at least 0")
     if not isinstance(cfg.hidden_act, str) or cfg.hidden_act not in ops.ACTIVATIONS:
         raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported, only {', '.join(ops.ACTIVATIONS)}")
     if cfg.num_attention_heads % cfg.num_key_value_heads:
         raise ValueError(
             f"{cfg.num_attention_heads} query heads do not split over {cfg.num_key_value_heads} key and value heads"
         )
-    if cfg.head_dim % 2:
-        raise ValueError(f"head_dim={cfg.head_dim} is odd, but rotary positions turn pairs")
-    if cfg.sliding_window is not None and not (isinstance(cfg.sliding_window, int) and cfg.sliding_window > 0):
-        raise ValueError(f"sliding_window={cfg.sliding_window!r} is not a positive whole number")
+    if cfg.head_dim < 2 or cfg.head_dim % 2:
+        raise ValueError(f"head_dim={cfg.head_dim} is no even number, but rotary positions turn pairs")
 
 
 def to_config(model: Decoder) -> dict[str, Any]:
@@ -697,6 +746,8 @@ def to_config(model: Decoder) -> dict[str, Any]:
         fields["use_sliding_window"] = cfg.sliding_window is not None
     if cfg.rotary_sliding is not None:
         fields["rope_local_base_freq"] = cfg.rotary_sliding.theta
+        if (scaling := rotary_to_config(cfg.rotary_sliding)) is not None:  # which only transformers 5 can say
+            fields["rope_parameters"] = {FULL: fields.pop("rope_scaling"), SLIDING: scaling}
     return {"architectures": [_ARCHITECTURE[kind]], **fields}
 
 

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jpeft.models import gguf_tokenizer
-from jpeft.models.loading import ModelError
+from jpeft.models.files import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,11 +72,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ModelError(f"{file.path}: {arch}.{key} is {value}, only {only} is supported")
     if _EMBEDDING not in file.tensors:
         raise ModelError(f"{file.path}: no tensor {_EMBEDDING}; is it a vocabulary or an adapter alone?")
+    if (layers := get("block_count", int)) > len(file.tensors):
+        raise ModelError(f"{file.path}: {arch}.block_count is {layers:,}, but there are {len(file.tensors)} tensors")
     config = {
         "model_type": ARCHITECTURES[arch],
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length", int),
-        "num_hidden_layers": get("block_count", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
@@ -107,12 +109,11 @@ def _gemma_fields(file: File, arch: str, config: dict[str, Any]) -> dict[str, An
     period = get("attention.sliding_window_pattern", int, 2 if two else 6) if window else 1
     # No file says by what queries are scaled. Like llama.cpp (src/models/gemma2.cpp, gemma3.cpp) this goes by the
     # number of layers: hidden_size / heads in the two 27B models, head_dim in all others.
-    whole = layers == (46 if two else 62)
+    largest = layers == (46 if two else 62)
+    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
     return {
         "hidden_activation": "gelu_pytorch_tanh",  # of every published Gemma
-        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
-        if whole
-        else config["head_dim"],
+        "query_pre_attn_scalar": scalar,
         "sliding_window": window or None,
         "layer_types": [
             "full_attention" if period and (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)
@@ -138,12 +139,11 @@ def _rope_scaling(file: File) -> dict[str, Any] | None:
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         if (value := get(f"rope.scaling.{key}", float, 1.0)) != 1.0:
             raise ModelError(f"{file.path}: rope.scaling.{key} is {value}, only 1.0 is supported")
+    length = get("rope.scaling.original_context_length", int, get("context_length", int))
     return {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": get(
-            "rope.scaling.original_context_length", int, get("context_length", int)
-        ),
+        "original_max_position_embeddings": length,
         "beta_fast": get("rope.scaling.yarn_beta_fast", float, 32.0),
         "beta_slow": get("rope.scaling.yarn_beta_slow", float, 1.0),
     }
@@ -155,7 +155,7 @@ def _llama3_scaling(file: File) -> dict[str, Any] | None:
     The factor is the largest divisor, and every Llama from 3.1 on has the same `low`, `high` and `length`; together
     they have to give the tensor again.
     """
-    divisors = Tensor(file, _ROPE_FREQS).read().astype(np.float64).ravel()
+    divisors = _Tensor(file, _ROPE_FREQS).read().astype(np.float64).ravel()
     low, high, length, factor = 1.0, 4.0, 8192, float(divisors.max())
     theta = file.field("rope.freq_base", float, 1e4)
     turns = length * theta ** (-np.arange(divisors.size) / divisors.size) / (2 * math.pi)  # of each angle in `length`
@@ -173,11 +173,11 @@ def _llama3_scaling(file: File) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tensor]]:
     """The file's tensors by HuggingFace's names; one that no such model has keeps its GGUF name.
 
     Raises:
-        FileNotFoundError, ModelError: as `read_config`; `Tensor.read` for a type that cannot be dequantised.
+        FileNotFoundError, ModelError: as `read_config`; `read()` for a type that cannot be dequantised.
 
     >>> with open_tensors("SmolLM2-135M-Instruct.Q4_1.gguf") as tensors:  # doctest: +SKIP
     ...     tensors["model.layers.0.self_attn.k_proj.weight"].shape
@@ -190,7 +190,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class _Tensor:
     """A tensor of an open file, `name` in the file: its shape costs nothing, its bytes are read when asked for."""
 
     file: File
@@ -231,17 +231,17 @@ class Tensor:
 _DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
-def _tensor(file: File, arch: str, name: str) -> Tensor:
+def _tensor(file: File, arch: str, name: str) -> _Tensor:
     if arch.startswith("gemma") and name.endswith("norm.weight"):
-        return Tensor(file, name, shift=1.0)
+        return _Tensor(file, name, shift=1.0)
     match = re.fullmatch(r"blk\.\d+\.attn_(q|k)\.(weight|bias)", name)
     if arch != "llama" or match is None:
-        return Tensor(file, name)
+        return _Tensor(file, name)
     heads, rows = file.field("attention.head_count", int), file.tensors[name].shape[0]
     heads = heads if match[1] == "q" else file.field("attention.head_count_kv", int, heads)
     if heads < 1 or rows % (2 * heads):
         raise ModelError(f"{file.path}: {name} has {rows} rows, which {heads} heads of even width do not fill")
-    return Tensor(file, name, heads)
+    return _Tensor(file, name, heads)
 
 
 def _to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -314,7 +314,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorInfo:
+class _Info:
     """A tensor's shape in torch's order, which is GGUF's reversed, its `gguf.GGMLQuantizationType` and its bytes."""
 
     shape: tuple[int, ...]
@@ -330,7 +330,7 @@ class File:
     path: Path
     data: np.ndarray
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, _Info]
 
     def get(self, key: str, kind: type, default: Any = ...) -> Any:
         """The value of `key`; a ModelError if it is of another kind, or missing without a default."""
@@ -373,7 +373,7 @@ def _open(path: str | os.PathLike[str]) -> File:
         raise ModelError(f"{path}: GGUF version {version}, expected 2 or 3")
     try:
         file = File(path, data, *_Header(data.data).read())
-    except (struct.error, ValueError) as error:
+    except ValueError as error:
         raise ModelError(f"{path}: not a whole GGUF file ({error})") from None
     if (count := file.get("split.count", int, 1)) > 1:
         raise ModelError(f"{path}: one of {count} parts; join them with llama-gguf-split --merge")
@@ -381,12 +381,12 @@ def _open(path: str | os.PathLike[str]) -> File:
 
 
 class _Header:
-    """Reads what stands before the tensors. Missing bytes are a struct.error, senseless ones a ValueError."""
+    """Reads what stands before the tensors. Bytes that are missing or make no sense are a ValueError."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 8  # behind the magic number and the version
 
-    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, _Info]]:
         tensor_count, key_count = self.take("QQ")
         metadata, found = {}, []
         for _ in range(key_count):
@@ -405,7 +405,7 @@ class _Header:
             raise ValueError("two tensors have the same name")
         return metadata, tensors
 
-    def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> TensorInfo:
+    def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> _Info:
         import gguf
 
         if not math.prod(shape) or not shape:
@@ -419,13 +419,14 @@ class _Header:
             raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, expected multiples of {kind.name}'s {block}")
         stop = start + math.prod(shape) // block * size
         if stop > len(self.data):
-            raise ValueError(f"cut short: tensor {name!r} ends at byte {stop:,}, the file at {len(self.data):,}")
-        return TensorInfo(shape, kind, start, stop - start)
+            raise ValueError(f"cut short: tensor {name!r} needs byte {stop:,}, the file ends at {len(self.data):,}")
+        return _Info(shape, kind, start, stop - start)
 
     def take(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{layout}", self.data, self.at)
-        self.at += struct.calcsize(f"<{layout}")
-        return values
+        start, self.at = self.at, self.at + struct.calcsize(f"<{layout}")
+        if self.at > len(self.data):
+            raise ValueError(f"cut short: byte {self.at:,} is needed, the file ends at {len(self.data):,}")
+        return struct.unpack_from(f"<{layout}", self.data, start)
 
     def many(self, count: int, code: str) -> tuple[Any, ...]:
         return self.take(f"{min(count, len(self.data))}{code}")  # a count that no file holds is no layout either

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jpeft.models.loading import ModelError
+from jpeft.models.files import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,7 +68,8 @@ def build(file: File) -> Tokenizer:
     except ModelError:
         raise
     except Exception as error:  # tokenizers has no class of its own
-        raise ModelError(f"{file.path}: tokenizers rejects what tokenizer.ggml says: {error}") from None
+        said = " ".join(str(error).split())
+        raise ModelError(f"{file.path}: tokenizers rejects what tokenizer.ggml says: {said}") from None
     return tokenizer
 
 
@@ -192,7 +193,10 @@ def _add_bos_and_eos(file: File, tokenizer: Tokenizer, tokens: list[str]) -> Non
 
 
 def _tokens(file: File) -> list[str]:
-    return [token or f"[EMPTY_{i}]" for i, token in enumerate(file.get("tokenizer.ggml.tokens", list))]  # as llama.cpp
+    tokens = file.get("tokenizer.ggml.tokens", list)
+    if not tokens or type(tokens[0]) is not str:
+        raise ModelError(f"{file.path}: tokenizer.ggml.tokens holds no texts")
+    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # as llama.cpp
 
 
 def _token_types(file: File) -> list[int]:

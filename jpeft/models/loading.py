@@ -363,7 +363,7 @@ def _place(
     """Every leaf where it belongs. The largest tensors go first, while there is room for a second copy of them."""
     placed: dict[str, jax.Array] = {}
     for slot in sorted(slots, key=lambda slot: -math.prod(slot.shape)):
-        value = _read(slot, tensors[names[slot]]).astype(dtype)
+        value = _read(slot, tensors[names[slot]]).astype(dtype, copy=False)
         sharding = shardings[slot.path]
         if slot.layer is None:
             placed[slot.path] = _put(value, sharding)

@@ -115,7 +115,8 @@ class Rotary:
         """The cosines and sines of each position, float32."""
         f = jnp.asarray(self.frequencies(head_dim, max_positions))
         if self.rope_type == "dynamic":
-            longest = jnp.maximum(positions.max() + 1, max_positions).astype(jnp.float32)
+            longest = positions.max(axis=1, keepdims=True) + 1  # of each row: what else is in the batch does not matter
+            longest = jnp.maximum(longest, max_positions).astype(jnp.float32)[..., None]
             grown = self.factor * longest / max_positions - (self.factor - 1)
             theta = self.theta * grown ** (head_dim / (head_dim - 2))
             f = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -146,9 +147,11 @@ def from_config(given: Mapping[str, Any] | None, theta: float) -> Rotary:
     >>> from_config({"rope_type": "linear", "factor": 2}, 10000.0).factor
     2.0
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"rope_scaling={given!r} is not an object")
     given = dict(given or {})
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _NEEDED:
+    if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(f"rope_type {kind!r} is not supported, only {', '.join(_NEEDED)}")
     known = {*_NEEDED[kind], *_OPTIONAL.get(kind, ())}
     if unknown := sorted(k for k in given.keys() - known - _NO_MATHS if given[k] is not None):

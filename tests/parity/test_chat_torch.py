@@ -2,7 +2,6 @@
 
 # ruff: noqa: E501 (lines of templates)
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -390,9 +389,8 @@ def test_a_token_that_only_the_config_calls_special(folder, tmp_path):
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.skipif("JPEFT_SMOLLM2_GGUF" not in os.environ, reason="JPEFT_SMOLLM2_GGUF names no .gguf file")
-def test_smollm2_reads_as_in_transformers():
-    path = Path(os.environ["JPEFT_SMOLLM2_GGUF"])
+def test_smollm2_reads_as_in_transformers(smollm2_file):
+    path = smollm2_file
     ours, theirs = chat.read(path), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     assert ours.template == CHATML and 2 in ours.stop_ids
     for messages in CONVERSATIONS.values():

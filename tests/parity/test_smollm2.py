@@ -1,0 +1,89 @@
+"""SmolLM2 from its GGUF file against transformers' own reading of it: logits on real text, and greedy generation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jpeft
+from jpeft import chat, models
+
+TEXT = (
+    "Adapters are small. A language model has some hundred million weights or some hundred billion, and what a new "
+    "task asks of them is little: in 2021, Hu et al. wrote the change of each matrix as the product of two thin ones, "
+    "W' = W + (alpha / r) * A @ B, and trained these alone.\n\ndef f(x):\n    return x ** 2 + 1\n\n"
+    "« Où est la gare ? » 日本 🙂"
+)
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, there was a small village",
+    "Water boils at",
+    "1, 2, 3, 5, 8, 13,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nWrite a haiku about tea.<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>system\nAnswer briefly.<|im_end|>\n<|im_start|>user\nWhat is 12 times 12?<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "In mathematics, a prime number is a natural number greater than 1 that",
+]
+NEW = 64
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_file):
+    path = smollm2_file
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    return models.load(path, scan_layers=False), chat.read(path), torch_model.eval()
+
+
+def test_logits_on_real_text(smollm2):
+    (model, params), codec, torch_model = smollm2
+    ids = np.array([codec.encode(TEXT)])
+    with torch.no_grad():
+        want = torch_model(torch.tensor(ids)).logits.numpy()
+    got = np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(ids)))
+    np.testing.assert_allclose(got, want, atol=2e-3, rtol=1e-4)
+    assert np.abs(got - want).mean() < 1e-4
+    assert (got.argmax(-1) == want.argmax(-1)).all()
+
+
+def test_greedy_generation_token_for_token(smollm2):
+    """One by one and as a ragged batch; and uncached: each token is the likeliest after all before it."""
+    (model, params), codec, torch_model = smollm2
+    prompts = [codec.encode(prompt) for prompt in PROMPTS]
+    want = []
+    for ids in prompts:
+        tensor = torch.tensor([ids])
+        with torch.no_grad():
+            out = torch_model.generate(
+                tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=NEW, do_sample=False, pad_token_id=2
+            )
+        want.append(out[0, len(ids) :].tolist())
+    settings = {"max_new_tokens": NEW, "stop_ids": codec.stop_ids}
+    batch = jpeft.generate(model, params, prompts, **settings)
+    alone = [jpeft.generate(model, params, [ids], **settings, shortest=64)[0] for ids in prompts[:3]]
+    assert batch == want
+    assert alone == want[:3]
+    forward = jax.jit(model.apply)
+    for ids, new in zip(prompts, want, strict=True):
+        whole = np.zeros((1, 128), np.int32)  # causal: what stands behind changes nothing
+        whole[0, : len(ids) + len(new)] = ids + new
+        logits = forward({"params": params}, jnp.asarray(whole))[0]
+        assert logits.argmax(-1)[len(ids) - 1 :][: len(new)].tolist() == new
+
+
+def test_export_to_transformers(smollm2, tmp_path):
+    """From GGUF, written as a HuggingFace folder: transformers' weights of it are those it reads from the GGUF."""
+    (model, params), _, torch_model = smollm2
+    models.save(tmp_path / "hf", model, params)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in torch_model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    for field in ("rope_theta", "max_position_embeddings", "eos_token_id", "bos_token_id", "rms_norm_eps"):
+        assert np.float32(getattr(again.config, field)) == np.float32(getattr(torch_model.config, field)), field
