@@ -92,7 +92,7 @@ def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> 
     if name in MODELS:
         return fetch(name, MODELS[name], log) / MODELS[name].file
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
         return path
     if path.exists():
         raise UserError(

@@ -7,7 +7,9 @@ for piece in speaker.answer(speaker.codec.encode_chat([{"role": "user", "content
 
 from __future__ import annotations
 
+import platform
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,8 +150,14 @@ def _read_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the cache folder: the next process starts at once."""
-    folder = cache_folder() / "compiled"
+    """Keeps compiled programs in the cache folder: the next process starts at once.
+
+    Machines that share the folder each have their own: a CPU's programs use the instructions it has.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    about = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "") \
+        if cpuinfo.is_file() else platform.processor()  # fmt: skip
+    folder = cache_folder() / f"compiled-{platform.machine()}-{zlib.crc32(about.encode()):08x}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -25,7 +25,8 @@ def low_rank(
     """
     dropped = base.dropout(x, dropout)
     if dropped is x and _summed_is_less(base, x, a, b):
-        y, bias = _summed(x, base.weight, a, b), base.bias
+        # Checkpointed, so that the backward pass makes the sum again instead of keeping a second copy of the weights.
+        y, bias = jax.checkpoint(_summed)(x, base.weight, a, b), base.bias
         return y if bias is None else y + bias
     y = base(x)
     return y + (narrow(dropped, a) @ b).astype(y.dtype)

@@ -30,7 +30,7 @@ from jpeft.models.rotary import Rotary, rotate
 from jpeft.models.rotary import from_config as rotary_from_config
 from jpeft.models.rotary import to_config as rotary_to_config
 
-States = Float[Array, "batch length hidden"]
+States = Float[Array, "*tokens hidden"]  # [batch, length, hidden], or with the two in one (`ops.tokens_in_one`)
 Heads = Float[Array, "batch length heads head_dim"]
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -117,6 +117,7 @@ class Context:
     rotary: tuple[Any, Any]  # tables, see `Rotary.table`
     masks: tuple[Any, Any]  # [batch, 1, queries, keys], or None for causal ones over the queries' own keys
     index: Any = None  # where in the cache the queries' own keys go
+    shape: tuple[int, int] = flax.struct.field(default=(0, 0), pytree_node=False)  # batch, length
 
 
 class _Module(nn.Module):
@@ -141,7 +142,7 @@ class _Module(nn.Module):
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
             name=name,
         )
-        return ops.flat(layer, x)
+        return layer(x)
 
     def norm(self, x: jax.Array, name: str, axis: str = "embed") -> jax.Array:
         return RMSNorm(**self.fields(), axis=axis, name=name)(x)
@@ -157,11 +158,8 @@ class RMSNorm(_Module):
         offset = 1.0 if self.config.gemma else 0.0
         init = nn.with_logical_partitioning(nn.initializers.constant(1.0 - offset), (self.axis,))
         scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.rms_norm_eps)
-        return (wide * (scale.astype(jnp.float32) + offset)).astype(
-            self.dtype or jnp.promote_types(x.dtype, scale.dtype)
-        )
+        dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
+        return ops.rms_norm(x, scale, self.config.rms_norm_eps, offset, jnp.dtype(dtype))
 
 
 class SelfAttention(_Module):
@@ -180,9 +178,9 @@ class SelfAttention(_Module):
         layer: this layer's number. sliding: whether it is a sliding one.
         """
         cfg = self.config
-        query = self.project(x, cfg.num_attention_heads, "q")
-        key = self.project(x, cfg.num_key_value_heads, "k")
-        value = self.project(x, cfg.num_key_value_heads, "v")
+        query = self.project(x, context.shape, cfg.num_attention_heads, "q")
+        key = self.project(x, context.shape, cfg.num_key_value_heads, "k")
+        value = self.project(x, context.shape, cfg.num_key_value_heads, "v")
         if cfg.qk_norm:
             query, key = self.norm(query, "q_norm", "head_dim"), self.norm(key, "k_norm", "head_dim")
         table = _pick(sliding, context.rotary)
@@ -193,12 +191,12 @@ class SelfAttention(_Module):
         out = out.reshape(*x.shape[:-1], cfg.num_attention_heads * cfg.head_dim)
         return self.dense(out, cfg.hidden_size, "o_proj", ("heads", "embed"), cfg.output_bias), cache
 
-    def project(self, x: States, heads: int, name: str) -> Heads:
-        """Queries, keys or values, split by head."""
+    def project(self, x: States, shape: tuple[int, int], heads: int, name: str) -> Heads:
+        """Queries, keys or values, split by example and head."""
         width = heads * self.config.head_dim
         axes = ("embed", "heads" if name == "q" else "kv_heads")
         y = self.dense(x, width, f"{name}_proj", axes, self.config.attention_bias)
-        return y.reshape(*x.shape[:-1], heads, self.config.head_dim)
+        return y.reshape(*shape, heads, self.config.head_dim)
 
     def attend(
         self,
@@ -260,7 +258,7 @@ class MLP(_Module):
         width = self.config.intermediate_size
         gate = self.dense(x, width, "gate_proj", ("embed", "mlp"), self.config.mlp_bias)
         up = self.dense(x, width, "up_proj", ("embed", "mlp"), self.config.mlp_bias)
-        wide = ops.ACTIVATIONS[self.config.hidden_act](gate) * up
+        wide = ops.gated(gate, up, self.config.hidden_act)
         return self.dense(wide, self.config.hidden_size, "down_proj", ("mlp", "embed"), self.config.mlp_bias)
 
 
@@ -330,6 +328,7 @@ class Model(_Module):
         x = self.embed_tokens(input_ids)
         if cfg.gemma:
             x *= jnp.asarray(cfg.hidden_size**0.5, x.dtype)
+        x, context = ops.tokens_in_one(x), context.replace(shape=input_ids.shape)
         layer: Any = Layer
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, REMAT[_known_remat(self.remat)])
@@ -356,7 +355,7 @@ class Model(_Module):
             layers = Layers(**self.fields(), layer=layer, deterministic=deterministic, name="layers")
             carry, _ = layers(carry, None, context)
         x, cache = carry
-        return self.norm(x, "norm"), cache
+        return self.norm(x, "norm").reshape(*input_ids.shape, cfg.hidden_size), cache
 
 
 class Decoder(_Module):
@@ -451,7 +450,7 @@ class Decoder(_Module):
     def logits(self, states: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocabulary"]:
         """The output head over `hidden_states`, in float32."""
         head = self.model.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-        logits = ops.flat(head, states).astype(jnp.float32)
+        logits = head(ops.tokens_in_one(states)).reshape(*states.shape[:-1], -1).astype(jnp.float32)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = jnp.tanh(logits / cap) * cap
         return logits

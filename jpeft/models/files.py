@@ -56,7 +56,7 @@ def is_gguf(path: Path) -> bool:
     >>> is_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
     True
     """
-    return path.suffix == ".gguf"
+    return path.suffix.lower() == ".gguf"
 
 
 def read_config(path: Path) -> dict[str, Any]:

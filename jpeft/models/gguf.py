@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -286,6 +287,20 @@ def read_special(path: str | os.PathLike[str]) -> dict[str, str]:
     '<|im_end|>'
     """
     return gguf_tokenizer.special_tokens(_open(path))
+
+
+def write_tokenizer(path: str | os.PathLike[str], folder: Path) -> None:
+    """The file's tokenizer, special tokens, chat template and stop ids as a HuggingFace folder keeps them.
+
+    >>> write_tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # doctest: +SKIP
+    """
+    read_tokenizer(path).save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **read_special(path)}
+    if (template := read_chat_template(path)) is not None:
+        config["chat_template"] = template
+    stops = {"eos_token_id": list(stop_ids(path))}
+    for name, value in (("tokenizer_config.json", config), ("generation_config.json", stops)):
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:

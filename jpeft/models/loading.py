@@ -175,8 +175,8 @@ def save(
         path: the folder to write; it appears whole or not at all.
         model: as `load` gave it.
         params: its whole tree (merge an adapter first), each leaf written in its own dtype.
-        source: the folder the model came from. What it holds beside the model is kept: tokenizer, pooling, other
-            fields of its `config.json`, the tensors of poolers and heads.
+        source: the folder or `.gguf` file the model came from. What it holds beside the model is kept: tokenizer,
+            pooling, other fields of its `config.json`, the tensors of poolers and heads.
         extra_files: name → content, written beside the rest.
 
     Raises:
@@ -363,23 +363,24 @@ def _place(
     """Every leaf where it belongs. The largest tensors go first, while there is room for a second copy of them."""
     placed: dict[str, jax.Array] = {}
     for slot in sorted(slots, key=lambda slot: -math.prod(slot.shape)):
-        value = _read(slot, tensors[names[slot]]).astype(dtype, copy=False)
-        sharding = shardings[slot.path]
+        tensor, sharding = tensors[names[slot]], shardings[slot.path]
         if slot.layer is None:
-            placed[slot.path] = _put(value, sharding)
+            placed[slot.path] = _put(_read(slot, tensor).astype(dtype, copy=False), sharding)
             continue
         if slot.path not in placed:
             placed[slot.path] = _empty(abstract[slot.path].shape, dtype, sharding)
-        layer = _put(value, _of_a_layer(sharding))
-        # One at a time: what waits for the device would stay in host memory.
+        layer = _put(_read(slot, tensor).astype(dtype, copy=False), _of_a_layer(sharding))
         placed[slot.path] = jax.block_until_ready(_into(sharding)(placed[slot.path], layer, slot.layer))
+        del layer  # not there any more when the next is read
     return {path: placed[path] for path in abstract}
 
 
 def _put(value: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jnp.array(value)  # a copy: a view of the file's own memory would end with it
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.ascontiguousarray(value[index]))
+        leaf = jax.device_put(value, may_alias=False)  # a copy: a view of the file's own memory would end with it
+    else:
+        leaf = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return jax.block_until_ready(leaf)  # one at a time: what waits for the device would stay in host memory
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
@@ -408,6 +409,8 @@ def _read_source(
     """The source's config, the tensors it holds beside the model, and the prefix of those inside."""
     if _build(source, model.dtype, model.param_dtype, {})[1].config != model.config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
+    if is_gguf(source):
+        return family.to_config(model), {}, ""
     with open_tensors(source) as tensors:
         inside = set(_match(source, family, model, slots, tensors).values())
         kept = {name: tensor.read() for name, tensor in tensors.items() if name not in inside}
@@ -416,6 +419,10 @@ def _read_source(
 
 def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer and other small files, and the numbered module folders of sentence-transformers (`1_Pooling`)."""
+    if is_gguf(source):
+        from jpeft.models import gguf
+
+        return gguf.write_tokenizer(source, folder)
     for path in sorted(source.iterdir()):
         if path.is_dir() and re.match(r"\d+_", path.name):
             shutil.copytree(path, folder / path.name)

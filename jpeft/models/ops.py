@@ -32,7 +32,7 @@ def gelu(x: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def masked_softmax(scores: Float[Array, "*batch q k"], mask: Mask) -> Float[Array, "*batch q k"]:
     """Softmax over the last axis where `mask` is True, in float32 or wider."""
-    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    wide = scores.astype(scores.dtype if scores.dtype.itemsize >= 4 else jnp.float32)
     if mask is not None:
         wide = jnp.where(mask, wide, jnp.finfo(wide.dtype).min)
     weights = jnp.exp(wide - wide.max(axis=-1, keepdims=True))
@@ -60,16 +60,36 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def flat(layer: Callable[[jax.Array], jax.Array], x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-    """`layer(x)`, with the leading axes as one where that is faster (see `jpeft.geometry.base.flatten_tokens`).
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def rms_norm(
+    x: Float[Array, "*batch features"], scale: Float[Array, " features"], eps: float, offset: float, dtype: Any
+) -> Float[Array, "*batch features"]:
+    """`x / rms(x) * (scale + offset)` over the last axis, in float32; for the backward pass only `x` stays in memory.
 
-    >>> flat(lambda x: x @ jnp.ones((3, 2)), jnp.ones((4, 5, 3))).shape
-    (4, 5, 2)
+    >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), 0.0, 0.0, jnp.float32).round(4).tolist()
+    [0.8485000133514404, 1.1313999891281128]
     """
-    if not base.flatten_tokens():
-        return layer(x)
-    y = layer(x.reshape(-1, x.shape[-1]))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return (wide * (scale.astype(jnp.float32) + offset)).astype(dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """`activation(gate) * up`; for the backward pass only these two stay in memory, not the three made between."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+def tokens_in_one(x: Float[Array, "*batch features"]) -> Float[Array, "*tokens features"]:
+    """`[batch, length, features]` as `[tokens, features]` where that is faster, else as it is.
+
+    XLA CPU is: see `jpeft.geometry.base.flatten_tokens`. Whole layers run on it, so that what the backward pass needs
+    is not kept in both shapes.
+
+    >>> tokens_in_one(jnp.ones((4, 5, 3))).shape
+    (20, 3)
+    """
+    return x.reshape(-1, x.shape[-1]) if base.flatten_tokens() else x
 
 
 def causal_mask(queries: int, keys: int, window: int | None = None, offset: Any = None) -> Bool[Array, "queries keys"]:
@@ -148,11 +168,15 @@ def _plain_attention(
     keys, kv_heads = key.shape[1:3]
     query = (query * jnp.asarray(scale, query.dtype)).swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("bkqd,bksd->bkqs", query, key).reshape(batch, heads, queries, keys)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # [batch or 1, heads or 1, queries, keys]
+    by_head = (mask.shape[0], kv_heads if mask.shape[1] > 1 else 1, heads // kv_heads, queries, keys)
+    mask = jnp.broadcast_to(mask.reshape(mask.shape[0], by_head[1], -1, queries, keys), by_head)
+    mask = mask.reshape(*by_head[:2], -1, keys)
+    scores = jnp.einsum("bkqd,bksd->bkqs", query, key)
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
     weights = masked_softmax(scores, mask)
     if dropout is not None:
         weights = dropout(weights)
-    out = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, -1, keys), value)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, value)
     return out.reshape(batch, heads, queries, head_dim).swapaxes(1, 2)

@@ -77,10 +77,16 @@ def test_greedy_generation_token_for_token(smollm2):
         assert logits.argmax(-1)[len(ids) - 1 :][: len(new)].tolist() == new
 
 
-def test_export_to_transformers(smollm2, tmp_path):
+def test_export_to_transformers(smollm2, smollm2_file, tmp_path):
     """From GGUF, written as a HuggingFace folder: transformers' weights of it are those it reads from the GGUF."""
-    (model, params), _, torch_model = smollm2
-    models.save(tmp_path / "hf", model, params)
+    (model, params), codec, torch_model = smollm2
+    models.save(tmp_path / "hf", model, params, source=smollm2_file)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer(TEXT)["input_ids"] == codec.encode(TEXT) == chat.read(tmp_path / "hf").encode(TEXT)
+    turn = [{"role": "user", "content": "Who are you?"}]
+    rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert rendered == codec.encode_chat(turn) == chat.read(tmp_path / "hf").encode_chat(turn)
+    assert chat.read(tmp_path / "hf").stop_ids == codec.stop_ids
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, value in torch_model.state_dict().items():

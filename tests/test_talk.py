@@ -1,0 +1,269 @@
+"""`jpeft generate` and `jpeft chat` on a tiny Llama: what they print, and the mistakes that users make."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+import jpeft
+from jpeft import chat, models, talk
+from jpeft.cli import main
+from jpeft.models.bert import Bert, BertConfig
+from jpeft.models.decoder import Decoder, DecoderConfig
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SMALL = ["--max-new-tokens", "6"]
+IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a language model (`llama`), an encoder (`bert`), and adapters of the first."""
+    folder = tmp_path_factory.mktemp("home")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({**{letter: i for i, letter in enumerate(letters)}}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])  # 256
+    config = DecoderConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256,
+    )  # fmt: skip
+    model = Decoder(config)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    params = jax.tree.map(lambda x: x * 20, params)  # far from uniform: ties would make tokens a matter of rounding
+    models.save(folder / "llama", model, params)
+    tokenizer.save(str(folder / "llama" / "tokenizer.json"))
+    about = {"eos_token": "</s>", "chat_template": TEMPLATE}
+    (folder / "llama" / "tokenizer_config.json").write_text(json.dumps(about))
+    peft = jpeft.LoRA(rank=2, targets="all-linear", init_weights="random").bind(model, params, IDS)
+    adapter = jax.tree.map(lambda x: 3 * x, peft.init(jax.random.key(1), params))
+    jpeft.save(folder / "lora", peft, adapter, params)
+    shutil.copytree(folder / "lora", folder / "run" / "adapter")
+    jpeft.hf.save(folder / "hf", peft, adapter, params)
+    prefix = jpeft.PrefixTuning(length=3, init_std=30.0).bind(model, params, IDS)
+    jpeft.save(folder / "prefix", prefix, prefix.init(jax.random.key(2), params), params)
+    bert = Bert(BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=32, max_position_embeddings=40))  # fmt: skip
+    models.save(folder / "bert", bert, bert.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
+    tokenizer.save(str(folder / "bert" / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(home, monkeypatch, tmp_path):
+    """Every test works in a folder of its own, which sees the model, and in its own cache."""
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(talk, "keep_compiled", lambda: None)
+
+
+def say(capsys, *arguments, stdin=None, monkeypatch=None):
+    """What a command prints, after it ended well."""
+    if stdin is not None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    status = main(list(arguments))
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    return out.out
+
+
+def expected(prompt, new=6, **settings):
+    """The same by hand: `jpeft.generate` on what `models.load` gives."""
+    model, params = models.load("llama")
+    codec = chat.read("llama")
+    ids = codec.encode_chat(prompt) if isinstance(prompt, list) else codec.encode(prompt)
+    (tokens,) = jpeft.generate(
+        model, params, [ids], max_new_tokens=new, stop_ids=codec.stop_ids, vocabulary=codec.size, **settings
+    )
+    return codec.decode(tokens)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_prompt_goes_through_the_models_chat_template_unless_raw(capsys):
+    base = ("generate", "--model", "llama", *SMALL, "hi there")
+    assert say(capsys, *base) == expected(user("hi there")) + "\n"
+    assert say(capsys, *base, "--raw") == expected("hi there") + "\n"
+    with_system = [{"role": "system", "content": "be brief"}, *user("hi there")]
+    assert say(capsys, *base, "--system", "be brief") == expected(with_system) + "\n"
+    assert expected(user("hi there")) != expected("hi there")
+
+
+def test_a_prompt_on_stdin_and_messages_in_a_file(capsys, monkeypatch):
+    base = ("generate", "--model", "llama", *SMALL)
+    assert say(capsys, *base, stdin="hi there\n", monkeypatch=monkeypatch) == expected(user("hi there")) + "\n"
+    messages = [*user("hi"), {"role": "assistant", "content": "yes"}, *user("so?")]
+    with open("talk.json", "w") as file:
+        json.dump(messages, file)
+    assert say(capsys, *base, "--messages", "talk.json") == expected(messages) + "\n"
+
+
+def test_several_prompts_are_one_batch(capsys):
+    base = ("generate", "--model", "llama", *SMALL, "--json", "--raw")
+    found = json.loads(say(capsys, *base, "hi there", "a", "good day"))
+    assert [row["text"] for row in found] == [expected("hi there"), expected("a"), expected("good day")]
+
+
+def test_json_tells_the_speed(capsys):
+    found = json.loads(say(capsys, "generate", "--model", "llama", *SMALL, "--json", "hi"))
+    assert found["text"] == expected(user("hi")) and found["new_tokens"] == 6
+    assert found["prompt_tokens"] == len(chat.read("llama").encode_chat(user("hi")))
+    assert found["tokens_per_second"] > 0
+
+
+def test_sampling_depends_on_the_seed_alone(capsys):
+    base = ("generate", "--model", "llama", *SMALL, "hi", "--temperature", "2", "--top-k", "50", "--top-p", "0.95")
+    first, again, other = (say(capsys, *base, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first == again != other
+    by_hand = expected(user("hi"), temperature=2.0, top_k=50, top_p=0.95, key=jax.random.key(1))
+    assert first == by_hand + "\n"
+
+
+@pytest.mark.parametrize("folder", ["lora", "run", "hf", "prefix"])
+def test_under_an_adapter(capsys, folder):
+    model, params = models.load("llama")
+    if folder == "hf":
+        peft, adapter = jpeft.hf.load("hf", model, params, IDS)
+    else:
+        peft, adapter = jpeft.load("prefix" if folder == "prefix" else "lora", model, params, IDS)
+    want = expected(user("hi"), peft=peft, adapter=adapter)
+    assert say(capsys, "generate", "--model", "llama", "--adapter", folder, *SMALL, "hi") == want + "\n"
+    assert want != expected(user("hi"))
+
+
+def test_half_precision(capsys):
+    speaker = talk.open_speaker("llama", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(speaker.params)} == {jnp.dtype("bfloat16")}
+    assert "".join(speaker.answer(speaker.codec.encode("hi"), talk.Settings(max_new_tokens=3)))
+
+
+def test_a_chat_remembers_what_was_said(capsys, monkeypatch):
+    out = say(capsys, "chat", "--model", "llama", *SMALL, "--system", "be kind", stdin="hi\n\nand?\n",
+              monkeypatch=monkeypatch)  # fmt: skip
+    messages = [{"role": "system", "content": "be kind"}, *user("hi")]
+    first = expected(messages)
+    second = expected([*messages, {"role": "assistant", "content": first}, *user("and?")])
+    assert out == f"{first}\n{second}\n"
+
+
+MISTAKES = {
+    "a prompt longer than the context": (["llama", "x" * 130], "longer than the model's context of 128"),
+    "no room for new tokens": (["llama", "hi", "--max-new-tokens", "200"], "longer than the model's context of 128"),
+    "an empty prompt": (["llama", "--raw", ""], "empty"),
+    "an unknown role": (["llama", "--messages", "role.json"], "'robot'"),
+    "a template that raises": (["llama", "--messages", "tool.json"], "no tools here"),
+    "a broken template": (["broken", "hi"], "chat template"),
+    "messages that are no JSON": (["llama", "--messages", "llama/tokenizer_config.json/none"], "Not a directory"),
+    "messages that are half JSON": (["llama", "--messages", "half.json"], "not JSON"),
+    "messages that are no list": (["llama", "--messages", "object.json"], "messages"),
+    "no template for a system message": (["plain", "hi", "--system", "x"], "template"),
+    "a truncated shard": (["short", "hi"], "model.safetensors: not a whole safetensors file"),
+    "a gguf that is none": (["none.gguf", "hi"], "none.gguf"),
+    "a quantisation that is not read": (["quant.gguf", "hi"], "not.*(supported|dequantise)"),
+    "another model's tokenizer": (["larger", "hi"], "the tokenizer belongs to another model"),
+    "no tokenizer": (["bare", "hi"], "no tokenizer.json"),
+    "an encoder": (["bert", "hi"], "not a language model"),
+    "an encoder, with an adapter": (["bert", "hi", "--adapter", "lora"], "not a language model"),
+    "no such model": (["nowhere", "hi"], "no such folder"),
+    "another family": (["other", "hi"], "'mamba' is not one of .*llama.*gemma2"),
+    "no adapter there": (["llama", "hi", "--adapter", "bert"], "bert"),
+    "an adapter of another model": (["shifted", "hi", "--adapter", "lora"], "base"),
+    "a temperature below 0": (["llama", "hi", "--temperature", "-1"], "temperature must be a number from 0"),
+    "a top_p above 1": (["llama", "hi", "--top-p", "1.5"], "top_p must be above 0 and at most 1"),
+    "a top_k of 0": (["llama", "hi", "--top-k", "0"], "top_k must be a whole number from 1"),
+    "no new tokens": (["llama", "hi", "--max-new-tokens", "0"], "max_new_tokens must be a whole number from 1"),
+    "raw and a system message": (["llama", "hi", "--raw", "--system", "x"], "no place for --system"),
+    "two sources of prompts": (["llama", "hi", "--messages", "role.json"], "no PROMPT"),
+}
+
+
+@pytest.fixture
+def mistakes(home, tmp_path):
+    """The broken things that the mistakes are about."""
+    for name, value in {"role": [{"role": "robot", "content": "x"}], "tool": [{"role": "tool", "content": "x"}],
+                        "object": {"role": "user"}}.items():  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    (tmp_path / "half.json").write_text('[{"role"')
+    for name in ("broken", "plain", "short", "larger", "bare", "other", "shifted"):
+        shutil.copytree(home / "llama", tmp_path / name)
+    (tmp_path / "broken" / "tokenizer_config.json").write_text('{"chat_template": "{% for %}"}')
+    (tmp_path / "plain" / "tokenizer_config.json").write_text("{}")
+    whole = (tmp_path / "short" / "model.safetensors").read_bytes()
+    (tmp_path / "short" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    tokenizer = Tokenizer.from_file(str(home / "llama" / "tokenizer.json"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+    tokenizer.save(str(tmp_path / "larger" / "tokenizer.json"))
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    config = json.loads((home / "llama" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    model, params = models.load(home / "llama")
+    shutil.rmtree(tmp_path / "shifted")
+    models.save(tmp_path / "shifted", model, jax.tree.map(lambda x: x + 1, params), source=home / "llama")
+    (tmp_path / "none.gguf").write_bytes(b"not a gguf file")
+    write_unreadable(tmp_path / "quant.gguf")
+
+
+def write_unreadable(path):
+    """A whole GGUF file, with its matrices in a type that nobody dequantises."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    for name, rows in {"token_embd": 3, **{f"blk.0.{name}": 256 for name in matrices}}.items():
+        raw = np.zeros((rows, 292), np.uint8)  # 292 bytes for 256 numbers
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_K)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.zeros(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_line(name, mistakes, capsys):
+    (model, *arguments), message = MISTAKES[name]
+    status = main(["generate", "--model", model, *arguments])
+    out = capsys.readouterr()
+    assert status != 0 and out.out == ""
+    assert out.err.count("\n") == 1 and out.err.startswith("jpeft: error: ")
+
+    assert re.search(message, out.err) and "unexpected" not in out.err, out.err
+
+
+def test_a_pipe_that_closes_early_is_no_error(home):
+    """`jpeft generate ... | head -c 1`, in a process of its own."""
+    code = "import sys; from jpeft.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "generate", "--model", str(home / "llama"), "--max-new-tokens", "90", "hi"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() in (0, 141) and "Traceback" not in err
