@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import random
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import Variant, compiled_facts, cross_entropy, measure, table
 
 import jpeft
 from jpeft.assets import resolve_model
@@ -42,22 +39,6 @@ def batch() -> dict[str, np.ndarray]:
         "mask": np.ones((BATCH, LENGTH), np.int32),
         "labels": rng.integers(0, 2, BATCH).astype(np.int32),
     }
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-class Variant:
-    """Something to time: ``step()`` runs one training step and waits for it."""
-
-    def __init__(self, name: str, step: Callable[[], Any], **facts: Any):
-        self.name, self.step, self.facts, self.times = name, step, facts, []
-
-
-def compiled_facts(compiled: Any) -> dict[str, float]:
-    memory = compiled.memory_analysis()
-    return {"flops": compiled.cost_analysis()["flops"], "temporary_bytes": memory.temp_size_in_bytes}
 
 
 def jax_variant(name: str, model: Any, params: Any, method: jpeft.methods.Method, data: Any) -> Variant:
@@ -196,28 +177,6 @@ def forward_variants(model: Any, params: Any, data: Any) -> list[Variant]:
         run = functools.partial(lambda c, t: jax.block_until_ready(c(*t, data["ids"], data["mask"])), compiled, trees)
         out.append(Variant(name, run, **compiled_facts(compiled)))
     return out
-
-
-def measure(variants: list[Variant], rounds: int) -> None:
-    """A step of each, ``rounds`` times, after two that do not count. Each round has another order: what a step leaves
-    in caches and in the allocator falls on all alike."""
-    order = random.Random(0)
-    for i in range(rounds + 2):
-        for variant in order.sample(variants, len(variants)):
-            start = time.perf_counter()
-            variant.step()
-            if i >= 2:
-                variant.times.append(time.perf_counter() - start)
-
-
-def table(variants: list[Variant]) -> list[dict[str, Any]]:
-    """Rows of medians and facts."""
-    rows = []
-    for v in variants:
-        times = sorted(1000 * t for t in v.times)
-        row = {"name": v.name, "median_ms": statistics.median(times)}
-        rows.append(row | {"fastest_ms": times[0]} | v.facts)
-    return rows
 
 
 def ratios(rows: list[dict[str, Any]], clock: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ import pytest
 
 import jpeft
 from jpeft.models.bert import Bert, BertConfig
+from jpeft.models.decoder import Decoder, DecoderConfig
 
 MODULES = [m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.")]
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -35,7 +36,7 @@ def test_every_name_of_the_surface_says_what_it_does(name):
 
 
 def test_the_surface_in_twenty_lines(tmp_path, monkeypatch):
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "jpeft.models.load" in block)
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "path/to/bert" in block)
     monkeypatch.chdir(tmp_path)
     model = Bert(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                             intermediate_size=32, max_position_embeddings=16))  # fmt: skip
@@ -45,6 +46,19 @@ def test_the_surface_in_twenty_lines(tmp_path, monkeypatch):
     exec(code, scope)
     assert int(scope["state"].step) == 1 and scope["states"].shape == (1, 4, 16)
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter.safetensors", "config.json"]
+
+
+def test_language_models(tmp_path, monkeypatch):
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "path/to/llama" in block)
+    monkeypatch.chdir(tmp_path)
+    model = Decoder(DecoderConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                  num_attention_heads=2, max_position_embeddings=64))  # fmt: skip
+    ids = jnp.array([[1, 5, 7, 2]])
+    jpeft.models.save(tmp_path / "path" / "to" / "llama", model, model.init(jax.random.key(0), ids)["params"])
+    scope = {"jax": jax, "jpeft": jpeft, "ids": ids, "mask": jnp.ones_like(ids)}
+    exec(code, scope)
+    assert scope["logits"].shape == (1, 4, 30) and [len(row) for row in scope["rows"]] == [16, 16]
+    assert (tmp_path / "hf" / "adapter_config.json").is_file()
 
 
 def test_the_method_and_the_geometry_that_the_readme_adds(registries):

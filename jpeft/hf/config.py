@@ -36,7 +36,7 @@ _NO_MATHS = {
 }  # fmt: skip
 # What would change the maths, and is refused unless it is off.
 _REFUSED = {
-    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication", "lora_bias",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
     "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora", "velora_config",
 }  # fmt: skip
@@ -79,6 +79,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": (_texts, "a list of names"),
     "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
     "task_type": (lambda v: isinstance(v, str), "a name"),
+    "ensure_weight_tying": (lambda v: isinstance(v, bool), "true or false"),
 }
 
 
@@ -105,6 +106,7 @@ class LoraConfig:
     modules_to_save: Sequence[str] = ()
     init_lora_weights: bool | str = True
     task_type: str = ""
+    ensure_weight_tying: bool = False
 
     def rank(self, name: str) -> int:
         """r at a module: the first pattern that matches counts."""
@@ -164,13 +166,14 @@ def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     >>> patterns({"a.query": 8, "a.value": 8, "b.query": 4})
     (8, {'b.query': 4})
     """
+    values = dict(sorted(values.items()))  # of values that are equally common the first counts, whatever the order
     default = Counter(values.values()).most_common(1)[0][0]
     # Sorted, as the file will be: the first match counts. Plain names are what older versions of PEFT look up too; they
     # match as suffixes and with "." for any character, so where that goes wrong they are anchored.
-    plain = {name: value for name, value in sorted(values.items()) if value != default}
+    plain = {name: value for name, value in values.items() if value != default}
     if all(_first(plain, name, default) == value for name, value in values.items()):
         return default, plain
-    return default, {f"^{re.escape(name)}": value for name, value in sorted(values.items()) if value != default}
+    return default, {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def read(file: Path) -> LoraConfig:

@@ -17,14 +17,15 @@ import numpy as np
 from flax.core import meta
 
 from jpeft.hf import config as hf
-from jpeft.hf import layout
+from jpeft.hf import layout, tied
 from jpeft.hf.names import ROOT, Names, Prefix
 from jpeft.inject import Action
 from jpeft.io import sync_folder, write_atomically, write_safetensors
 from jpeft.methods import BitFit, LoRA, Train
+from jpeft.models import stacking
 from jpeft.peft import Peft, split_variables
 from jpeft.sites import FUSED, Site
-from jpeft.tree import Path, Tree, flatten, join
+from jpeft.tree import Path, Tree, flatten, join, unflatten
 
 _README = "README.md"
 
@@ -43,6 +44,7 @@ def save(
 
     It takes a `LoRA`, alone or in a `Chain` with `BitFit` (of all biases, or of those where the LoRA is) and `Train`
     (of whole modules). A part of a model, say a classifier's encoder, is saved alone with its own peft and trees.
+    Layers that a decoder of `jpeft.models` stacks are written one by one, as torch has them.
 
     Args:
       path: the folder; it appears whole or not at all. An adapter that is there is replaced.
@@ -67,13 +69,18 @@ def save(
     for method in peft.method.methods():
         if type(method) not in (LoRA, BitFit, Train):
             raise ValueError(f"{method.name} has no form in a HuggingFace LoRA folder; save it with jpeft.save")
+    if not any(a.site.kind == "weight" for a in peft.actions):
+        raise ValueError("a HuggingFace LoRA folder needs a LoRA in the chain; save this adapter with jpeft.save")
+    leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
+    peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
     names = Names.of(prefix)
     lora = {names.torch(a.site.path): a for a in peft.actions if a.site.kind == "weight"}
-    if not lora:
-        raise ValueError("a HuggingFace LoRA folder needs a LoRA in the chain; save this adapter with jpeft.save")
-    base = flatten(split_variables(params)[0])
-    leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
-    config = _lora_fields(lora) | {
+    for action in lora.values():
+        layout.check_site(action.site)
+    tensors = _tensors(peft, leaves, names, lora)
+    head, embedding = tied.head(peft.model, names, tensors), tied.embedding_name(names)
+    settings = lora | {tied.head_name(names): lora[embedding]} if head and embedding in lora else lora
+    config = _lora_fields(settings) | {
         "base_model_name_or_path": base_model,
         "bias": _bias(peft, base),
         "inference_mode": True,
@@ -82,11 +89,24 @@ def save(
         "target_modules": sorted(lora),
         "task_type": task_type,
     }
-    tensors = _tensors(peft, leaves, names, lora)
+    if head:
+        config["ensure_weight_tying"] = True
     with _new_folder(FilePath(path)) as folder:
-        write_safetensors(folder / hf.TENSORS, tensors, {"format": "pt"})
+        write_safetensors(folder / hf.TENSORS, tensors | head, {"format": "pt"})
         write_atomically(folder / hf.CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         write_atomically(folder / _README, _card(config).encode())
+
+
+def _one_by_one(
+    peft: Peft, leaves: dict[Path, np.ndarray], base: Mapping[Path, Any]
+) -> tuple[Peft, dict[Path, np.ndarray], list[Path]]:
+    """The Peft, its leaves and the paths of the base, with the layers one by one where the model stacks them."""
+    at = stacking.stacked_at(peft.model)
+    if at is None:
+        return peft, leaves, list(base)
+    leaves = flatten(stacking.unstack(unflatten(leaves), at))
+    paths = [own for p, x in base.items() for own in stacking.numbered(p, at, (*np.shape(meta.unbox(x)), 0)[0])]
+    return stacking.unroll_peft(peft), leaves, paths
 
 
 def _tensors(
@@ -128,7 +148,7 @@ def _lora_fields(lora: Mapping[str, Action]) -> dict[str, Any]:
     dropouts = {a.method.dropout for a in lora.values() if a.site.via == FUSED and not a.site.lookup} or {0.0}
     if len(dropouts) > 1:
         raise ValueError(f"HuggingFace has one lora_dropout for all modules; this LoRA has {sorted(dropouts)}")
-    ranks = {name: a.method.rank * layout.parts(layout.check_site(a.site)) for name, a in lora.items()}
+    ranks = {name: a.method.rank * layout.parts(a.site) for name, a in lora.items()}
     rslora = all(method.rslora for method in methods.values())
     alphas = {name: _alpha(method, ranks[name], rslora) for name, method in methods.items()}
     inits = {method.init_weights for method in methods.values()}
@@ -155,7 +175,7 @@ def _alpha(method: LoRA, rank: int, rslora: bool) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _bias(peft: Peft, base: Mapping[Path, Any]) -> str:
+def _bias(peft: Peft, base: Collection[Path]) -> str:
     """What `BitFit` trains, in HuggingFace's words."""
     trained = {a.site.path for a in peft.actions if a.site.kind == "leaf"}
     chosen = {a.site.path for a in peft.actions if isinstance(a.method, BitFit)}
@@ -172,7 +192,7 @@ def _bias(peft: Peft, base: Mapping[Path, Any]) -> str:
     )
 
 
-def _modules_to_save(peft: Peft, base: Mapping[Path, Any], names: Names, task_type: str | None) -> list[str]:
+def _modules_to_save(peft: Peft, base: Collection[Path], names: Names, task_type: str | None) -> list[str]:
     """What `Train` trains, as torch modules: the outermost of which all leaves are trained.
 
     Raises:
@@ -197,7 +217,7 @@ def _modules_to_save(peft: Peft, base: Mapping[Path, Any], names: Names, task_ty
     return sorted(saved)
 
 
-def _whole(leaf: Path, base: Mapping[Path, Any], trained: Collection[Path]) -> Path:
+def _whole(leaf: Path, base: Collection[Path], trained: Collection[Path]) -> Path:
     """The outermost module around a leaf that is trained as a whole."""
     for n in range(1, len(leaf)):
         if all(p in trained for p in base if p[:n] == leaf[:n]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path as FilePath
@@ -16,11 +16,13 @@ from flax.core import meta
 
 from jpeft.geometry import Contraction, Raw
 from jpeft.hf import config as hf
-from jpeft.hf import layout
+from jpeft.hf import layout, tied
 from jpeft.hf.exporting import leaf_suffix
 from jpeft.hf.names import ROOT, Names, Prefix, find
+from jpeft.inject import Action
 from jpeft.io import AdapterError, read_safetensors
 from jpeft.methods import BitFit, Chain, LoRA, Method, Train
+from jpeft.models import stacking
 from jpeft.peft import Peft, bind_seen, look, split_variables
 from jpeft.sites import FUSED, Site
 from jpeft.survey import Survey
@@ -39,6 +41,9 @@ def load(
 ) -> tuple[Peft, Any]:
     """Reads a LoRA that HuggingFace PEFT saved, and binds it to a model. Inverse of `jpeft.hf.save`.
 
+    Where a decoder of `jpeft.models` stacks its layers, so is the adapter, which must then be alike in all of them;
+    one that is not takes the model loaded with ``scan_layers=False``.
+
     Args:
       path: the folder. model, params, *inputs, **kwargs: as for ``method.bind``.
       prefix: as in `save`; found from the names in the file where it is not given.
@@ -51,7 +56,8 @@ def load(
     Raises:
       AdapterError: no adapter there, a pickle, a truncated file; a field that is unknown or not supported; a tensor
         that is missing, extra or misshapen; a module that the model lacks, or that only one of file and
-        ``target_modules`` names.
+        ``target_modules`` names; layers that differ where the model stacks them; a tied embedding or head that changes
+        without the other.
       ValueError: a weight of the model that no torch module can be like, such as one stacked by a scan.
 
     >>> # peft, adapter = jpeft.hf.load("adapter", model, params, input_ids, attention_mask); see jpeft.hf.save
@@ -59,17 +65,22 @@ def load(
     folder = FilePath(path)
     config = hf.read(folder / hf.CONFIG)
     file = _File.read(folder, ignore)
+    tied.merge_head(model, config, file.path, file.lora, file.others)
     tree, _ = split_variables(params)
     base = flatten(tree)
-    seen = look(model, params, inputs, kwargs)
-    names = find(folder, file.modules, {p[:-1] for p in base}) if prefix is None else Names.of(prefix)
-    found = _Found(file, config, names, seen, tuple(ignore))
+    seen, at = look(model, params, inputs, kwargs), stacking.stacked_at(model)
+    each = stacking.unroll_survey(seen, at)  # with the layers one by one, as the file has them
+    names = find(folder, file.modules, {s.path[:-1] for s in each.leaves}) if prefix is None else Names.of(prefix)
+    found = _Found(file, config, names, each, tuple(ignore))
     sites, saved = found.lora(), found.saved()
     biases = found.biases(sites, saved)
-    method = _method(file, config, seen, sites, biases, saved)
+    whole = _Whole(file, config, names, at)
+    method = _method(
+        file, config, seen, whole.lora(sites, seen.weights), whole.leaves(biases, seen), whole.leaves(saved, seen)
+    )
     peft = bind_seen(method, model, params, seen)
-    leaves = {p: jnp.asarray(x) for p, x in _leaves(peft, file, config, names, sites).items()}
-    _check_rest(file, names, seen, {s.path for s in (*biases, *saved)}, base)
+    leaves = {p: jnp.asarray(x) for p, x in _leaves(peft, file, config, names, sites, at).items()}
+    _check_rest(file, names, seen, {s.path for s in (*biases, *saved)}, base, at)
     leaves = {p: leaves[p].astype(dtype) for p, (_, dtype) in peft.structure}
     return peft, like(unflatten(peft.dress(leaves, base)), tree)
 
@@ -213,6 +224,67 @@ class _Found:
         )
 
 
+# --- what of it is whole where layers are stacked ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """From sites of single layers to the model's own, which hold those of all layers where it stacks them."""
+
+    file: _File
+    config: hf.LoraConfig
+    names: Names
+    at: str | None
+
+    def lora(self, sites: Mapping[str, Site], weights: Iterable[Site]) -> dict[str, Site]:
+        """The weights by the first of the torch modules that each stands for.
+
+        Raises:
+          AdapterError: layers of which only some have a LoRA, or whose ranks or alphas differ.
+        """
+        out = {}
+        for site, modules in self._gather(
+            sites.values(), weights, "has a LoRA for", lambda s: self.names.torch(s.path)
+        ):
+            for what, of in (("rank", self.config.rank), ("alpha", self.config.alpha)):
+                other = next((m for m in modules if of(m) != of(modules[0])), None)
+                if other is not None:
+                    raise AdapterError(
+                        f"{self.file.path.parent}: {modules[0]!r} has {what} {of(modules[0])}, {other!r} has "
+                        f"{of(other)}; {stacking.DIFFER}"
+                    )
+            out[modules[0]] = site
+        return out
+
+    def leaves(self, sites: Iterable[Site], seen: Survey) -> list[Site]:
+        """The leaves that train.
+
+        Raises:
+          AdapterError: layers in only some of which they do.
+        """
+
+        def name(site: Site) -> str:
+            return f"{self.names.torch(site.path[:-1])}.{layout.leaf_name(site.path[-1])}"
+
+        return [site for site, _ in self._gather(sites, seen.leaves, "trains", name)]
+
+    def _gather(
+        self, sites: Iterable[Site], candidates: Iterable[Site], verb: str, name: Callable[[Site], str]
+    ) -> Iterator[tuple[Site, list[str]]]:
+        """The candidates that the sites make up, each with the torch names of the sites."""
+        chosen = {s.weight_path for s in sites}
+        for site in candidates:
+            each = stacking.unroll_site(site, self.at)
+            there = [s for s in each if s.weight_path in chosen]
+            if there and len(there) < len(each):
+                lacking = next(s for s in each if s.weight_path not in chosen)
+                raise AdapterError(
+                    f"{self.file.path.parent} {verb} {name(there[0])!r} and not {name(lacking)!r}; {stacking.DIFFER}"
+                )
+            if there:
+                yield site, [name(s) for s in there]
+
+
 # --- the method and its leaves ----------------------------------------------------------------------------------------
 
 
@@ -263,40 +335,57 @@ def _exactly(entries: Sequence[str], wanted: Iterable[Site], candidates: Iterabl
 
 
 def _leaves(
-    peft: Peft, file: _File, config: hf.LoraConfig, names: Names, sites: Mapping[str, Site]
+    peft: Peft, file: _File, config: hf.LoraConfig, names: Names, sites: Mapping[str, Site], at: str | None
 ) -> dict[Path, np.ndarray]:
     """The adapter's leaves from the file's tensors."""
     out: dict[Path, np.ndarray] = {}
     for action in peft.actions:
-        site = action.site
-        if site.kind == "leaf":
-            module, suffix = names.torch(site.path[:-1]), leaf_suffix(names, site, sites)
-            why = f"which {'bias=' + config.bias if isinstance(action.method, BitFit) else 'modules_to_save'} asks for"
-            out[site.path] = layout.leaf_to_tree(site, file.take(module, suffix, layout.leaf_shape(site), why))
-            continue
-        module = names.torch(site.path)
-        shapes = layout.lora_shapes(site, config.rank(module))
-        own = {suffix: file.take(module, suffix, shape, "the other half is there") for suffix, shape in shapes.items()}
-        if extra := sorted(file.lora[module].keys() - shapes.keys()):
-            raise AdapterError(f"{file.path} has {ROOT + module + '.' + extra[0]!r} beside {', '.join(shapes)}")
-        out |= {action.leaf_path(name): x for name, x in layout.lora_to_tree(site, own).items()}
+        each = stacking.unroll_site(action.site, at)
+        read = [_site_leaves(action, site, file, config, names, sites) for site in each]
+        for name, first in read[0].items():
+            stacked = each[0].path != action.site.path
+            out[action.leaf_path(name)] = np.stack([own[name] for own in read]) if stacked else first
     return out
 
 
-def _check_rest(file: _File, names: Names, seen: Survey, used: Collection[Path], base: Mapping[Path, Any]) -> None:
+def _site_leaves(
+    action: Action, site: Site, file: _File, config: hf.LoraConfig, names: Names, sites: Mapping[str, Site]
+) -> dict[str, np.ndarray]:
+    """The leaves of one torch module, by name."""
+    if site.kind == "leaf":
+        module, suffix = names.torch(site.path[:-1]), leaf_suffix(names, site, sites)
+        why = f"which {'bias=' + config.bias if isinstance(action.method, BitFit) else 'modules_to_save'} asks for"
+        return {"": layout.leaf_to_tree(site, file.take(module, suffix, layout.leaf_shape(site), why))}
+    module = names.torch(site.path)
+    shapes = layout.lora_shapes(site, config.rank(module))
+    own = {suffix: file.take(module, suffix, shape, "the other half is there") for suffix, shape in shapes.items()}
+    if extra := sorted(file.lora[module].keys() - shapes.keys()):
+        raise AdapterError(f"{file.path} has {ROOT + module + '.' + extra[0]!r} beside {', '.join(shapes)}")
+    return layout.lora_to_tree(site, own)
+
+
+def _check_rest(
+    file: _File, names: Names, seen: Survey, used: Collection[Path], base: Mapping[Path, Any], at: str | None
+) -> None:
     """What else the file holds may be only base weights as they are: PEFT adds those of embeddings.
 
     Raises:
       AdapterError: a tensor that nothing accounts for, or one that is not the base's.
     """
     rest = {(module, suffix) for module, own in file.others.items() for suffix in own}
-    for site in seen.leaves:
+    leaves = [(site, own, i) for own in seen.leaves for i, site in enumerate(stacking.unroll_site(own, at))]
+    for site, own, i in leaves:
         module, leaf = names.torch(site.path[:-1]), layout.leaf_name(site.path[-1])
         for suffix in (leaf, "base_layer." + leaf):
             if (module, suffix) not in rest:
                 continue
             rest.remove((module, suffix))
-            if site.path not in used and not _same(site, file.others[module][suffix], meta.unbox(base[site.path])):
+            if site.path in used:
+                continue
+            weight = meta.unbox(base[own.path])
+            if own.path != site.path and not isinstance(weight, jax.ShapeDtypeStruct):
+                weight = weight[i]
+            if not _same(site, file.others[module][suffix], weight):
                 raise AdapterError(
                     f"{file.path} has {f'{ROOT}{module}.{suffix}'!r}, a base weight that differs from {site.name!r}: "
                     "resized or trained; load the base with it, or train it with modules_to_save"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jpeft.geometry import Convolution, Parts, Raw
-from jpeft.sites import Site
+from jpeft.sites import MERGE, Site
 
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -29,6 +29,8 @@ def check_site(site: Site) -> Site:
         why = f"is stacked over {sizes} layers, each a torch module of its own; use the model without scan"
     elif isinstance(geometry, Convolution) and (geometry.groups > 1 or geometry.transposed):
         why = "is a grouped or transposed convolution, whose LoRA in PEFT is another function"
+    elif site.lookup and site.via == MERGE:
+        why = "is an embedding that the model also uses elsewhere, as a tied head: PEFT leaves that as it was"
     elif site.batch and not (isinstance(geometry, Parts) and not geometry.inner.batch):
         why = "is a batch of matrices"
     if why:

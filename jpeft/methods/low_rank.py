@@ -52,7 +52,9 @@ def _summed_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
     # The plain derivative of `w + a b` would make a gradient of the size of w before it contracts it.
     x, w, a, b = primals
     dx, dw, da, db = (None if type(t) is SymbolicZero else t for t in tangents)
-    summed = w + a @ b
+    # With a batch axis of one, so that `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`, which keeps what was
+    # made from activations, does not keep this.
+    summed = w + (a[None] @ b[None])[0]
     terms = [] if dx is None else [dx @ summed]
     terms += [] if dw is None else [x @ dw]
     terms += [] if da is None else [narrow(x, da) @ b]

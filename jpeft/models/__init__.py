@@ -1,6 +1,7 @@
 """Linen models that read and write HuggingFace folders, and read GGUF files."""
 
 from jpeft.models.decoder import Decoder as Decoder
+from jpeft.models.decoder import init_cache as init_cache
 from jpeft.models.files import ModelError as ModelError
 from jpeft.models.loading import FAMILIES as FAMILIES
 from jpeft.models.loading import load as load

@@ -138,7 +138,9 @@ def attention(
     queries, keys = query.shape[1], key.shape[1]
     if softcap is not None or dropout is not None or base.flatten_tokens():
         mask = causal_mask(queries, keys, window) if mask is None else mask
-        return _plain_attention(query, key, value, mask, scale, softcap, dropout)
+        # Checkpointed: the weights are quadratic in the length, and kept for every layer they would outweigh all else.
+        plain = _plain_attention if dropout else jax.checkpoint(_plain_attention, static_argnums=(4, 5, 6))
+        return plain(query, key, value, mask, scale, softcap, dropout)
     cudnn = _cudnn_can(query, queries, keys, mask)
     if mask is None and queries == keys:
         # (left, right) keys beside a query's own
