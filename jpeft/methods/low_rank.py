@@ -14,6 +14,9 @@ from jpeft import geometry
 from jpeft.methods.base import Linear
 
 
+_FEW = 32  # tokens, up to which nobody differentiates: what is generated one by one
+
+
 def low_rank(
     base: Linear, x: Any, a: Float[Array, "in rank"], b: Float[Array, "rank out"], dropout: float = 0.0
 ) -> Float[Array, "*tokens out"]:
@@ -72,7 +75,7 @@ def narrow(x: Any, a: Float[Array, "in rank"]) -> Float[Array, "*tokens rank"]:
     barrier, ``dy.T @ x`` stays what it is (forward and backward, 2,048 tokens: 384 -> 8 -> 384 4.5 ms against 3.1,
     1536 -> 8 -> 384 12.1 against 6.3). Elsewhere it is the plain product.
     """
-    if not isinstance(x, jax.Array) or not geometry.base.flatten_tokens():
+    if not isinstance(x, jax.Array) or not geometry.base.flatten_tokens() or x.size // x.shape[-1] < _FEW:
         return x @ a
     transposed = jax.lax.optimization_barrier(a.T)
     return jax.lax.dot_general(x, transposed, (((x.ndim - 1,), (1,)), ((), ())))
