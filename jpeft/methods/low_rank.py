@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from jpeft import geometry
 from jpeft.methods.base import Linear
 
-
 _FEW = 32  # tokens, up to which nobody differentiates: what is generated one by one
 
 

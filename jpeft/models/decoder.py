@@ -157,7 +157,7 @@ class RMSNorm(_Module):
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         offset = 1.0 if self.config.gemma else 0.0
         init = nn.with_logical_partitioning(nn.initializers.constant(1.0 - offset), (self.axis,))
-        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        scale: Any = self.param("scale", init, x.shape[-1:], self.param_dtype)
         dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
         return ops.rms_norm(x, scale, self.config.rms_norm_eps, offset, jnp.dtype(dtype))
 
@@ -328,7 +328,7 @@ class Model(_Module):
         x = self.embed_tokens(input_ids)
         if cfg.gemma:
             x *= jnp.asarray(cfg.hidden_size**0.5, x.dtype)
-        x, context = ops.tokens_in_one(x), context.replace(shape=input_ids.shape)
+        x, context = ops.tokens_in_one(x), dataclasses.replace(context, shape=input_ids.shape)
         layer: Any = Layer
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, REMAT[_known_remat(self.remat)])
@@ -341,7 +341,7 @@ class Model(_Module):
                 layer,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
                 length=cfg.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(
@@ -485,7 +485,7 @@ class Decoder(_Module):
         if self.config.sliding is not False:  # a window counts tokens, not the padding that may lie between them
             tokens = jnp.cumsum(seen, axis=1)
             own = jax.lax.dynamic_slice_in_dim(tokens, index, length, axis=1)
-            near = full & (own[:, :, None] - tokens[:, None, :] < self.config.sliding_window)[:, None]
+            near = full & (own[:, :, None] - tokens[:, None, :] < (self.config.sliding_window or capacity))[:, None]
         return Context(self._tables(positions), (full, near), index), seen
 
     def _tables(self, positions: Int[Array, "#batch length"]) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,11 @@ class ModelError(ValueError):
 class Tensor(Protocol):
     """A tensor in a file: its shape costs nothing, its bytes are read when asked for."""
 
-    path: Path
-    name: str
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +77,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
+def open_tensors(path: Path) -> Iterator[Mapping[str, Tensor]]:
     """The tensors of a folder or a `.gguf` file by name, readable inside the `with`."""
     if is_gguf(path):
         from jpeft.models import gguf

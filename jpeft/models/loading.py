@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from flax.linen import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jpeft import tree
@@ -159,7 +160,7 @@ def logical_shardings(model: nn.Module, mesh: Mesh, rules: Sequence[tuple[str, A
     family = _family(cast(Any, model).config.model_type)
     variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))
     specs = nn.get_partition_spec(variables)["params"]
-    return nn.logical_to_mesh_sharding(specs, mesh, list(rules))
+    return spmd.logical_to_mesh_sharding(specs, mesh, list(rules))
 
 
 def save(
