@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -184,11 +185,13 @@ class _Steps:
             raise GenerationError(
                 "the Peft was bound to another model; are layers stacked in one? see jpeft.models.unroll"
             )
-        _check_settings(max_new_tokens, temperature, top_k, top_p, key)
+        _check_settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary)
+        max_new_tokens = int(max_new_tokens)
         ids, mask = _left_padded(prompts, model.config, max_new_tokens, shortest)
         self.batch, width = ids.shape
         self.limit, self.run, self.trees = max_new_tokens, _Runner(model, peft), (params, adapter)
-        vocabulary = min(vocabulary or model.config.vocab_size, model.config.vocab_size)
+        most = model.config.vocab_size
+        vocabulary = most if vocabulary is None else min(vocabulary, most)
         stops = [int(i) for i in stop_ids]
         stops += [-1] * (-len(stops) % _STOPS or (0 if stops else _STOPS))
         key = jax.random.key(0) if key is None else key  # not used where the temperature is 0
@@ -259,7 +262,7 @@ def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: 
     def sampled() -> jax.Array:
         # The likeliest are at 0, so that no temperature is low enough to make them infinite.
         scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-        off = (sampling.top_k >= logits.shape[-1]) & (sampling.top_p >= 1.0)
+        off = (sampling.top_k >= sampling.vocabulary) & (sampling.top_p >= 1.0)
         kept = jax.lax.cond(off, lambda: scaled, lambda: _likeliest(scaled, sampling.top_k, sampling.top_p))
         keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, count)
         return jax.vmap(jax.random.categorical)(keys, kept)
@@ -306,14 +309,25 @@ def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int, shortest:
     return jnp.asarray(ids), jnp.asarray(mask)
 
 
-def _check_settings(new: Any, temperature: Any, top_k: Any, top_p: Any, key: Any) -> None:
-    if not isinstance(new, int) or isinstance(new, bool) or new < 1:
-        raise GenerationError(f"max_new_tokens must be a whole number from 1, got {new!r}")
-    if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+def _check_settings(
+    new: Any, temperature: Any, top_k: Any, top_p: Any, stop_ids: Any, key: Any, vocabulary: Any
+) -> None:
+    for name, value in (("max_new_tokens", new), ("top_k", top_k), ("vocabulary", vocabulary)):
+        if not (_is_whole(value) and value > 0) and (value is not None or name == "max_new_tokens"):
+            raise GenerationError(f"{name} must be a whole number from 1, got {value!r}")
+    if not (_is_number(temperature) and 0 <= temperature < math.inf):
         raise GenerationError(f"temperature must be a number from 0, got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise GenerationError(f"top_k must be a whole number from 1, got {top_k!r}")
-    if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise GenerationError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if not isinstance(stop_ids, Collection) or not all(map(_is_whole, stop_ids)):
+        raise GenerationError(f"stop_ids must be token ids, got {stop_ids!r}")
     if temperature > 0 and key is None:
         raise GenerationError("a temperature above 0 draws tokens at random: give a key, e.g. key=jax.random.key(0)")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

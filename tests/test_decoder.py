@@ -1,0 +1,876 @@
+"""The decoder held to its own formulas in numpy float64: every family, with and without a cache, scanned and not."""
+
+import functools
+import json
+import math
+import tracemalloc
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+import jpeft
+from jpeft import models, tree
+from jpeft.models import decoder, ops
+from jpeft.models.decoder import FULL, SLIDING, init_cache
+from jpeft.models.rotary import Rotary
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
+# Between them: full, sliding and mixed layers, soft-caps, normalised queries and keys, biases, a tied head.
+KINDS = {
+    "llama": {"model_type": "llama", "rope_theta": 500.0},
+    "mistral": {"model_type": "mistral", "sliding_window": 4},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "gemma2": {"model_type": "gemma2", **GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    "gemma3": {"model_type": "gemma3_text", **GEMMA, "sliding_window_pattern": 2, "rope_local_base_freq": 50.0},
+}
+LENGTHS, WIDTH = (11, 7, 2), 11
+ROWS = [np.random.default_rng(n).integers(0, 60, n) for n in LENGTHS]
+
+
+def build(config, **options):
+    return decoder.from_config({**SIZES, **config}, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_compile():
+    """Most of the time goes to compiling; what is compiled need not be fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def shapes(model):
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int)))["params"]
+
+
+@functools.cache
+def tiny(kind, **options):
+    """A model and its tree, in numpy, no two layers, norms or biases alike."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        spread, middle = (0.25, 0.0) if path[-1] in ("kernel", "embedding") else (0.1, 0.5)
+        return (middle + spread * rng.normal(size=shape.shape)).astype(np.float32)
+
+    model = build(KINDS[kind], **options)
+    params = tree.map_with_path(leaf, shapes(build(KINDS[kind])))
+    return model, params if model.scan_layers else models.unstack(params)
+
+
+def padded(side, rows=ROWS, width=WIDTH):
+    """Rows as one batch, and its mask."""
+    ids, mask = np.zeros((len(rows), width), int), np.zeros((len(rows), width), int)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, at], mask[i, at] = row, 1
+    return ids, mask
+
+
+# --- the formulas ---
+
+
+def normed(x, scale, cfg):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.rms_norm_eps) * (scale + cfg.gemma)
+
+
+def linear(x, leaves):
+    return x @ leaves["kernel"] + leaves.get("bias", 0.0)
+
+
+def turned(x, theta):
+    """[length, heads, head_dim]: the pairs (i, i + head_dim / 2) as complex numbers, turned by position."""
+    half = x.shape[-1] // 2
+    angles = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def attended(query, key, value, scale, window=None, softcap=None, allowed=None):
+    """One row, [length, heads, head_dim]. Keys before the queries' own are a prefix, which every query sees."""
+    group = query.shape[1] // key.shape[1]
+    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+    scores = np.einsum("qhd,khd->hqk", query, key) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    before = len(key) - len(query)
+    for q in range(len(query)):
+        for k in range(len(query)):
+            seen = k <= q and (window is None or q - k < window) and (allowed is None or allowed[q, k])
+            if not seen:
+                scores[:, q, before + k] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), value)
+
+
+def reference(model, params, row, prefix=None):
+    """The logits of one row of tokens. prefix: keys and values `[length, kv_heads, head_dim]` of each layer."""
+    cfg = model.config
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    layers = params["model"]["layers"]
+    if "0" not in layers:
+        layers = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(cfg.num_hidden_layers)}
+    act = {"silu": lambda x: x / (1 + np.exp(-x)), "gelu_pytorch_tanh": lambda x: x / 2 * (1 + np.tanh(
+        np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))}[cfg.hidden_act]  # fmt: skip
+    x = params["model"]["embed_tokens"]["embedding"][row]
+    if cfg.gemma:
+        x = x * np.sqrt(cfg.hidden_size)
+    for i, kind in enumerate(cfg.layer_types):
+        own = layers[str(i)]
+        attention, mlp = own["self_attn"], own["mlp"]
+        h = normed(x, own["input_layernorm"]["scale"], cfg)
+        query, key, value = (linear(h, attention[f"{n}_proj"]).reshape(len(row), -1, cfg.head_dim) for n in "qkv")
+        if cfg.qk_norm:
+            query = normed(query, attention["q_norm"]["scale"], cfg)
+            key = normed(key, attention["k_norm"]["scale"], cfg)
+        theta = (cfg.rotary_sliding if kind == SLIDING and cfg.rotary_sliding else cfg.rotary).theta
+        query, key = turned(query, theta), turned(key, theta)
+        if prefix is not None:
+            key, value = np.concatenate([prefix[i][0], key]), np.concatenate([prefix[i][1], value])
+        window = cfg.sliding_window if kind == SLIDING else None
+        out = attended(query, key, value, cfg.query_pre_attn_scalar**-0.5, window, cfg.attn_logit_softcapping)
+        out = linear(out.reshape(len(row), -1), attention["o_proj"])
+        if cfg.gemma:
+            out = normed(out, own["post_attention_layernorm"]["scale"], cfg)
+        x = x + out
+        h = normed(x, own["pre_feedforward_layernorm" if cfg.gemma else "post_attention_layernorm"]["scale"], cfg)
+        out = linear(act(linear(h, mlp["gate_proj"])) * linear(h, mlp["up_proj"]), mlp["down_proj"])
+        if cfg.gemma:
+            out = normed(out, own["post_feedforward_layernorm"]["scale"], cfg)
+        x = x + out
+    x = normed(x, params["model"]["norm"]["scale"], cfg)
+    tied = cfg.tie_word_embeddings
+    logits = x @ params["model"]["embed_tokens"]["embedding"].T if tied else linear(x, params["lm_head"])
+    cap = cfg.final_logit_softcapping
+    return cap * np.tanh(logits / cap) if cap else logits
+
+
+def assert_rows(logits, mask, want, err_msg=""):
+    """The logits of each row's tokens are those of the row alone."""
+    for i, row in enumerate(want):
+        got = np.asarray(logits[i])[np.asarray(mask[i]) == 1]
+        np.testing.assert_allclose(got, row, atol=2e-4, rtol=1e-4, err_msg=f"row {i} {err_msg}")
+
+
+@pytest.mark.parametrize(("kind", "scan_layers"), [*((kind, True) for kind in KINDS), ("mistral", False),
+                                                   ("qwen2", False), ("gemma3", False)])  # fmt: skip
+def test_logits_of_each_row_are_the_formulas_whatever_the_padding(kind, scan_layers):
+    model, params = tiny(kind, scan_layers=scan_layers)
+    want = [reference(model, params, row) for row in ROWS]
+    apply = jax.jit(model.apply)
+    for side in ("left", "right"):
+        ids, mask = padded(side)
+        assert_rows(apply({"params": params}, ids, mask), mask, want, side)
+    if kind in ("llama", "mistral"):  # layers of one kind need no mask
+        assert_rows(apply({"params": params}, ids, None)[:1], mask[:1], want[:1], "no mask")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_filled_in_chunks_and_token_by_token_gives_the_same_logits(kind, side):
+    """Three chunks of four slots, padded on either side, then three tokens; the window is shorter than the text."""
+    scan_layers = kind not in ("llama", "gemma3")
+    model, params = tiny(kind, scan_layers=scan_layers)
+    rows = [np.concatenate([row, [5, 8, 9]]) for row in ROWS]
+    ids, mask = padded(side, ROWS, 12)
+    apply = _with_cache(model)
+    cache, pieces, seen = init_cache(model, 3, 20), [], []
+    for at in range(0, 12, 4):
+        seen.append(mask[:, at : at + 4])
+        logits, cache = apply(params, ids[:, at : at + 4], cache, seen[-1])
+        pieces.append(np.asarray(logits))
+    for token in (5, 8, 9):
+        seen.append(np.ones((3, 1), int))
+        logits, cache = apply(params, token * seen[-1], cache, seen[-1])
+        pieces.append(np.asarray(logits))
+    assert int(cache["index"]) == 15
+    want = [reference(model, params, row) for row in rows]
+    assert_rows(np.concatenate(pieces, axis=1), np.concatenate(seen, axis=1), want)
+
+
+@functools.cache
+def _with_cache(model):
+    return jax.jit(lambda p, ids, cache, mask: model.apply({"params": p}, ids, attention_mask=mask, cache=cache))
+
+
+def test_a_cache_of_another_dtype():
+    model, params = tiny("llama")
+    ids, mask = padded("left")
+    want = _with_cache(model)(params, ids, init_cache(model, 3, 20), mask)[0]
+    logits, cache = _with_cache(model)(params, ids, init_cache(model, 3, 20, jnp.bfloat16), mask)
+    assert cache["key"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert 0 < np.abs(logits - want).max() < 0.1 * np.abs(want).max()
+
+
+def test_only_differences_of_positions_matter():
+    model, params = tiny("llama")
+    ids, counted = ROWS[0][None], np.arange(WIDTH)[None]
+    apply = jax.jit(lambda positions: model.apply({"params": params}, ids, position_ids=positions))
+    want = reference(model, params, ROWS[0])[None]
+    np.testing.assert_allclose(apply(counted + 9), want, atol=2e-4, rtol=1e-4)
+    assert np.abs(apply(2 * counted) - want).max() > 0.1
+
+
+def test_only_the_last_logits():
+    model, params = tiny("gemma2")
+    ids, mask = padded("left")
+    apply = jax.jit(model.apply, static_argnames="logits_to_keep")
+    last = apply({"params": params}, ids, mask, logits_to_keep=2)
+    np.testing.assert_allclose(last, apply({"params": params}, ids, mask)[:, -2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_packed_segments_are_rows_of_their_own(kind):
+    model, params = tiny(kind)
+    ids = np.concatenate(ROWS)[None]
+    segments = np.repeat(np.arange(3), LENGTHS)[None]
+    restarted = np.concatenate([np.arange(n) for n in LENGTHS])[None]
+    want = np.concatenate([reference(model, params, row) for row in ROWS])[None]
+    apply = jax.jit(model.apply)
+    for positions in (np.arange(sum(LENGTHS))[None], restarted):
+        logits = apply({"params": params}, ids, segment_ids=segments, position_ids=positions)
+        np.testing.assert_allclose(logits, want, atol=2e-4, rtol=1e-4)
+        one = apply({"params": params}, ids, segment_ids=0 * segments, position_ids=positions)
+        assert np.abs(one - want).max() > 0.1
+    with pytest.raises(ValueError, match="segment_ids and a cache do not go together"):
+        model.apply({"params": params}, ids, segment_ids=segments, cache=init_cache(model, 1, 20))
+
+
+def test_a_row_of_padding_alone_is_finite_in_value_and_gradient():
+    model, params = tiny("gemma3")
+    ids, mask = padded("left")
+    mask[1] = 0
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: model.apply({"params": p}, ids, mask).std()))(params)
+    assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+# --- layers stacked, one by one, computed again ---
+
+
+def loss_of(model):
+    ids, mask = padded("left")
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(model.apply({"params": params}, ids, mask)[:, :-1])
+        picked = jnp.take_along_axis(log_p, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.mean(picked, where=mask[:, :-1] == 1)
+
+    return loss
+
+
+@functools.cache
+def gradient(kind, **options):
+    model, params = tiny(kind, **options)
+    return jax.tree.map(np.asarray, jax.jit(jax.grad(loss_of(model)))(params))
+
+
+def assert_trees_close(a, b, atol=1e-6):
+    a, b = tree.flatten(a), tree.flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        x, y = (np.asarray(leaves[path], np.float32) for leaves in (a, b))
+        np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4 if atol else 0, err_msg=tree.join(path))
+
+
+def test_stacked_layers_have_the_gradients_of_layers_one_by_one():
+    stacked, one_by_one = gradient("qwen2", scan_layers=True), gradient("qwen2", scan_layers=False)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(one_by_one))
+    assert_trees_close(stacked, models.stack(one_by_one))
+    assert_trees_close(models.unstack(stacked), one_by_one)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "dots_saveable"])
+def test_remat_changes_no_gradient(remat):
+    assert_trees_close(gradient("qwen2", remat=remat), gradient("qwen2", scan_layers=True))
+
+
+def test_remat_holds_less_memory_in_a_gradient_step():
+    ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+
+    def temporary(remat):
+        model = build({"model_type": "llama", "num_hidden_layers": 6}, remat=remat)
+        step = jax.jit(jax.grad(lambda p, ids: model.apply({"params": p}, ids).std()))
+        return step.lower(shapes(model), ids).compile().memory_analysis().temp_size_in_bytes
+
+    everything, dots, full = temporary(None), temporary("dots"), temporary("full")
+    assert full < dots < everything and full < everything / 2
+
+
+def equations(jaxpr):
+    """How many there are, at all depths."""
+    inner = [x for eqn in jaxpr.eqns for p in eqn.params.values() for x in (p if isinstance(p, tuple) else (p,))]
+    inner = [getattr(x, "jaxpr", x) for x in inner]
+    return len(jaxpr.eqns) + sum(equations(x) for x in inner if hasattr(x, "eqns"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_what_is_traced_and_compiled_does_not_grow_with_depth(kind):
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def sizes(layers, **options):
+        model = build({**KINDS[kind], "num_hidden_layers": layers}, remat="full", **options)
+        assert len(set(model.config.layer_types)) == (1 if kind == "llama" else 2)
+        step = jax.value_and_grad(lambda p, ids: model.apply({"params": p}, ids).std())
+        traced = jax.jit(step).trace(shapes(model), ids)
+        return equations(traced.jaxpr.jaxpr), len(traced.lower().as_text())
+
+    (few, short), (many, long) = sizes(2), sizes(8)
+    assert many == few
+    assert abs(long - short) < 0.01 * short  # the flags of the layers, and digits
+    assert kind != "llama" or sizes(3, scan_layers=False)[0] > few  # what is counted does tell
+
+
+def test_bfloat16_computes_close_to_float32():
+    model, params = tiny("qwen3")
+    ids, mask = padded("left")
+    want = np.concatenate([reference(model, params, row) for row in ROWS])
+    for half, tree_ in (
+        (build(KINDS["qwen3"], dtype=jnp.bfloat16), params),
+        (build(KINDS["qwen3"], param_dtype=jnp.bfloat16), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)),
+    ):
+        logits = jax.jit(half.apply)({"params": tree_}, ids, mask)
+        assert logits.dtype == jnp.float32
+        difference = np.concatenate([x[m == 1] for x, m in zip(np.asarray(logits), mask, strict=True)]) - want
+        assert 0 < np.sqrt((difference**2).mean()) < 0.05 * want.std()
+        states = functools.partial(half.apply, method="hidden_states")
+        assert jax.eval_shape(states, {"params": tree_}, ids, mask).dtype == jnp.bfloat16
+        assert init_cache(half, 1, 8)["key"].dtype == jnp.bfloat16
+    grads = jax.eval_shape(jax.grad(lambda p: half.apply({"params": p}, ids, mask).std()), tree_)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_attention_dropout_follows_the_caller():
+    model = build({**KINDS["llama"], "attention_dropout": 0.5})
+    params = tiny("llama")[1]
+    ids = ROWS[0][None]
+    drop = jax.jit(functools.partial(model.apply, deterministic=False))
+
+    def run(seed):
+        return drop({"params": params}, ids, rngs={"dropout": jax.random.key(seed)})
+
+    plain = reference(*tiny("llama"), ROWS[0])[None]
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, ids), plain, atol=2e-4, rtol=1e-4)
+    np.testing.assert_array_equal(run(0), run(0))
+    assert np.abs(run(0) - run(1)).max() > 0.1 and np.abs(run(0) - plain).max() > 0.1
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        drop({"params": params}, ids)
+
+
+def test_attention_dropout_is_right_on_average():
+    """Of the weights, after the softmax: the output is linear in them."""
+    module = decoder.SelfAttention(build({"model_type": "llama", "attention_dropout": 0.3}).config, deterministic=False)
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(1, 5, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+
+    def run(rng):
+        return module.apply({}, query, key, value, None, rngs={"dropout": rng}, method="attend")
+
+    runs = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(3), 2000)))
+    np.testing.assert_allclose(runs.mean(0), ops.attention(query, key, value, scale=8**-0.5), atol=0.08)
+    assert runs.std(0).max() > 0.3
+
+
+# --- attention and positions alone ---
+
+
+@pytest.fixture(params=["here", "jax"])
+def path(request, monkeypatch):
+    """Our attention as CPUs run it, and `jax.nn.dot_product_attention` as others do."""
+    if request.param == "jax":
+        monkeypatch.setattr("jpeft.geometry.base.flatten_tokens", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_is_the_formula(path, kv_heads, masked, window, softcap):
+    """With as many keys as queries, and with a prefix of three more, which all see whatever the window."""
+    rng = np.random.default_rng(0)
+    for before in (0, 3):
+        query = rng.normal(size=(2, 6, 4, 8))
+        key, value = (rng.normal(size=(2, 6 + before, kv_heads, 8)) for _ in range(2))
+        allowed = np.tril(rng.random((2, 6, 6)) < 0.6) | np.eye(6, dtype=bool) if masked else [None, None]
+        mask = None
+        if masked:  # explicit: causal and window are in it
+            near = np.subtract.outer(np.arange(6), np.arange(6)) < (window or 6)
+            mask = np.concatenate([np.ones((2, 6, before), bool), allowed & near], axis=-1)[:, None]
+        operands = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+        mask = None if mask is None else jnp.asarray(mask)
+        got = ops.attention(*operands, mask, scale=0.4, window=window, softcap=softcap)
+        want = [attended(*row, 0.4, window, softcap, a) for *row, a in zip(query, key, value, allowed, strict=True)]
+        np.testing.assert_allclose(got, want, atol=3e-6, err_msg=f"{before} before")
+
+
+def test_a_decoder_runs_on_either_attention(path):
+    model, params = tiny("mistral")
+    ids, mask = padded("left")
+    want = [reference(model, params, row) for row in ROWS]
+    # a function of its own: what was traced on the other path must not be taken for it
+    apply = jax.jit(lambda p, ids, mask: model.apply({"params": p}, ids, mask))
+    assert_rows(apply(params, ids, mask), mask, want)
+    assert_rows(apply(params, ids, None)[:1], mask[:1], want[:1])
+
+
+def llama3(f, factor, low, high, trained):
+    """As in Meta's code: by wavelength."""
+    out = []
+    for x in f:
+        wavelength = 2 * math.pi / x
+        if wavelength < trained / high:
+            out.append(x)
+        elif wavelength > trained / low:
+            out.append(x / factor)
+        else:
+            smooth = (trained / wavelength - low) / (high - low)
+            out.append((1 - smooth) * x / factor + smooth * x)
+    return np.array(out)
+
+
+def yarn(f, factor, fast, slow, trained, theta, truncate=True):
+    """As in the paper's code: interpolated where a pair turns less than `slow` times, as it was above `fast` times."""
+    dim = 2 * len(f)
+    low, high = (dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(len(f)) - low) / (high - low), 0, 1)
+    return f / factor * ramp + f * (1 - ramp)
+
+
+PLAIN = 500.0 ** (-np.arange(8) / 8)
+FREQUENCIES = {
+    "default": ({}, PLAIN, 1.0),
+    "linear": ({"rope_type": "linear", "factor": 2.5}, PLAIN / 2.5, 1.0),
+    "llama3": ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+                "original_max_position_embeddings": 32}, llama3(PLAIN, 8, 1, 4, 32), 1.0),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+             yarn(PLAIN, 4, 32, 1, 256, 500.0), 0.1 * math.log(4) + 1),
+    "yarn of the config's length": ({"type": "yarn", "factor": 4.0}, yarn(PLAIN, 4, 32, 1, 1024, 500.0),
+                                    0.1 * math.log(4) + 1),
+    "yarn with all": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 20,
+                       "beta_slow": 2, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.4},
+                      yarn(PLAIN, 4, 20, 2, 256, 500.0, truncate=False),
+                      (0.07 * math.log(4) + 1) / (0.04 * math.log(4) + 1)),
+    "yarn with its factor": ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
+                             yarn(PLAIN, 4, 32, 1, 1024, 500.0), 1.25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FREQUENCIES)
+def test_rotary_frequencies_are_the_formulas(name):
+    scaling, frequencies, length = FREQUENCIES[name]
+    config = {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": scaling, "max_position_embeddings": 1024}
+    rotary = build(config).config.rotary
+    if name not in ("default", "linear"):  # some pairs divided, some not
+        assert (ratio := PLAIN / frequencies).max() > 1 and ratio.min() == 1
+    positions = np.array([[0, 3, 70]])
+    cos, sin = rotary.table(jnp.asarray(positions), 16, 1024)
+    np.testing.assert_allclose(rotary.frequencies(16, 1024), frequencies, rtol=1e-6)
+    np.testing.assert_allclose(cos, np.cos(positions[..., None] * frequencies) * length, atol=2e-5)
+    np.testing.assert_allclose(sin, np.sin(positions[..., None] * frequencies) * length, atol=2e-5)
+
+
+def test_dynamic_rotary_grows_with_each_rows_own_length():
+    rotary = Rotary(theta=500.0, rope_type="dynamic", factor=3.0)
+    positions = jnp.array([[0, 1, 7], [0, 1, 19]])  # within the trained 8, and beyond
+    cos, _ = rotary.table(positions, 16, 8)
+    theta = 500.0 * (3 * 20 / 8 - 2) ** (16 / 14)
+    for row, base in zip((0, 1), (500.0, theta), strict=True):
+        want = np.cos(np.asarray(positions)[row, :, None] * base ** (-np.arange(8) / 8))
+        np.testing.assert_allclose(cos[row], want, atol=1e-5)
+
+
+# --- prefixes ---
+
+
+def with_prefix(kind, method, **options):
+    """A Peft, its adapter, and the keys and values of each layer that it stands for, in numpy."""
+    model, params = tiny(kind, **options)
+    peft = method.bind(model, params, jnp.zeros((1, 4), int))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(peft.init, jax.random.key(1), params)
+    adapter = jax.tree.map(lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), adapter)
+    layers = wide["model"]["layers"]
+    if model.scan_layers:
+        layers = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(3)}
+    own = [layers[str(i)]["self_attn"] for i in range(3)]
+    if not method.reparametrize:
+        return peft, params, adapter, [(leaves["prefix_key"], leaves["prefix_value"]) for leaves in own]
+    shared = wide["prefix_tuning"]
+    hidden, prefix = np.tanh(shared["embedding"] @ shared["kernel"] + shared["bias"]), []
+    for leaves in own:
+        shape = (method.length, *leaves["prefix_key_bias"].shape)
+        key, value = np.split(hidden @ leaves["prefix_kernel"], 2, axis=-1)
+        prefix.append((key.reshape(shape) + leaves["prefix_key_bias"],
+                       value.reshape(shape) + leaves["prefix_value_bias"]))  # fmt: skip
+    return peft, params, adapter, prefix
+
+
+PREFIX = jpeft.PrefixTuning(length=5)  # longer than the window
+NETWORK = jpeft.PrefixTuning(length=5, reparametrize=True, hidden=6, embedding=7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scan_layers", "method"),
+    [("llama", True, PREFIX), ("mistral", True, NETWORK), ("mistral", False, PREFIX), ("gemma2", True, PREFIX),
+     ("qwen2", False, NETWORK)],
+    ids=["full", "window, network", "window, one by one", "mixed", "mixed, one by one, network"],
+)  # fmt: skip
+def test_a_prefix_is_more_keys_and_values_that_every_query_sees(kind, scan_layers, method):
+    """Causal, padded on both sides, beyond any window, and over a cache, in chunks and token by token."""
+    peft, params, adapter, prefix = with_prefix(kind, method, scan_layers=scan_layers)
+    want = [reference(peft.model, params, row, prefix) for row in ROWS]
+    assert np.abs(want[0] - reference(peft.model, params, ROWS[0])).max() > 0.1
+    apply = jax.jit(peft.apply)
+    for side in ("right", "left"):
+        ids, mask = padded(side)
+        counted = np.maximum(mask.cumsum(axis=1) - 1, 0)  # a prefix stands before the tokens, not before the padding
+        assert_rows(apply(params, adapter, ids, mask, counted), mask, want, side)
+    if kind in ("llama", "mistral"):  # layers of one kind need no mask
+        assert_rows(apply(params, adapter, ids, None)[:1], mask[:1], want[:1], "no mask")
+    cache, pieces = init_cache(peft.model, 3, 16), []
+    step = jax.jit(lambda p, a, ids, mask, cache: peft.apply(p, a, ids, mask, cache=cache))
+    for at in (0, 4, 8, 9, 10):
+        new = slice(at, at + 4 if at < 8 else at + 1)
+        logits, cache = step(params, adapter, ids[:, new], mask[:, new], cache)
+        pieces.append(np.asarray(logits))
+    assert_rows(np.concatenate(pieces, axis=1), mask, want, "cache")
+
+
+# --- names of axes, placing ---
+
+
+RULES = [("vocab", "tensor"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("embed", "fsdp")]
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_names_its_axes(kind, scan_layers):
+    model = build(KINDS[kind], scan_layers=scan_layers)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
+    specs = tree.flatten(nn.get_partition_spec(boxed)["params"])
+    leaves = tree.flatten(nn.meta.unbox(boxed)["params"])
+    known = {"vocab", "embed", "heads", "kv_heads", "mlp", "head_dim", "layers"}
+    sizes = {"vocab": 60, "embed": 32, "mlp": 48, "layers": 3, "head_dim": model.config.head_dim}
+    sizes |= {"heads": 4 * model.config.head_dim, "kv_heads": model.config.num_key_value_heads * model.config.head_dim}
+    assert specs.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        spec = specs[path]
+        assert len(spec) == leaf.ndim and set(spec) <= known, tree.join(path)
+        assert [sizes[name] for name in spec] == list(leaf.shape), tree.join(path)
+        assert ("layers" in spec) == (scan_layers and path[:2] == ("model", "layers")), tree.join(path)
+
+
+def torch_tensors(model, params):
+    """The tensors of a HuggingFace folder, by this file's own account."""
+    layers = {} if "0" in params["model"]["layers"] else {"layers": {
+        str(i): jax.tree.map(lambda leaf, i=i: leaf[i], params["model"]["layers"])
+        for i in range(model.config.num_hidden_layers)}}  # fmt: skip
+    tensors = {}
+    for path, leaf in tree.flatten({**params, "model": {**params["model"], **layers}}).items():
+        value = np.asarray(leaf)
+        name = ".".join((*path[:-1], "bias" if path[-1] == "bias" else "weight"))
+        tensors[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+    return tensors
+
+
+def write(folder, kind="llama", tensors=None, shards=1, **fields):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**SIZES, **KINDS[kind], **fields}))
+    tensors = torch_tensors(*tiny(kind)) if tensors is None else tensors
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    files = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+@pytest.fixture
+def mesh():
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_parameters_are_loaded_onto_a_mesh_and_give_the_same_logits(tmp_path, mesh, scan_layers):
+    folder = write(tmp_path / "m", "qwen2")
+    model, params = models.load(
+        folder, scan_layers=scan_layers, shardings=lambda m: models.logical_shardings(m, mesh, RULES)
+    )
+    wanted = tree.flatten(models.logical_shardings(model, mesh, RULES))
+    for path, leaf in tree.flatten(params).items():
+        assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), tree.join(path)
+        held = {"kernel": 8, "embedding": 8, "scale": 2, "bias": 4}[path[-1]]
+        assert leaf.addressable_shards[0].data.size * held == leaf.size, tree.join(path)
+    ids, mask = padded("left")
+    logits = jax.jit(model.apply)({"params": params}, ids, mask)
+    assert_rows(logits, mask, [reference(*tiny("qwen2"), row) for row in ROWS])
+
+
+def test_layers_may_be_split_over_devices(tmp_path, mesh):
+    tensors = torch_tensors(*tiny("llama"))
+    tensors = {name: value for name, value in tensors.items() if ".layers.2." not in name}
+    folder = write(tmp_path / "m", tensors=tensors, num_hidden_layers=2)
+    rules = [("layers", "fsdp"), ("mlp", "tensor")]
+    _, params = models.load(folder, shardings=lambda m: models.logical_shardings(m, mesh, rules))
+    up = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert up.addressable_shards[0].data.shape == (1, 32, 12)
+    for i in range(2):
+        np.testing.assert_array_equal(up[i], tensors[f"model.layers.{i}.mlp.up_proj.weight"].T)
+
+
+def test_one_sharding_for_all_and_a_tree_of_them(tmp_path, mesh):
+    folder = write(tmp_path / "m")
+    everywhere = NamedSharding(mesh, P())
+    model, params = models.load(folder, shardings=everywhere)
+    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(params))
+    shardings = models.logical_shardings(model, mesh, RULES)
+    _, again = models.load(folder, shardings=shardings)
+    assert_trees_close(again, params, atol=0)
+    del shardings["model"]["norm"]
+    shardings["head"] = everywhere
+    with pytest.raises(models.ModelError, match="not like the parameters: head, model/norm/scale in one of them only"):
+        models.load(folder, shardings=shardings)
+
+
+# --- reading folders ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_gives_the_stacked_tree_and_is_written_back(tmp_path, kind):
+    want_model, want = tiny(kind)
+    model, params = models.load(write(tmp_path / "m", kind))
+    assert model == want_model
+    assert_trees_close(params, want, atol=0)
+    models.save(tmp_path / "again", model, params)
+    written, tensors = load_file(tmp_path / "again" / "model.safetensors"), torch_tensors(want_model, want)
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
+
+
+def test_shards_give_the_layers_one_by_one_in_any_dtype(tmp_path):
+    want = models.unstack(tiny("gemma2")[1])
+    folder = write(tmp_path / "m", "gemma2", shards=3)
+    model, params = models.load(folder, scan_layers=False, param_dtype=jnp.bfloat16)
+    assert not model.scan_layers and {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert_trees_close(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), want), atol=0)
+
+
+@pytest.mark.parametrize(("options", "tensors"), [({}, 1), ({"shardings": "one"}, 1), ({"scan_layers": False}, 2)],
+                         ids=["stacked", "placed", "one by one"])  # fmt: skip
+def test_host_memory_holds_a_tensor_or_two_beside_the_leaves(tmp_path, options, tensors):
+    """By what numpy and safetensors allocate; one by one, JAX lets go of a tensor when it is given the next."""
+    size = 32 * 2**16 * 4
+    config = {**KINDS["llama"], "intermediate_size": 2**16}
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes(build(config)))
+    folder = write(tmp_path / "m", tensors=torch_tensors(build(config), zeros), intermediate_size=2**16)
+    if "shardings" in options:
+        options = {"shardings": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+    models.load(folder, **options)  # what is traced and imported once is not counted
+    tracemalloc.start()
+    try:
+        models.load(folder, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size <= peak < (tensors + 0.25) * size
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def without(name):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def with_tensor(name, value):
+    return lambda tensors: {**tensors, name: value}
+
+
+BAD_TENSORS = {
+    "missing": (without(UP), "missing model/layers/1/mlp/up_proj/kernel$"),
+    "a layer is missing": (lambda tensors: {k: v for k, v in tensors.items() if ".layers.2." not in k},
+                           "missing model/layers/2/input_layernorm/scale, .* and 6 more"),
+    "head": (without("lm_head.weight"), "missing lm_head/kernel$"),
+    "one layer more": (with_tensor("model.layers.3.mlp.up_proj.weight", np.ones((48, 32), np.float32)),
+                       "not part of the model: model.layers.3.mlp.up_proj.weight"),
+    "a bias": (with_tensor("model.layers.1.self_attn.q_proj.bias", np.ones(32, np.float32)),
+               "not part of the model: model.layers.1.self_attn.q_proj.bias"),
+    "misshapen": (with_tensor(UP, np.ones((48, 31), np.float32)),
+                  r"model/layers/1/mlp/up_proj/kernel has shape \(31, 48\), the model needs \(32, 48\)"),
+    "another rank": (with_tensor(UP, np.ones((48, 32, 1), np.float32)), r"up_proj/kernel has shape \(1, 32, 48\)"),
+    "quantised": (with_tensor(UP, np.ones((48, 32), np.int8)), f"{UP} is int8; quantised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_a_bad_tensor_is_named_with_its_layer(tmp_path, case, scan_layers):
+    change, message = BAD_TENSORS[case]
+    folder = write(tmp_path / "m", tensors=change(torch_tensors(*tiny("llama"))))
+    with pytest.raises(models.ModelError, match=message):
+        models.load(folder, scan_layers=scan_layers)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    folder = write(tmp_path / "m", shards=3)
+    shard = folder / "model-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises(models.ModelError, match=r"model-00001\.safetensors: not a whole safetensors file"):
+        models.load(folder)
+
+
+def test_buffers_and_a_tied_head_may_stand_in_the_file(tmp_path):
+    model, params = tiny("qwen3")
+    extra = {"lm_head.weight": np.ones((60, 32), np.float32),
+             "model.layers.2.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}  # fmt: skip
+    folder = write(tmp_path / "m", "qwen3", tensors=torch_tensors(model, params) | extra)
+    assert_trees_close(models.load(folder)[1], params, atol=0)
+
+
+def test_the_text_part_of_a_model_that_also_sees(tmp_path):
+    model, params = tiny("gemma3")
+    tensors = {f"language_model.{name}": value for name, value in torch_tensors(model, params).items()}
+    folder = write(tmp_path / "m", tensors=tensors | {"vision_tower.x.weight": np.ones((2, 2), np.float32)})
+    text = {name: value for name, value in {**SIZES, **KINDS["gemma3"]}.items() if name != "model_type"}
+    outer = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+    (folder / "config.json").write_text(json.dumps(outer))
+    loaded, again = models.load(folder)
+    assert loaded.config.layer_types == model.config.layer_types and loaded.config.eos_token_id == (1, 106)
+    assert_trees_close(again, params, atol=0)
+
+
+# --- configs ---
+
+
+LLAMA3 = FREQUENCIES["llama3"][0]
+BAD_CONFIGS = {
+    "unknown type": ("llama", {"model_type": "mamba"},
+                     r"model_type 'mamba' is not one of bert, .*llama, mistral, qwen2"),
+    "no type": ("llama", {"model_type": None}, "model_type None is not one of"),
+    "bidirectional": ("gemma3", {"use_bidirectional_attention": True},
+                      "use_bidirectional_attention=True is not supported, only False"),
+    "partial rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0"),
+    "quantised": ("llama", {"quantization_config": {"bits": 4}}, "its weights are quantised"),
+    "quantised outside": ("gemma3", {"model_type": "gemma3", "text_config": SIZES, "quantization_config": {"bits": 4}},
+                          "quantised"),
+    "text_config": ("gemma3", {"model_type": "gemma3", "text_config": None}, "text_config=None is not an object"),
+    "rope type": ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2}},
+                  "rope_type 'longrope' is not supported, only default, linear"),
+    "rope type no string": ("llama", {"rope_scaling": {"type": ["linear"], "factor": 2}},
+                            "rope_type .* is not supported"),
+    "rope field missing": ("llama", {"rope_scaling": {"rope_type": "linear"}}, "linear rope scaling lacks factor"),
+    "rope field unknown": ("llama", {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 32}},
+                           "linear rope scaling has no beta_fast, only factor"),
+    "rope number": ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}},
+                    "factor='2' in the rope scaling is not a positive number"),
+    "rope negative": ("llama", {"rope_scaling": {"type": "linear", "factor": -2}}, "factor=-2"),
+    "rope order": ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "low_freq_factor < high_freq_factor"),
+    "rope no object": ("llama", {"rope_scaling": 5}, "rope_scaling=5 is not an object"),
+    "rope no object by kind": ("gemma3", {"rope_parameters": {FULL: 5}}, "rope_scaling=5 is not an object"),
+    "rope_theta": ("llama", {"rope_theta": "big"}, "rope_theta='big'"),
+    "layer_types too short": ("qwen2", {"layer_types": [FULL]}, "layer_types=.* for each of 3 layers"),
+    "layer_types unknown": ("gemma2", {"layer_types": [FULL, "chunked_attention", FULL]},
+                            "chunked_attention.* does not say"),
+    "layer_types no strings": ("gemma2", {"layer_types": [[FULL], 1, None]}, "does not say"),
+    "layer_types no list": ("gemma2", {"layer_types": FULL}, "does not say"),
+    "layer_types mixed": ("mistral", {"layer_types": [FULL, SLIDING, FULL]}, "mistral with layers of both kinds"),
+    "no window for types": ("qwen2", {"use_sliding_window": False, "layer_types": [SLIDING] * 3},
+                            "there is no sliding_window"),
+    "no window": ("gemma2", {"sliding_window": None}, "there is no sliding_window"),
+    "window zero": ("mistral", {"sliding_window": 0}, "sliding_window=0 is not a positive whole number"),
+    "window true": ("mistral", {"sliding_window": True}, "sliding_window=True is not a positive whole number"),
+    "window string": ("gemma3", {"sliding_window": "4"}, "sliding_window='4' is not a positive whole number"),
+    "pattern": ("gemma3", {"sliding_window_pattern": "2"}, "sliding_window_pattern='2' is not a whole number"),
+    "pattern zero": ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0 is not a whole number"),
+    "window layers": ("qwen2", {"max_window_layers": "1"}, "max_window_layers='1' is not a whole number"),
+    "heads do not split": ("llama", {"num_key_value_heads": 3}, "4 query heads do not split over 3"),
+    "no heads": ("llama", {"num_attention_heads": 0}, "num_attention_heads=0 is not a positive whole number"),
+    "odd head": ("llama", {"head_dim": 7}, "head_dim=7 is no even number"),
+    "narrow": ("llama", {"hidden_size": 2}, "head_dim=0 is no even number"),
+    "string": ("llama", {"hidden_size": "big"}, "hidden_size='big' is not a positive whole number"),
+    "string heads": ("llama", {"num_attention_heads": "4"}, "num_attention_heads='4' is not a positive whole number"),
+    "fraction": ("llama", {"vocab_size": 60.5}, "vocab_size=60.5 is not a positive whole number"),
+    "negative": ("llama", {"head_dim": -8}, "head_dim=-8 is not a positive whole number"),
+    "layers": ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+    "layers true": ("llama", {"num_hidden_layers": True}, "num_hidden_layers=True is not a positive whole number"),
+    "epsilon": ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' is not a number that is at least 0"),
+    "epsilon not finite": ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps=inf"),
+    "epsilon not a number": ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan"),
+    "bias": ("llama", {"attention_bias": "yes"}, "attention_bias='yes' is neither true nor false"),
+    "cap": ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0"),
+    "cap zero": ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping=0 leaves nothing"),
+    "activation": ("llama", {"hidden_act": "mish"}, "hidden_act='mish' is not supported, only gelu"),
+    "activation no string": ("gemma2", {"hidden_activation": ["silu"]}, "hidden_act=.* is not supported"),
+    "eos": ("llama", {"eos_token_id": "</s>"}, "eos_token_id='</s>' is not a token id"),
+    "eos nested": ("llama", {"eos_token_id": [[2]]}, "eos_token_id=.* is not a token id"),
+    "bos": ("llama", {"bos_token_id": [1]}, "bos_token_id=.* is not a token id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_config_that_cannot_be_followed_says_where(tmp_path, case):
+    kind, fields, message = BAD_CONFIGS[case]
+    folder = write(tmp_path / "m", kind, tensors={}, **fields)
+    with pytest.raises(models.ModelError, match=f"config.json: .*{message}") as error:
+        models.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"scan_layer": True}, "llama models have no option scan_layer, only remat, scan_layers"),
+    ({"remat": "ful"}, "remat='ful' is none of full, dots, everything_saveable"),
+    ({"remat": "save_only_these_names"}, "remat='save_only_these_names' is none of"),  # wants names: saves everything
+    ({"remat": True}, "remat=True is none of"),
+    ({"remat": ["full"]}, "remat=.* is none of"),
+])  # fmt: skip
+def test_an_unknown_option_is_refused(tmp_path, options, message):
+    with pytest.raises(models.ModelError, match=message):
+        models.load(write(tmp_path / "m", tensors={}), **options)
+
+
+def test_nulls_are_the_defaults_of_the_family():
+    fields = ("vocab_size", "head_dim", "num_key_value_heads", "rms_norm_eps", "hidden_act", "tie_word_embeddings",
+              "rope_scaling", "rope_theta", "layer_types", "quantization_config", "attention_bias")  # fmt: skip
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
+        plain = decoder.from_config({"model_type": kind})
+        assert decoder.from_config({"model_type": kind, **dict.fromkeys(fields)}) == plain
+
+
+MORE_CONFIGS = {
+    "llama3": {"model_type": "llama", "rope_scaling": LLAMA3, "eos_token_id": [1, 2], "attention_bias": True,
+               "mlp_bias": True, "head_dim": 12, "attention_dropout": 0.25, "tie_word_embeddings": True},
+    "yarn": {"model_type": "qwen3", "rope_scaling": FREQUENCIES["yarn with all"][0], "attention_bias": True},
+    "dynamic": {"model_type": "mistral", "rope_scaling": {"type": "dynamic", "factor": 2.0}, "sliding_window": None},
+    "transformers 5": {"model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 77.0}},
+    "transformers 5, two": {"model_type": "gemma3_text", **GEMMA, "layer_types": [FULL, SLIDING, FULL],
+                            "rope_parameters": {
+                                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+                                SLIDING: {"rope_type": "yarn", "factor": 2.0, "rope_theta": 20.0}}},
+    "all full": {"model_type": "gemma2", **GEMMA, "layer_types": [FULL] * 3, "attn_logit_softcapping": None},
+    "all sliding": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*KINDS, *MORE_CONFIGS])
+def test_the_config_written_is_the_inverse_of_the_config_read(name):
+    config = {**KINDS, **MORE_CONFIGS}[name]
+    model = build(config)
+    assert model != build({"model_type": config["model_type"], "sliding_window": 7, "rope_theta": 3.0})
+    written = json.loads(json.dumps(decoder.to_config(model)))
+    assert decoder.from_config(written) == model
+    assert decoder.to_config(decoder.from_config(written)) == written
+    assert written["architectures"] and written["model_type"] == config["model_type"]
