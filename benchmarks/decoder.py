@@ -231,10 +231,10 @@ def decode(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, A
     for kind, under in kinds.items():
         weights = merged if kind == "merged" else params
         calls[f"jpeft, {kind}"] = functools.partial(generate, model, weights, [prompt[0].tolist()], **under)
-        weights = stack(weights)
-        if under:
-            under = {"peft": lora().bind(stacked, weights, prompt), "adapter": stack(leaves)}
-        calls[f"jpeft scanned, {kind}"] = functools.partial(generate, stacked, weights, [prompt[0].tolist()], **under)
+        if kind == "no adapter":
+            calls["jpeft scanned, no adapter"] = functools.partial(
+                generate, stacked, stack(weights), [prompt[0].tolist()]
+            )
         theirs = torch_model(folder, None if kind == "no adapter" else adapter)
         theirs = theirs.merge_and_unload() if kind == "merged" else theirs
         calls[f"torch, {kind}"] = functools.partial(torch_generate, theirs, torch.tensor(prompt).long())
@@ -259,8 +259,8 @@ def decode(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, A
              [[n, *(f"{r[c]:.1f}" for c in clocks), f"{same[n]} of {new}"] for n, r in rates.items()])  # fmt: skip
     pairs = {f"jpeft / torch, {kind}": (f"jpeft, {kind}", f"torch, {kind}") for kind in kinds}
     pairs |= {f"{side}, {kind} / no adapter": (f"{side}, {kind}", f"{side}, no adapter")
-              for side in ("jpeft", "jpeft scanned", "torch") for kind in ("unmerged", "merged")}  # fmt: skip
-    pairs |= {f"jpeft / jpeft scanned, {kind}": (f"jpeft, {kind}", f"jpeft scanned, {kind}") for kind in kinds}
+              for side in ("jpeft", "torch") for kind in ("unmerged", "merged")}  # fmt: skip
+    pairs["jpeft / jpeft scanned"] = ("jpeft, no adapter", "jpeft scanned, no adapter")
     ratios = {name: {c: rates[a][c] / rates[b][c] for c in clocks} for name, (a, b) in pairs.items()}
     print("\nSpeed ratios, above 1 is faster:\n")
     markdown(["", *clocks], [[n, *(f"{r[c]:.2f}" for c in clocks)] for n, r in ratios.items()])

@@ -99,7 +99,8 @@ def load(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads a HuggingFace folder (`config.json` and safetensors, sharded or not) or a `.gguf` file.
 
-    Each tensor goes straight to its place, dtype and sharding: beside the model itself, host memory holds one tensor.
+    Each tensor goes straight to its place, dtype and sharding: beside the model itself, host memory holds one tensor or
+    two.
 
     Args:
         path: the folder or file. Nothing is downloaded, and no pickle is opened.
