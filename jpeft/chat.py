@@ -171,7 +171,9 @@ class Codec:
 
     def _check(self, messages: Sequence[Message]) -> None:
         if not self.template:
-            raise ChatError(f"{self.where}: no chat template, so no chat model; give a plain prompt instead")
+            raise ChatError(
+                f"{self.where}: no chat template, so no chat model; give a plain prompt instead (jpeft generate --raw)"
+            )
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ChatError('no messages; expected a list such as [{"role": "user", "content": "Hello"}]')
         roles = list(dict.fromkeys([*_ROLES, *_ROLE_IN_TEMPLATE.findall(self.template)]))

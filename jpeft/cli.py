@@ -169,7 +169,8 @@ def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2 (default), a HuggingFace folder, .gguf or hub id")
     parser.add_argument("--adapter", metavar="RUN", help="a run, or an adapter's folder (jpeft's or PEFT's)")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="INT", help="(default: 256)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="INT",
+                        help="(default: 256, or what is left of the context)")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.0, metavar="FLOAT", help="0 (default): no chance")
     parser.add_argument("--top-k", type=int, metavar="INT", help="draw from the so many likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="FLOAT", help="draw from the likeliest that make up this share")
@@ -270,6 +271,8 @@ def _open_speaker(args: argparse.Namespace) -> tuple[Any, Any]:
 
     talk.keep_compiled()
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    if not 0 <= args.seed < 1 << 63:
+        raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     settings = talk.Settings(**{name: getattr(args, name) for name in names})
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731
     return talk.open_speaker(args.model, args.adapter, args.dtype, say), settings
@@ -280,9 +283,11 @@ def _generate(args: argparse.Namespace) -> None:
         raise UserError("--messages holds the whole conversation; give no PROMPT, --raw or --system with it")
     if args.raw and args.system:
         raise UserError("--raw goes on from the text itself; there is no place for --system")
-    prompts = [_messages(args.messages)] if args.messages else args.prompts or [sys.stdin.read().rstrip("\n")]
+    prompts = [_messages(args.messages)] if args.messages else args.prompts or [_stdin().rstrip("\n")]
+    if any(isinstance(prompt, str) and not prompt.strip() for prompt in prompts):
+        raise UserError("the prompt is empty: give some text")
     speaker, settings = _open_speaker(args)
-    raw = args.raw or (speaker.codec.template is None and not args.messages and not args.system)
+    raw = args.raw or (not speaker.codec.template and not args.messages and not args.system)
     ids = [speaker.codec.encode(p) if raw else speaker.codec.encode_chat(_as_messages(p, args.system)) for p in prompts]
     if len(ids) > 1:
         texts = speaker.answers(ids, settings)
@@ -304,6 +309,8 @@ def _generate(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> None:
     from jpeft.talk import Conversation
 
+    if sys.stdin is None:
+        raise UserError("stdin is closed, but each of its lines is a turn")
     speaker, settings = _open_speaker(args)
     talk, watched = Conversation(args.system), sys.stdin.isatty()
     while True:
@@ -313,11 +320,33 @@ def _chat(args: argparse.Namespace) -> None:
             return
         if not line.strip():
             continue
-        talk.add("user", line.strip())
-        text, _ = _speak(speaker, speaker.codec.encode_chat(talk.messages), settings, quiet=args.json)
+        try:
+            talk.add("user", _as_text(line.strip()))
+            text, _ = _speak(speaker, speaker.codec.encode_chat(talk.messages), settings, quiet=args.json)
+        except ValueError as error:
+            if not watched:
+                raise
+            talk.take_back()  # what was said before stands
+            _fail(str(error), 1)
+            continue
         talk.add("assistant", text)
         if args.json:
             print(json.dumps(talk.messages[-1], ensure_ascii=False), flush=True)
+
+
+def _stdin() -> str:
+    """All of stdin as text."""
+    if sys.stdin is None:
+        raise UserError("no prompt was given, and stdin is closed")
+    return _as_text(sys.stdin.read())
+
+
+def _as_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("stdin is not UTF-8 text") from None
+    return text
 
 
 def _speak(speaker: Any, ids: Sequence[int], settings: Any, quiet: bool) -> tuple[str, Any]:
@@ -343,7 +372,7 @@ def _as_messages(prompt: Any, system: str | None) -> list[dict[str, str]]:
 
 def _messages(file: str) -> Any:
     try:
-        return json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+        return json.loads(_stdin() if file == "-" else Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--messages {file}: not JSON ({error})") from None
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jpeft.models.decoder import Decoder, init_cache
 from jpeft.peft import Peft
 
+_NO_TOKEN = -2  # where the logits are no numbers
 _STOPS = 8  # stop ids are padded to a multiple of it
 
 
@@ -75,11 +76,11 @@ def generate(
     *,
     peft: Peft | None = None,
     adapter: Any = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
     vocabulary: int | None = None,
     shortest: int = 16,
@@ -90,10 +91,10 @@ def generate(
       model: a decoder of `jpeft.models`. params: its tree.
       prompts: token ids, of any lengths.
       peft, adapter: to run it under; the Peft of this model.
-      max_new_tokens: at most so many for each prompt.
+      max_new_tokens: at most so many for each prompt. None is 256, or what the longest prompt leaves of the context.
       temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), and `key` is
         needed. top_k: of the k likeliest only. top_p: of the likeliest that make up this probability.
-      stop_ids: ids that end a row.
+      stop_ids: ids that end a row. None is what the model's config has as `eos_token_id`; () ends none.
       vocabulary: only ids below are drawn, where the embedding has more rows than the tokenizer has tokens.
       shortest: prompts are padded to this length at least; a larger one means fewer programs to compile.
 
@@ -102,7 +103,7 @@ def generate(
 
     Raises:
       GenerationError: no prompts, an empty one, an id outside the vocabulary, more tokens than the model has positions
-        for, a setting that makes no sense.
+        for, a setting that makes no sense; weights under which the logits are no numbers.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -114,7 +115,7 @@ def generate(
     """
     steps = _Steps(model, params, prompts, peft, adapter, max_new_tokens, temperature, top_k, top_p, stop_ids, key,
                    vocabulary, shortest)  # fmt: skip
-    steps.advance(max_new_tokens - 1)
+    steps.advance(steps.limit - 1)
     return steps.rows()
 
 
@@ -132,8 +133,8 @@ def stream(
     >>> len(list(stream(model, params, [[3, 1, 4]], max_new_tokens=5)))
     5
     """
-    settings = {"peft": None, "adapter": None, "max_new_tokens": 128, "temperature": 0.0, "top_k": None, "top_p": None,
-                "stop_ids": (), "key": None, "vocabulary": None, "shortest": 16, **settings}  # fmt: skip
+    settings = {"peft": None, "adapter": None, "max_new_tokens": None, "temperature": 0.0, "top_k": None, "top_p": None,
+                "stop_ids": None, "key": None, "vocabulary": None, "shortest": 16, **settings}  # fmt: skip
     return _one_by_one(_Steps(model, params, prompts, **settings))
 
 
@@ -168,11 +169,11 @@ class _Steps:
         prompts: Sequence[Sequence[int]],
         peft: Peft | None,
         adapter: Any,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         temperature: float,
         top_k: int | None,
         top_p: float | None,
-        stop_ids: Sequence[int],
+        stop_ids: Sequence[int] | None,
         key: Key[Array, ""] | None,
         vocabulary: int | None,
         shortest: int,
@@ -185,9 +186,11 @@ class _Steps:
             raise GenerationError(
                 "the Peft was bound to another model; are layers stacked in one? see jpeft.models.unroll"
             )
+        if stop_ids is None:
+            eos = model.config.eos_token_id
+            stop_ids = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
         _check_settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary)
-        max_new_tokens = int(max_new_tokens)
-        ids, mask = _left_padded(prompts, model.config, max_new_tokens, shortest)
+        ids, mask, max_new_tokens = _left_padded(prompts, model.config, max_new_tokens, shortest)
         self.batch, width = ids.shape
         self.limit, self.run, self.trees = max_new_tokens, _Runner(model, peft), (params, adapter)
         most = model.config.vocab_size
@@ -211,7 +214,10 @@ class _Steps:
             self.state = _decode(self.run, self.trees, self.state, self.sampling, jnp.int32(steps))
 
     def progress(self) -> tuple[int, np.ndarray]:
-        return int(self.state.count), np.asarray(self.state.done)
+        count = int(self.state.count)
+        if bool((self.state.tokens[:, count - 1] == _NO_TOKEN).any()):
+            raise GenerationError("the model's logits are no numbers (NaN or infinite): look at its weights, and dtype")
+        return count, np.asarray(self.state.done)
 
     def rows(self) -> list[list[int]]:
         count, _ = self.progress()
@@ -234,7 +240,7 @@ def _prefill(run: _Runner, trees: Any, ids: jax.Array, mask: jax.Array, sampling
         cache[name] = jnp.pad(cache[name], ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
     token = _draw(logits[:, -1], sampling, 0)
     tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
-    return _State(cache, tokens, jnp.isin(token, sampling.stop_ids), jnp.int32(1))
+    return _State(cache, tokens, _ends(token, sampling), jnp.int32(1))
 
 
 @functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
@@ -243,14 +249,15 @@ def _decode(run: _Runner, trees: Any, state: _State, sampling: _Sampling, steps:
     last = state.count + steps
 
     def go_on(state: _State) -> jax.Array:
-        return (state.count < last) & ~state.done.all()
+        failed = (jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1) == _NO_TOKEN).any()
+        return (state.count < last) & ~state.done.all() & ~failed
 
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1)
         logits, cache = run(trees, token, cache=state.cache)
         token = _draw(logits[:, -1], sampling, state.count)
         tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
-        return _State(cache, tokens, state.done | jnp.isin(token, sampling.stop_ids), state.count + 1)
+        return _State(cache, tokens, state.done | _ends(token, sampling), state.count + 1)
 
     return jax.lax.while_loop(go_on, step, state)
 
@@ -268,7 +275,12 @@ def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: 
         return jax.vmap(jax.random.categorical)(keys, kept)
 
     token = jax.lax.cond(sampling.temperature > 0, sampled, lambda: logits.argmax(axis=-1))
-    return token.astype(jnp.int32)
+    sound = jnp.isfinite(logits.max(axis=-1))
+    return jnp.where(sound, token, _NO_TOKEN).astype(jnp.int32)
+
+
+def _ends(token: jax.Array, sampling: _Sampling) -> jax.Array:
+    return jnp.isin(token, sampling.stop_ids) & (token != _NO_TOKEN)
 
 
 def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -282,8 +294,10 @@ def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p
     return jnp.put_along_axis(logits, order, ordered, axis=-1, inplace=False)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int, shortest: int) -> tuple[jax.Array, jax.Array]:
-    """Prompts as one array, `[batch, bucket]`, and where it holds tokens."""
+def _left_padded(
+    prompts: Sequence[Sequence[int]], cfg: Any, new: int | None, shortest: int
+) -> tuple[jax.Array, jax.Array, int]:
+    """Prompts as one array, `[batch, bucket]`, where it holds tokens, and the limit of new ones."""
     if not len(prompts):
         raise GenerationError("no prompts")
     rows = []
@@ -296,24 +310,25 @@ def _left_padded(prompts: Sequence[Sequence[int]], cfg: Any, new: int, shortest:
         if row.min() < 0 or row.max() >= cfg.vocab_size:
             bad = row[(row < 0) | (row >= cfg.vocab_size)][0]
             raise GenerationError(f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {cfg.vocab_size - 1}")
-        if row.size + new > cfg.context:
+        if row.size + (new or 1) > cfg.context:
             raise GenerationError(
-                f"prompt {i} has {row.size} tokens; with {new} new ones it is longer than the model's context of "
-                f"{cfg.context}"
+                f"prompt {i} has {row.size} tokens; with {new or 1} new ones it is longer than the model's context of "
+                f"{cfg.context}; shorten it, or ask for fewer new tokens"
             )
         rows.append(row)
-    width = bucket(max(row.size for row in rows), shortest, cfg.context)
+    longest = max(row.size for row in rows)
+    width = bucket(longest, shortest, cfg.context)
     ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         ids[i, width - row.size :], mask[i, width - row.size :] = row, True
-    return jnp.asarray(ids), jnp.asarray(mask)
+    return jnp.asarray(ids), jnp.asarray(mask), min(256, cfg.context - longest) if new is None else int(new)
 
 
 def _check_settings(
     new: Any, temperature: Any, top_k: Any, top_p: Any, stop_ids: Any, key: Any, vocabulary: Any
 ) -> None:
     for name, value in (("max_new_tokens", new), ("top_k", top_k), ("vocabulary", vocabulary)):
-        if not (_is_whole(value) and value > 0) and (value is not None or name == "max_new_tokens"):
+        if not (_is_whole(value) and value > 0) and value is not None:
             raise GenerationError(f"{name} must be a whole number from 1, got {value!r}")
     if not (_is_number(temperature) and 0 <= temperature < math.inf):
         raise GenerationError(f"temperature must be a number from 0, got {temperature!r}")

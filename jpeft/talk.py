@@ -31,7 +31,7 @@ _SHORTEST = 256  # prompts are padded to it, so that the turns of a talk seldom 
 class Settings:
     """How tokens are chosen: see `jpeft.generate`."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -178,3 +178,8 @@ class Conversation:
 
     def add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
+
+    def take_back(self) -> None:
+        """Forgets a last turn of the user's that was not answered."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()

@@ -328,12 +328,23 @@ def test_parameters_on_a_mesh_give_the_same_tokens():
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.5, "key": KEY}], ids=str)
-def test_weights_that_are_not_numbers_still_end(settings):
-    """Tokens of no meaning, but of the vocabulary, and no more than were asked for."""
+def test_weights_that_are_not_numbers_are_an_error(settings):
     model, params = tiny()
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    rows = generate(model, nan, PROMPTS, max_new_tokens=NEW, **settings)
-    assert [len(row) for row in rows] == [NEW] * 3 and all(0 <= token < 60 for row in rows for token in row)
+    with pytest.raises(GenerationError, match="logits are no numbers"):
+        generate(model, nan, PROMPTS, max_new_tokens=NEW, **settings)
+    with pytest.raises(GenerationError, match="logits are no numbers"):
+        list(stream(model, nan, PROMPTS, max_new_tokens=NEW, **settings))
+
+
+def test_defaults_are_the_models_own_stop_ids_and_what_the_context_leaves():
+    model, params = tiny()
+    rows = generate(model, params, PROMPTS, stop_ids=())
+    assert {len(row) for row in rows} == {model.config.context - max(map(len, PROMPTS))}
+    token = rows[0][2]
+    stopping = model.clone(config=dataclasses.replace(model.config, eos_token_id=(59, token)))
+    assert generate(stopping, params, PROMPTS) == generate(model, params, PROMPTS, stop_ids=(59, token))
+    assert generate(stopping, params, PROMPTS, stop_ids=()) == rows
 
 
 # --- mistakes ---

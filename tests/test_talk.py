@@ -165,7 +165,11 @@ def test_a_chat_remembers_what_was_said(capsys, monkeypatch):
 MISTAKES = {
     "a prompt longer than the context": (["llama", "x" * 130], "longer than the model's context of 128"),
     "no room for new tokens": (["llama", "hi", "--max-new-tokens", "200"], "longer than the model's context of 128"),
-    "an empty prompt": (["llama", "--raw", ""], "empty"),
+    "an empty prompt": (["llama", ""], "the prompt is empty"),
+    "an empty raw prompt": (["llama", "--raw", " "], "the prompt is empty"),
+    "an empty prompt among others": (["llama", "hi", ""], "the prompt is empty"),
+    "weights that are no numbers": (["nan", "hi"], "logits are no numbers"),
+    "a seed of no size that can be": (["llama", "hi", "--seed", "9" * 30], "--seed 999"),
     "an unknown role": (["llama", "--messages", "role.json"], "'robot'"),
     "a template that raises": (["llama", "--messages", "tool.json"], "no tools here"),
     "a broken template": (["broken", "hi"], "chat template"),
@@ -213,6 +217,7 @@ def mistakes(home, tmp_path):
     config = json.loads((home / "llama" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     model, params = models.load(home / "llama")
+    models.save(tmp_path / "nan", model, jax.tree.map(lambda x: x * jnp.nan, params), source=home / "llama")
     shutil.rmtree(tmp_path / "shifted")
     models.save(tmp_path / "shifted", model, jax.tree.map(lambda x: x + 1, params), source=home / "llama")
     (tmp_path / "none.gguf").write_bytes(b"not a gguf file")

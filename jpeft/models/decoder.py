@@ -13,7 +13,6 @@ that sees a window and one that sees everything differ in their mask and rotary 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jpeft.attention import register_attention
@@ -445,6 +445,9 @@ class Decoder(_Module):
         context, seen = self._cached_context(input_ids, attention_mask, position_ids, cache)
         held = {name: cache[name] for name in ("key", "value")}
         states, held = self.model(input_ids, held, context, deterministic)
+        # What does not fit is written over the end, and a traced index cannot refuse it: NaN then, not wrong numbers.
+        fits = cache["index"] + input_ids.shape[1] <= cache["seen"].shape[1]
+        states = jnp.where(fits, states, jnp.nan)
         return states, {**held, "seen": seen, "index": cache["index"] + input_ids.shape[1]}
 
     def logits(self, states: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocabulary"]:
@@ -473,7 +476,14 @@ class Decoder(_Module):
     def _cached_context(
         self, input_ids: jax.Array, attention_mask: Any, position_ids: Any, cache: Mapping[str, Any]
     ) -> tuple[Context, Bool[Array, "batch capacity"]]:
-        length, capacity = input_ids.shape[1], cache["seen"].shape[1]
+        length, (rows, capacity) = input_ids.shape[1], cache["seen"].shape
+        held = cache["index"]
+        full = not isinstance(held, Tracer) and int(held) + length > capacity
+        if rows != input_ids.shape[0] or length > capacity or full:
+            raise ValueError(
+                f"input_ids {list(input_ids.shape)} do not fit a cache of {rows} rows and capacity {capacity}"
+                + (f", of which {int(held)} are used" if full else "")
+            )
         real = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         positions = position_ids
         if positions is None:
@@ -504,8 +514,8 @@ def init_cache(model: Decoder, batch: int, capacity: int, dtype: Any = None) -> 
     """An empty cache: a plain tree. Rows hold one sequence each; padding in it is never attended to.
 
     `key` and `value` are `[layers, batch, kv_heads, capacity, head_dim]`; `seen` `[batch, capacity]` says which slots
-    hold tokens; `index` is the next free slot, the same in all rows. A call that does not fit is not noticed: JAX
-    clamps where it would write.
+    hold tokens; `index` is the next free slot, the same in all rows. A call that does not fit is a ValueError; inside
+    `jax.jit`, where the index is not known, it gives NaN.
 
     Args:
       dtype: of keys and values; None is what the model computes in.
@@ -576,7 +586,7 @@ def from_config(
         if config.get(name) not in (None, accepted):
             raise ValueError(f"{name}={config[name]!r} is not supported, only {accepted!r}")
     if config.get("quantization_config"):
-        raise ValueError("its weights are quantised, which is not read here; load the original and use jpeft.quantize")
+        raise ValueError("its weights are quantised (quantization_config), which is not read here; load the original")
     given = _given(kind, config)
     _check_fields(given)
     given |= _attention_kinds(kind, config, given)
@@ -667,8 +677,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    theta = config.get("rope_theta") or _THETA.get(kind, 10000.0)
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = _THETA.get(kind, 10000.0) if config.get("rope_theta") is None else config["rope_theta"]
+    scaling = next((config[k] for k in ("rope_parameters", "rope_scaling") if config.get(k) is not None), {})
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling={scaling!r} is not an object")
     if kind != "gemma3_text":
@@ -692,14 +702,14 @@ def _check_fields(given: Mapping[str, Any]) -> None:
             ids = value if isinstance(value, tuple) and "tuple" in kind else (value,)
             if not all(map(_is_whole, ids)):
                 raise ValueError(f"{name}={value!r} is not a token id")
-        elif "int" in kind and not (_is_whole(value) and value > 0):
-            raise ValueError(f"{name}={value!r} is not a positive whole number")
+        elif "int" in kind and not (_is_whole(value) and 0 < value < 1 << 31):
+            raise ValueError(f"{name}={value!r:.40} is not a positive whole number of a size that can be")
         elif kind == "bool" and not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} is neither true nor false")
         elif "float" in kind:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 <= value < math.inf):
-                raise ValueError(f"{name}={value!r} is not a number that is at least 0")
+            if not (number and 0 <= value < 1e30):
+                raise ValueError(f"{name}={value!r:.40} is not a number that is at least 0")
             if value == 0 and name.endswith("_softcapping"):
                 raise ValueError(f"{name}={value!r} leaves nothing of what it caps; null caps nothing")
 
@@ -711,6 +721,8 @@ def _check(cfg: DecoderConfig) -> None:
         raise ValueError(
             f"{cfg.num_attention_heads} query heads do not split over {cfg.num_key_value_heads} key and value heads"
         )
+    if cfg.head_dim > 1 << 16:
+        raise ValueError(f"head_dim={cfg.head_dim} is more than any model's")
     if cfg.head_dim < 2 or cfg.head_dim % 2:
         raise ValueError(f"head_dim={cfg.head_dim} is no even number, but rotary positions turn pairs")
 

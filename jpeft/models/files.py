@@ -50,7 +50,10 @@ class _SafeTensor:
     def read(self) -> np.ndarray:
         # The file is mapped for one tensor at a time: pages of it that were read count as ours until it is unmapped.
         with _open(self.path) as file:
-            return file.get_tensor(self.name)
+            try:
+                return file.get_tensor(self.name)
+            except (AttributeError, TypeError) as error:  # a dtype that numpy does not have, such as float8
+                raise ModelError(f"{self.path}: {self.name} has a dtype that is not read here ({error})") from None
 
 
 def is_gguf(path: Path) -> bool:

@@ -150,6 +150,8 @@ def from_config(given: Mapping[str, Any] | None, theta: float) -> Rotary:
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"rope_scaling={given!r} is not an object")
     given = dict(given or {})
+    if given.get("partial_rotary_factor") == 1.0:
+        del given["partial_rotary_factor"]
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(f"rope_type {kind!r} is not supported, only {', '.join(_NEEDED)}")
@@ -170,8 +172,8 @@ def from_config(given: Mapping[str, Any] | None, theta: float) -> Rotary:
 def _number(name: str, value: Any) -> Any:
     if name == "truncate" and isinstance(value, bool):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} in the rope scaling is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ValueError(f"{name}={value!r:.40} in the rope scaling is not a positive number")
     return value if name == "original_max_position_embeddings" else float(value)
 
 
