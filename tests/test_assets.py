@@ -195,7 +195,7 @@ def test_a_model_is_a_name_or_a_folder(wheel, downloads, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "tiny.gguf").write_text("")
     assert assets.resolve_model(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
-    with pytest.raises(UserError, match="is a file; expected a .gguf, or a folder with"):
+    with pytest.raises(UserError, match=r"is a file; expected a \.gguf, or a folder with"):
         assets.resolve_model(str(tmp_path / "file"))
     for wrong in ("tinny", "./no/folder", "/no/folder"):
         with pytest.raises(UserError, match=f"--model {wrong}: no such folder; expected 'tiny', a HuggingFace folder"):
