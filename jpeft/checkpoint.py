@@ -5,6 +5,8 @@
         state, notes = restore(checkpoints, like=state)
 
 A checkpoint appears whole or not at all; what a killed save left behind is cleared when the folder is next opened.
+`checksums.json` beside its state holds a SHA-256 of every file, and nothing is read before they agree: a read that fails
+half-way leaves tensorstore's threads reporting to an event loop that is gone, which has ended in a segmentation fault.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import hashlib
+import json
 import logging
 import os
 import re
 import shutil
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,7 @@ def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[s
     try:
         checkpoints.save(step, args=args, force=True)
         checkpoints.wait_until_finished()
+        _seal(folder / str(step))
         return
     except Exception as error:
         _drop_partial(folder)
@@ -99,13 +102,14 @@ def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) 
     step = checkpoints.latest_step() if step is None else step
     if step is None:
         raise CheckpointError(f"{checkpoints.directory}: no checkpoint to resume from")
+    _verify(folder := Path(checkpoints.directory) / str(step))
     wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
     try:
         found = checkpoints.restore(step, args=args)
     except Exception as error:  # Orbax and tensorstore raise a bare one for some damage
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{checkpoints.directory}/{step}: does not hold the expected state ({reason})") from error
+        raise CheckpointError(f"{folder}: does not hold the expected state ({reason})") from error
     return found["state"], found["notes"]
 
 
@@ -129,10 +133,42 @@ def restore_newest(checkpoints: CheckpointManager, like: Any) -> tuple[Any, dict
             for bad in damaged:
                 checkpoints.delete(bad)  # or the run could not save that step again
             return state, notes, damaged
-        with warnings.catch_warnings():  # the reads that Orbax had not begun complain when they are collected
-            warnings.simplefilter("ignore")
-            gc.collect()
     raise CheckpointError(reason)
+
+
+_CHECKSUMS = "checksums.json"
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, by its path inside."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _CHECKSUMS:
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _seal(folder: Path) -> None:
+    """Write a finished checkpoint's checksums. Without them (killed just before) it is whole, but cannot be verified."""
+    partial = folder / f"{_CHECKSUMS}.partial"
+    partial.write_text(json.dumps(_checksums(folder), indent=1))
+    partial.replace(folder / _CHECKSUMS)
+
+
+def _verify(folder: Path) -> None:
+    """Raises `CheckpointError` with the first file that is not as it was written."""
+    try:
+        expected = dict(json.loads((folder / _CHECKSUMS).read_text()))
+        found = _checksums(folder)
+    except FileNotFoundError:
+        return
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    for path, digest in expected.items():
+        if found.get(path) != digest:
+            change = "was changed since it was written" if path in found else "is missing"
+            raise CheckpointError(f"{folder}: damaged: {path} {change}")
 
 
 def _drop_partial(folder: Path) -> None:
@@ -143,24 +179,13 @@ def _drop_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what Orbax logs, through absl and asyncio, off the user's terminal: what matters of it is raised.
-
-    After a read or write that failed, tensorstore's threads still report the others to a loop that is gone.
-    """
+    """Keep what Orbax logs, through absl and asyncio, off the user's terminal: what matters of it is raised."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    report = sys.unraisablehook
-
-    def unless_late(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            report(unraisable)
-
-    sys.unraisablehook = unless_late
     try:
         yield
     finally:
-        sys.unraisablehook = report
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

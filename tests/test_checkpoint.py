@@ -20,13 +20,10 @@ from flax import struct
 from jpeft import checkpoint
 from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, restore_newest, save
 
-# Orbax leaves coroutines behind when a read fails; pytest would report them in whichever test runs when they are
-# collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 @pytest.fixture(autouse=True)
 def _collected():
+    """A read that fails half-way leaves coroutines behind, which pytest reports as errors: of the test that made them."""
     yield
     gc.collect()
 
@@ -151,11 +148,49 @@ def test_where_all_are_damaged_none_is_deleted(tmp_path):
         for step in (1, 2):
             save(checkpoints, step, state(step), {})
             damage(tmp_path / str(step))
-        with pytest.raises(CheckpointError, match="2: does not hold the expected state"):
+        with pytest.raises(CheckpointError, match="2: damaged: state/.* was changed since it was written"):
             restore_newest(checkpoints, state(0))
         assert checkpoints.all_steps() == [1, 2]
     with open_checkpoints(tmp_path / "none") as checkpoints, pytest.raises(CheckpointError, match="no checkpoint"):
         restore_newest(checkpoints, state(0))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit": (flip, "was changed"),
+    "a missing file": (lambda file: file.unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_before_anything_is_read(tmp_path, kind):
+    harm, says = DAMAGE[kind]
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+        harm(next(path for path in (tmp_path / "1" / "state").rglob("d/*") if path.stat().st_size))
+        with pytest.raises(CheckpointError, match=f"1: damaged: state/.* {says}"):
+            restore(checkpoints, state(0))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null", "{"])
+def test_checksums_that_are_damaged_themselves(tmp_path, content):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+        (tmp_path / "1" / "checksums.json").write_text(content)
+        with pytest.raises(CheckpointError, match="1: cannot be read"):
+            restore(checkpoints, state(0))
+
+
+def test_a_save_killed_before_its_checksums_is_whole(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+        (tmp_path / "1" / "checksums.json").unlink()
+        assert bits(restore(checkpoints, state(0))[0]) == bits(state(1))
 
 
 class Usage(NamedTuple):
