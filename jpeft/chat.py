@@ -346,8 +346,9 @@ def read(path: str | Path) -> Codec:
 def _read_gguf(path: Path) -> Codec:
     from jpeft.models import gguf
 
-    special, template = gguf.read_special(path), gguf.read_chat_template(path)
-    return Codec(gguf.read_tokenizer(path), template, special, gguf.stop_ids(path), str(path))
+    file = gguf.open_file(path)
+    special, template = gguf.read_special(file), gguf.read_chat_template(file)
+    return Codec(gguf.read_tokenizer(file), template, special, gguf.stop_ids(file), str(path))
 
 
 def _read_folder(folder: Path) -> Codec:

@@ -5,7 +5,7 @@
         state, notes = restore(checkpoints, like=state)
 
 A checkpoint appears whole or not at all; what a killed save left behind is cleared when the folder is next opened.
-`checksums.json` beside its state holds a SHA-256 of every file, and nothing is read before they agree: a read that fails
+`checksums.json` beside its state holds a SHA-256 of every file; nothing is read before they agree. A read that fails
 half-way leaves tensorstore's threads reporting to an event loop that is gone, which has ended in a segmentation fault.
 """
 
@@ -150,7 +150,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _seal(folder: Path) -> None:
-    """Write a finished checkpoint's checksums. Without them (killed just before) it is whole, but cannot be verified."""
+    """Write a finished checkpoint's checksums. Killed before that, it is whole but cannot be verified."""
     partial = folder / f"{_CHECKSUMS}.partial"
     partial.write_text(json.dumps(_checksums(folder), indent=1))
     partial.replace(folder / _CHECKSUMS)

@@ -80,9 +80,9 @@ def load_classifier(folder: Path, num_labels: int, seed: int) -> tuple[Classifie
 
     >>> classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)  # doctest: +SKIP
     """
-    encoder, params = models.load(folder)
-    if isinstance(encoder, models.Decoder):
+    if models.is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
+    encoder, params = models.load(folder)
     classifier = Classifier(encoder, num_labels)
     states = jax.eval_shape(lambda p, ids, mask: encoder.apply({"params": p}, ids, attention_mask=mask),
                             params, *example_inputs())  # fmt: skip

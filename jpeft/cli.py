@@ -270,7 +270,7 @@ def _open_speaker(args: argparse.Namespace) -> tuple[Any, Any]:
     from jpeft import talk
 
     talk.keep_compiled()
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = [field.name for field in dataclasses.fields(talk.Settings)]
     if not 0 <= args.seed < 1 << 63:
         raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     settings = talk.Settings(**{name: getattr(args, name) for name in names})

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jpeft.models.decoder import Decoder, init_cache
+from jpeft.models.decoder import Decoder, grow_cache, init_cache
 from jpeft.peft import Peft
 
 _NO_TOKEN = -2  # where the logits are no numbers
@@ -133,9 +133,7 @@ def stream(
     >>> len(list(stream(model, params, [[3, 1, 4]], max_new_tokens=5)))
     5
     """
-    settings = {"peft": None, "adapter": None, "max_new_tokens": None, "temperature": 0.0, "top_k": None, "top_p": None,
-                "stop_ids": None, "key": None, "vocabulary": None, "shortest": 16, **settings}  # fmt: skip
-    return _one_by_one(_Steps(model, params, prompts, **settings))
+    return _one_by_one(_Steps(model, params, prompts, **{**(generate.__kwdefaults__ or {}), **settings}))
 
 
 def _one_by_one(steps: _Steps) -> Iterator[list[int | None]]:
@@ -234,13 +232,9 @@ def _prefill(run: _Runner, trees: Any, ids: jax.Array, mask: jax.Array, sampling
     batch, width = ids.shape
     cache = init_cache(run.model, batch, width)  # as wide as the prompts: they need not look at empty slots
     logits, cache = run(trees, ids, attention_mask=mask, cache=cache, logits_to_keep=1)
-    room = capacity - width
-    cache["seen"] = jnp.pad(cache["seen"], ((0, 0), (0, room)))
-    for name in ("key", "value"):
-        cache[name] = jnp.pad(cache[name], ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
     token = _draw(logits[:, -1], sampling, 0)
-    tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
-    return _State(cache, tokens, _ends(token, sampling), jnp.int32(1))
+    tokens = jnp.zeros((batch, capacity - width), jnp.int32).at[:, 0].set(token)
+    return _State(grow_cache(cache, capacity), tokens, jnp.isin(token, sampling.stop_ids), jnp.int32(1))
 
 
 @functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
@@ -257,7 +251,7 @@ def _decode(run: _Runner, trees: Any, state: _State, sampling: _Sampling, steps:
         logits, cache = run(trees, token, cache=state.cache)
         token = _draw(logits[:, -1], sampling, state.count)
         tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
-        return _State(cache, tokens, state.done | _ends(token, sampling), state.count + 1)
+        return _State(cache, tokens, state.done | jnp.isin(token, sampling.stop_ids), state.count + 1)
 
     return jax.lax.while_loop(go_on, step, state)
 
@@ -277,10 +271,6 @@ def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: 
     token = jax.lax.cond(sampling.temperature > 0, sampled, lambda: logits.argmax(axis=-1))
     sound = jnp.isfinite(logits.max(axis=-1))
     return jnp.where(sound, token, _NO_TOKEN).astype(jnp.int32)
-
-
-def _ends(token: jax.Array, sampling: _Sampling) -> jax.Array:
-    return jnp.isin(token, sampling.stop_ids) & (token != _NO_TOKEN)
 
 
 def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,13 @@ class Speaker:
         return [self.codec.decode(row) for row in rows]
 
     def _settings(self, settings: Settings) -> dict[str, Any]:
+        chosen = asdict(settings)
         return {
             "peft": self.peft,
             "adapter": self.adapter,
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_k": settings.top_k,
-            "top_p": settings.top_p,
             "stop_ids": self.codec.stop_ids,
-            "key": jax.random.key(settings.seed),
+            "key": jax.random.key(chosen.pop("seed")),
+            **chosen,
             "vocabulary": self.codec.size,
             "shortest": _SHORTEST,
         }
@@ -114,17 +112,12 @@ def open_speaker(
     """
     path = resolve_model(name, log)
     codec = chat.read(path)
+    if not models.is_decoder(path):
+        raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
     # Layers one by one are faster on a CPU; an adapter is read onto the layers as it was trained, and follows.
     on_cpu = jax.default_backend() == "cpu"
     options = {"scan_layers": False} if on_cpu and adapter is None else {}
-    try:
-        model, params = models.load(path, param_dtype=jnp.dtype(dtype), **options)
-    except models.ModelError as error:
-        if options and "have no option" in str(error):
-            raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text") from None
-        raise
-    if not isinstance(model, models.Decoder):
-        raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
+    model, params = models.load(path, param_dtype=jnp.dtype(dtype), **options)
     chat.check_vocabulary(codec, model.config.vocab_size)
     peft = leaves = None
     if adapter is not None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 
 import pytest
 from hypothesis import given, settings
@@ -487,20 +486,6 @@ def test_paths_that_cannot_be_read(tmp_path):
     write(tmp_path, "x.bin", "")
     with pytest.raises(ChatError, match=r"x\.bin: is another file"):
         chat.read(tmp_path / "x.bin")
-
-
-def test_read_a_gguf_file(tmp_path, monkeypatch):
-    module = types.ModuleType("jpeft.models.gguf")
-    module.read_tokenizer = lambda path: byte_level()
-    module.read_special = lambda path: {"eos_token": "<think>"}
-    module.read_chat_template = lambda path: CHATML
-    module.stop_ids = lambda path: (2,)
-    monkeypatch.setitem(sys.modules, "jpeft.models.gguf", module)
-    monkeypatch.setattr("jpeft.models.gguf", module, raising=False)
-    write(tmp_path, "tiny.gguf", "")
-    codec = chat.read(tmp_path / "tiny.gguf")
-    assert codec.stop_ids == (2,) and codec.encode_chat(ASK)[0] == 1 and codec.decode([320]) == ""
-    assert codec.where == str(tmp_path / "tiny.gguf")
 
 
 def test_a_missing_package_is_named(codec, folder, monkeypatch):

@@ -23,7 +23,7 @@ from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, restore
 
 @pytest.fixture(autouse=True)
 def _collected():
-    """A read that fails half-way leaves coroutines behind, which pytest reports as errors: of the test that made them."""
+    """A read that fails half-way leaves coroutines behind, reported as errors: of the test that made them."""
     yield
     gc.collect()
 
@@ -148,7 +148,7 @@ def test_where_all_are_damaged_none_is_deleted(tmp_path):
         for step in (1, 2):
             save(checkpoints, step, state(step), {})
             damage(tmp_path / str(step))
-        with pytest.raises(CheckpointError, match="2: damaged: state/.* was changed since it was written"):
+        with pytest.raises(CheckpointError, match=r"2: damaged: state/.* was changed since it was written"):
             restore_newest(checkpoints, state(0))
         assert checkpoints.all_steps() == [1, 2]
     with open_checkpoints(tmp_path / "none") as checkpoints, pytest.raises(CheckpointError, match="no checkpoint"):

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import jpeft
 from jpeft import models, tree
 from jpeft.models import decoder, ops
 from jpeft.models.decoder import FULL, SLIDING, init_cache
 from jpeft.models.rotary import Rotary
+from tests.zoo import save_tensors
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
@@ -589,13 +590,7 @@ def write(folder, kind="llama", tensors=None, shards=1, **fields):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SIZES, **KINDS[kind], **fields}))
     tensors = torch_tensors(*tiny(kind)) if tensors is None else tensors
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    files = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(files.values()):
-        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    save_tensors(folder, tensors, shards)
     return folder
 
 

@@ -19,6 +19,12 @@ MODULES = [m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.")]
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+def readme(holding):
+    """The one Python block of the README that holds a text."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if holding in block)
+    return code
+
+
 @pytest.fixture(autouse=True)
 def _as_users_do():
     with jax.numpy_dtype_promotion("standard"):
@@ -36,7 +42,7 @@ def test_every_name_of_the_surface_says_what_it_does(name):
 
 
 def test_the_surface_in_twenty_lines(tmp_path, monkeypatch):
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "path/to/bert" in block)
+    code = readme("path/to/bert")
     monkeypatch.chdir(tmp_path)
     model = Bert(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                             intermediate_size=32, max_position_embeddings=16))  # fmt: skip
@@ -49,7 +55,7 @@ def test_the_surface_in_twenty_lines(tmp_path, monkeypatch):
 
 
 def test_language_models(tmp_path, monkeypatch):
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "path/to/llama" in block)
+    code = readme("path/to/llama")
     monkeypatch.chdir(tmp_path)
     model = Decoder(DecoderConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                                   num_attention_heads=2, max_position_embeddings=64))  # fmt: skip
@@ -62,8 +68,7 @@ def test_language_models(tmp_path, monkeypatch):
 
 
 def test_the_method_and_the_geometry_that_the_readme_adds(registries):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    (shift,) = (block for block in blocks if "class Shift" in block)
+    shift, geometry = readme("class Shift"), readme("TheirLinear")
     scope: dict = {}
     exec("from dataclasses import dataclass\nimport jax.numpy as jnp\nfrom jpeft.methods import WeightMethod", scope)
     exec(shift, scope)
@@ -74,6 +79,5 @@ def test_the_method_and_the_geometry_that_the_readme_adds(registries):
     merged = model.apply({"params": peft.merge(params, adapter)}, x)
     assert jnp.allclose(peft.apply(params, adapter, x), merged, atol=1e-6)
     assert not jnp.allclose(merged, model.apply({"params": params}, x))
-    (geometry,) = (block for block in blocks if "TheirLinear" in block)
     exec(geometry, {"jpeft": jpeft})
     assert "TheirLinear" in jpeft.geometry.REGISTRY

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from jpeft import chat
 from jpeft.models.files import ModelError
 from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special, read_tokenizer, stop_ids
 
@@ -380,6 +381,14 @@ def test_special_tokens_chat_template_and_stop_ids(file):
     assert read_special(file) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     keys = gpt2_keys(token_type=None)
     assert read_tokenizer(vocabulary(file, keys)).encode("<|im_end|><tool>").ids[0] == 2 and stop_ids(file) == (2,)
+
+
+def test_a_codec_of_the_file(file):
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    codec = chat.read(vocabulary(file, gpt2_keys(eot_token_id=0) | {"tokenizer.chat_template": template}))
+    ids = codec.encode_chat([{"role": "user", "content": "I go"}])
+    assert (ids[0], ids[-1]) == (1, 2) and codec.decode(ids) == "I go"
+    assert codec.stop_ids == (2, 0) and codec.where == str(file)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import jpeft
 from jpeft.hf import config as hf_config
 from jpeft.hf.names import Names
 from jpeft.io import AdapterError
-from jpeft.tree import flatten
+from tests.zoo import same
 
 
 class Layer(nn.Module):
@@ -84,14 +84,6 @@ def edit_tensors(folder: Path, change):
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def same(a, b):
-    a, b = flatten(a), flatten(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype
-        np.testing.assert_array_equal(a[path], b[path])
 
 
 # --- both ways --------------------------------------------------------------------------------------------------------

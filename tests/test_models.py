@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jpeft import models, tree
 from jpeft.models import bert, ops
+from tests.zoo import save_tensors
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
          "intermediate_size": 32, "max_position_embeddings": 24}  # fmt: skip
@@ -50,13 +51,7 @@ def write(folder, model_type="bert", tensors=None, shards=1, **fields):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, **CONFIGS[model_type], **fields}))
     tensors = tensors_of(model_type) if tensors is None else tensors
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
-    names = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(names.values()):
-        save_file({k: v for k, v in tensors.items() if names[k] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    save_tensors(folder, tensors, shards)
     return folder
 
 

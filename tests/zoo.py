@@ -3,16 +3,20 @@
 To hold a new method to the contract, add a line to `METHODS`; a new geometry, a line to `USES`.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 import jpeft
+from jpeft.tree import flatten
 
 # --- owners that stand for other people's modules: matched by class name, as theirs are ----------------------------
 
@@ -284,3 +288,23 @@ def parameters(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
 def moved(peft: jpeft.Peft, params: Any, scale: float = 0.3, seed: int = 1) -> Any:
     """An adapter away from its start, so that every leaf has an effect."""
     return numbers(jax.eval_shape(lambda: peft.init(jax.random.key(0), params)), scale, seed)
+
+
+def same(a: Any, b: Any) -> None:
+    """Two trees with the same leaves, dtypes and bits."""
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype
+        np.testing.assert_array_equal(a[path], b[path])
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray], shards: int = 1) -> None:
+    """A HuggingFace folder's weights, in one file or dealt out to several with their index."""
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
+        return
+    files = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))

@@ -393,10 +393,6 @@ def extras(model: Bert) -> re.Pattern[str]:
     return _EXTRAS
 
 
-def stacked(model: Bert) -> None:
-    """Nothing is: the layers are named `0`, `1`, …"""
-
-
 def example_inputs(model: Bert) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The smallest inputs that the model takes, abstract.
 

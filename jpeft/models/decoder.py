@@ -535,6 +535,22 @@ def init_cache(model: Decoder, batch: int, capacity: int, dtype: Any = None) -> 
     }
 
 
+def grow_cache(cache: Mapping[str, jax.Array], capacity: int) -> dict[str, jax.Array]:
+    """The same cache with free slots up to `capacity`.
+
+    >>> cfg = DecoderConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+    >>> grow_cache(init_cache(Decoder(cfg), batch=3, capacity=16), 32)["value"].shape
+    (2, 3, 2, 32, 8)
+    """
+    free = (0, capacity - cache["seen"].shape[1])
+    return {
+        "key": jnp.pad(cache["key"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
+        "value": jnp.pad(cache["value"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
+        "seen": jnp.pad(cache["seen"], ((0, 0), free)),
+        "index": cache["index"],
+    }
+
+
 # --- HuggingFace's side: a `jpeft.models.loading.Family` --------------------------------------------------------------
 
 _GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 4, "vocab_size": 256000,
@@ -779,15 +795,6 @@ def extras(model: Decoder) -> re.Pattern[str]:
     """
     buffers = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     return re.compile(rf"{buffers}|lm_head\.weight" if model.config.tie_word_embeddings else buffers)
-
-
-def stacked(model: Decoder) -> str | None:
-    """Below which path the leaves of all layers lie stacked along their first axis, or None.
-
-    >>> stacked(Decoder(DecoderConfig()))
-    'model/layers'
-    """
-    return model.stacked_layers
 
 
 def example_inputs(model: Decoder) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -17,7 +17,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,8 @@ from jpeft.models.files import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    Source: TypeAlias = "str | os.PathLike[str] | File"  # a path, or what `open_file` made of it
 
 #: `general.architecture` → `model_type` of a `config.json`. Mistral and SmolLM2 are `llama` as well.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -64,7 +66,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     >>> read_config("SmolLM2-135M-Instruct.Q4_1.gguf")["hidden_size"]  # doctest: +SKIP
     576
     """
-    file = _open(path)
+    file = open_file(path)
     arch, get = _architecture(file), file.field
     heads, hidden = get("attention.head_count", int), get("embedding_length", int)
     head_dim = get("attention.key_length", int, get("rope.dimension_count", int, hidden // max(heads, 1)))
@@ -184,7 +186,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tensor]]:
     ...     tensors["model.layers.0.self_attn.k_proj.weight"].shape
     (192, 576)
     """
-    file = _open(path)
+    file = open_file(path)
     arch = _architecture(file)
     # `rope_freqs.weight` is in the config.
     yield {_torch_name(arch, name): _tensor(file, arch, name) for name in file.tensors if name != _ROPE_FREQS}
@@ -265,7 +267,7 @@ def _torch_name(arch: str, name: str) -> str:
 # --- the tokenizer ---
 
 
-def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def read_tokenizer(path: Source) -> Tokenizer:
     """The tokenizer in the file's metadata: byte-level BPE (`gpt2`), or SentencePiece's BPE (`llama`).
 
     Control tokens are special tokens, user-defined ones added tokens; bos and eos are added where the file says so.
@@ -277,48 +279,49 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     >>> read_tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf").encode("Hello world").ids  # doctest: +SKIP
     [19556, 905]
     """
-    return gguf_tokenizer.build(_open(path))
+    return gguf_tokenizer.build(open_file(path))
 
 
-def read_special(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_special(path: Source) -> dict[str, str]:
     """`bos_token`, `eos_token`, `unk_token` and `pad_token` as a chat template names them, those that there are.
 
     >>> read_special("SmolLM2-135M-Instruct.Q4_1.gguf")["eos_token"]  # doctest: +SKIP
     '<|im_end|>'
     """
-    return gguf_tokenizer.special_tokens(_open(path))
+    return gguf_tokenizer.special_tokens(open_file(path))
 
 
-def write_tokenizer(path: str | os.PathLike[str], folder: Path) -> None:
+def write_tokenizer(path: Source, folder: Path) -> None:
     """The file's tokenizer, special tokens, chat template and stop ids as a HuggingFace folder keeps them.
 
     >>> write_tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # doctest: +SKIP
     """
-    read_tokenizer(path).save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **read_special(path)}
-    if (template := read_chat_template(path)) is not None:
+    file = open_file(path)
+    read_tokenizer(file).save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **read_special(file)}
+    if (template := read_chat_template(file)) is not None:
         config["chat_template"] = template
-    stops = {"eos_token_id": list(stop_ids(path))}
+    stops = {"eos_token_id": list(stop_ids(file))}
     for name, value in (("tokenizer_config.json", config), ("generation_config.json", stops)):
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+def stop_ids(path: Source) -> tuple[int, ...]:
     """The tokens that end a text or a turn, eos first.
 
     >>> stop_ids("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
     (2,)
     """
-    return gguf_tokenizer.stop_ids(_open(path))
+    return gguf_tokenizer.stop_ids(open_file(path))
 
 
-def read_chat_template(path: str | os.PathLike[str]) -> str | None:
+def read_chat_template(path: Source) -> str | None:
     """The file's Jinja chat template.
 
     >>> read_chat_template("SmolLM2-135M-Instruct.Q4_1.gguf")[:26]  # doctest: +SKIP
     '{% for message in messages'
     """
-    return _open(path).get("tokenizer.chat_template", str, None)
+    return open_file(path).get("tokenizer.chat_template", str, None)
 
 
 # --- the file ---
@@ -374,7 +377,17 @@ def _architecture(file: File) -> str:
     return arch
 
 
-def _open(path: str | os.PathLike[str]) -> File:
+def open_file(path: Source) -> File:
+    """The file with its header read, which takes a while: what else is read here takes it in place of the path.
+
+    Raises:
+        FileNotFoundError, ModelError: there is no such file, or it is no whole GGUF file.
+
+    >>> open_file("SmolLM2-135M-Instruct.Q4_1.gguf").get("general.architecture", str)  # doctest: +SKIP
+    'llama'
+    """
+    if isinstance(path, File):
+        return path
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jpeft import tree
 from jpeft.io import write_safetensors
 from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config
+from jpeft.models.stacking import stacked_at
 
 #: `model_type` of a `config.json` → the module that builds it (see `Family`), imported when asked for.
 FAMILIES: dict[str, str] = {
@@ -78,10 +79,6 @@ class Family(Protocol):
 
     def extras(self, model: Any) -> re.Pattern[str]:
         """Matches the tensors that may stand beside the model (heads, buffers), named without the prefix."""
-        ...
-
-    def stacked(self, model: Any) -> str | None:
-        """The path below which leaves of all layers lie stacked along their first axis, if any do."""
         ...
 
     def example_inputs(self, model: Any) -> tuple[Any, ...]:
@@ -138,7 +135,7 @@ def load(
         if layers > len(tensors):  # before so many are traced
             raise ModelError(f"{path}: config.json says {layers:,} layers, but there are {len(tensors)} tensors")
         abstract = _abstract(family, model)
-        slots = _slots(abstract, family.stacked(model))
+        slots = _slots(abstract, stacked_at(model))
         names = _match(path, family, model, slots, tensors)
         placed = _place(abstract, slots, names, tensors, param_dtype, _shardings_by_path(shardings, model, abstract))
     return model, tree.unflatten({tuple(name.split("/")): leaf for name, leaf in placed.items()})
@@ -200,7 +197,7 @@ def save(
     leaves, abstract = _leaves(params), _abstract(family, model)
     _check_leaves("params", {name: leaf.shape for name, leaf in abstract.items()},
                   {name: np.shape(leaf) for name, leaf in leaves.items()})  # fmt: skip
-    slots = _slots(abstract, family.stacked(model))
+    slots = _slots(abstract, stacked_at(model))
     config, kept, prefix = family.to_config(model), {}, ""
     if source is not None:
         config, kept, prefix = _read_source(Path(source), family, model, slots)
@@ -223,10 +220,27 @@ def _dtype_name(leaves: Mapping[str, Any]) -> str:
 # --- the config and its family ---
 
 
-def _build(path: Path, dtype: Any, param_dtype: Any, options: Mapping[str, Any]) -> tuple[Family, Any]:
+def is_decoder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or a `.gguf` file holds a language model, from its configuration alone.
+
+    Raises:
+        FileNotFoundError, ModelError: as `load`, where there is no such model or its type is not supported.
+
+    >>> is_decoder("all-MiniLM-L6-v2")  # doctest: +SKIP
+    False
+    """
+    return _read_family(Path(path))[2].__name__ == "jpeft.models.decoder"
+
+
+def _read_family(path: Path) -> tuple[dict[str, Any], Path, Any]:
+    """The configuration, the file that it stands in, and the module that builds such models."""
     config = read_config(path)
     where = path if is_gguf(path) else path / CONFIG
-    family = _family(config.get("model_type"), f"{where}: ")
+    return config, where, _family(config.get("model_type"), f"{where}: ")
+
+
+def _build(path: Path, dtype: Any, param_dtype: Any, options: Mapping[str, Any]) -> tuple[Family, Any]:
+    config, where, family = _read_family(path)
     if unknown := sorted(options.keys() - family.OPTIONS):
         raise ModelError(
             f"{config['model_type']} models have no option {', '.join(unknown)}, "

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft.io import AdapterError
-from jpeft.tree import flatten
+from tests.zoo import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, transformers' and peft's own
 TOLERANCE = 1e-4
@@ -86,14 +86,6 @@ def logits(peft, params, adapter):
 def close(got, want):
     print(f"max difference {np.abs(got - want).max():.1e} of {np.abs(want).max():.1f}")
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
-
-
-def same(a, b):
-    a, b = flatten(a), flatten(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype
-        np.testing.assert_array_equal(a[path], b[path])
 
 
 def tensor_names(folder):
