@@ -5,8 +5,9 @@
         state, notes = restore(checkpoints, like=state)
 
 A checkpoint appears whole or not at all; what a killed save left behind is cleared when the folder is next opened.
-`checksums.json` beside its state holds a SHA-256 of every file; nothing is read before they agree. A read that fails
-half-way leaves tensorstore's threads reporting to an event loop that is gone, which has ended in a segmentation fault.
+`manifest.json` beside its state names its leaves and has a SHA-256 of every file; nothing is read before they agree: a
+read that fails half-way leaves tensorstore's threads reporting to an event loop that is gone, which has ended in a
+segmentation fault.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+
+from jpeft.io import write_atomically
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
@@ -73,7 +76,7 @@ def save(checkpoints: CheckpointManager, step: int, state: Any, notes: Mapping[s
     try:
         checkpoints.save(step, args=args, force=True)
         checkpoints.wait_until_finished()
-        _seal(folder / str(step))
+        _seal(folder / str(step), state)
         return
     except Exception as error:
         _drop_partial(folder)
@@ -102,7 +105,7 @@ def restore(checkpoints: CheckpointManager, like: Any, step: int | None = None) 
     step = checkpoints.latest_step() if step is None else step
     if step is None:
         raise CheckpointError(f"{checkpoints.directory}: no checkpoint to resume from")
-    _verify(folder := Path(checkpoints.directory) / str(step))
+    _verify(folder := Path(checkpoints.directory) / str(step), like)
     wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
     try:
@@ -136,36 +139,49 @@ def restore_newest(checkpoints: CheckpointManager, like: Any) -> tuple[Any, dict
     raise CheckpointError(reason)
 
 
-_CHECKSUMS = "checksums.json"
+_MANIFEST = "manifest.json"
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _leaves(state: Any) -> dict[str, str]:
+    """Dtype and shape of every leaf of a state, by its path."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, by its path inside."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _CHECKSUMS:
+        if path.is_file() and path.name != _MANIFEST:
             with path.open("rb") as file:
                 found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-def _seal(folder: Path) -> None:
-    """Write a finished checkpoint's checksums. Killed before that, it is whole but cannot be verified."""
-    partial = folder / f"{_CHECKSUMS}.partial"
-    partial.write_text(json.dumps(_checksums(folder), indent=1))
-    partial.replace(folder / _CHECKSUMS)
+def _seal(folder: Path, state: Any) -> None:
+    """Write a finished checkpoint's manifest. Killed before that, it is whole but cannot be verified."""
+    manifest = {"leaves": _leaves(state), "files": _digests(folder)}
+    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _verify(folder: Path) -> None:
-    """Raises `CheckpointError` with the first file that is not as it was written."""
+def _verify(folder: Path, like: Any) -> None:
+    """Raises `CheckpointError` with the first leaf that is not as in `like`, or file that is not as it was written."""
     try:
-        expected = dict(json.loads((folder / _CHECKSUMS).read_text()))
-        found = _checksums(folder)
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        leaves, files = dict(manifest["leaves"]), dict(manifest["files"])
+        found = _digests(folder)
     except FileNotFoundError:
         return
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
-    for path, digest in expected.items():
+    wanted = _leaves(like)
+    for path in sorted(leaves.keys() | wanted.keys()):
+        if leaves.get(path) != wanted.get(path):
+            held, asked = leaves.get(path, "nothing"), wanted.get(path, "nothing")
+            raise CheckpointError(f"{folder}: does not hold the expected state: {held} at {path}, expected {asked}")
+    for path, digest in files.items():
         if found.get(path) != digest:
             change = "was changed since it was written" if path in found else "is missing"
             raise CheckpointError(f"{folder}: damaged: {path} {change}")

@@ -89,16 +89,21 @@ def test_nothing_to_restore(tmp_path):
         restore(checkpoints, state(0))
 
 
-@pytest.mark.parametrize("change", ["structure", "shape"])
+@pytest.mark.parametrize("change", ["structure", "shape", "dtype"])
 def test_another_state_than_expected(tmp_path, change):
     like = state(0)
     if change == "structure":
         like.adapter["new"] = jnp.ones(2)
-    else:
+    elif change == "shape":
         like.adapter["bias"] = jnp.ones((4,), jnp.bfloat16)
+    else:
+        like.adapter["bias"] = jnp.ones((3,))
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
-        with pytest.raises(CheckpointError, match="1: does not hold the expected state"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"1: does not hold the expected state: .* at \.adapter\['(new|bias)'\], expected float32|bfloat16\[4\]",
+        ):
             restore(checkpoints, like)
 
 
@@ -178,18 +183,18 @@ def test_damage_is_found_before_anything_is_read(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "null", "{"])
-def test_checksums_that_are_damaged_themselves(tmp_path, content):
+def test_a_manifest_that_is_damaged(tmp_path, content):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
-        (tmp_path / "1" / "checksums.json").write_text(content)
+        (tmp_path / "1" / "manifest.json").write_text(content)
         with pytest.raises(CheckpointError, match="1: cannot be read"):
             restore(checkpoints, state(0))
 
 
-def test_a_save_killed_before_its_checksums_is_whole(tmp_path):
+def test_a_save_killed_before_its_manifest_is_whole(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
-        (tmp_path / "1" / "checksums.json").unlink()
+        (tmp_path / "1" / "manifest.json").unlink()
         assert bits(restore(checkpoints, state(0))[0]) == bits(state(1))
 
 
