@@ -102,7 +102,7 @@ def test_another_state_than_expected(tmp_path, change):
         save(checkpoints, 1, state(1), {})
         with pytest.raises(
             CheckpointError,
-            match=r"1: does not hold the expected state: .* at \.adapter\['(new|bias)'\], expected float32|bfloat16\[4\]",
+            match=r"1: does not hold the expected state: .* at \.adapter\['(new|bias)'\], expected \w+\[",
         ):
             restore(checkpoints, like)
 
