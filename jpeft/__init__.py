@@ -5,6 +5,7 @@ from typing import Any
 from jpeft.geometry import register_geometry as register_geometry
 from jpeft.io import load as load
 from jpeft.io import save as save
+from jpeft.loftq import loftq as loftq
 from jpeft.methods import IA3 as IA3
 from jpeft.methods import BitFit as BitFit
 from jpeft.methods import Bottleneck as Bottleneck
@@ -13,6 +14,8 @@ from jpeft.methods import LoRA as LoRA
 from jpeft.methods import PrefixTuning as PrefixTuning
 from jpeft.methods import Train as Train
 from jpeft.peft import Peft as Peft
+from jpeft.quantization import dequantize as dequantize
+from jpeft.quantization import quantize as quantize
 from jpeft.targets import TargetError as TargetError
 from jpeft.train import TrainState as TrainState
 from jpeft.train import train_step as train_step

@@ -87,13 +87,18 @@ def read(path: str | Path, text: str, label: str | None = None) -> Examples:
     >>> read("reviews.csv", text="review", label="stars")  # doctest: +SKIP
     """
     path = Path(path)
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    readers = {".csv": _csv_rows, ".jsonl": jsonl_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: expected a .csv or .jsonl file, found the suffix {path.suffix or '(none)'!r}")
-    return _examples(path, readers[path.suffix.lower()](path, _decode(path)), text, label)
+    return _examples(path, readers[path.suffix.lower()](path, decode(path)), text, label)
 
 
-def _decode(path: Path) -> str:
+def decode(path: Path) -> str:
+    """The content of a file in UTF-8, without a byte-order mark. One that is missing, empty or otherwise encoded is a
+    `UserError`.
+
+    >>> decode(Path("reviews.csv"))  # doctest: +SKIP
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -141,7 +146,12 @@ def _csv_rows(path: Path, content: str) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _jsonl_rows(path: Path, content: str) -> Iterator[Row]:
+def jsonl_rows(path: Path, content: str) -> Iterator[Row]:
+    """The objects of a JSONL file's content, each with the number of its line; `path` is for errors.
+
+    >>> list(jsonl_rows(Path("a.jsonl"), '{"text": "tea"}\\n\\n{"text": "stale"}'))
+    [(1, {'text': 'tea'}), (3, {'text': 'stale'})]
+    """
     for number, line in enumerate(content.split("\n"), start=1):  # JSON may hold U+2028, which splitlines would split
         if not line.strip():
             continue
@@ -163,7 +173,7 @@ def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> 
                     f"{path}: no column {column!r} at line {number}; the columns are {', '.join(map(repr, row))} "
                     "(--text and --label choose)"
                 )
-        texts.append(_text(path, number, text, row[text]))
+        texts.append(check_text(path, number, text, row[text]))
         lines.append(number)
         if label is not None:
             labels.append(_label(path, number, label, row[label]))
@@ -172,15 +182,25 @@ def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> 
     return Examples(str(path), tuple(texts), tuple(labels), tuple(lines))
 
 
-def _text(path: Path, line: int, column: str, value: Any) -> str:
+def check_text(path: str | Path, line: int, column: str, value: Any) -> str:
+    """The value, if it is a text that is not blank; else a `UserError` that names its place.
+
+    >>> check_text("a.jsonl", 3, "review", "tea")
+    'tea'
+    """
     if not isinstance(value, str):
         raise UserError(f"{path}: line {line}: {column!r} should be a text, found {json.dumps(value)[:40]}")
     if not value.strip():
         raise UserError(f"{path}: line {line}: the text in {column!r} is empty")
-    return _unicode(path, line, column, value)
+    return check_unicode(path, line, column, value)
 
 
-def _unicode(path: Path, line: int, column: str, value: str) -> str:
+def check_unicode(path: str | Path, line: int, column: str, value: str) -> str:
+    """The value, if every character of it is one; JSON may hold half a surrogate pair, which no tokenizer takes.
+
+    >>> check_unicode("a.jsonl", 3, "review", "tea")
+    'tea'
+    """
     if re.search("[\ud800-\udfff]", value):
         raise UserError(f"{path}: line {line}: {column!r} holds half a surrogate pair, which is no Unicode text")
     return value
@@ -191,7 +211,7 @@ def _label(path: Path, line: int, column: str, value: Any) -> str:
     no_label = isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value))
     if not name or no_label:
         raise UserError(f"{path}: line {line}: expected a label in {column!r}, found {json.dumps(value)[:40]}")
-    return _unicode(path, line, column, name)
+    return check_unicode(path, line, column, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- labels
@@ -367,13 +387,7 @@ class Batches:
     def _order(self, epoch: int) -> list[np.ndarray]:
         """The rows of each batch of an epoch, by (seed, epoch) alone."""
         lengths = np.asarray([len(ids) for ids in self.encoded.ids])
-        if self.seed is None:
-            return _chunks(np.argsort(lengths, kind="stable"), self.batch_size)
-        rng = np.random.default_rng([self.seed, epoch])
-        together = _chunks(rng.permutation(len(lengths)), self.batch_size * _SORTED_TOGETHER)
-        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in together])
-        cuts = _chunks(order, self.batch_size)
-        return [cuts[position] for position in rng.permutation(len(cuts))]
+        return by_length(lengths, self.batch_size, None if self.seed is None else (self.seed, epoch))
 
     def _pad(self, rows: np.ndarray) -> Batch:
         """The rows as one batch of a bucket's width; missing rows are filled with ones that weigh nothing."""
@@ -390,6 +404,22 @@ class Batches:
         return Batch(input_ids, mask, labels, weight, np.pad(rows.astype(np.int32), fill, constant_values=-1))
 
 
+def by_length(lengths: np.ndarray, batch_size: int, seed: Sequence[int] | None = None) -> list[np.ndarray]:
+    """The rows of each batch of an epoch: shuffled, sorted by length a few batches at a time, the batches shuffled
+    again. Without a seed, in order of length.
+
+    >>> [rows.tolist() for rows in by_length(np.array([50, 3, 70, 4, 9]), 2)]
+    [[1, 3], [4, 0], [2]]
+    """
+    if seed is None:
+        return chunks(np.argsort(lengths, kind="stable"), batch_size)
+    rng = np.random.default_rng(seed)
+    together = chunks(rng.permutation(len(lengths)), batch_size * _SORTED_TOGETHER)
+    order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in together])
+    cuts = chunks(order, batch_size)
+    return [cuts[position] for position in rng.permutation(len(cuts))]
+
+
 def bucket(length: int, max_length: int) -> int:
     """The padded length for a batch whose longest row has `length` tokens.
 
@@ -399,5 +429,10 @@ def bucket(length: int, max_length: int) -> int:
     return next((size for size in _BUCKETS if length <= size < max_length), max_length)
 
 
-def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+def chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Consecutive pieces of `size`, the last may be smaller.
+
+    >>> [piece.tolist() for piece in chunks(np.arange(5), 2)]
+    [[0, 1], [2, 3], [4]]
+    """
     return [rows[start : start + size] for start in range(0, len(rows), size)]

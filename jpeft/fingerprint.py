@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
-from jpeft.tree import Tree, flatten, join
+from jpeft.tree import Tree, flatten, join, peek
 
 _CHUNK = 1 << 18  # elements at a time on the host, so that temporaries stay in cache
 
@@ -26,12 +25,12 @@ def fingerprint(params: Tree) -> dict[str, str]:
     >>> fingerprint({"w": np.zeros(2, np.float32)})["w"].split(":")[0]
     'float32[2]'
     """
-    return {join(path): _leaf(meta.unbox(leaf)) for path, leaf in flatten(params).items()}
+    return {join(path): _leaf(peek(leaf)) for path, leaf in flatten(params).items()}
 
 
 def difference(saved: dict[str, str], params: Tree) -> str | None:
     """What first tells ``params`` from the base with the fingerprint ``saved``, in words; None if nothing does."""
-    leaves: dict[str, Any] = {join(path): meta.unbox(leaf) for path, leaf in flatten(params).items()}
+    leaves: dict[str, Any] = {join(path): peek(leaf) for path, leaf in flatten(params).items()}
     for name in sorted(saved.keys() | leaves.keys()):
         if name not in leaves:
             return f"it lacks {name!r} ({saved[name].split(':')[0]})"
@@ -52,12 +51,16 @@ def _shape(leaf: Any) -> str:
 
 
 def _leaf(leaf: Any) -> str:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+    origin = getattr(leaf, "origin", None)  # a quantised weight is told by what was quantised
+    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(origin, jax.ShapeDtypeStruct):
         return _shape(leaf) + ":"
+    if origin is not None:
+        sums = np.asarray(origin).reshape(-1, 2)[0]
+        return f"{_shape(leaf)}:{int(sums[0]):08x}{int(sums[1]):08x}"
     on_host = not isinstance(leaf, jax.Array) or (
         leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
     )
-    sums = _on_host(np.asarray(leaf)) if on_host else np.asarray(_on_device(leaf))
+    sums = _on_host(np.asarray(leaf)) if on_host else np.asarray(checksum(leaf))
     return f"{_shape(leaf)}:{int(sums[0]):08x}{int(sums[1]):08x}"
 
 
@@ -84,7 +87,8 @@ def _on_host(x: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _on_device(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array) -> jax.Array:
+    """The two 32-bit sums behind a leaf's line, on the device where it lies; traceable."""
     x = x.astype(jnp.int8) if x.dtype.name in ("int4", "uint4", "bool") else x
     width = min(x.dtype.itemsize, 4)
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)

@@ -26,8 +26,9 @@ from jax.core import Tracer
 from jpeft import attention, geometry
 from jpeft.geometry import Call, Contraction, Lookup, Parts, Patches
 from jpeft.methods.base import Leaves, WeightMethod, widened
+from jpeft.quantization import Quantized
 from jpeft.sites import FUSED, Site, map_axes
-from jpeft.tree import Path, join
+from jpeft.tree import Path, join, peek
 
 
 @dataclass(frozen=True)
@@ -278,9 +279,9 @@ class Interceptor:
         nested = any(f.module.scope is module.scope for f in self.frames)
         self.frames.append(_Frame(module, path, _said_deterministic(context, args, kwargs)))
         try:
-            return (
-                self._call(next_fun, args, kwargs, context, actions, nested) if actions else next_fun(*args, **kwargs)
-            )
+            if actions:
+                return self._call(next_fun, args, kwargs, context, actions, nested)
+            return _unchanged(next_fun, args, kwargs, context)
         finally:
             self.frames.pop()
 
@@ -298,7 +299,7 @@ class Interceptor:
         elif by_kind["attention"] and (hook := attention.find(owner, method)):
             y = hook(next_fun, args, kwargs, module, functools.partial(_extend, by_kind["attention"]))
         else:
-            y = next_fun(*args, **kwargs)
+            y = _unchanged(next_fun, args, kwargs, context)
         # A subclass whose __call__ calls its parent's passes here twice; the output is the outer one's.
         if method == "__call__" and not nested:
             for action, leaves in by_kind["output"]:
@@ -311,7 +312,7 @@ class Interceptor:
         own = module.variables["params"]
         # A geometry tells its weight from the module's own parameters; the adapter's leaves are none of them.
         added = {action.leaf_path(n)[-1] for action, leaves in pairs for n in (*action.stored, *leaves)}
-        shapes = {k: jnp.shape(meta.unbox(v)) for k, v in own.items()
+        shapes = {k: jnp.shape(peek(v)) for k, v in own.items()
                   if k not in added and not isinstance(v, (Mapping, Marker))}  # fmt: skip
         call = Call(module, method, args, kwargs, shapes)
         factory = geometry.find(owner, method)
@@ -319,7 +320,7 @@ class Interceptor:
         # Other methods of an owner may use another of its weights.
         pairs = [(a, leaves) for a, leaves in pairs if found is None or a.site.leaf == found.leaf]
         if not pairs:
-            return next_fun(*args, **kwargs)
+            return _recomputed(lambda: next_fun(*args, **kwargs), own)
         site = pairs[0][0].site
         plain = site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
         if found is None:
@@ -330,10 +331,10 @@ class Interceptor:
                 f"{site.name!r} was bound as {plain}, but this call uses its weight as {found}; "
                 "bind with inputs of the same form"
             )
-        weight = meta.unbox(own[site.leaf])
-        x = args[found.argument]
-        dtype = canonicalize_dtype(*([] if site.lookup and method == "__call__" else [x]), weight, dtype=module.dtype) \
-            if hasattr(module, "dtype") else canonicalize_dtype(x, weight)  # fmt: skip
+        weight = lambda: meta.unbox(own[site.leaf])  # noqa: E731 (opened where it is used, and again where recomputed)
+        x, like = args[found.argument], jnp.zeros((), peek(own[site.leaf]).dtype)
+        dtype = canonicalize_dtype(*([] if site.lookup and method == "__call__" else [x]), like, dtype=module.dtype) \
+            if hasattr(module, "dtype") else canonicalize_dtype(x, like)  # fmt: skip
         bias = meta.unbox(own[found.bias]) if found.bias is not None and found.bias in own else None
 
         def original(raw: Any) -> Any:
@@ -341,9 +342,9 @@ class Interceptor:
             new[found.argument] = raw
             return next_fun(*new, **kwargs)
 
-        dropout = functools.partial(self._dropout, module)
-        at = _Running(call, original, lambda: weight, lambda: bias, dtype, dropout, _is_plain(module, owner, found))
+        at = _Running(call, original, weight, lambda: bias, dtype, lambda x, rate: x, _is_plain(module, owner, found))
         for i, (action, leaves) in enumerate(pairs):
+            at.dropout = self._dropout(module, getattr(action.method, "dropout", 0.0))
             if method == "attend":
                 run = functools.partial(_attend, action, leaves, at)
             else:
@@ -352,32 +353,58 @@ class Interceptor:
             at = dataclasses.replace(
                 at,
                 run=run,
-                weight=functools.partial(merge_weight, done, used, weight),
+                weight=lambda d=done, u=used: merge_weight(d, u, weight()),
                 bias=lambda d=done, u=used: None if bias is None else merge_bias(d, u, bias),
                 plain=False,
             )
-        return at.run(x)
+        return _recomputed(lambda: at.run(x), own)
 
-    def _dropout(self, module: nn.Module, x: Any, rate: float) -> Any:
-        """Dropout on an adapter's input: as the nearest enclosing call says, and off without a "dropout" rng."""
+    def _dropout(self, module: nn.Module, rate: float) -> Callable[[Any, float], Any]:
+        """Dropout on an adapter's input: as the nearest enclosing call says, and off without a "dropout" rng.
+
+        Its key is drawn here: Flax draws none where a call is traced to be recomputed.
+        """
+        off = lambda x, rate: x  # noqa: E731
         said = next((f.deterministic for f in reversed(self.frames) if f.deterministic is not None), False)
-        if rate == 0.0 or isinstance(x, Lookup) or (not isinstance(said, jax.Array) and said):
-            return x
+        if rate == 0.0 or (not isinstance(said, jax.Array) and said):
+            return off
         if not module.scope.has_rng("dropout"):  # type: ignore[union-attr]
             if self.frames[0].module.scope.has_rng("dropout"):  # type: ignore[union-attr]
                 raise ValueError(
                     f"adapter dropout at {join(module.scope.path)!r}: a transform around it does not pass on the "  # type: ignore[union-attr]
                     "'dropout' rng; add split_rngs={'dropout': True} to the nn.scan, or set dropout=0.0"
                 )
-            return x
+            return off
         key = module.scope.make_rng("dropout")  # type: ignore[union-attr]
 
-        def drop(a: jax.Array) -> jax.Array:
+        def drop(a: jax.Array, rate: float) -> jax.Array:
             keep = jax.random.bernoulli(key, 1.0 - rate, a.shape)
             dropped = jnp.where(keep, a / jnp.asarray(1.0 - rate, a.dtype), jnp.zeros_like(a))
             return jnp.where(said, a, dropped) if isinstance(said, jax.Array) else dropped
 
-        return x.map(drop) if isinstance(x, Patches) else drop(x)
+        def apply(x: Any, rate: float) -> Any:
+            if rate == 0.0 or isinstance(x, Lookup):
+                return x
+            return x.map(lambda a: drop(a, rate)) if isinstance(x, Patches) else drop(x, rate)
+
+        return apply
+
+
+def _unchanged(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """A call that no method changes. One that multiplies by a quantised weight of its module is recomputed."""
+    if geometry.find(geometry.owner_of(context.orig_method), context.method_name):
+        return _recomputed(lambda: next_fun(*args, **kwargs), context.module.variables.get("params", {}))
+    return next_fun(*args, **kwargs)
+
+
+def _recomputed(run: Callable[[], Any], own: Mapping[str, Any]) -> Any:
+    """The call, whose backward pass dequantises its weight again: what was made for the forward pass is not kept.
+
+    Nothing else is done twice. The product is not needed to differentiate it, so what stays of the call is its input.
+    """
+    if any(isinstance(leaf, Quantized) for leaf in own.values()):
+        return jax.checkpoint(run)()
+    return run()
 
 
 def _is_plain(module: nn.Module, owner: str, geom: Any) -> bool:

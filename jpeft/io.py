@@ -28,7 +28,7 @@ from jpeft import methods
 from jpeft.fingerprint import difference, fingerprint
 from jpeft.methods.base import Method
 from jpeft.peft import Peft, split_variables
-from jpeft.tree import Path, Tree, flatten, join, like, nearest, unflatten
+from jpeft.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
@@ -82,12 +82,12 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
 def _check_base(peft: Peft, base: Mapping[Path, Any]) -> None:
     """Raises unless the parameters are of the model that the Peft was bound to."""
     for site in peft.sites:
-        if site.stored and (found := np.shape(meta.unbox(base.get(site.weight_path, ())))) != site.stored:
+        if site.stored and (found := np.shape(peek(base.get(site.weight_path, ())))) != site.stored:
             raise ValueError(
                 f"params are not those that this Peft was bound to: {join(site.weight_path)!r} has shape "
                 f"{found if site.weight_path in base else 'none: it is missing'}, expected {site.stored}"
             )
-    size = sum(math.prod(np.shape(meta.unbox(x))) for x in base.values())
+    size = sum(math.prod(np.shape(peek(x))) for x in base.values())
     if size != peft.base_size:
         raise ValueError(f"params hold {size:,} numbers, the model that this Peft was bound to {peft.base_size:,}")
 

@@ -22,11 +22,25 @@ from jax.core import Tracer
 from jpeft import inject
 from jpeft.inject import MARKER, Action, Changed, Marker, changes_bias, merge_bias, merge_weight
 from jpeft.methods.base import Leaves, Method
+from jpeft.quantization import Quantized, dequantize_leaf, requantize_leaf
 from jpeft.sharding import box_like, leaf_sharding
 from jpeft.sites import BOX, FUSED, MERGE, Site, map_axes, stack_back, stack_first
 from jpeft.summary import summary
 from jpeft.survey import Survey, survey
-from jpeft.tree import FROZEN, TRAINABLE, Path, Tree, combine, flatten, join, like, map_with_path, nearest, unflatten
+from jpeft.tree import (
+    FROZEN,
+    TRAINABLE,
+    Path,
+    Tree,
+    combine,
+    flatten,
+    join,
+    like,
+    map_with_path,
+    nearest,
+    peek,
+    unflatten,
+)
 
 Structure = tuple[tuple[Path, tuple[tuple[int, ...], str]], ...]
 
@@ -69,11 +83,16 @@ def bind_seen(method: Method, model: nn.Module, params: Tree, seen: Survey) -> P
         _claim(structure, {(_slug(method, i), n): x for n, x in root.items()}, base, member)
         shared += [(_slug(method, i), n) for n in root]
         for site in sites:
+            if site.kind == "leaf" and isinstance(leaf := base[site.path], Quantized):
+                raise ValueError(
+                    f"{member.name} would train {join(site.path)!r}, which is quantised ({leaf.scheme}): codes have no "
+                    "gradient; exclude it, or leave it out of jpeft.quantize"
+                )
             action = _action(member, i, site, base, root)
             stored = jax.eval_shape(lambda key, a=action: _init_one(a, key, _like_weight(a, base)), jax.random.key(0))
             _claim(structure, {action.leaf_path(n): x for n, x in stored.items()}, base, member, site.kind == "leaf")
             actions.append(action)
-    size = sum(math.prod(np.shape(meta.unbox(x))) for x in base.values())
+    size = sum(math.prod(np.shape(peek(x))) for x in base.values())
     return Peft(model, method, tuple(actions), tuple(sorted(structure.items())), tuple(shared), size)
 
 
@@ -97,7 +116,7 @@ def _like_weight(action: Action, base: Mapping[Path, Any]) -> jax.Array | None:
     """Zeros in the shape of the stored weight, for abstract evaluation."""
     if not action.site.stored:
         return None
-    leaf = meta.unbox(base[action.site.weight_path])
+    leaf = peek(base[action.site.weight_path])
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
@@ -140,8 +159,8 @@ def _init_one(action: Action, key: jax.Array, w: jax.Array | None) -> dict[str, 
 @functools.partial(jax.jit, static_argnums=0)
 def _init_jitted(action: Action, key: jax.Array, w: Any) -> dict[str, jax.Array]:
     # Jitted so that a weight that `init` does not use is neither viewed nor sent to the device; sites that differ in
-    # nothing but their path share the trace.
-    return _init_one(action, key, w)
+    # nothing but their path share the trace. The box is opened inside: a quantised weight would be dequantised.
+    return _init_one(action, key, None if w is None else meta.unbox(w))
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +225,7 @@ class Peft:
         """
         tree, _ = split_variables(params)
         base = flatten(tree)
-        if any(isinstance(meta.unbox(x), jax.ShapeDtypeStruct) for x in base.values()):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
             shapes = {p: jax.ShapeDtypeStruct(s, jnp.dtype(d)) for p, (s, d) in self.structure}
             return like(unflatten(self.dress(shapes, base)), tree)
         leaves: dict[Path, Any] = {}
@@ -217,7 +236,7 @@ class Peft:
                 shared = member.shared(_fold(key, slug), sites)
                 leaves |= {(slug, n): x for n, x in shared.items()}
         for action in self.actions:
-            w = meta.unbox(_base_leaf(base, action.site.weight_path)) if action.site.stored else None
+            w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
             placeless = replace(action, site=replace(action.site, path=()))
             own = _init_jitted(placeless, _fold(key, f"{action.member}/{action.site.name}"), w)
             leaves |= {action.leaf_path(n): x for n, x in own.items()}
@@ -292,13 +311,19 @@ class Peft:
         laid |= {(*path, MARKER): Marker(tuple(actions)) for path, actions in markers.items()}
         return unflatten(laid)
 
-    def merge(self, params: Tree, adapter: Tree) -> Any:
+    def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False) -> Any:
         """A plain base tree for the unmodified model, which then computes what `apply` does.
 
         Pure and differentiable in the adapter. Weights keep their dtype; the sum is made in at least float32.
 
+        Args:
+          requantize: a quantised weight that something is merged into comes back dequantised, and equal to `apply`;
+            True quantises it again, as it was. That rounds the sum: NF4 moves a weight by up to 0.14 of the largest in
+            its block, int4 by 1/14, int8 by 1/254 and float8 by 1/28 (and by up to 0.2 % more for quantised scales).
+
         Raises:
-          ValueError: a method that changes more than weights (prefix tuning, bottleneck adapters) cannot be merged.
+          ValueError: a method that changes more than weights (prefix tuning, bottleneck adapters) cannot be merged; or
+            nothing that was merged into is quantised, and ``requantize`` asks for it.
         """
         for action in self.actions:
             if not action.method.mergeable:
@@ -308,13 +333,17 @@ class Peft:
                 )
         tree, _ = split_variables(params)
         out = self._replaced(flatten(tree), leaves := self.check(adapter))
-        used = self._expanded(leaves)
+        used, found = self._expanded(leaves), False
         for path, actions in _by_weight(self.actions, (FUSED, BOX, MERGE)).items():
-            own = [used[a] for a in actions]
-            out[path] = _merged(actions, own, out[path], False)
+            own, stored = [used[a] for a in actions], out[path]
+            out[path] = _merged(actions, own, stored, False)
+            if requantize and isinstance(stored, Quantized):
+                out[path], found = requantize_leaf(stored, out[path]), True
             bias = actions[0].site.bias_path
             if bias in out and any(changes_bias(a.method) for a in actions):
                 out[bias] = _merged(actions, own, out[bias], True)
+        if requantize and not found:
+            raise ValueError("requantize=True, but no weight that the adapter changes is quantised")
         return like(unflatten(out), tree)
 
     def _replaced(self, base: dict[Path, Any], leaves: Mapping[Path, Any]) -> dict[Path, Any]:
@@ -324,7 +353,7 @@ class Peft:
                 _base_leaf(base, path)
                 # The adapter's copy may be wider than the base (a float32 master of a bfloat16 leaf): the model gets
                 # the dtype it had.
-                value, dtype = meta.unbox(leaves[path]), meta.unbox(base[path]).dtype
+                value, dtype = meta.unbox(leaves[path]), peek(base[path]).dtype
                 base[path] = meta.replace_boxed(leaves[path], value.astype(dtype))
             elif action.site.stored:
                 _base_leaf(base, action.site.weight_path)
@@ -423,7 +452,7 @@ def _merged(actions: list[Action], leaves: list[dict[str, Any]], stored: Any, is
     """A stored weight (or bias) with its actions merged in, a scanned layer at a time."""
     stack = actions[0].site.stack
     first = jax.tree.map(lambda x: stack_first(x, stack), [meta.unbox(own) for own in leaves])
-    w = stack_first(jnp.asarray(meta.unbox(stored)), stack)
+    w = stack_first(jnp.asarray(dequantize_leaf(stored)), stack)
     fn = merge_bias if is_bias else merge_weight
     merged = map_axes(lambda o, w: fn(actions, o, w), len(stack))(first, w)
     return meta.replace_boxed(stored, stack_back(merged, stack))

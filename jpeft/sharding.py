@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.sites import Site, derive_entries
-from jpeft.tree import Path, Tree, flatten, like, unflatten
+from jpeft.tree import Path, Tree, flatten, like, peek, unflatten
 
 if TYPE_CHECKING:
     from jpeft.peft import Peft
@@ -45,7 +45,7 @@ def adapter_shardings(peft: Peft, params: Tree) -> Any:
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
     """A leaf's ``NamedSharding`` on more than nothing, or None: traced and single-device leaves have none."""
-    leaf = meta.unbox(leaf)
+    leaf = peek(leaf)
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
@@ -70,6 +70,7 @@ def box_like(base: Mapping[Path, Any], site: Site | None, roles: Sequence[str | 
     if site is None or roles is None:
         return value
     box = base[site.weight_path]
+    box = getattr(box, "codes", box)  # of a quantised weight, these are in the box
     if not isinstance(box, meta.AxisMetadata):
         return value
     if site.kind == "leaf":

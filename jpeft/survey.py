@@ -22,10 +22,10 @@ from jax.interpreters import partial_eval as pe
 from jpeft import attention, geometry
 from jpeft.geometry import Call, Geometry, Raw
 from jpeft.sites import BOX, FUSED, MERGE, REPLACE, Site, Stack
-from jpeft.tree import Path, flatten, join, unflatten
+from jpeft.tree import Path, flatten, join, peek, unflatten
 
 # Heads by the names that transformers and Linen models give them, for where a wrapper hides the model's output.
-_HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
+HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _is_at(node: Any, path: Path) -> bool:
 
 def _own_shapes(own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     values = {k: v._value if isinstance(v, _Watched) else v for k, v in own.items() if not isinstance(v, Mapping)}
-    return {k: np.shape(meta.unbox(v)) for k, v in values.items()}
+    return {k: np.shape(peek(v)) for k, v in values.items()}
 
 
 def _interceptor(record: _Record):
@@ -190,7 +190,7 @@ def _trace(model: nn.Module, variables: Mapping[str, Any], record: _Record, args
         record.outputs.clear()  # tracers must not outlive their trace
         return [x for x in out if isinstance(x, jax.Array)]
 
-    arrays = [_abstract(meta.unbox(x)) for x in leaves.values()]
+    arrays = [_abstract(peek(x)) for x in leaves.values()]
     jaxpr = jax.make_jaxpr(run)(arrays, others, dynamic).jaxpr
     _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     record.elsewhere = {p for p, u in zip(leaves, used, strict=False) if u}
@@ -213,7 +213,7 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     """
     record = _Record()
     _trace(model, variables, record, args, dict(kwargs))
-    shapes = {p: (np.shape(meta.unbox(x)), str(meta.unbox(x).dtype)) for p, x in flatten(variables["params"]).items()}
+    shapes = {p: (np.shape(peek(x)), str(peek(x).dtype)) for p, x in flatten(variables["params"]).items()}
     stacks = {p: _stack(record.reads[p][1], shapes[p][0]) for p in record.reads if p in shapes}
     weights = [w for p in shapes if (w := _weight_site(record, p, shapes, stacks)) is not None]
     made_by = {w.path: w for w in weights if w.linear}
@@ -263,7 +263,7 @@ def _weight_site(record: _Record, path: Path, shapes: Mapping[Path, Any], stacks
     matrix = jax.eval_shape(geom.view, jax.ShapeDtypeStruct(in_scope, np.float32)).shape
     bias = geom.bias is not None and (*owner, geom.bias) in shapes
     head = isinstance(geom, geometry.Contraction) and (
-        owner in record.final or owner[-1:] in {(n,) for n in _HEAD_NAMES}
+        owner in record.final or owner[-1:] in {(n,) for n in HEAD_NAMES}
     )
     return Site(
         path=owner, kind="weight", owner=record.modules.get(owner, ("Module",))[0], leaf=leaf, geometry=geom,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.core import FrozenDict, freeze
+from flax.core import FrozenDict, freeze, meta
 
 Tree = Any
 Path = tuple[str, ...]
@@ -64,6 +64,17 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 def like(tree: Any, reference: Tree) -> Any:
     """``tree`` in the container type of ``reference``: frozen if that is frozen."""
     return freeze(tree) if isinstance(reference, FrozenDict) else tree
+
+
+def peek(leaf: Any) -> Any:
+    """What a leaf holds, for its shape, dtype and sharding: a box that has these itself, and would compute to give
+    more (a quantised weight), stays closed.
+
+    >>> import flax.linen as nn
+    >>> peek(nn.Partitioned(jnp.ones(3), names=("embed",))).shape
+    (3,)
+    """
+    return leaf if hasattr(leaf, "shape") else meta.unbox(leaf)
 
 
 def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = ()) -> Any:

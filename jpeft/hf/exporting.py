@@ -25,7 +25,7 @@ from jpeft.methods import BitFit, LoRA, Train
 from jpeft.models import stacking
 from jpeft.peft import Peft, split_variables
 from jpeft.sites import FUSED, Site
-from jpeft.tree import Path, Tree, flatten, join, unflatten
+from jpeft.tree import Path, Tree, flatten, join, peek, unflatten
 
 _README = "README.md"
 
@@ -105,7 +105,7 @@ def _one_by_one(
     if at is None:
         return peft, leaves, list(base)
     leaves = flatten(stacking.unstack(unflatten(leaves), at))
-    paths = [own for p, x in base.items() for own in stacking.numbered(p, at, (*np.shape(meta.unbox(x)), 0)[0])]
+    paths = [own for p, x in base.items() for own in stacking.numbered(p, at, (*np.shape(peek(x)), 0)[0])]
     return stacking.unroll_peft(peft), leaves, paths
 
 

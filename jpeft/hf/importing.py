@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from jpeft.geometry import Contraction, Raw
 from jpeft.hf import config as hf
@@ -24,10 +23,11 @@ from jpeft.io import AdapterError, read_safetensors
 from jpeft.methods import BitFit, Chain, LoRA, Method, Train
 from jpeft.models import stacking
 from jpeft.peft import Peft, bind_seen, look, split_variables
+from jpeft.quantization import Quantized
 from jpeft.sites import FUSED, Site
 from jpeft.survey import Survey
 from jpeft.targets import matches_entry
-from jpeft.tree import Path, Tree, flatten, join, like, nearest, unflatten
+from jpeft.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 
 
 def load(
@@ -382,7 +382,9 @@ def _check_rest(
             rest.remove((module, suffix))
             if site.path in used:
                 continue
-            weight = meta.unbox(base[own.path])
+            weight = peek(base[own.path])
+            if isinstance(weight, Quantized):  # what is left of it cannot be compared
+                weight = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
             if own.path != site.path and not isinstance(weight, jax.ShapeDtypeStruct):
                 weight = weight[i]
             if not _same(site, file.others[module][suffix], weight):

@@ -1,0 +1,488 @@
+"""Quantised weights: leaves of a parameter tree that hold codes and scales, and are weights again when Flax opens them.
+
+    base = jpeft.quantize(params, "nf4")                    # 4.127 bits for each weight of the linear layers
+    logits = model.apply({"params": base}, input_ids)       # the model is unchanged
+
+NF4 and its double quantisation are those of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), with the
+codebooks, blocks and byte order of bitsandbytes: the same weights give the same codes and scales to the bit.
+
+A block is a run of weights along one axis that share a scale, their largest absolute value. It runs along the second to
+last axis, which is a Dense kernel's inputs as in bitsandbytes, where that is a multiple of the block, else along the
+last. Codes and scales keep the weight's axes, so that scans slice them and shardings fit them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jpeft import fingerprint
+from jpeft.sharding import named_sharding
+from jpeft.survey import HEAD_NAMES
+from jpeft.targets import Targets, select
+from jpeft.tree import Path, Tree, flatten, join, map_with_path, peek
+
+# bitsandbytes 0.50, `functional.get_4bit_type("nf4")`: quantiles of the normal distribution, the largest set to 1.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+GROUP = 256  # scales that share one scale of their own, where they are quantised too
+
+
+def _dynamic_map() -> np.ndarray:
+    """The 256 values of bitsandbytes' `create_dynamic_map()`, sorted: the code of quantised scales."""
+    positive = [
+        10.0 ** (exponent - 6) * (0.1 + 0.9 * (np.arange(2**exponent) + 0.5) / 2**exponent) for exponent in range(7)
+    ]
+    values = np.concatenate(positive)
+    return np.sort(np.concatenate([-values, [0.0], values, [1.0]])).astype(np.float32)
+
+
+SCALE_CODES = _dynamic_map()
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights in [-1, 1] become codes and come back. `bits` of a code, two of four bits to a byte."""
+
+    bits: int
+    encode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+
+
+def _encode_nf4(x: jax.Array) -> jax.Array:
+    levels = np.asarray(NF4, np.float32)
+    middles = (levels[1:] + levels[:-1]) / 2
+    return functools.reduce(jnp.add, [(x > m).astype(jnp.uint8) for m in middles])
+
+
+def _decode_nf4(codes: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(codes, tpu=_selected, default=_looked_up)
+
+
+def _looked_up(codes: jax.Array) -> jax.Array:
+    return jnp.asarray(NF4, jnp.float32).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _selected(codes: jax.Array) -> jax.Array:
+    # A tree of selections, a bit at a time: TPUs are slow at looking up. XLA CPU would keep each level as an array of
+    # the weight's size outside the scan.
+    values: list[Any] = [jnp.float32(level) for level in NF4]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _rounded(largest: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: jnp.clip(jnp.round(x * largest), -largest, largest)
+
+
+_FP8_MAX = 448.0  # of float8_e4m3fn
+
+SCHEMES: Mapping[str, Scheme] = {
+    "nf4": Scheme(4, _encode_nf4, _decode_nf4),
+    "int4": Scheme(
+        4,
+        lambda x: (_rounded(7)(x) + 8).astype(jnp.uint8),
+        lambda codes: (codes.astype(jnp.float32) - 8) / 7,
+    ),
+    "int8": Scheme(
+        8, lambda x: _rounded(127)(x).astype(jnp.int8), lambda codes: codes.astype(jnp.float32) / 127
+    ),
+    "fp8": Scheme(
+        8,
+        lambda x: (x * _FP8_MAX).astype(jnp.float8_e4m3fn),
+        lambda codes: codes.astype(jnp.float32) / _FP8_MAX,
+    ),
+}  # fmt: skip
+
+
+# --- one leaf -------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class Quantized(meta.AxisMetadata):
+    """A weight as codes and scales. `unbox`, which Flax calls when a module asks for the parameter, dequantises it.
+
+    Attributes:
+      codes: `[..., in, out]`, uint8 with two 4-bit codes to a byte (the first in the high half) along `axis`, or int8,
+        or float8.
+      scales: `[..., in / block, out]` (for `axis` -2), float32, or uint8 codes of `SCALE_CODES` beside
+        `groups`.
+      groups: the scales of 256 scales each, float32 `[..., n]`, in bitsandbytes' order of scales; or None.
+      offset: the mean that was taken off the scales, float32 `[...]`; or None.
+      origin: the checksum of what was quantised, uint32 `[..., 2]`, repeated for each matrix of a stack: the base's
+        fingerprint is that of the weights, quantised or not.
+      scheme, block, axis, dtype: as `quantize` was asked; `dtype` is that of the weight.
+
+    >>> q = quantize_array(jnp.ones((64, 2)), "nf4")
+    >>> q.shape, q.codes.shape, q.scales.shape, float(q.unbox()[0, 0])
+    ((64, 2), (32, 2), (1, 2), 1.0)
+    """
+
+    codes: Any
+    scales: Any
+    groups: Any
+    offset: Any
+    origin: Any
+    scheme: str
+    block: int
+    axis: int
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        shape = list(np.shape(meta.unbox(self.codes)))
+        if shape:
+            shape[self.axis] *= 8 // SCHEMES[self.scheme].bits
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Weights, not codes."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits(self) -> float:
+        """Stored for each weight, but for the checksum."""
+        return 8 * (self.nbytes - meta.unbox(self.origin).size * 4) / self.size
+
+    @property
+    def sharding(self) -> Any:
+        """That of the codes, which have the weight's axes."""
+        return getattr(meta.unbox(self.codes), "sharding", None)
+
+    def unbox(self) -> Float[Array, "*shape"]:
+        """The weight, dequantised in float32 and then rounded to its dtype."""
+        codes, scales = meta.unbox(self.codes), self.scales_in_float()
+        scheme = SCHEMES[self.scheme]
+        if scheme.bits == 4:
+            pair = jnp.stack([codes >> 4, codes & 15], axis=self.axis)  # behind the axis, for -1; before out, for -2
+            codes = pair.reshape(self.shape)
+        values = _in_blocks(scheme.decode(codes), self.block, self.axis) * jnp.expand_dims(scales, self.axis)
+        return values.reshape(self.shape).astype(self.dtype)
+
+    def scales_in_float(self) -> Float[Array, "*scales"]:
+        """A scale for each block."""
+        scales = meta.unbox(self.scales)
+        if self.groups is None:
+            return scales
+        assert self.offset is not None
+        flat = _flat(jnp.asarray(SCALE_CODES).at[scales.astype(jnp.int32)].get(mode="promise_in_bounds"), self.axis)
+        wide = jnp.repeat(self.groups, GROUP, axis=-1)[..., : flat.shape[-1]]
+        return _unflat(flat * wide + self.offset[..., None], scales.shape, self.axis)
+
+    # --- for Flax and JAX ---
+
+    def replace_boxed(self, val: Any) -> Any:
+        """A weight in the place of this one: as it is, in the box of logical names that the codes are in."""
+        return meta.replace_boxed(self.codes, val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
+        return self._boxes(lambda box: box.add_axis(index, params))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
+        return self._boxes(lambda box: box.remove_axis(index, params))
+
+    def _boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
+        named = lambda x: fn(x) if isinstance(x, meta.AxisMetadata) else x  # noqa: E731
+        return dataclasses.replace(self, codes=named(self.codes), scales=named(self.scales))
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        aux = (self.scheme, self.block, self.axis, self.dtype)
+        return (self.codes, self.scales, self.groups, self.offset, self.origin), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Quantized:
+        return cls(*children, *aux)
+
+
+def _in_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """The axis as two: blocks, and places in a block."""
+    shape = list(x.shape)
+    at = x.ndim + axis
+    return x.reshape(*shape[:at], shape[at] // block, block, *shape[at + 1 :])
+
+
+def _flat(scales: jax.Array, axis: int) -> jax.Array:
+    """The scales of each matrix in one axis, as bitsandbytes orders them: those of one output together."""
+    ordered = jnp.swapaxes(scales, -1, -2) if axis == -2 else scales
+    return ordered.reshape(*scales.shape[:-2], -1)
+
+
+def _unflat(flat: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Inverse of `_flat`."""
+    if axis == -1:
+        return flat.reshape(shape)
+    return jnp.swapaxes(flat.reshape(*shape[:-2], shape[-1], shape[-2]), -1, -2)
+
+
+def block_axis(shape: tuple[int, ...], block: int) -> int | None:
+    """Along which axis blocks run: the second to last or, where they do not divide it, the last; None for neither.
+
+    >>> block_axis((576, 192), 64), block_axis((576, 9, 64), 64), block_axis((10, 7), 64)
+    (-2, -1, None)
+    """
+    return next((axis for axis in (-2, -1) if len(shape) >= 2 and shape[axis] % block == 0 and shape[axis]), None)
+
+
+def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
+    """One weight, `[..., in, out]`, as codes and scales. Every matrix of a stack has scales of its own.
+
+    Args and errors as for `quantize`. Traceable: abstract weights give an abstract result.
+
+    >>> quantize_array(jnp.ones((2, 128, 8)), "int8").codes.dtype
+    dtype('int8')
+    """
+    _check_scheme(scheme, block)
+    shape, dtype = np.shape(weight), np.dtype(weight.dtype)
+    if isinstance(weight, Quantized):
+        raise ValueError(f"is quantised already, as {weight.scheme}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"is {dtype}, not floating")
+    axis = block_axis(shape, block)
+    if axis is None:
+        raise ValueError(f"has shape {shape}: a block of {block} divides neither of its last two axes")
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis), weight)
+    result = _quantize(weight, scheme, block, double, axis)
+    finite = jnp.isfinite(result.scales if result.groups is None else result.groups).all()
+    if not isinstance(finite, Tracer) and not bool(finite):
+        raise ValueError("holds NaN or infinity, which no code stands for")
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int) -> Quantized:
+    scheme, shape = SCHEMES[name], weight.shape
+    wide = _in_blocks(weight.astype(jnp.float32), block, axis)
+    scales = jnp.abs(wide).max(axis=axis)
+    # A block of zeros has no scale to divide by, and needs none.
+    codes = scheme.encode(wide / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), axis)).reshape(shape)
+    if scheme.bits == 4:
+        pair = _in_blocks(codes, 2, axis)
+        high, low = (jax.lax.index_in_dim(pair, i, axis, keepdims=False) for i in range(2))
+        codes = (high << 4) | low
+    sums = jnp.broadcast_to(fingerprint.checksum(weight), (*shape[:-2], 2))
+    box = functools.partial(Quantized, origin=sums, scheme=name, block=block, axis=axis, dtype=weight.dtype)
+    return box(codes, *_quantize_scales(scales, axis)) if double else box(codes, scales, None, None)
+
+
+def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scales as codes, group scales and offset: the double quantisation of QLoRA."""
+    flat = _flat(scales, axis)
+    offset = flat.mean(axis=-1)
+    moved = flat - offset[..., None]
+    padding = -flat.shape[-1] % GROUP
+    grouped = jnp.pad(moved, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
+    grouped = grouped.reshape(*flat.shape[:-1], -1, GROUP)
+    groups = jnp.abs(grouped).max(axis=-1)
+    unit = grouped / jnp.where(groups == 0, 1.0, groups)[..., None]
+    middles = jnp.asarray((SCALE_CODES[1:] + SCALE_CODES[:-1]) / 2)
+    codes = jnp.searchsorted(middles, unit.reshape(-1)).astype(jnp.uint8).reshape(*flat.shape[:-1], -1)
+    return _unflat(codes[..., : flat.shape[-1]], scales.shape, axis), groups, offset
+
+
+# --- trees ----------------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    params: Tree,
+    scheme: str = "nf4",
+    *,
+    block: int = 64,
+    double: bool = True,
+    targets: Targets = None,
+    exclude: Targets = None,
+) -> Any:
+    """A tree whose linear weights are `Quantized`: any Linen model runs on it unchanged, any method trains over it.
+
+    Flax dequantises a weight when its module asks for it, a layer at a time under a scan. `Peft.apply` does it again in
+    the backward pass instead of keeping what it made. ``params`` are not changed; the rest of the tree is shared.
+
+    Args:
+      params: the base tree, plain or boxed (`nn.Partitioned`), on one device or sharded, concrete or abstract.
+      scheme: "nf4" (4-bit quantiles of the normal distribution, QLoRA's), "int4", "int8" (evenly spaced) or "fp8"
+        (float8_e4m3fn).
+      block: weights that share a scale.
+      double: quantise the scales too, to 8 bits: a scale then costs 0.127 bits a weight instead of 0.5.
+      targets: which weights, as for a method, by the path of their owner or their own. None is every ``kernel`` of two
+        or more axes but that of an output head (``lm_head``, ``classifier``, ...).
+      exclude: takes the same forms and wins.
+
+    Raises:
+      ValueError: an unknown scheme; a target that matches nothing; a weight that is quantised already, not floating,
+        not finite, or that the block does not divide, by path.
+
+    >>> base = quantize({"dense": {"kernel": jnp.ones((128, 64)), "bias": jnp.zeros(64)}}, "nf4")
+    >>> round(base["dense"]["kernel"].bits, 2), base["dense"]["bias"].dtype.name
+    (4.13, 'float32')
+    """
+    _check_scheme(scheme, block)
+    tree = params["params"] if isinstance(params.get("params"), Mapping) else params
+    leaves = flatten(tree)
+    candidates = [_Weight(path, peek(leaf)) for path, leaf in leaves.items()]
+    wide = [weight for weight in candidates if len(weight.leaf.shape) >= 2]
+    chosen = select(wide, "all-linear" if targets is None else targets, exclude, what="quantize",
+                    others=[weight.name for weight in candidates])  # fmt: skip
+    paths = {weight.path for weight in chosen}
+
+    def replace(path: Path, leaf: Any) -> Any:
+        if path not in paths:
+            return leaf
+        try:
+            return _quantize_leaf(leaf, scheme, block, double)
+        except ValueError as error:
+            raise ValueError(
+                f"cannot quantise {join(path)!r}: it {error}; leave it out with exclude=, or choose another block"
+            ) from None
+
+    new = map_with_path(replace, tree)
+    return new if tree is params else {**params, "params": new}
+
+
+def dequantize(params: Tree) -> Any:
+    """The tree with plain weights in place of the quantised ones: in their own dtype, with the quantisation's error.
+
+    >>> plain = dequantize(quantize({"dense": {"kernel": jnp.ones((64, 64))}}))
+    >>> type(plain["dense"]["kernel"]).__name__, plain["dense"]["kernel"].shape
+    ('ArrayImpl', (64, 64))
+    """
+    return map_with_path(
+        lambda _, leaf: leaf.replace_boxed(dequantize_leaf(leaf)) if isinstance(leaf, Quantized) else leaf, params
+    )
+
+
+def is_quantized(params: Tree) -> bool:
+    """Whether any leaf is `Quantized`.
+
+    >>> is_quantized({"dense": {"kernel": jnp.ones((64, 64))}})
+    False
+    """
+    return any(isinstance(leaf, Quantized) for leaf in flatten(params).values())
+
+
+def dequantize_leaf(leaf: Any) -> Any:
+    """What a leaf holds, its box opened; abstract where it is.
+
+    >>> dequantize_leaf(quantize_array(jnp.ones((64, 2)))).shape
+    (64, 2)
+    """
+    if not isinstance(leaf, Quantized):
+        return meta.unbox(leaf)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
+        return jax.eval_shape(Quantized.unbox, leaf)
+    return _unbox_jitted(leaf)
+
+
+def requantize_leaf(like: Quantized, weight: Any) -> Quantized:
+    """Another weight, quantised as one is, in the same boxes and with the same shardings.
+
+    >>> requantize_leaf(quantize_array(jnp.ones((64, 2)), "int8"), jnp.zeros((64, 2))).scheme
+    'int8'
+    """
+    return _quantize_leaf(weight, like.scheme, like.block, like.groups is not None)
+
+
+@jax.jit
+def _unbox_jitted(leaf: Quantized) -> jax.Array:
+    return leaf.unbox()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What targets see of a leaf."""
+
+    path: Path
+    leaf: Any
+
+    @property
+    def name(self) -> str:
+        return join(self.path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.name, join(self.path[:-1])
+
+    @property
+    def linear(self) -> bool:
+        return self.path[-1] == "kernel" and not HEAD_NAMES & set(self.path[-2:-1])
+
+
+def _check_scheme(scheme: str, block: int) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 2 or block % 2:
+        raise ValueError(f"block must be an even number of weights, got {block!r}")
+
+
+def _quantize_leaf(leaf: Any, scheme: str, block: int, double: bool) -> Quantized:
+    """A leaf of a tree, in the same box and with the same sharding."""
+    held = peek(leaf)
+    new = quantize_array(held, scheme, block, double)
+    if (sharding := named_sharding(held)) is not None:
+        new = jax.tree.map(_with_sharding, new, shardings_like(new, sharding))
+    if isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Quantized):
+        new = dataclasses.replace(
+            new, codes=meta.replace_boxed(leaf, new.codes), scales=meta.replace_boxed(leaf, new.scales)
+        )
+    return new
+
+
+def _with_sharding(x: Any, sharding: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.device_put(x, sharding)
+
+
+def shardings_like(leaf: Quantized, sharding: NamedSharding) -> Quantized:
+    """The shardings of a quantised weight's arrays, from that of the weight.
+
+    Codes and scales follow it, but on axes that have become too short for the mesh; the rest is as good as nothing and
+    is replicated.
+    """
+    spec = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+
+    def fitting(shape: tuple[int, ...]) -> NamedSharding:
+        entries = [entry if size % _ways(sharding.mesh, entry) == 0 else None
+                   for size, entry in zip(shape, spec, strict=True)]  # fmt: skip
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    codes, scales = meta.unbox(leaf.codes), meta.unbox(leaf.scales)
+    rest = jax.tree.map(lambda _: everywhere, leaf)
+    return dataclasses.replace(rest, codes=fitting(codes.shape), scales=fitting(scales.shape))
+
+
+def _ways(mesh: Any, entry: Any) -> int:
+    """Into how many pieces a spec's entry cuts an axis."""
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)
