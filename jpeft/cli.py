@@ -1,4 +1,4 @@
-"""The command line: `jpeft finetune | predict | merge | inspect | generate | chat`.
+"""The command line: `jpeft finetune | predict | merge | inspect | generate | chat | quantize`.
 
 Results go to stdout, errors to stderr as one line. Nothing heavy is imported before the arguments are understood.
 """
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jpeft.assets import DATA, MODELS, UserError
-from jpeft.config import Config, Interrupted
+from jpeft.assets import CONVERSATIONS, DATA, MODELS, UserError
+from jpeft.config import CHAT, CLASSIFY, DEFAULTS, SCHEMES, Config, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run_command=run)
         return made
 
-    _finetune_arguments(command("finetune", _finetune, "Fine-tune a classifier; without arguments, MiniLM on reviews."))
+    about = "Fine-tune a classifier (without arguments, MiniLM on reviews) or, with --task chat, a language model."
+    _finetune_arguments(command("finetune", _finetune, about))
     predict = command("predict", _predict, "Label texts with a finished run.")
     predict.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     predict.add_argument("file", metavar="FILE", nargs="?", help=".csv or .jsonl; else texts on stdin, one a line")
@@ -121,12 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "Write a HuggingFace folder with the adapter merged into the model.")
     merge.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
+    merge.add_argument("--requantize", action="store_true", help="quantise the merged weights again, as the base was")
     generate = command("generate", _generate, "Let a language model go on from a prompt, in its own chat template.")
     _speaker_arguments(generate)
     generate.add_argument("prompts", metavar="PROMPT", nargs="*", help="several are a batch; without any, stdin is one")
     generate.add_argument("--raw", action="store_true", help="go on from the text itself, without a chat template")
     generate.add_argument("--messages", metavar="FILE", help='a JSON list of {"role", "content"} instead; - is stdin')
     talk = command("chat", _chat, "Talk with a language model: a line from stdin is a turn, Ctrl-D ends it.")
+    talk.add_argument("adapter", metavar="RUN", nargs="?", default=argparse.SUPPRESS, help="a run to talk with")
     _speaker_arguments(talk)
     inspect = command("inspect", _inspect, "Say what a run or an adapter is; needs no model.")
     inspect.add_argument("path", metavar="RUN|ADAPTER", type=Path)
@@ -140,9 +143,15 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
         # Suppressed where not given: a resumed run is compared with what was typed alone.
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=summary)
 
-    option("--model", str, f"{', '.join(MODELS)}, a HuggingFace folder or a hub id (default: {defaults.model})")
-    option("--data", str, f"{', '.join(DATA)}, or a .csv or .jsonl file (default: {defaults.data})")
+    def by_task(name: str) -> str:
+        values = [DEFAULTS[task][name] for task in (CLASSIFY, CHAT)]
+        return f"default: {values[0]}" + (f", with --task {CHAT} {values[1]}" if values[0] != values[1] else "")
+
+    option("--task", str, f"{CLASSIFY} (default): label texts; {CHAT}: answer in conversations")
+    option("--model", str, f"{', '.join(MODELS)}, a HuggingFace folder, .gguf file or hub id ({by_task('model')})")
+    option("--data", str, f"{', '.join((*DATA, *CONVERSATIONS))}, or a .csv or .jsonl file ({by_task('data')})")
     option("--eval", str, "a .csv or .jsonl file to evaluate on (default: a tenth of --data is held out)")
+    option("--quantize", str, f"{', '.join(SCHEMES)} or none: how the base is held ({by_task('quantize')})")
     option("--text", str, "column of the texts (default: text)")
     option("--label", str, "column of the labels (default: label)")
     option("--method", str, "lora, bitfit, prefix, bottleneck, ia3, train or full (default: lora)")
@@ -155,18 +164,24 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     option("--lr", float, f"peak learning rate (default: by method, {defaults.rate:g} for lora)")
     option("--warmup", float, f"share of the steps that warm up (default: {defaults.warmup:g})")
     option("--weight-decay", float, f"(default: {defaults.weight_decay:g})")
-    option("--epochs", int, f"(default: {defaults.epochs})")
-    option("--batch-size", int, f"(default: {defaults.batch_size})")
-    option("--max-length", int, f"tokens kept of a text (default: {defaults.max_length})")
+    option("--epochs", int, f"({by_task('epochs')})")
+    option("--steps", int, f"stop after so many (default: all, with --task {CHAT} alone {DEFAULTS[CHAT]['steps']})")
+    option("--batch-size", int, f"texts, or rows of conversations ({by_task('batch_size')})")
+    option("--accumulate", int, "micro-batches that a batch is split into, to need less memory (default: 1)")
+    option("--max-length", int, f"tokens kept of a text, or in a row of conversations ({by_task('max_length')})")
+    parser.add_argument("--no-packing", dest="packed", action="store_false", default=argparse.SUPPRESS,
+                        help="a row for each conversation, instead of as many as fit")  # fmt: skip
+    option("--eval-examples", int, f"how many to evaluate on, 0 for all ({by_task('eval_examples')})")
+    option("--samples", int, f"prompts to answer before and after ({by_task('samples')})")
     option("--seed", int, f"of the head, the adapter and the order of the data (default: {defaults.seed})")
-    option("--checkpoint-every", int, f"steps between checkpoints (default: {defaults.checkpoint_every})")
+    option("--checkpoint-every", int, f"steps between checkpoints ({by_task('checkpoint_every')})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: a new one below runs/)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                         help="continue RUN, or the run at --out, or the latest below runs/")  # fmt: skip
 
 
 def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2", help="smollm2 (default), a HuggingFace folder, .gguf or hub id")
+    parser.add_argument("--model", help="smollm2 (default, or the run's), a HuggingFace folder, .gguf or hub id")
     parser.add_argument("--adapter", metavar="RUN", help="a run, or an adapter's folder (jpeft's or PEFT's)")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parser.add_argument("--max-new-tokens", type=int, metavar="INT",
@@ -212,6 +227,8 @@ def _finetune(args: argparse.Namespace) -> None:
                 terminal.say("nothing to resume yet: starting")
             result = finetune.finetune(fresh, out, terminal)
         if not args.json:
+            for sample in result.get("samples", ()):
+                terminal.say(_sample(sample))
             terminal.table(_rows(result))
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -258,12 +275,22 @@ def _merge(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise UserError(f"{args.out} exists; choose another folder, nothing was written")
-    runs.open_run(args.run).export(args.out)
+    record = runs.read_record(args.run)
+    chat = Config(**record["config"]).task == CHAT
+    if args.requantize and not chat:
+        raise UserError("--requantize: a classifier's folder holds plain weights")
+    if chat:
+        from jpeft import talk
+
+        talk.export(args.run, args.out, args.requantize)
+    else:
+        runs.open_run(args.run).export(args.out)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     if args.json:
         print(json.dumps({"folder": str(args.out), "bytes": size}))
     else:
-        print(f"{args.out}: {_bytes(size)}, a HuggingFace folder; its README.md shows how to load it with the head")
+        how = f"jpeft chat --model {args.out}" if chat else "its README.md shows how to load it with the head"
+        print(f"{args.out}: {_bytes(size)}, a HuggingFace folder; {how}")
 
 
 def _open_speaker(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -402,14 +429,14 @@ def _inspect(args: argparse.Namespace) -> None:
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The final table of a run."""
     peak, skipped = result["peak_memory_bytes"], result["skipped_steps"]
+    held = result.get("base_memory_bytes")
     rows = [
-        ("accuracy before", f"{result['accuracy_before']:.1%}"),
-        ("accuracy after", f"{result['accuracy_after']:.1%}"),
-        ("majority baseline", f"{result['majority_baseline']:.1%}"),
+        *(_chat_rows(result) if result.get("task") == CHAT else _label_rows(result)),
         ("trainable parameters", f"{result['trainable_parameters']:,}"),
         ("total parameters", f"{result['total_parameters']:,}"),
         ("adapter on disk", _bytes(result["adapter_bytes"])),
         ("base on disk", _bytes(result["base_bytes"])),
+        *([] if held is None else [("base in memory", _bytes(held))]),
         ("time per step", f"{1000 * result['seconds_per_step']:.0f} ms (median of {result['steps']})"),
         ("peak memory", "unknown" if peak is None else _bytes(peak)),
         ("run", result["run"]),
@@ -417,6 +444,36 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if skipped:
         rows.insert(-1, ("skipped steps", f"{skipped}: loss or gradient was not finite; a lower --lr may help"))
     return rows
+
+
+def _label_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("accuracy before", f"{result['accuracy_before']:.1%}"),
+        ("accuracy after", f"{result['accuracy_after']:.1%}"),
+        ("majority baseline", f"{result['majority_baseline']:.1%}"),
+    ]
+
+
+def _chat_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shapes = ", ".join(f"{rows}×{width}" for rows, width in result["shapes"])
+    rows = [
+        ("perplexity before", f"{result['perplexity_before']:.3f} (of {result['eval_examples']:,} held-out answers)"),
+        ("perplexity after", f"{result['perplexity_after']:.3f}"),
+        ("batches", f"{len(result['shapes'])} shape{'s' * (len(result['shapes']) > 1)} ({shapes}), "
+                    f"{result['padding']:.1%} padding"),
+    ]  # fmt: skip
+    if scored := [s for s in result["samples"] if s["right_after"] is not None]:
+        before, after = (sum(s[key] for s in scored) for key in ("right_before", "right_after"))
+        rows.insert(2, ("right final number", f"{before} of {len(scored)} before, {after} after"))
+    return rows
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    """A prompt with its answers, for people."""
+    marks = {True: " (right)", False: " (wrong)", None: ""}
+    parts = [("prompt", sample["prompt"]), ("expected", sample["reference"])]
+    parts += [(f"{when}{marks[sample[f'right_{when}']]}", sample[when]) for when in ("before", "after")]
+    return "".join(f"\n--- {name}\n{text.strip()}" for name, text in parts) + "\n"
 
 
 def _bytes(size: int) -> str:

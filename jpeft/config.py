@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jpeft.assets import DATA, MODELS, UserError
+from jpeft.assets import CONVERSATIONS, DATA, MODELS, UserError
+
+CLASSIFY, CHAT = "classify", "chat"
+SCHEMES = ("nf4", "int4", "int8", "fp8")  # of `jpeft.quantization`, which is not imported here
 
 
 def _number(value: Any) -> bool:
@@ -21,11 +24,17 @@ def _count(value: Any) -> bool:
 
 
 _COUNT = (_count, "at least 1")
+_WHOLE = (lambda v: _count(v) or (v == 0 and not isinstance(v, bool)), "a whole number")
 _TEXT = (lambda v: v is None or isinstance(v, str), "a text")
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "task": (lambda v: v in (CLASSIFY, CHAT), f"{CLASSIFY} or {CHAT}"),
     **dict.fromkeys(("model", "data", "method"), (lambda v: isinstance(v, str), "a text")),
     **dict.fromkeys(("eval", "text", "label", "targets"), _TEXT),
-    **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
+    "steps": (lambda v: v is None or _count(v), "at least 1"),
+    **dict.fromkeys(("eval_examples", "samples"), _WHOLE),
+    "quantize": (lambda v: v in (*SCHEMES, "none"), f"none, {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}"),
+    "packed": (lambda v: isinstance(v, bool), "true or false"),
     "lr": (lambda v: v is None or (_number(v) and v > 0), "a positive number"),
     "warmup": (lambda v: _number(v) and 0 <= v < 1, "a share of the steps in [0, 1)"),
     "weight_decay": (lambda v: _number(v) and v >= 0, "a number, at least 0"),
@@ -37,16 +46,29 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
 
 
+# What a field is where nobody says, by task. An evaluation on 0 examples is one on all.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    CLASSIFY: {"model": "minilm", "data": "food-reviews", "epochs": 2, "batch_size": 16, "max_length": 128,
+               "steps": None, "eval_examples": 0, "samples": 0, "quantize": "none", "checkpoint_every": 50},
+    # Minutes on two cores: a part of an epoch, and of the examples to evaluate on.
+    CHAT: {"model": "smollm2", "data": "gsm8k", "epochs": 1, "batch_size": 2, "max_length": 512,
+           "steps": 60, "eval_examples": 64, "samples": 4, "quantize": "nf4", "checkpoint_every": 20},
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """All that decides what a run computes. `None` is the method's, the data's or the job's own default.
 
-    >>> Config(rank=16, targets="query,value").rate
-    0.0005
+    A field that differs by task is filled from `DEFAULTS` where it is not given.
+
+    >>> Config(rank=16, targets="query,value").rate, Config().model, Config(task="chat").model
+    (0.0005, 'minilm', 'smollm2')
     """
 
-    model: str = "minilm"
-    data: str = "food-reviews"
+    task: str = CLASSIFY
+    model: str = None  # type: ignore[assignment]  # filled below, as all that are None here
+    data: str = None  # type: ignore[assignment]
     eval: str | None = None
     text: str | None = None
     label: str | None = None
@@ -59,17 +81,30 @@ class Config:
     lr: float | None = None
     warmup: float = 0.06
     weight_decay: float = 0.0
-    epochs: int = 2
-    batch_size: int = 16
-    max_length: int = 128
+    epochs: int = None  # type: ignore[assignment]
+    steps: int | None = None
+    batch_size: int = None  # type: ignore[assignment]
+    accumulate: int = 1
+    max_length: int = None  # type: ignore[assignment]
+    packed: bool = True
+    quantize: str = None  # type: ignore[assignment]
+    eval_examples: int = None  # type: ignore[assignment]
+    samples: int = None  # type: ignore[assignment]
     seed: int = 0
-    checkpoint_every: int = 50
+    checkpoint_every: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        # Own data or epochs that were asked for are not cut short by the demonstration's budget.
+        whole = self.task == CHAT and (self.data not in (None, *CONVERSATIONS) or self.epochs is not None)
+        for name, value in DEFAULTS.get(self.task, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, None if name == "steps" and whole else value)
         for name, (good, expected) in _RULES.items():
             value = getattr(self, name)
             if not good(value):
                 raise UserError(f"{flag(name)} must be {expected}, got {value!r}")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
 
     @property
     def rate(self) -> float:
@@ -99,7 +134,7 @@ class Config:
         return next((n for n, v in given.items() if _locate(n, v) != mine.get(n, getattr(self, n))), None)
 
 
-_PATHS: Mapping[str, Mapping[str, Any]] = {"model": MODELS, "data": DATA, "eval": {}}
+_PATHS: Mapping[str, Mapping[str, Any]] = {"model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}}
 
 
 def _locate(name: str, value: Any) -> Any:
@@ -123,7 +158,8 @@ def flag(name: str) -> str:
     >>> flag("batch_size")
     '--batch-size'
     """
-    return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+    special = {"settings": "--set", "packed": "--no-packing"}
+    return special.get(name, f"--{name.replace('_', '-')}")
 
 
 def parse_targets(text: str) -> str | list[str]:

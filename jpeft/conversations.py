@@ -373,6 +373,16 @@ class Batches:
         """
         return bisect_right(self._ends, step)
 
+    def epochs_after(self, step: int) -> float:
+        """How many epochs so many steps make.
+
+        >>> batches.epochs_after(467)  # doctest: +SKIP
+        1.5
+        """
+        epoch = self.epoch(step)
+        begun = step - (self._ends[epoch - 1] if epoch else 0)
+        return epoch + (begun / self.per_epoch[epoch] if begun else 0.0)
+
     @cached_property
     def count(self) -> Count:
         """What all epochs hold together.

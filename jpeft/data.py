@@ -370,6 +370,15 @@ class Batches:
     def __len__(self) -> int:
         return self.per_epoch * self.epochs
 
+    def epochs_after(self, step: int) -> float:
+        """How many epochs so many steps make.
+
+        >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
+        >>> Batches(encoded, batch_size=4).epochs_after(1)
+        0.5
+        """
+        return step / self.per_epoch
+
     def __iter__(self) -> Iterator[Batch]:
         return self.start(0)
 

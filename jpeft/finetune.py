@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import shutil
 import signal
 import statistics
@@ -19,9 +20,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,84 +29,13 @@ import numpy as np
 import optax
 
 import jpeft
-from jpeft import checkpoint, classify, data, runs
-from jpeft.assets import DataSource, UserError, resolve_data, resolve_model
-from jpeft.config import Config, Interrupted, flag, parse_targets
-from jpeft.fingerprint import difference, fingerprint
-from jpeft.methods import METHODS, LeafMethod, Method, from_dict
+from jpeft import checkpoint, jobs, runs
+from jpeft.assets import UserError
+from jpeft.config import Config, Interrupted, flag
+from jpeft.fingerprint import difference
+from jpeft.jobs import Job, Reporter, Silent, prepare
 from jpeft.runs import Log
-from jpeft.tree import flatten
-
-# Where a method's name on the command line is not its class's in lower case.
-ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
-_EVAL_BATCH = 64
-
-
-class Reporter(Protocol):
-    """How a job speaks to whoever started it."""
-
-    def say(self, text: str) -> None:
-        """A line or a table, for people."""
-
-    def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
-        """A step was made."""
-
-
-class Silent:
-    """A `Reporter` that says nothing.
-
-    >>> Silent().say("nothing is printed")
-    """
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
-        """Nothing."""
-
-
-# ----------------------------------------------------------------------------------------------------------- method
-
-
-def build_method(config: Config) -> Method:
-    """The method that a configuration names, with the classification head trained beside it.
-
-    >>> build_method(Config()) == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
-    True
-    """
-    known = {**{name.lower(): name for name in METHODS}, **ALIASES}
-    asked = config.method.lower()
-    if asked not in known:
-        raise UserError(f"--method {config.method}: unknown; there are {', '.join(sorted(known))}")
-    kind = METHODS[known[asked]]
-    fields = _given_fields(config, kind)
-    if asked == "full":
-        if "targets" in fields:
-            raise UserError("--method full trains everything; --method train takes --targets")
-        return jpeft.Train(".*", **fields)
-    if issubclass(kind, LeafMethod):
-        fields = {"exclude": classify.HEAD} | fields  # the head is the other method's
-    try:
-        method = from_dict({"method": kind.__name__, **fields})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--method {config.method}: {error}") from error
-    return jpeft.Chain(method, jpeft.Train(classify.HEAD))
-
-
-def _given_fields(config: Config, kind: type[Method]) -> dict[str, Any]:
-    """The fields of a method that were asked for, and the job's defaults for the rank and its scale."""
-    fields: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "alpha", "dropout", "targets")}
-    fields = {name: value for name, value in fields.items() if value is not None} | dict(config.settings)
-    if isinstance(fields.get("targets"), str):
-        fields["targets"] = parse_targets(fields["targets"])
-    allowed = {entry.name for entry in dataclasses.fields(kind)}
-    for name in fields:
-        if name not in allowed:
-            raise UserError(f"--method {config.method} has no {name!r}; it has {', '.join(sorted(allowed))} (--set)")
-    if {"rank", "alpha"} <= allowed:
-        fields = {"rank": 8} | fields
-        fields = {"alpha": 2 * fields["rank"]} | fields
-    return fields
+from jpeft.tree import flatten, peek, size_bytes
 
 
 def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -127,70 +56,6 @@ def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation,
 
 
 # -------------------------------------------------------------------------------------------------------------- job
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """Everything that a run needs, in memory and checked."""
-
-    config: Config
-    folder: Path
-    source: DataSource
-    labels: tuple[str, ...]
-    params: Any
-    peft: jpeft.Peft
-    train: data.Batches
-    test: data.Batches
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What config.json says: the choices, and what they led to.
-
-        >>> job.record["labels"]  # doctest: +SKIP
-        """
-        files = {"train": self.source.train, "eval": self.source.eval}
-        return {
-            "format": runs.FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "labels": list(self.labels),
-            "columns": {"text": self.source.text, "label": self.source.label},
-            "steps": len(self.train),
-            "method": self.peft.method.to_dict(),
-            "data": {name: None if path is None else runs.file_sha256(path) for name, path in files.items()},
-            "tokenizer": runs.file_sha256(self.folder / "tokenizer.json"),
-            "base": fingerprint(self.params),
-        }
-
-
-def prepare(config: Config, reporter: Reporter) -> Job:
-    """Read, check and bind all that a configuration names. Writes nothing but the cache of assets.
-
-    >>> prepare(Config(), Silent()).peft.summary()  # doctest: +SKIP
-    """
-    method = build_method(config)
-    source = resolve_data(config.data, config.eval, config.text, config.label, reporter.say)
-    train = data.read(source.train, source.text, source.label)
-    labels = data.label_names(train)
-    if source.eval is None:
-        train, test = data.hold_out(train, config.seed)
-        reporter.say(f"no --eval: {len(test):,} of the examples are held out to evaluate on")
-    else:
-        test = data.read(source.eval, source.text, source.label)
-    train_ids, test_ids = data.label_ids(train, labels), data.label_ids(test, labels)
-    folder = resolve_model(config.model, reporter.say)
-    classifier, params = classify.load_classifier(folder, len(labels), config.seed)
-    tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
-    try:
-        peft = method.bind(classifier, params, *classify.example_inputs())
-    except ValueError as error:  # a target that names nothing, a field that does not fit
-        raise UserError(str(error)) from error
-    encoded, test_encoded = (
-        classify.encode(examples.texts, tokenizer, classifier, config.max_length, ids)
-        for examples, ids in ((train, train_ids), (test, test_ids))
-    )
-    batches = data.Batches(encoded, config.batch_size, config.seed, config.epochs)
-    test_batches = data.Batches(test_encoded, _EVAL_BATCH)
-    return Job(config.located(), folder, source, labels, params, peft, batches, test_batches)
 
 
 def finetune(config: Config, out: Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -233,15 +98,8 @@ def resume(run: Path, given: Mapping[str, Any], reporter: Reporter | None = None
         return result
     job = prepare(config, reporter)
     now = job.record
-    what = {
-        "data": "its data",
-        "labels": "its labels",
-        "method": "its method",
-        "steps": "its number of steps",
-        "tokenizer": "its model's tokenizer.json",
-    }
-    for name, words in what.items():
-        if now[name] != record.get(name):
+    for name, words in jobs.UNCHANGED.items():
+        if now.get(name) != record.get(name):
             raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
     if changed := difference(record["base"], job.params):
         raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
@@ -260,10 +118,10 @@ def _finish(job: Job, run: Path, reporter: Reporter) -> dict[str, Any]:
         state, start = _begin(job, fresh, rng, checkpoints, reporter)
         with runs.open_log(run / "metrics.jsonl", start) as log:
             adapter = _train(job, fresh, state, start, run, checkpoints, log, reporter)
-            _check_converged(run, log, len(job.train))
+            _check_converged(run, log, job.steps)
             jpeft.save(run / "adapter", job.peft, adapter, job.params)
             runs.plot(log.lines, run / "loss.png")
-            result = _result(job, run, adapter, log)
+            result = _result(job, run, fresh, adapter, log)
             runs.write_json(run / "result.json", result)  # last: its presence says that the run is complete
     return result
 
@@ -280,7 +138,7 @@ def _check_converged(run: Path, log: Log, total: int) -> None:
 
 def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Any, reporter: Reporter) -> tuple[Any, int]:
     """The state to go on from, and the steps behind it."""
-    total = len(job.train)
+    total = job.steps
     state = jpeft.TrainState.create(job.peft, fresh, optimizer(job.config, total)[0], rng)
     if checkpoints.latest_step() is None:
         return state, 0
@@ -295,27 +153,28 @@ def _train(
     job: Job, fresh: Any, state: Any, start: int, run: Path, checkpoints: Any, log: Log, reporter: Reporter
 ) -> Any:
     """The steps that are left. Returns the trained adapter."""
-    config, params, total = job.config, job.params, len(job.train)
-    score = classify.scorer(job.peft)
+    config, params, total, task = job.config, job.params, job.steps, job.task
+    score = task.evaluator(job.peft, params)
     _evaluate(0, score, fresh, job, log, reporter)
     tx, schedule = optimizer(config, total)
-    step = jpeft.train_step(job.peft, classify.loss_fn(job.peft, train_mode=bool(config.dropout)), tx, clip=1.0)
+    step = jpeft.train_step(job.peft, task.loss_fn(job.peft), tx, clip=1.0, accumulate=config.accumulate)
     rates = np.asarray(schedule(np.arange(total)), float)
     compiled: set[tuple[int, ...]] = set()
+    batches = itertools.islice(job.train.start(start), total - start)
     with _stop_signal() as stop:
-        for done, batch in enumerate(job.train.start(start), start + 1):
-            began = time.perf_counter()
-            state, metrics = step(state, params, batch)
+        for done, batch in enumerate(batches, start + 1):
+            began, held = time.perf_counter(), task.count(batch)
+            state, metrics = step(state, params, task.prepare_batch(batch))
             metrics = {name: float(value) for name, value in metrics.items()}  # waits for the step
-            seconds, examples = time.perf_counter() - began, int(batch.weight.sum())
-            line = {"step": done, "epoch": round(done / job.train.per_epoch, 4), **metrics}
-            line |= {"lr": float(rates[done - 1]), "examples": examples, "seconds": round(seconds, 6)}
+            seconds = time.perf_counter() - began
+            line = {"step": done, "epoch": round(job.train.epochs_after(done), 4), **metrics}
+            line |= {"lr": float(rates[done - 1]), **held, "seconds": round(seconds, 6)}
             if batch.input_ids.shape not in compiled:  # the first of a shape waits for the compiler
                 compiled.add(batch.input_ids.shape)
                 line["compiled"] = True
             log.write(line)
-            reporter.progress(done, total, metrics["loss"], examples / seconds)
-            if epoch_ends := done % job.train.per_epoch == 0:
+            reporter.progress(done, total, metrics["loss"], held["examples"] / seconds)
+            if epoch_ends := job.train.epochs_after(done).is_integer():
                 _evaluate(done, score, state.adapter, job, log, reporter)
             if epoch_ends or stop or done % config.checkpoint_every == 0:
                 checkpoint.save(checkpoints, done, state, {"position": done})
@@ -325,13 +184,12 @@ def _train(
     return state.adapter
 
 
-def _evaluate(step: int, score: classify.Scorer, adapter: Any, job: Job, log: Log, reporter: Reporter) -> None:
+def _evaluate(step: int, score: Any, adapter: Any, job: Job, log: Log, reporter: Reporter) -> None:
     """Evaluate after a step, unless the log has it."""
     if log.evaluation(step) is None:
-        scores = classify.evaluate(score, job.params, adapter, job.test)
-        log.write({"step": step, "eval_accuracy": scores.accuracy, "eval_loss": scores.loss})
-        when = f"after step {step}" if step else "before training"
-        reporter.say(f"{when}: accuracy {scores.accuracy:.1%}, loss {scores.loss:.4f}")
+        found = score(adapter)
+        log.write({"step": step, **found})
+        reporter.say(f"{f'after step {step}' if step else 'before training'}: {job.task.say(found)}")
 
 
 @contextlib.contextmanager
@@ -377,32 +235,29 @@ def _saved_step(run: Path) -> int:
     return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
-def _result(job: Job, run: Path, adapter: Any, log: Log) -> dict[str, Any]:
+def _result(job: Job, run: Path, fresh: Any, adapter: Any, log: Log) -> dict[str, Any]:
     """The final table, from the log and the files of the run: the same whether it was interrupted or not."""
-    first, last = log.evaluation(0), log.evaluation(len(job.train))
+    first, last = log.evaluation(0), log.evaluation(job.steps)
     assert first and last
+    files = job.model.glob("*.safetensors") if job.model.is_dir() else [job.model]
     steps = [line for line in log.lines if "loss" in line]
     seconds = [line["seconds"] for line in steps]
-    counts = np.bincount(job.test.encoded.labels, minlength=len(job.labels))
     words, leaves = flatten(job.peft.labels(adapter)), flatten(adapter)
     return {
-        "accuracy_before": first["eval_accuracy"],
-        "accuracy_after": last["eval_accuracy"],
-        "majority_baseline": float(counts.max() / counts.sum()),
+        "task": job.config.task,
+        **job.task.result(job, fresh, adapter, first, last),
         "loss_before": first["eval_loss"],
         "loss_after": last["eval_loss"],
         "trainable_parameters": sum(int(np.size(leaves[path])) for path, word in words.items() if word == "trainable"),
-        "total_parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(jpeft.combine(job.params, adapter))),
+        "total_parameters": sum(peek(leaf).size for leaf in flatten(jpeft.combine(job.params, adapter)).values()),
         "adapter_bytes": sum(path.stat().st_size for path in (run / "adapter").iterdir() if path.is_file()),
-        "base_bytes": sum(path.stat().st_size for path in job.folder.glob("*.safetensors")),
+        "base_bytes": sum(path.stat().st_size for path in files),
+        "base_memory_bytes": size_bytes(job.params),
         "seconds_per_step": statistics.median([line["seconds"] for line in steps if "compiled" not in line] or seconds),
         "training_seconds": round(sum(seconds), 3),
         "peak_memory_bytes": peak_memory(),
         "skipped_steps": int(steps[-1]["skipped"]),
         "steps": len(steps),
-        "train_examples": len(job.train.encoded.ids),
-        "eval_examples": len(job.test.encoded.ids),
-        "labels": list(job.labels),
         "run": str(run),
         "config": dataclasses.asdict(job.config),
     }

@@ -31,7 +31,7 @@ import numpy as np
 import jpeft
 from jpeft import classify, data
 from jpeft.assets import UserError, resolve_model
-from jpeft.config import Config
+from jpeft.config import CLASSIFY, Config
 from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import TENSORS, read_config, write_atomically
 
@@ -137,7 +137,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Log:
-    """metrics.jsonl, and its lines: of steps (`loss`, …) and of evaluations (`eval_accuracy`, …)."""
+    """metrics.jsonl, and its lines: of steps (`loss`, …) and of evaluations (`eval_loss`, …)."""
 
     file: IO[str]
     lines: list[dict[str, Any]]
@@ -155,9 +155,9 @@ class Log:
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The evaluation after a step, if it was made.
 
-        >>> log.evaluation(0)["eval_accuracy"]  # doctest: +SKIP
+        >>> log.evaluation(0)["eval_loss"]  # doctest: +SKIP
         """
-        return next((line for line in self.lines if line["step"] == step and "eval_accuracy" in line), None)
+        return next((line for line in self.lines if line["step"] == step and "eval_loss" in line), None)
 
 
 @contextlib.contextmanager
@@ -186,8 +186,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
+_PLOTTED = {"eval_accuracy": "test accuracy", "eval_perplexity": "perplexity of held-out answers"}
+
+
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the loss of every step, its running mean, and the accuracy of every evaluation.
+    """Draw the loss of every step, its running mean, and what every evaluation found: accuracy, else perplexity.
 
     >>> plot(read_lines(run / "metrics.jsonl"), run / "loss.png")  # doctest: +SKIP
     """
@@ -195,7 +198,8 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    scores = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+    kind, name = next(((key, name) for key, name in _PLOTTED.items() if any(key in line for line in lines)))
+    scores = [(line["step"], line[kind]) for line in lines if line.get(kind) is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # not pyplot: no state, no window
     FigureCanvasAgg(figure)
     left = figure.add_subplot(xlabel="step", ylabel="training loss")
@@ -203,8 +207,8 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     mean = itertools.accumulate((loss for _, loss in losses), lambda mean, loss: 0.95 * mean + 0.05 * loss)
     left.plot([step for step, _ in losses], list(mean), color="tab:blue", label="training loss, running mean")
     right = left.twinx()
-    right.set_ylabel("test accuracy")
-    right.plot(*zip(*scores, strict=True), "o-", color="tab:orange", label="test accuracy")
+    right.set_ylabel(name)
+    right.plot(*zip(*scores, strict=True), "o-", color="tab:orange", label=name)
     left.legend(handles=[*left.lines[1:], *right.lines], loc="center right", frameon=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=120, format="png")
@@ -272,18 +276,30 @@ def open_run(run: str | Path) -> Trained:
 
     >>> open_run("runs/minilm-lora-1").labels  # doctest: +SKIP
     """
+    record, folder_of_adapter = finished(run)
+    config = Config(**record["config"])
+    if config.task != CLASSIFY:
+        raise UserError(f"{run}: was trained to chat, not to label texts; talk to it: jpeft chat {run}")
+    folder = resolve_model(config.model)
+    classifier, params = classify.load_classifier(folder, len(record["labels"]), config.seed, config.quantize)
+    tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
+    if file_sha256(folder / "tokenizer.json") != record["tokenizer"]:
+        raise UserError(f"{folder}/tokenizer.json changed since {run} was trained: it would read other tokens")
+    peft, adapter = jpeft.load(folder_of_adapter, classifier, params, *classify.example_inputs())
+    return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
+
+
+def finished(run: str | Path) -> tuple[dict[str, Any], Path]:
+    """The record of a finished run, and the folder of its adapter.
+
+    >>> finished("runs/smollm2-lora-1")[1]  # doctest: +SKIP
+    PosixPath('runs/smollm2-lora-1/adapter')
+    """
     run = Path(run)
     record = read_record(run)
     if not (run / "adapter" / ADAPTER_CONFIG).exists():
         raise UserError(f"{run}: the run is not finished; `jpeft finetune --out {run} --resume` goes on")
-    config = Config(**record["config"])
-    folder = resolve_model(config.model)
-    classifier, params = classify.load_classifier(folder, len(record["labels"]), config.seed)
-    tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
-    if file_sha256(folder / "tokenizer.json") != record["tokenizer"]:
-        raise UserError(f"{folder}/tokenizer.json changed since {run} was trained: it would read other tokens")
-    peft, adapter = jpeft.load(run / "adapter", classifier, params, *classify.example_inputs())
-    return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
+    return record, run / "adapter"
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -304,7 +320,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "complete": result is not None,
         "step": max((line["step"] for line in lines), default=0),
         "steps": record["steps"],
-        "labels": record["labels"],
+        "labels": record.get("labels"),
         "config": record["config"],
         "result": result,
     }

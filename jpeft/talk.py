@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 import jpeft
-from jpeft import chat, generation, models
+from jpeft import chat, generation, instruct, models, runs
 from jpeft.assets import UserError, cache_folder, resolve_model
+from jpeft.config import CHAT, Config
 from jpeft.hf.config import CONFIG as HF_CONFIG
 from jpeft.io import CONFIG, AdapterError
 
@@ -98,19 +99,25 @@ class Speaker:
 
 
 def open_speaker(
-    name: str,
+    name: str | None = None,
     adapter: str | Path | None = None,
     dtype: str = "float32",
     log: Callable[[str], None] = lambda line: None,
 ) -> Speaker:
     """A named model, a HuggingFace folder or a `.gguf` file, under the adapter of a run, of jpeft or of HuggingFace.
 
+    Args:
+      name: None is the model of the run that `adapter` is, quantised as it was trained on, else smollm2.
+
     Raises:
       UserError: what was named is no language model, or no adapter, or they do not belong together.
 
     >>> open_speaker("smollm2")  # doctest: +SKIP
     """
-    path = resolve_model(name, log)
+    if adapter is not None and name is None and (Path(adapter).expanduser() / "metrics.jsonl").is_file():
+        peft, params, leaves, codec, _ = open_chat_run(Path(adapter).expanduser(), log)
+        return Speaker(*_in_order(instruct.for_generation(peft, params, leaves), codec))
+    path = resolve_model(name or "smollm2", log)
     codec = chat.read(path)
     if not models.is_decoder(path):
         raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
@@ -123,8 +130,41 @@ def open_speaker(
     if adapter is not None:
         peft, leaves = _read_adapter(Path(adapter).expanduser(), model, params)
     if on_cpu:
-        model, params, peft, leaves = models.unroll(model, params, peft, leaves)
+        model, params, peft, leaves = models.unroll(model, jpeft.dequantize(params), peft, leaves)
     return Speaker(model, params, codec, peft, leaves)
+
+
+def _in_order(form: tuple[Any, Any, Any, Any], codec: chat.Codec) -> tuple[Any, ...]:
+    model, params, peft, adapter = form
+    return model, params, codec, peft, adapter
+
+
+def open_chat_run(run: Path, log: Callable[[str], None] = lambda line: None) -> tuple[Any, Any, Any, chat.Codec, Path]:
+    """`(peft, params, adapter, codec, model's path)` of a finished run of `jpeft finetune --task chat`.
+
+    >>> open_chat_run(Path("runs/smollm2-lora-1"))  # doctest: +SKIP
+    """
+    record, folder = runs.finished(run)
+    config = Config(**record["config"])
+    if config.task != CHAT:
+        raise UserError(f"{run}: was trained to label texts, not to chat: jpeft predict {run}")
+    path = resolve_model(config.model, log)
+    model, params = instruct.load_base(path, config.quantize)
+    codec = instruct.load_codec(path, model, 1)
+    peft, adapter = jpeft.load(folder, model, params, *instruct.example_inputs())
+    return peft, params, adapter, codec, path
+
+
+def export(run: Path, out: Path, requantize: bool = False) -> None:
+    """Write a HuggingFace folder of a finished chat run, its adapter merged in.
+
+    >>> export(Path("runs/smollm2-lora-1"), Path("merged"))  # doctest: +SKIP
+    """
+    peft, params, adapter, _, source = open_chat_run(run)
+    try:
+        instruct.export(out, peft, params, adapter, source, requantize)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}; nothing was kept of it") from error
 
 
 def _read_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:

@@ -1,0 +1,215 @@
+"""Instruction tuning: a chat model over a quantised base, the loss of its answers, evaluation, samples and export.
+
+model, params = load_base(resolve_model("smollm2"), "nf4")
+peft = jpeft.LoRA(rank=8, targets="all-linear").bind(model, params, *example_inputs())
+step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(5e-4))
+state, metrics = step(state, params, balanced(batch))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jpeft
+from jpeft import chat, models
+from jpeft.assets import UserError
+from jpeft.conversations import Batch, final_number
+from jpeft.losses import chunked_cross_entropy
+
+if TYPE_CHECKING:
+    from jpeft.peft import Peft
+
+Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def load_base(path: Path, scheme: str = "none") -> tuple[Any, Any]:
+    """A language model and its parameters, quantised while they are read unless the scheme is "none".
+
+    >>> model, params = load_base(resolve_model("smollm2"), "nf4")  # doctest: +SKIP
+    """
+    if not models.is_decoder(path):
+        raise UserError(f"{path}: not a language model, but an encoder; it cannot learn to answer")
+    try:
+        model, params = models.load(path)
+        return model, params if scheme == "none" else jpeft.quantize(params, scheme)
+    except models.ModelError:
+        raise
+    except ValueError as error:  # a weight that cannot be quantised
+        raise UserError(f"--quantize {scheme}: {error}") from error
+
+
+def load_codec(path: Path, model: Any, max_length: int) -> chat.Codec:
+    """The tokenizer and chat template of a model that takes so many tokens.
+
+    >>> load_codec(resolve_model("smollm2"), model, 512).stop_ids  # doctest: +SKIP
+    (2,)
+    """
+    codec = chat.read(path)
+    chat.check_vocabulary(codec, model.config.vocab_size)
+    if max_length > (limit := model.config.max_position_embeddings):
+        raise UserError(f"--max-length {max_length}: the model takes at most {limit} tokens")
+    return codec
+
+
+def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruct]:
+    """Abstract `input_ids`, enough to bind a method.
+
+    >>> example_inputs()[0].shape
+    (2, 8)
+    """
+    return (jax.ShapeDtypeStruct((batch, length), jnp.int32),)
+
+
+# --------------------------------------------------------------------------------------------------- loss and scores
+
+
+def balanced(batch: Batch) -> Batch:
+    """The batch with its weights scaled to a mean of 1 for each row, so that the mean over rows is that over answers.
+
+    Micro-batches then count as much as they hold, and accumulated gradients are those of the whole batch.
+
+    >>> weight = np.float32([[0, 1, 1, 1], [0, 0, 0, 1]])
+    >>> balanced(Batch(weight, weight, weight, weight, weight)).weight.tolist()
+    [[0.0, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.5]]
+    """
+    total = max(float(batch.weight.sum()), 1.0)
+    return batch._replace(weight=batch.weight * np.float32(batch.weight.shape[0] / total))
+
+
+def _sums(peft: Peft, adapter: Any, params: Any, batch: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of the cross-entropies and of the right guesses."""
+    states = peft.apply(
+        params, adapter, batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids,
+        method="hidden_states", **options,
+    )  # fmt: skip
+    head = lambda states: peft.apply(params, adapter, states, method="logits")  # noqa: E731
+    return chunked_cross_entropy(head, states, jnp.asarray(batch.targets), jnp.asarray(batch.weight))
+
+
+def loss_fn(peft: Peft, train_mode: bool = False) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Mean cross-entropy over the answers of a `balanced` batch, as `jpeft.train_step` takes it.
+
+    Args:
+        train_mode: whether dropout is on.
+
+    >>> step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(5e-4))  # doctest: +SKIP
+    """
+
+    def loss(adapter: Any, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        options = {"deterministic": False, "rngs": {"dropout": rng}} if train_mode else {}
+        total, right = _sums(peft, adapter, params, batch, **options)
+        rows = batch.weight.shape[0]
+        return total / rows, {"accuracy": right / rows}
+
+    return loss
+
+
+def scorer(peft: Peft) -> Scorer:
+    """The compiled `(params, adapter, batch) -> (sum of losses, right guesses, answer tokens)`; keep it.
+
+    >>> scorer(peft)(params, adapter, batch)  # doctest: +SKIP
+    """
+    return jax.jit(lambda params, adapter, batch: (*_sums(peft, adapter, params, batch), batch.weight.sum()))
+
+
+class Scores(NamedTuple):
+    """Of the answers' tokens: how likely the model finds them, and how many it would have guessed."""
+
+    loss: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        """What the loss is the logarithm of.
+
+        >>> round(Scores(loss=0.6931, accuracy=0.5).perplexity, 2)
+        2.0
+        """
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(score: Scorer, params: Any, adapter: Any, batches: Iterable[Batch]) -> Scores:
+    """Mean over the answer tokens of all batches.
+
+    >>> evaluate(scorer(peft), params, adapter, batches).perplexity  # doctest: +SKIP
+    """
+    loss, right, count = np.sum([[np.float64(x) for x in score(params, adapter, batch)] for batch in batches], axis=0)
+    return Scores(float(loss / count), float(right / count))
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+def for_generation(peft: Peft, params: Any, adapter: Any) -> tuple[Any, Any, Any, Any]:
+    """`(model, params, peft, adapter)` in the form that decoding is fast in on this backend.
+
+    On a CPU the adapter is merged where it can be, codes become weights again, which every token would open anew, and
+    layers stand one by one: then there is no Peft, and memory holds the model unquantised. Elsewhere nothing changes.
+    """
+    if jax.default_backend() != "cpu":
+        return peft.model, params, peft, adapter
+    if all(action.method.mergeable for action in peft.actions):
+        plain = jpeft.dequantize(peft.merge(params, adapter))
+        return (*models.unroll(peft.model, plain)[:2], None, None)
+    return models.unroll(peft.model, jpeft.dequantize(params), peft, adapter)
+
+
+class Sample(NamedTuple):
+    """A prompt, the answer that the data give, and the model's."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def right(self) -> bool | None:
+        """Whether both come to the same number; None where the data mark none by `####`.
+
+        >>> Sample("3 * 6?", "#### 18", "It is 18.").right, Sample("Tea?", "Yes.", "Yes.").right
+        (True, None)
+        """
+        if "####" not in self.reference:
+            return None
+        return final_number(self.answer) == final_number(self.reference)
+
+
+def answer(
+    peft: Peft, params: Any, adapter: Any, codec: chat.Codec, prompts: Sequence[tuple[Any, str]], max_new_tokens: int
+) -> list[Sample]:
+    """What the model answers, without chance, to `conversations.prompts`.
+
+    >>> answer(peft, params, adapter, codec, conversations.prompts(test)[:4], 200)[0].answer  # doctest: +SKIP
+    """
+    from jpeft.talk import Settings, Speaker
+
+    model, base, peft_used, leaves = for_generation(peft, params, adapter)
+    speaker = Speaker(model, base, codec, peft_used, leaves)
+    texts = speaker.answers([codec.encode_chat(list(messages)) for messages, _ in prompts], Settings(max_new_tokens))
+    return [Sample(messages[-1]["content"], reference, text)
+            for (messages, reference), text in zip(prompts, texts, strict=True)]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, requantize: bool = False) -> None:
+    """A HuggingFace folder of the model with its adapter merged in, tokenizer and chat template beside it.
+
+    Args:
+        source: the folder or .gguf file that the model came from.
+        requantize: quantise the merged weights again, as the base was; else the folder holds plain weights.
+
+    >>> export(Path("merged"), peft, params, adapter, resolve_model("smollm2"))  # doctest: +SKIP
+    """
+    try:
+        merged = peft.merge(params, adapter, requantize=requantize)
+    except ValueError as error:  # a method that is no change of weights
+        raise UserError(str(error)) from error
+    models.save(out, peft.model, merged if requantize else jpeft.dequantize(merged), source=source)
