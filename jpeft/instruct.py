@@ -183,7 +183,7 @@ class Sample(NamedTuple):
 def answer(
     peft: Peft, params: Any, adapter: Any, codec: chat.Codec, prompts: Sequence[tuple[Any, str]], max_new_tokens: int
 ) -> list[Sample]:
-    """What the model answers, without chance, to `conversations.prompts`.
+    """What the model answers, without chance, to `conversations.prompts`: as many tokens as asked, or its context has.
 
     >>> answer(peft, params, adapter, codec, conversations.prompts(test)[:4], 200)[0].answer  # doctest: +SKIP
     """
@@ -191,7 +191,9 @@ def answer(
 
     model, base, peft_used, leaves = for_generation(peft, params, adapter)
     speaker = Speaker(model, base, codec, peft_used, leaves)
-    texts = speaker.answers([codec.encode_chat(list(messages)) for messages, _ in prompts], Settings(max_new_tokens))
+    ids = [codec.encode_chat(list(messages)) for messages, _ in prompts]
+    room = model.config.max_position_embeddings - max(map(len, ids))
+    texts = speaker.answers(ids, Settings(min(max_new_tokens, room)))
     return [Sample(messages[-1]["content"], reference, text)
             for (messages, reference), text in zip(prompts, texts, strict=True)]  # fmt: skip
 

@@ -45,3 +45,22 @@ def smollm2_file() -> Path:
     from jpeft import assets
 
     return assets.resolve_model("smollm2")
+
+
+@pytest.fixture(scope="module")
+def keep_compiled(tmp_path_factory):
+    """Runs of one shape compile once in this process; those in a process of their own compile for themselves."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 import jpeft
-from jpeft import assets, checkpoint, classify, finetune, models, runs
+from jpeft import assets, checkpoint, classify, finetune, jobs, models, runs
 from jpeft.cli import main
 from jpeft.config import Config, parse_targets
 from jpeft.models.bert import Bert, BertConfig
@@ -68,27 +67,10 @@ def reviews(count, seed):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _promotion():
+def _promotion(keep_compiled):
     """Optax's Adam takes a power of a float by an integer, which strict promotion refuses; ours is checked below."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    """Runs of one shape compile once in this process; those in a process of their own compile for themselves."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -248,10 +230,10 @@ def test_the_loss_and_the_scores_promote_nothing():
 
 
 def test_the_default_is_lora_on_all_linear_layers_and_the_head():
-    method = finetune.build_method(Config())
+    method = jobs.build_method(Config())
     assert method == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
-    assert finetune.build_method(Config(rank=4)).members[0].alpha == 8
-    assert finetune.build_method(Config(method="full")) == jpeft.Train(".*")
+    assert jobs.build_method(Config(rank=4)).members[0].alpha == 8
+    assert jobs.build_method(Config(method="full")) == jpeft.Train(".*")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,339 @@
+"""`jpeft finetune --task chat` on a tiny Llama: the loss, a whole run, its resumption, its use, and mistakes."""
+
+import io
+import itertools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+import jpeft
+from jpeft import chat, conversations, instruct, models, runs
+from jpeft.cli import main
+from jpeft.config import Config
+from jpeft.conversations import Batches
+from jpeft.jobs import Silent, build_method, prepare
+from jpeft.models.bert import Bert, BertConfig
+from jpeft.models.decoder import Decoder, DecoderConfig
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WIDTH = 64
+
+
+def sums(count, seed):
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(1, 9, (count, 2)).tolist()
+    return [{"question": f"{a}+{b}?", "answer": f"It is {a + b}.\n#### {a + b}"} for a, b in pairs]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({**{letter: i for i, letter in enumerate(letters)}}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])  # 256
+    config = DecoderConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256,
+    )  # fmt: skip
+    model = Decoder(config)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    models.save(folder / "llama", model, params)
+    tokenizer.save(str(folder / "llama" / "tokenizer.json"))
+    about = {"eos_token": "</s>", "chat_template": TEMPLATE}
+    (folder / "llama" / "tokenizer_config.json").write_text(json.dumps(about))
+    bert = Bert(BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=32, max_position_embeddings=40))  # fmt: skip
+    models.save(folder / "bert", bert, bert.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
+    tokenizer.save(str(folder / "bert" / "tokenizer.json"))
+    write(folder / "train.jsonl", sums(40, 0))
+    write(folder / "test.jsonl", sums(6, 1))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _promotion(keep_compiled):
+    """Optax's Adam takes a power of a float by an integer, which strict promotion refuses; ours is checked below."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def there(home, monkeypatch, tmp_path):
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jpeft.talk.keep_compiled", lambda: None)
+
+
+def job(out, *more):
+    files = ["--task", "chat", "--model", "llama", "--data", "train.jsonl", "--eval", "test.jsonl", "--out", str(out)]
+    sizes = ["--batch-size", "2", "--max-length", str(WIDTH * 2), "--epochs", "2", "--samples", "2"]
+    return ["finetune", *files, *sizes, "--lr", "1e-2", "--checkpoint-every", "5", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(home, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out, before = tmp_path_factory.mktemp("finished") / "run", Path.cwd()
+    os.chdir(home)
+    try:
+        assert main(job(out)) == 0
+    finally:
+        os.chdir(before)
+    return out
+
+
+def ready(packed=True, **config):
+    options = {"task": "chat", "model": "llama", "data": "train.jsonl", "eval": "test.jsonl", "batch_size": 2}
+    return prepare(Config(**options, max_length=WIDTH * 2, packed=packed, **config), Silent())
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+def by_hand(made, adapter):
+    """Mean over all answer tokens, each example alone, by the whole logits."""
+    total, count = 0.0, 0
+    run = jax.jit(lambda ids: made.peft.apply(made.params, adapter, ids))
+    for ids, answer in zip(made.train.encoded.ids, made.train.encoded.answer, strict=True):
+        padded = np.pad(ids, (0, WIDTH - len(ids)))[None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(run(padded)[0, : len(ids) - 1], ids[1:])
+        total, count = total + float(losses[answer[1:]].sum()), count + int(answer[1:].sum())
+    return total / count, count
+
+
+def noisy(made):
+    adapter = made.peft.init(jax.random.key(0), made.params)
+    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), adapter)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_packed_loss_is_that_of_every_example_alone(quantize):
+    made = ready(quantize=quantize)
+    adapter = noisy(made)
+    wanted, count = by_hand(made, adapter)
+    for packed in (True, False):
+        batches = Batches(made.train.encoded, 2, WIDTH * 2, seed=3, packed=packed)
+        assert batches.count.answer_tokens == count
+        score = instruct.scorer(made.peft)
+        assert instruct.evaluate(score, made.params, adapter, batches).loss == pytest.approx(wanted, abs=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    made = ready(quantize="none")
+    adapter, batch = noisy(made), instruct.balanced(next(iter(made.train)))
+    batch = jax.tree.map(lambda x: np.concatenate([x, np.roll(x, 3, 0)[::-1]]), batch)
+    batch.weight[0, :50] = 0  # rows that weigh differently
+    batch, tx = instruct.balanced(batch), optax.sgd(1.0)
+    found = []
+    for accumulate in (1, 2, 4):
+        step = jpeft.train_step(made.peft, instruct.loss_fn(made.peft), tx, accumulate=accumulate, donate=False)
+        state = jpeft.TrainState.create(made.peft, adapter, tx, jax.random.key(0))
+        state, metrics = step(state, made.params, batch)
+        found.append((metrics, state.adapter))
+    for metrics, trained in found[1:]:
+        assert float(metrics["loss"]) == pytest.approx(float(found[0][0]["loss"]), abs=1e-5)
+        assert float(metrics["accuracy"]) == pytest.approx(float(found[0][0]["accuracy"]), abs=1e-6)
+        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(found[0][1]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_loss_promotes_nothing():
+    made = ready()
+    batch = instruct.balanced(next(iter(made.train)))
+    adapter = jax.eval_shape(made.peft.init, jax.random.key(0), made.params)
+    with jax.numpy_dtype_promotion("strict"):
+        loss = jax.value_and_grad(instruct.loss_fn(made.peft), has_aux=True)
+        jax.eval_shape(loss, adapter, made.params, batch, jax.random.key(0))
+
+
+def test_no_array_of_all_logits_is_made():
+    made = ready(quantize="none")
+    batch = instruct.balanced(next(iter(Batches(made.train.encoded, 40, WIDTH * 2))))
+    adapter = made.peft.init(jax.random.key(0), made.params)
+    grad = jax.grad(instruct.loss_fn(made.peft), has_aux=True)
+    text = jax.jit(grad).lower(adapter, made.params, batch, jax.random.key(0)).as_text()
+    assert f"{40 * WIDTH * 2}x260x" not in text and f"40x{WIDTH * 2}x260x" not in text and "x260xf32" in text
+
+
+def test_the_default_is_lora_on_all_linear_layers():
+    assert build_method(Config(task="chat")) == jpeft.LoRA(rank=8, alpha=16, targets="all-linear")
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def trained(run):
+    clock = {"seconds", "compiled"}
+    log = [{k: v for k, v in line.items() if k not in clock} for line in runs.read_lines(Path(run) / "metrics.jsonl")]
+    return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
+
+
+def test_it_learns_and_says_so(finished):
+    result = runs.read_result(finished)
+    assert result["perplexity_after"] < 0.7 * result["perplexity_before"]
+    assert result["perplexity_before"] == pytest.approx(math.exp(result["loss_before"]))
+    assert result["steps"] == len([line for line in runs.read_lines(finished / "metrics.jsonl") if "loss" in line])
+    assert result["shapes"] == [[2, WIDTH * 2]] and 0 < result["padding"] < 0.3
+    assert (result["train_examples"], result["eval_examples"], result["left_out"]) == (40, 6, 0)
+    assert [sample["prompt"] for sample in result["samples"]] == [row["question"] for row in sums(2, 1)]
+    assert all(sample["right_after"] in (True, False) for sample in result["samples"])
+    layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    assert result["total_parameters"] - result["trainable_parameters"] == layers + 2 * 260 * 64 + 64 * 5
+    # 4.127 bits for a weight of a layer, 32 for an embedding's or a norm's; small matrices pay for whole groups
+    assert result["base_memory_bytes"] < layers * 4.4 / 8 + (2 * 260 * 64 + 64 * 5) * 4
+    for name in ("loss.png", "metrics.jsonl", "adapter/adapter.safetensors"):
+        assert (finished / name).stat().st_size
+
+
+def test_the_last_word_is_a_table_with_samples(finished, capsys):
+    assert main(["finetune", "--out", str(finished), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("perplexity before", "--- prompt", "--- after", "1 shape (2×128)"))
+
+
+def test_a_stopped_run_resumes_to_the_same_adapter(finished, capsys, monkeypatch):
+    told = Silent.progress
+    count = itertools.count(1)
+
+    def progress(self, *arguments):
+        told(self, *arguments) if isinstance(self, Silent) else None
+        if next(count) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("jpeft.cli._Terminal.progress", progress)
+    assert main(job("run")) == 128 + signal.SIGINT
+    assert "saved up to step 7" in capsys.readouterr().err
+    assert main(job("run", "--resume")) == 0
+    assert trained("run") == trained(finished)
+    mine, other = (runs.read_result(run)["samples"] for run in (Path("run"), finished))
+    assert mine == other
+
+
+def test_a_budget_of_steps(capsys):
+    assert main(job("run", "--steps", "3", "--samples", "0")) == 0
+    assert runs.read_result(Path("run"))["steps"] == 3 and "--- prompt" not in capsys.readouterr().out
+    assert main(["finetune", "--out", "run", "--resume", "--steps", "4"]) == 1
+    assert "--steps 4 conflicts with the run's 3" in capsys.readouterr().err
+
+
+def test_a_run_talks_and_is_merged(finished, capsys, monkeypatch, tmp_path):
+    question = sums(1, 1)[0]["question"]
+    wanted = runs.read_result(finished)["samples"][0]["after"]
+
+    def said(*arguments):
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out
+
+    options = ["--max-new-tokens", "20"]
+    assert wanted.startswith(said("generate", "--adapter", str(finished), *options, question).rstrip("\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(question + "\n"))
+    assert wanted.startswith(said("chat", str(finished), *options).rstrip("\n"))
+    said("merge", str(finished), "merged")
+    assert wanted.startswith(said("generate", "--model", "merged", *options, question).rstrip("\n"))
+    _, params = models.load("merged")
+    assert not jpeft.quantization.is_quantized(params) and (Path("merged") / "tokenizer.json").is_file()
+    said("merge", str(finished), "small", "--requantize")
+    _, params = models.load("small")
+    assert jpeft.quantization.is_quantized(params)
+    small, whole = (sum(f.stat().st_size for f in Path(p).glob("*.safetensors")) for p in ("small", "merged"))
+    assert small < 0.5 * whole
+
+
+def test_the_adapter_goes_to_huggingface_and_onto_the_full_base(finished):
+    model, params = models.load("llama")
+    ids = instruct.example_inputs()
+    peft, adapter = jpeft.load(finished / "adapter", model, params, *ids)  # the fingerprint is that of the weights
+    jpeft.hf.save(Path("hf"), peft, adapter, params)
+    assert (Path("hf") / "adapter_model.safetensors").is_file()
+
+
+def test_predicting_with_it_names_the_right_command(finished, capsys):
+    assert main(["predict", str(finished), "--text-arg", "x"]) == 1
+    assert f"talk to it: jpeft chat {finished}" in capsys.readouterr().err
+
+
+def test_every_method_trains_over_codes(capsys):
+    for method in ("ia3", "prefix", "bottleneck"):
+        assert main(job(f"run-{method}", "--steps", "1", "--method", method, "--samples", "1", "--lr", "1e-3",
+                        *([] if method != "ia3" else ["--targets", "k_proj,v_proj"]))) == 0  # fmt: skip
+        assert jpeft.config.Config(**runs.read_record(Path(f"run-{method}"))["config"]).quantize == "nf4"
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "task": (["--task", "talk"], "--task must be classify or chat, got 'talk'"),
+    "scheme": (["--quantize", "nf5"], "--quantize must be none, nf4, int4, int8 or fp8, got 'nf5'"),
+    "encoder": (["--model", "bert"], "bert: not a language model, but an encoder"),
+    "data": (["--data", "none.jsonl"], "--data none.jsonl: no such file; expected 'gsm8k', or a .jsonl file"),
+    "reviews": (["--data", "food-reviews"], "--data food-reviews: no such file; expected 'gsm8k'"),
+    "column": (["--text", "question"], "--text names a column of labelled texts"),
+    "length": (["--max-length", "4096"], "--max-length 4096: the model takes at most 128 tokens"),
+    "short": (["--max-length", "8"], "none of the 40 examples fits into 8 tokens"),
+    "full": (["--method", "full"], "--method full: codes have no gradient; it needs --quantize none"),
+    "train": (["--method", "train", "--targets", ".*/kernel"], "which is quantised (nf4)"),
+    "accumulate": (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 2"),
+    "steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
+}
+BAD_ROWS = {
+    "json": ('{"question": ', "bad.jsonl: line 2 is not JSON"),
+    "empty answer": ('{"question": "1?", "answer": " "}', "bad.jsonl: line 2: the text in 'answer' is empty"),
+    "keys": ('{"text": "1"}', "bad.jsonl: line 2: the keys are 'text'; expected"),
+    "no assistant": ('{"messages": [{"role": "user", "content": "1"}]}', "line 2: no message of the assistant"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_makes_no_run(name, capsys):
+    arguments, says = MISTAKES[name]
+    assert main(job("run", *arguments)) in (1, 2)
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_by_its_line(name, capsys):
+    row, says = BAD_ROWS[name]
+    Path("bad.jsonl").write_text(json.dumps(sums(1, 0)[0]) + "\n" + row + "\n")
+    assert main(job("run", "--data", "bad.jsonl")) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not Path("run").exists()
+
+
+def test_answers_cut_by_the_context_are_left_out_and_counted(capsys):
+    write(Path("long.jsonl"), [*sums(8, 0), {"question": "1?", "answer": "x" * 200}])
+    assert main(job("run", "--data", "long.jsonl", "--samples", "0", "--steps", "1")) == 0
+    said = capsys.readouterr().out
+    assert "1 of 9 examples are longer than 128 tokens and left out (at line 9" in said
+    assert runs.read_result(Path("run"))["left_out"] == 1
+
+
+def test_a_codec_without_template(home, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (home / "llama").iterdir():
+        if file.name != "tokenizer_config.json":
+            (bare / file.name).symlink_to(file)
+    assert main(job("run", "--model", "bare")) == 1
+    assert "no chat template" in capsys.readouterr().err
+    assert chat.read("llama").template and conversations.read("test.jsonl")
