@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     """`jpeft.hf`, `jpeft.models` and what runs them are imported when first used: `import jpeft` stays light."""
     import importlib
 
-    if name in ("hf", "models"):
+    if name in ("hf", "models", "losses"):
         return importlib.import_module(f"jpeft.{name}")
     if name in ("generate", "stream"):
         return getattr(importlib.import_module("jpeft.generation"), name)

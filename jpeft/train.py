@@ -6,6 +6,7 @@ sharded when its inputs are: meshes are the user's.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jpeft.peft import Peft
+from jpeft.quantization import Quantized
 from jpeft.sharding import named_sharding
 from jpeft.tree import Tree, combine, map_with_path, partition
 
@@ -184,7 +186,12 @@ def _select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 def _cast_floating(tree: Tree, dtype: Any) -> Tree:
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    def cast(x: Any) -> Any:
+        if isinstance(x, Quantized):  # its scales stay in float32: what it gives is cast
+            return dataclasses.replace(x, dtype=np.dtype(dtype))
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:

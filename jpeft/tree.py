@@ -197,8 +197,8 @@ def size_bytes(tree: Tree) -> int:
 
 
 def count(tree: Tree) -> int:
-    """How many numbers a tree holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """How many numbers a tree holds: of a quantised weight those that it stands for."""
+    return sum(peek(leaf).size for leaf in flatten(tree).values())
 
 
 def all_finite(tree: Tree) -> jax.Array:

@@ -255,6 +255,22 @@ def test_a_training_step_leaves_the_base_as_it_is_and_lowers_the_loss():
     assert losses[-1] < losses[0] - 0.02 and arrays(base) == before
 
 
+def test_a_step_in_low_precision_rounds_weights_not_scales():
+    model, params = decoder()
+    base = jpeft.quantize(params)
+    peft, tx, seen = METHODS["lora"].bind(model, base, IDS), optax.sgd(1.0), []
+
+    def loss_fn(adapter, params, batch, rng):
+        seen.append(jax.tree.map(lambda x: x, params["model"]["layers"]["mlp"]["up_proj"]["kernel"]))
+        return (peft.apply(params, adapter, batch).astype(jnp.float32) ** 2).mean(), {}
+
+    step = jpeft.train_step(peft, loss_fn, tx, compute_dtype=jnp.bfloat16)
+    state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), base), tx, jax.random.key(1))
+    state, metrics = step(state, base, IDS)
+    assert seen[0].dtype == jnp.bfloat16 and seen[0].groups.dtype == jnp.float32
+    assert np.isfinite(float(metrics["loss"])) and jpeft.tree.count(base) == jpeft.tree.count(params)
+
+
 def temporaries(peft, base, adapter, ids, wrap=lambda f: f):
     loss = wrap(lambda adapter, base: (peft.apply(base, adapter, ids) ** 2).mean())
     return jax.jit(jax.value_and_grad(loss)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
