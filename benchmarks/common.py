@@ -61,6 +61,11 @@ def table(variants: list[Variant]) -> list[dict[str, Any]]:
     return rows
 
 
+def ratio(variant: Variant, base: Variant) -> float:
+    """How much longer than another it takes: the median over rounds, of which each ran both."""
+    return statistics.median(t / u for t, u in zip(variant.times, base.times, strict=True))
+
+
 def machine(packages: Sequence[str]) -> dict[str, Any]:
     """Where this runs, and on what."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-import jpeft
 from jpeft import data, models
 from jpeft.assets import UserError
 from jpeft.data import Batch, Batches
@@ -85,8 +84,7 @@ def load_classifier(
     """
     if models.is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
-    encoder, params = models.load(folder)
-    params = params if scheme == "none" else jpeft.quantize(params, scheme)
+    encoder, params = models.load(folder, quantize=None if scheme == "none" else scheme)
     classifier = Classifier(encoder, num_labels)
     states = jax.eval_shape(lambda p, ids, mask: encoder.apply({"params": p}, ids, attention_mask=mask),
                             params, *example_inputs())  # fmt: skip

@@ -131,6 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     talk = command("chat", _chat, "Talk with a language model: a line from stdin is a turn, Ctrl-D ends it.")
     talk.add_argument("adapter", metavar="RUN", nargs="?", default=argparse.SUPPRESS, help="a run to talk with")
     _speaker_arguments(talk)
+    quantize = command("quantize", _quantize, "Write a HuggingFace folder with a model's linear layers quantised.")
+    quantize.add_argument("model", metavar="MODEL", help="as for generate: a name, a folder, .gguf or hub id")
+    quantize.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
+    quantize.add_argument("--scheme", choices=SCHEMES, default="nf4",
+                          help="nf4 (default; transformers reads it too), int4, int8 or fp8")  # fmt: skip
+    quantize.add_argument("--block", type=int, default=64, metavar="INT", help="weights to a scale (default: 64)")
+    quantize.add_argument("--no-double", action="store_true", help="keep the scales in float32")
+    quantize.add_argument("--targets", metavar="STR",
+                          help="names like q_proj, or a regular expression (default: all linear layers)")  # fmt: skip
+    quantize.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                          help="that the weights are read in, and that the others stay in")  # fmt: skip
     inspect = command("inspect", _inspect, "Say what a run or an adapter is; needs no model.")
     inspect.add_argument("path", metavar="RUN|ADAPTER", type=Path)
     return parser
@@ -291,6 +302,44 @@ def _merge(args: argparse.Namespace) -> None:
     else:
         how = f"jpeft chat --model {args.out}" if chat else "its README.md shows how to load it with the head"
         print(f"{args.out}: {_bytes(size)}, a HuggingFace folder; {how}")
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; choose another folder, nothing was written")
+    import jax.numpy as jnp
+
+    from jpeft import models, tree
+    from jpeft.assets import resolve_model
+    from jpeft.config import parse_targets
+    from jpeft.quantization import Quantized
+
+    path = resolve_model(args.model, lambda line: print(line, file=sys.stderr))
+    targets = None if args.targets is None else parse_targets(args.targets)
+    options = {"scheme": args.scheme, "block": args.block, "double": not args.no_double, "targets": targets}
+    try:
+        model, params = models.load(path, param_dtype=jnp.dtype(args.dtype), quantize=options)
+    except models.ModelError:
+        raise
+    except ValueError as error:  # of what was asked
+        raise UserError(str(error)) from error
+    models.save(args.out, model, params, source=path)
+    leaves = tree.flatten(params).values()
+    quantised = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
+    size = sum(leaf.size for leaf in quantised)
+    about = {
+        "scheme": args.scheme,
+        "bits": sum(leaf.bits * leaf.size for leaf in quantised) / size,
+        "quantised": size,
+        "bytes_before": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        "bytes_after": tree.size_bytes(params),
+        "folder": str(args.out),
+    }
+    if args.json:
+        print(json.dumps(about))
+    else:
+        print(f"{about['scheme']}, {about['bits']:.3f} bits a quantised weight: {_bytes(about['bytes_before'])} in "
+              f"{args.dtype} -> {_bytes(about['bytes_after'])}, {args.out}")  # fmt: skip
 
 
 def _open_speaker(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -55,13 +55,37 @@ def _leaf(leaf: Any) -> str:
     if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(origin, jax.ShapeDtypeStruct):
         return _shape(leaf) + ":"
     if origin is not None:
-        sums = np.asarray(origin).reshape(-1, 2)[0]
-        return f"{_shape(leaf)}:{int(sums[0]):08x}{int(sums[1]):08x}"
+        return f"{_shape(leaf)}:{in_hex(np.asarray(origin).reshape(-1, 2)[0])}"
+    return f"{_shape(leaf)}:{in_hex(sums_of(leaf))}"
+
+
+def sums_of(leaf: Any, start: int = 0) -> np.ndarray:
+    """The two 32-bit sums behind a leaf's line; or what a part of it adds to them, that begins at element `start`.
+
+    >>> whole = np.arange(6, dtype=np.float32)
+    >>> np.array_equal(sums_of(whole), sums_of(whole[:4]) + sums_of(whole[4:], 4))
+    True
+    """
     on_host = not isinstance(leaf, jax.Array) or (
         leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
     )
-    sums = _on_host(np.asarray(leaf)) if on_host else np.asarray(checksum(leaf))
-    return f"{_shape(leaf)}:{int(sums[0]):08x}{int(sums[1]):08x}"
+    return _on_host(np.asarray(leaf), start) if on_host else np.asarray(checksum(leaf, np.uint32(start % 2**32)))
+
+
+def in_hex(sums: Any) -> str:
+    """Two sums as 16 digits. Inverse of `from_hex`."""
+    return f"{int(sums[0]):08x}{int(sums[1]):08x}"
+
+
+def from_hex(digits: str) -> np.ndarray:
+    """Two sums from their 16 digits. Inverse of `in_hex`.
+
+    >>> in_hex(from_hex("1f0c99aa5e0b2d17"))
+    '1f0c99aa5e0b2d17'
+    """
+    if len(digits) != 16:
+        raise ValueError(f"{digits!r} is not 16 hexadecimal digits")
+    return np.array([int(digits[:8], 16), int(digits[8:], 16)], np.uint32)
 
 
 def _mix(bits: Any, index: Any) -> Any:
@@ -73,27 +97,27 @@ def _mix(bits: Any, index: Any) -> Any:
     return v ^ (v >> u(16))
 
 
-def _on_host(x: np.ndarray) -> np.ndarray:
+def _on_host(x: np.ndarray, first: int = 0) -> np.ndarray:
     x = np.ascontiguousarray(x.astype(np.int8) if x.dtype.name in ("int4", "uint4", "bool") else x).reshape(-1)
     width = min(x.dtype.itemsize, 4)
     bits = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[width])
     total = np.zeros(2, np.uint32)
     for start in range(0, bits.size, _CHUNK):
         part = bits[start : start + _CHUNK].astype(np.uint32)
-        index = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
+        index = np.arange(first + start, first + start + part.size, dtype=np.uint64).astype(np.uint32)
         v = _mix(part, index)
         total = total + np.stack([v.sum(dtype=np.uint32), (v * (index | np.uint32(1))).sum(dtype=np.uint32)])
     return total
 
 
 @jax.jit
-def checksum(x: jax.Array) -> jax.Array:
-    """The two 32-bit sums behind a leaf's line, on the device where it lies; traceable."""
+def checksum(x: jax.Array, start: Any = 0) -> jax.Array:
+    """`sums_of`, on the device where the leaf lies; traceable. `start` is below 2^32."""
     x = x.astype(jnp.int8) if x.dtype.name in ("int4", "uint4", "bool") else x
     width = min(x.dtype.itemsize, 4)
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
     # The row-major place of every element, an axis at a time: no reshape, so shards stay where they are.
-    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]

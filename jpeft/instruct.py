@@ -22,6 +22,7 @@ from jpeft import chat, models
 from jpeft.assets import UserError
 from jpeft.conversations import Batch, final_number
 from jpeft.losses import chunked_cross_entropy
+from jpeft.models.files import read_config
 
 if TYPE_CHECKING:
     from jpeft.peft import Peft
@@ -32,13 +33,15 @@ Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 def load_base(path: Path, scheme: str = "none") -> tuple[Any, Any]:
     """A language model and its parameters, quantised while they are read unless the scheme is "none".
 
+    A folder that holds quantised weights stays as it is.
+
     >>> model, params = load_base(resolve_model("smollm2"), "nf4")  # doctest: +SKIP
     """
     if not models.is_decoder(path):
         raise UserError(f"{path}: not a language model, but an encoder; it cannot learn to answer")
+    quantised = "quantization_config" in read_config(path)
     try:
-        model, params = models.load(path)
-        return model, params if scheme == "none" else jpeft.quantize(params, scheme)
+        return models.load(path, quantize=None if scheme == "none" or quantised else scheme)
     except models.ModelError:
         raise
     except ValueError as error:  # a weight that cannot be quantised

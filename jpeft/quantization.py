@@ -4,7 +4,8 @@
     logits = model.apply({"params": base}, input_ids)       # the model is unchanged
 
 NF4 and its double quantisation are those of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), with the
-codebooks, blocks and byte order of bitsandbytes: the same weights give the same codes and scales to the bit.
+codebooks, blocks and byte order of bitsandbytes: the same weights give the same codes and scales to the bit. Quantised
+scales have the nearest code, which on a CPU bitsandbytes misses by one for two in a thousand.
 
 A block is a run of weights along one axis that share a scale, their largest absolute value. It runs along the second to
 last axis, which is a Dense kernel's inputs as in bitsandbytes, where that is a multiple of the block, else along the
@@ -45,11 +46,16 @@ GROUP = 256  # scales that share one scale of their own, where they are quantise
 
 def _dynamic_map() -> np.ndarray:
     """The 256 values of bitsandbytes' `create_dynamic_map()`, sorted: the code of quantised scales."""
-    positive = [
-        10.0 ** (exponent - 6) * (0.1 + 0.9 * (np.arange(2**exponent) + 0.5) / 2**exponent) for exponent in range(7)
-    ]
-    values = np.concatenate(positive)
-    return np.sort(np.concatenate([-values, [0.0], values, [1.0]])).astype(np.float32)
+    f32 = np.float32
+    first, last, values = f32(0.1), f32(1), []
+    for exponent in range(7):
+        # torch.linspace(0.1, 1): from both ends to the middle, with one rounding for a product and its sum.
+        pieces = 2**exponent
+        step, i = np.float64((last - first) / f32(pieces)), np.arange(pieces + 1)
+        ends = np.where(2 * i < pieces, first + step * i, last - step * (pieces - i)).astype(f32)
+        values.append(f32(10.0 ** (exponent - 6)) * ((ends[1:] + ends[:-1]) / f32(2)))
+    positive = np.concatenate(values)
+    return np.sort(np.concatenate([-positive, [f32(0)], positive, [f32(1)]]))
 
 
 SCALE_CODES = _dynamic_map()
@@ -260,6 +266,22 @@ def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bo
     >>> quantize_array(jnp.ones((2, 128, 8)), "int8").codes.dtype
     dtype('int8')
     """
+    return _quantize_part(weight, scheme, block, double, 0)
+
+
+def quantize_part(like: Quantized, weight: Any, start: int) -> Quantized:
+    """A matrix of a stack, quantised as `like` is; its `origin` is what it adds to the stack's, where it begins at
+    element `start`.
+
+    >>> stack = jnp.ones((2, 64, 2)) * jnp.arange(2.0)[:, None, None]
+    >>> whole = quantize_array(stack)
+    >>> sum(quantize_part(whole, w, i * 128).origin for i, w in enumerate(stack)) == whole.origin[0]
+    Array([ True,  True], dtype=bool)
+    """
+    return _quantize_part(weight, like.scheme, like.block, like.groups is not None, start)
+
+
+def _quantize_part(weight: Any, scheme: str, block: int, double: bool, start: int) -> Quantized:
     _check_scheme(scheme, block)
     shape, dtype = np.shape(weight), np.dtype(weight.dtype)
     if isinstance(weight, Quantized):
@@ -270,8 +292,8 @@ def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bo
     if axis is None:
         raise ValueError(f"has shape {shape}: a block of {block} divides neither of its last two axes")
     if isinstance(weight, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis), weight)
-    result = _quantize(weight, scheme, block, double, axis)
+        return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis, np.uint32(0)), weight)
+    result = _quantize(weight, scheme, block, double, axis, np.uint32(start % 2**32))
     finite = jnp.isfinite(result.scales if result.groups is None else result.groups).all()
     if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError("holds NaN or infinity, which no code stands for")
@@ -279,7 +301,7 @@ def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bo
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int) -> Quantized:
+def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int, start: Any) -> Quantized:
     scheme, shape = SCHEMES[name], weight.shape
     wide = _in_blocks(weight.astype(jnp.float32), block, axis)
     scales = jnp.abs(wide).max(axis=axis)
@@ -289,7 +311,7 @@ def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int)
         pair = _in_blocks(codes, 2, axis)
         high, low = (jax.lax.index_in_dim(pair, i, axis, keepdims=False) for i in range(2))
         codes = (high << 4) | low
-    sums = jnp.broadcast_to(fingerprint.checksum(weight), (*shape[:-2], 2))
+    sums = jnp.broadcast_to(fingerprint.checksum(weight, start), (*shape[:-2], 2))
     box = functools.partial(Quantized, origin=sums, scheme=name, block=block, axis=axis, dtype=weight.dtype)
     return box(codes, *_quantize_scales(scales, axis)) if double else box(codes, scales, None, None)
 
@@ -297,7 +319,7 @@ def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int)
 def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales as codes, group scales and offset: the double quantisation of QLoRA."""
     flat = _flat(scales, axis)
-    offset = flat.mean(axis=-1)
+    offset = _mean(flat)
     moved = flat - offset[..., None]
     padding = -flat.shape[-1] % GROUP
     grouped = jnp.pad(moved, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
@@ -307,6 +329,17 @@ def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array
     middles = jnp.asarray((SCALE_CODES[1:] + SCALE_CODES[:-1]) / 2)
     codes = jnp.searchsorted(middles, unit.reshape(-1)).astype(jnp.uint8).reshape(*flat.shape[:-1], -1)
     return _unflat(codes[..., : flat.shape[-1]], scales.shape, axis), groups, offset
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Over the last axis, by halves. XLA's own sum has an order that differs with the shape and the device, so that a
+    stack would have other scales than its layers one by one."""
+    size = x.shape[-1]
+    total = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
+    while total.shape[-1] > 1:
+        low, high = jnp.split(total, 2, axis=-1)
+        total = low + high
+    return total[..., 0] / size
 
 
 # --- trees ----------------------------------------------------------------------------------------------------------
@@ -348,7 +381,8 @@ def quantize(
     tree = params["params"] if isinstance(params.get("params"), Mapping) else params
     leaves = flatten(tree)
     candidates = [_Weight(path, peek(leaf)) for path, leaf in leaves.items()]
-    wide = [weight for weight in candidates if len(weight.leaf.shape) >= 2]
+    # A bias or a scale of two axes is a stack of them, and answers to its owner's name beside the kernel.
+    wide = [w for w in candidates if len(w.leaf.shape) >= 2 and w.path[-1] not in ("bias", "scale")]
     chosen = select(wide, "all-linear" if targets is None else targets, exclude, what="quantize",
                     others=[weight.name for weight in candidates])  # fmt: skip
     paths = {weight.path for weight in chosen}
@@ -399,6 +433,28 @@ def dequantize_leaf(leaf: Any) -> Any:
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
         return jax.eval_shape(Quantized.unbox, leaf)
     return _unbox_jitted(leaf)
+
+
+def open_boxes(leaf: Any) -> Any:
+    """A leaf without the boxes that name its axes; quantised still, where it is.
+
+    >>> open_boxes(quantize_array(jnp.ones((64, 2)))).scheme
+    'nf4'
+    """
+    if not isinstance(leaf, Quantized):
+        return meta.unbox(leaf)
+    return dataclasses.replace(leaf, codes=meta.unbox(leaf.codes), scales=meta.unbox(leaf.scales))
+
+
+def origin_of_stack(rows: Any) -> np.ndarray:
+    """The checksum of a stack from those of its layers: the one that all have, if they are out of one stack; else a
+    checksum of them, since that of the stacked weights is not known.
+
+    >>> origin_of_stack([[1, 2], [1, 2]]), origin_of_stack([[1, 2], [3, 4]]).shape
+    (array([1, 2], dtype=uint32), (2,))
+    """
+    rows = np.asarray(rows, np.uint32)
+    return rows[0] if (rows == rows[0]).all() else fingerprint.sums_of(rows)
 
 
 def requantize_leaf(like: Quantized, weight: Any) -> Quantized:

@@ -123,7 +123,7 @@ def open_speaker(
         raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
     # Layers one by one are faster on a CPU; an adapter is read onto the layers as it was trained, and follows.
     on_cpu = jax.default_backend() == "cpu"
-    options = {"scan_layers": False} if on_cpu and adapter is None else {}
+    options: dict[str, Any] = {"scan_layers": False} if on_cpu and adapter is None else {}
     model, params = models.load(path, param_dtype=jnp.dtype(dtype), **options)
     chat.check_vocabulary(codec, model.config.vocab_size)
     peft = leaves = None

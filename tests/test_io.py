@@ -16,7 +16,7 @@ from flax.core import freeze
 from safetensors.numpy import load_file, save_file
 
 import jpeft
-from jpeft.fingerprint import checksum, _on_host, difference, fingerprint
+from jpeft.fingerprint import _on_host, checksum, difference, fingerprint
 from jpeft.io import AdapterError, read_config
 from jpeft.tree import flatten, join
 

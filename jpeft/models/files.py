@@ -46,6 +46,7 @@ class _SafeTensor:
     path: Path
     name: str
     shape: tuple[int, ...]
+    metadata: Mapping[str, str]  # of the file
 
     def read(self) -> np.ndarray:
         # The file is mapped for one tensor at a time: pages of it that were read count as ours until it is unmapped.
@@ -93,7 +94,8 @@ def open_tensors(path: Path) -> Iterator[Mapping[str, Tensor]]:
     for file_path in _weight_files(path):
         with _open(file_path) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        tensors |= {name: _SafeTensor(file_path, name, shape) for name, shape in shapes.items()}
+            metadata = file.metadata() or {}
+        tensors |= {name: _SafeTensor(file_path, name, shape, metadata) for name, shape in shapes.items()}
     yield tensors
 
 

@@ -9,6 +9,7 @@ line of `FAMILIES`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -19,20 +20,21 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from flax.linen import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jpeft import tree
+from jpeft import fingerprint, quantization, tree
 from jpeft.io import write_safetensors
+from jpeft.models import quantized
 from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config
-from jpeft.models.stacking import stacked_at
+from jpeft.models.stacking import DIFFER, stacked_at
+from jpeft.quantization import Quantized
 
 #: `model_type` of a `config.json` → the module that builds it (see `Family`), imported when asked for.
 FAMILIES: dict[str, str] = {
@@ -50,6 +52,8 @@ FAMILIES: dict[str, str] = {
     "gemma3": "jpeft.models.decoder",
     "gemma3_text": "jpeft.models.decoder",
 }
+
+_Leaf: TypeAlias = np.ndarray | jax.Array | Quantized
 
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _OLD_LEAF = {"gamma": "weight", "beta": "bias"}  # LayerNorm's, in checkpoints converted from TensorFlow
@@ -92,21 +96,24 @@ def load(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     shardings: Any = None,
+    quantize: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads a HuggingFace folder (`config.json` and safetensors, sharded or not) or a `.gguf` file.
 
     Each tensor goes straight to its place, dtype and sharding: beside the model itself, host memory holds one tensor or
-    two.
+    two. Weights that bitsandbytes (4-bit NF4) or `save` quantised are read as they are, as `jpeft.quantize` gives them.
 
     Args:
         path: the folder or file. Nothing is downloaded, and no pickle is opened.
         dtype: what the model computes in; None follows the parameters.
-        param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16). Quantised
-            tensors of a `.gguf` file are dequantised into it.
+        param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16); quantised ones
+            are dequantised into it where they are used, those of a `.gguf` file as they are read.
         shardings: where the parameters go: a `jax.sharding.Sharding` for all, a tree of them like the parameters, or
             a function from the model to one of these, such as `lambda m: logical_shardings(m, mesh, rules)`. None is
             the default device.
+        quantize: a scheme, or a dict of `jpeft.quantize`'s arguments: what that would make of the parameters, bit for
+            bit, tensor by tensor as they are read.
         **options: the family's own: for decoders `scan_layers` (True) and `remat` (None), see `jpeft.models.decoder`.
 
     Returns:
@@ -116,7 +123,8 @@ def load(
     Raises:
         FileNotFoundError: there is no such folder or file, or no `config.json`, weights or shard in it.
         ModelError: a model type or a config field that is not supported, a file that cannot be read, or tensors that
-            are missing, unexpected or misshapen; it names them.
+            are missing, unexpected, misshapen or, where quantised, torn; it names them.
+        ValueError: `quantize` does not fit the model, as `jpeft.quantize` says.
 
     >>> import tempfile
     >>> from jpeft.models.bert import Bert, BertConfig
@@ -130,14 +138,16 @@ def load(
     """
     path = Path(path)
     family, model = _build(path, dtype, param_dtype, options)
-    with open_tensors(path) as tensors:
+    with open_tensors(path) as found:
+        tensors = quantized.gather(found)
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
         if layers > len(tensors):  # before so many are traced
             raise ModelError(f"{path}: config.json says {layers:,} layers, but there are {len(tensors)} tensors")
         abstract = _abstract(family, model)
         slots = _slots(abstract, stacked_at(model))
         names = _match(path, family, model, slots, tensors)
-        placed = _place(abstract, slots, names, tensors, param_dtype, _shardings_by_path(shardings, model, abstract))
+        reader = _Reader(names, tensors, param_dtype, _planned(abstract, quantize))
+        placed = _place(abstract, slots, reader, _shardings_by_path(shardings, model, abstract))
     return model, tree.unflatten({tuple(name.split("/")): leaf for name, leaf in placed.items()})
 
 
@@ -170,10 +180,13 @@ def save(
 ) -> None:
     """Writes a HuggingFace folder that transformers loads. Inverse of `load`, bit for bit.
 
+    Quantised leaves are written as bitsandbytes does, and transformers loads them, if all are NF4 with blocks along the
+    inputs of linear layers (`jpeft.quantize`'s, for inputs that 64 divides); others only jpeft reads.
+
     Args:
         path: the folder to write; it appears whole or not at all.
         model: as `load` gave it.
-        params: its whole tree (merge an adapter first), each leaf written in its own dtype.
+        params: its whole tree (merge an adapter first), each leaf written in its own dtype or as it is quantised.
         source: the folder or `.gguf` file the model came from. What it holds beside the model is kept: tokenizer,
             pooling, other fields of its `config.json`, the tensors of poolers and heads.
         extra_files: name → content, written beside the rest.
@@ -198,16 +211,27 @@ def save(
     _check_leaves("params", {name: leaf.shape for name, leaf in abstract.items()},
                   {name: np.shape(leaf) for name, leaf in leaves.items()})  # fmt: skip
     slots = _slots(abstract, stacked_at(model))
-    config, kept, prefix = family.to_config(model), {}, ""
+    config, tensors, prefix, origins = family.to_config(model), {}, "", {}
     if source is not None:
-        config, kept, prefix = _read_source(Path(source), family, model, slots)
-    tensors = kept | {prefix + _torch_name(slot.name): _torch_layout(slot, leaves) for slot in slots}
+        config, tensors, prefix, origins = _read_source(Path(source), family, model, slots)
+    embeddings = set()
+    for slot in slots:
+        name, value = prefix + _torch_name(slot.name), _torch_layout(slot, leaves)
+        if isinstance(value, Quantized):
+            tensors |= quantized.to_tensors(name, value, _is_kernel(slot))
+            origins[name] = value.origin
+        else:
+            tensors[name] = value
+        if slot.path.endswith("/embedding"):
+            embeddings.add(name)
+    if (about := quantized.config_for(tensors, embeddings, _dtype_name(leaves))) is not None:
+        config["quantization_config"] = about
     config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(leaves)
     with _new_folder(path) as new:
         if source is not None:
             _copy_companions(Path(source), new)
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_safetensors(new / WEIGHTS, tensors, {"format": "pt"})
+        write_safetensors(new / WEIGHTS, tensors, {"format": "pt", **quantized.metadata(origins)})
         for name, content in (extra_files or {}).items():
             (new / name).write_bytes(content)
 
@@ -247,7 +271,10 @@ def _build(path: Path, dtype: Any, param_dtype: Any, options: Mapping[str, Any])
             f"only {', '.join(sorted(family.OPTIONS)) or 'none'}"
         )
     try:
+        config = quantized.without_quantization(config, where)
         return family, family.from_config(config, dtype=dtype, param_dtype=param_dtype, **options)
+    except ModelError:
+        raise
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from None
 
@@ -293,19 +320,23 @@ def _bare_name(name: str, prefix: str) -> str:
     return owner + dot + _OLD_LEAF.get(leaf, leaf)
 
 
-def _torch_layout(slot: _Slot, leaves: Mapping[str, Any]) -> np.ndarray:
+def _torch_layout(slot: _Slot, leaves: Mapping[str, Any]) -> np.ndarray | Quantized:
     """A tensor as torch stores it."""
     leaf = leaves[slot.path]
-    value = np.asarray(jax.device_get(leaf if slot.layer is None else leaf[slot.layer]))
-    return value.T if slot.path.endswith("/kernel") else value
+    if slot.layer is not None:
+        leaf = jax.tree.map(lambda x: x[slot.layer], leaf)
+    return _swapped(slot, jax.tree.map(np.asarray, jax.device_get(leaf)))
 
 
-def _read(slot: _Slot, tensor: Tensor) -> np.ndarray:
-    """Inverse of `_torch_layout`."""
-    value = tensor.read()
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ModelError(f"{tensor.path}: {tensor.name} is {value.dtype}; quantised weights are not read here")
-    return value.T if slot.path.endswith("/kernel") else value
+def _swapped(slot: _Slot, value: Any) -> Any:
+    """From the model's layout to torch's and back: kernels are transposed."""
+    if not _is_kernel(slot):
+        return value
+    return quantized.transposed(value) if isinstance(value, Quantized) else value.T
+
+
+def _is_kernel(slot: _Slot) -> bool:
+    return slot.path.endswith("/kernel")
 
 
 def _abstract(family: Family, model: nn.Module) -> dict[str, Any]:
@@ -314,7 +345,7 @@ def _abstract(family: Family, model: nn.Module) -> dict[str, Any]:
 
 
 def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {tree.join(path): leaf for path, leaf in tree.flatten(meta.unbox(params)).items()}
+    return {tree.join(path): quantization.open_boxes(leaf) for path, leaf in tree.flatten(params).items()}
 
 
 def _used_prefix(prefix: str, names: Mapping[str, Any]) -> str:
@@ -368,33 +399,124 @@ def _shardings_by_path(shardings: Any, model: nn.Module, abstract: Mapping[str, 
     return by_path
 
 
+def _planned(abstract: Mapping[str, Any], asked: str | Mapping[str, Any] | None) -> dict[str, Quantized]:
+    """What `jpeft.quantize` would make of the leaves that it would quantise, abstract. Its mistakes are told here."""
+    if asked is None:
+        return {}
+    options = {"scheme": asked} if isinstance(asked, str) else asked
+    planned = quantization.quantize(tree.unflatten({tuple(p.split("/")): x for p, x in abstract.items()}), **options)
+    return {name: leaf for name, leaf in _leaves(planned).items() if isinstance(leaf, Quantized)}
+
+
+class _Reader(NamedTuple):
+    """How a tensor becomes what the model has: its layout and dtype, quantised if it is or shall be."""
+
+    names: Mapping[_Slot, str]
+    tensors: Mapping[str, Tensor]
+    dtype: Any
+    planned: Mapping[str, Quantized]
+
+    def read(self, slot: _Slot) -> tuple[np.ndarray | Quantized, np.ndarray | None]:
+        """The tensor; and, of a quantised one, the checksum that its file tells."""
+        tensor = self.tensors[self.names[slot]]
+        value: Any = tensor.read()  # quantised for a QuantizedTensor
+        if isinstance(value, Quantized):
+            if slot.path in self.planned:
+                raise ModelError(f"{tensor.path}: {tensor.name} is quantised already, as {value.scheme}")
+            value = dataclasses.replace(_swapped(slot, value), dtype=np.dtype(self.dtype))
+            return (value, value.origin) if value.origin is not None else (_with_origin(slot, value), None)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ModelError(f"{tensor.path}: {tensor.name} is {value.dtype}; quantised weights are not read here")
+        value = _swapped(slot, value).astype(self.dtype, copy=False)
+        if (like := self.planned.get(slot.path)) is None:
+            return value, None
+        try:
+            return quantization.quantize_part(like, value, _start(slot)), None
+        except ValueError as error:
+            raise ModelError(f"{tensor.path}: cannot quantise {tensor.name}: it {error}") from None
+
+
+def _start(slot: _Slot) -> int:
+    """The place of a tensor's first element in its leaf."""
+    return (slot.layer or 0) * math.prod(slot.shape)
+
+
+def _with_origin(slot: _Slot, value: Quantized) -> Quantized:
+    """With the checksum of what the codes stand for, in a folder that does not tell of what: these are its weights.
+
+    Dequantised outside of jit, an operation at a time: no device may fuse a product with a sum, so all agree.
+    """
+    weight = np.asarray(jax.tree.map(jnp.asarray, value).unbox())
+    return dataclasses.replace(value, origin=fingerprint.sums_of(weight, _start(slot)))
+
+
 def _place(
-    abstract: Mapping[str, Any],
-    slots: Sequence[_Slot],
-    names: Mapping[_Slot, str],
-    tensors: Mapping[str, Tensor],
-    dtype: Any,
-    shardings: Mapping[str, Any],
-) -> dict[str, jax.Array]:
+    abstract: Mapping[str, Any], slots: Sequence[_Slot], reader: _Reader, shardings: Mapping[str, Any]
+) -> dict[str, _Leaf]:
     """Every leaf where it belongs. The largest tensors go first, while there is room for a second copy of them."""
-    placed: dict[str, jax.Array] = {}
+    placed: dict[str, Any] = {}
+    told: dict[str, list[np.ndarray | None]] = {}
+    sums: dict[str, list[np.ndarray]] = {}
     for slot in sorted(slots, key=lambda slot: -math.prod(slot.shape)):
-        tensor, sharding = tensors[names[slot]], shardings[slot.path]
+        (value, origin), sharding = reader.read(slot), shardings[slot.path]
+        if isinstance(value, Quantized):
+            told.setdefault(slot.path, []).append(origin)
+            sums.setdefault(slot.path, []).append(np.asarray(value.origin))
         if slot.layer is None:
-            placed[slot.path] = _put(_read(slot, tensor).astype(dtype, copy=False), sharding)
+            placed[slot.path] = _map(_put, value, _ways(value, sharding))
             continue
+        layers = abstract[slot.path].shape[0]
+        stacked = jax.tree.map(lambda x, n=layers: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), value)
+        ways = _ways(stacked, sharding)
         if slot.path not in placed:
-            placed[slot.path] = _empty(abstract[slot.path].shape, dtype, sharding)
-        layer = _put(_read(slot, tensor).astype(dtype, copy=False), _of_a_layer(sharding))
-        placed[slot.path] = jax.block_until_ready(_into(sharding)(placed[slot.path], layer, slot.layer))
-        del layer  # not there any more when the next is read
+            placed[slot.path] = _map(lambda x, way: _empty(x.shape, x.dtype, way), stacked, ways)
+        stack = placed[slot.path]
+        if jax.tree.structure(stack) != jax.tree.structure(value):
+            raise ModelError(f"{reader.tensors[reader.names[slot]].path}: {slot.path} is not quantised alike in all "
+                             f"layers: {DIFFER}")  # fmt: skip
+        layer = _map(_put, value, [_of_a_layer(way) for way in ways])
+        del value  # not there any more when the next is read
+        write = lambda pair, way, i=slot.layer: _into(way)(*pair, i)  # noqa: E731
+        parts = zip(jax.tree.leaves(stack), jax.tree.leaves(layer), strict=True)
+        written = [write(pair, way) for pair, way in zip(parts, ways, strict=True)]
+        placed[slot.path] = jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(stack), written))
+        del layer, stack
+    for path in told:
+        placed[path] = _with_stacks_origin(placed[path], told[path], sums[path], shardings[path])
     return {path: placed[path] for path in abstract}
 
 
-def _put(value: np.ndarray, sharding: Any) -> jax.Array:
+def _with_stacks_origin(
+    leaf: Quantized, told: Sequence[np.ndarray | None], sums: Sequence[np.ndarray], sharding: Any
+) -> Quantized:
+    """With one checksum for all layers: that of the stack, which is the sum of what each adds to it where all were
+    reckoned here."""
+    if all(origin is None for origin in told):
+        origin = np.sum(sums, axis=0, dtype=np.uint32)
+    else:
+        origin = quantization.origin_of_stack(sums)
+    rows = np.broadcast_to(origin, leaf.origin.shape)
+    return dataclasses.replace(leaf, origin=_put(rows, _ways(leaf, sharding)[-1]))
+
+
+def _ways(value: Any, sharding: Any) -> list[Any]:
+    """The shardings of a leaf's arrays: of a plain one it is the only one."""
+    if isinstance(value, Quantized) and isinstance(sharding, NamedSharding):
+        return jax.tree.leaves(quantization.shardings_like(value, sharding))
+    return [sharding] * len(jax.tree.leaves(value))
+
+
+def _map(fn: Any, leaf: Any, ways: Sequence[Any]) -> Any:
+    """A function of a leaf's arrays and their shardings, over all of them."""
+    parts, structure = jax.tree.flatten(leaf)
+    return jax.tree.unflatten(structure, [fn(part, way) for part, way in zip(parts, ways, strict=True)])
+
+
+def _put(value: Any, sharding: Any) -> jax.Array:
     if sharding is None:
         leaf = jax.device_put(value, may_alias=False)  # a copy: a view of the file's own memory would end with it
     else:
+        value = np.asarray(value)
         leaf = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return jax.block_until_ready(leaf)  # one at a time: what waits for the device would stay in host memory
 
@@ -421,16 +543,27 @@ def _of_a_layer(sharding: Any) -> Any:
 
 def _read_source(
     source: Path, family: Family, model: Any, slots: Sequence[_Slot]
-) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
-    """The source's config, the tensors it holds beside the model, and the prefix of those inside."""
+) -> tuple[dict[str, Any], dict[str, np.ndarray], str, dict[str, Any]]:
+    """The source's config, the tensors it holds beside the model, the prefix of those inside, and the checksums of the
+    quantised ones beside."""
     if _build(source, model.dtype, model.param_dtype, {})[1].config != model.config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
     if is_gguf(source):
-        return family.to_config(model), {}, ""
-    with open_tensors(source) as tensors:
+        return family.to_config(model), {}, "", {}
+    with open_tensors(source) as found:
+        tensors = quantized.gather(found)
         inside = set(_match(source, family, model, slots, tensors).values())
-        kept = {name: tensor.read() for name, tensor in tensors.items() if name not in inside}
-        return read_config(source), kept, _used_prefix(family.prefix(model), tensors)
+        kept, origins = {}, {}
+        for name, tensor in tensors.items():
+            if name in inside:
+                continue
+            if isinstance(tensor, quantized.QuantizedTensor):
+                kept |= {part: found[part].read() for part in tensor.names}
+                origins[name] = tensor.origin
+            else:
+                kept[name] = tensor.read()
+        config = quantized.without_quantization(read_config(source), source / CONFIG)
+        return config, kept, _used_prefix(family.prefix(model), tensors), origins
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from jpeft import tree
 from jpeft.peft import Peft, split_variables
+from jpeft.quantization import Quantized, open_boxes, origin_of_stack
 from jpeft.sites import Site
 from jpeft.survey import Survey
 
@@ -29,7 +29,8 @@ DIFFER = "layers that differ cannot be stacked; load the model with scan_layers=
 def unstack(full: Mapping[str, Any], at: str = "model/layers") -> Any:
     """A tree of parameters or of an adapter with the layers below `at` one by one. Inverse of `stack`.
 
-    Leaves elsewhere are the same objects; boxes with the names of axes are taken off.
+    Leaves elsewhere are the same objects; boxes with the names of axes are taken off. Quantised leaves stay quantised;
+    each layer keeps the checksum of the stack that was quantised.
 
     Raises:
       ValueError: the leaves below `at` do not have one first axis in common, or are one by one already.
@@ -54,7 +55,8 @@ def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
     """Inverse of `unstack`.
 
     Raises:
-      ValueError: the layers are not numbered from 0, or do not hold the same leaves in the same shapes and dtypes.
+      ValueError: the layers are not numbered from 0, or do not hold the same leaves in the same shapes and dtypes and
+        quantised alike.
 
     >>> stack({"model": {"layers": {"0": {"w": np.zeros(3)}, "1": {"w": np.ones(3)}}}})["model"]["layers"]["w"].shape
     (2, 3)
@@ -72,6 +74,7 @@ def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
         for what, kinds in (
             ("shapes", {str(np.shape(leaf)) for leaf in leaves}),
             ("dtypes", {str(leaf.dtype) for leaf in leaves}),
+            ("quantisation", {_quantisation(leaf) for leaf in leaves}),
         ):
             if len(kinds) > 1:
                 raise ValueError(
@@ -85,7 +88,8 @@ def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
 def _split(full: Mapping[str, Any], at: str) -> tuple[dict[tree.Path, Any], dict[tree.Path, Any]]:
     """The leaves below `at` by the rest of their path, and the others."""
     start, inside, outside = tuple(at.split("/")), {}, {}
-    for path, leaf in tree.flatten(meta.unbox(full)).items():
+    for path, boxed in tree.flatten(full).items():
+        leaf = open_boxes(boxed)
         if path[: len(start)] == start:
             inside[path[len(start) :]] = leaf
         else:
@@ -96,10 +100,25 @@ def _split(full: Mapping[str, Any], at: str) -> tuple[dict[tree.Path, Any], dict
 
 
 def _take(leaf: Any, i: int) -> Any:
+    if isinstance(leaf, Quantized):
+        return jax.tree.map(lambda x: _take(x, i), leaf)
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
 
 
+def _quantisation(leaf: Any) -> str:
+    if not isinstance(leaf, Quantized):
+        return "none"
+    double = "" if leaf.groups is None else " with quantised scales"
+    return f"{leaf.scheme} in blocks of {leaf.block} along {leaf.axis}{double}"
+
+
 def _put_together(leaves: Sequence[Any]) -> Any:
+    if isinstance(leaves[0], Quantized):
+        stacked = jax.tree.map(lambda *parts: _put_together(parts), *leaves)
+        if isinstance(stacked.origin, jax.ShapeDtypeStruct):
+            return stacked
+        rows = np.broadcast_to(origin_of_stack(stacked.origin), stacked.origin.shape)
+        return dataclasses.replace(stacked, origin=jnp.asarray(rows))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     return (jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np).stack(leaves)

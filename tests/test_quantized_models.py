@@ -1,0 +1,430 @@
+"""Model folders with quantised weights: written, read, quantised as they are read, and what is wrong with some."""
+
+import functools
+import json
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+import jpeft
+from jpeft import models, tree
+from jpeft.cli import main
+from jpeft.fingerprint import difference, fingerprint
+from jpeft.models import ModelError, quantized
+from jpeft.models.bert import Bert, BertConfig
+from jpeft.models.decoder import Decoder, DecoderConfig
+from jpeft.quantization import Quantized, dequantize_leaf, is_quantized, quantize_array
+
+# Square kernels: one shape to compile for.
+SIZES = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128,
+         "eos_token_id": 256}  # fmt: skip
+IDS = jnp.array([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+UP = "model.layers.1.mlp.up_proj.weight"
+STATE = f"{UP}.quant_state.bitsandbytes__nf4"
+
+
+def tiny(**fields):
+    model = Decoder(DecoderConfig(**{**SIZES, **fields}))
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), IDS)["params"])
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def plain(llama, tmp_path_factory):
+    """A folder with the model as it is, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("home") / "plain"
+    models.save(folder, *llama)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nf4(llama, plain):
+    """A folder with it quantised."""
+    folder = plain.with_name("nf4")
+    models.save(folder, llama[0], jpeft.quantize(llama[1]), source=plain)
+    return folder
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def about(folder):
+    return json.loads((folder / "config.json").read_text()).get("quantization_config")
+
+
+def rewrite(folder, out, change, **config):
+    """A copy of a folder with other tensors."""
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    out.mkdir(parents=True)
+    fields = json.loads((folder / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    save_file(tensors, out / "model.safetensors", metadata)
+    return out
+
+
+# --- there and back -------------------------------------------------------------------------------------------------
+
+CASES = {  # and whether bitsandbytes has a form for it
+    "nf4": ({}, True),
+    "nf4-some": ({"double": False, "block": 32, "targets": ["q_proj", "down_proj"]}, True),
+    "int4": ({"scheme": "int4", "block": 16}, False),
+    "fp8": ({"scheme": "fp8", "double": False, "targets": ["up_proj"]}, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_gives_back_what_was_saved_and_what_quantising_on_the_way_gives(llama, plain, tmp_path, case):
+    model, params = llama
+    options, foreign = CASES[case]
+    want = jpeft.quantize(params, **options)
+    models.save(tmp_path / "out", model, want, source=plain)
+    read, got = models.load(tmp_path / "out")
+    assert read == model
+    same(got, want)
+    assert fingerprint(got) == fingerprint(params)
+    same(models.load(plain, quantize=options)[1], want)
+    same(models.load(tmp_path / "out", scan_layers=False)[1], models.unstack(want))
+    assert about(tmp_path / "out")["quant_method"] == ("bitsandbytes" if foreign else "jpeft")
+
+
+def test_other_kinds_of_leaves(tmp_path):
+    """What bitsandbytes has no form for, embeddings and blocks along the outputs; layers one by one; bfloat16."""
+    model, params = tiny(intermediate_size=96, num_hidden_layers=1, tie_word_embeddings=True)
+    embeddings = jpeft.quantize(params, "nf4", targets=["model/embed_tokens/embedding"], block=20)
+    along_outputs = jpeft.quantize(params, targets="all-linear")
+    assert along_outputs["model"]["layers"]["mlp"]["down_proj"]["kernel"].axis == -1
+    assert embeddings["model"]["embed_tokens"]["embedding"].axis == -2
+    half = jpeft.quantize(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), targets=["up_proj"])
+    one_by_one = jpeft.quantize(models.unstack(params))
+    for name, want in {"e": embeddings, "o": along_outputs, "h": half, "1": one_by_one}.items():
+        options = {"param_dtype": jnp.bfloat16} if name == "h" else {"scan_layers": False} if name == "1" else {}
+        written = model.clone(scan_layers=name != "1")
+        models.save(tmp_path / name, written, want)
+        same(models.load(tmp_path / name, **options)[1], want)
+    assert about(tmp_path / "o") == {"quant_method": "jpeft"}
+    config = json.loads((tmp_path / "h" / "config.json").read_text())
+    assert config["torch_dtype"] == config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert "model.layers.0.mlp.down_proj" in config["quantization_config"]["llm_int8_skip_modules"]
+    _, wide = models.load(tmp_path / "h")
+    assert wide["model"]["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.float32
+    assert wide["model"]["norm"]["scale"].dtype == jnp.float32
+
+
+def test_what_is_written(nf4, llama):
+    """By bitsandbytes' account of its files."""
+    tensors = load_file(nf4 / "model.safetensors")
+    weight = jpeft.quantize(llama[1])["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert {name.removeprefix(UP) for name in tensors if name.startswith(UP)} == {
+        "", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4",
+    }  # fmt: skip
+    np.testing.assert_array_equal(tensors[UP], np.asarray(weight.codes[1]).T.reshape(-1, 1))
+    state = json.loads(tensors[STATE].tobytes())
+    assert state == {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 64],
+                     "nested_blocksize": 256, "nested_dtype": "float32",
+                     "nested_offset": float(weight.offset[1])}  # fmt: skip
+    assert about(nf4) == {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["classifier", "head", "lm_head", "logits_dense", "pooler", "score"],
+    }  # fmt: skip
+    assert (nf4 / "tokenizer.json").is_file()
+
+
+def test_saved_from_a_quantised_source(nf4, llama, tmp_path):
+    model, params = llama
+    models.save(tmp_path / "plain", model, params, source=nf4)
+    assert about(tmp_path / "plain") is None
+    same(models.load(tmp_path / "plain")[1], params)
+    mixed = jpeft.quantize(params, targets=["q_proj"])
+    models.save(tmp_path / "mixed", model, mixed, source=nf4)
+    same(models.load(tmp_path / "mixed")[1], mixed)
+
+
+def test_an_encoder_keeps_its_quantised_pooler(tmp_path):
+    model = Bert(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=64, max_position_embeddings=24))  # fmt: skip
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    base = jpeft.quantize(params)
+    models.save(tmp_path / "bare", model, base)
+    pooler = quantize_array(np.ones((64, 64), np.float32))
+    host = quantized.transposed(jax.tree.map(np.asarray, pooler))
+    source = rewrite(tmp_path / "bare", tmp_path / "source", lambda t: t.update(
+        quantized.to_tensors("pooler.dense.weight", host, True)))  # fmt: skip
+    models.save(tmp_path / "out", model, base, source=source)
+    same(models.load(tmp_path / "out")[1], base)
+    assert (load_file(tmp_path / "out" / "model.safetensors").keys()
+            == load_file(source / "model.safetensors").keys())  # fmt: skip
+    models.save(tmp_path / "plain", model, params, source=source)  # what stays quantised is told still
+    assert "encoder.layer.0.output.dense" in about(tmp_path / "plain")["llm_int8_skip_modules"]
+    same(models.load(tmp_path / "plain")[1], params)
+
+
+def test_sharded(nf4, llama):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    rules = [("mlp", "tensor"), ("heads", "tensor")]
+    want = jpeft.quantize(llama[1])
+    for folder, options in ((nf4, {}), (nf4.with_name("plain"), {"quantize": "nf4"})):
+        model, got = models.load(folder, shardings=lambda m: models.logical_shardings(m, mesh, rules), **options)
+        same(got, want)
+        up = got["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+        assert up.codes.sharding.spec == up.scales.sharding.spec == PartitionSpec(None, None, "tensor")
+        assert up.groups.sharding == NamedSharding(mesh, PartitionSpec())
+    assert jax.jit(model.apply)({"params": got}, IDS).shape == (2, 5, 260)
+
+
+def test_an_adapter_of_the_plain_model_fits_its_quantised_folder(nf4, llama):
+    assert difference(fingerprint(llama[1]), models.load(nf4)[1]) is None
+
+
+def test_a_folder_that_does_not_tell_what_was_quantised(nf4, tmp_path):
+    """Then its weights are what its codes stand for, the same stacked as in one file of the dequantised."""
+    folder = rewrite(nf4, tmp_path / "bnb", lambda t: None)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    for options in ({}, {"scan_layers": False}):
+        _, params = models.load(folder, **options)
+        for path, leaf in tree.flatten(params).items():
+            if isinstance(leaf, Quantized):
+                weight = {path[-1]: leaf.unbox()}  # not jitted: a fused product and sum round once
+                assert fingerprint(weight)[path[-1]] == fingerprint({path[-1]: leaf})[path[-1]]
+
+
+def test_bytes_of_bitsandbytes_may_be_stored_as_another_dtype(nf4, tmp_path):
+    def change(tensors):
+        tensors[UP] = tensors[UP].reshape(-1).view(np.float32)
+
+    same(models.load(rewrite(nf4, tmp_path / "odd", change))[1], models.load(nf4)[1])
+
+
+# --- layers one by one ----------------------------------------------------------------------------------------------
+
+
+def test_stacks_stay_quantised(llama):
+    base = jpeft.quantize(llama[1])
+    one_by_one = models.unstack(base)
+    layer = one_by_one["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(layer, Quantized) and layer.shape == (64, 64)
+    whole = base["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(dequantize_leaf(layer), dequantize_leaf(whole)[1])
+    np.testing.assert_array_equal(layer.origin, whole.origin[0])  # the stack's
+    same(models.stack(one_by_one), base)
+    abstract = jax.eval_shape(lambda p: p, base)
+    assert jax.tree.structure(models.stack(models.unstack(abstract))) == jax.tree.structure(abstract)
+    boxed = jpeft.quantize(jax.eval_shape(llama[0].init, jax.random.key(0), IDS)["params"])
+    opened = models.unstack(boxed)["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert opened.codes.shape == (32, 64)
+
+
+def test_layers_that_were_quantised_alone_make_a_stack_with_a_checksum_of_its_own(llama, tmp_path):
+    alone = jpeft.quantize(models.unstack(llama[1]))
+    stacked = models.stack(alone)
+    models.save(tmp_path / "alone", llama[0].clone(scan_layers=False), alone)
+    same(models.load(tmp_path / "alone", scan_layers=False)[1], alone)
+    same(models.load(tmp_path / "alone")[1], stacked)
+
+
+def test_layers_that_are_quantised_differently_are_not_stacked(llama, tmp_path):
+    mixed = models.unstack(llama[1])
+    mixed["model"]["layers"]["0"] = jpeft.quantize(mixed["model"]["layers"]["0"])
+    with pytest.raises(ValueError, match=r"kernel has different quantisation .*\(nf4 in blocks of 64 along -2"):
+        models.stack(mixed)
+    models.save(tmp_path / "mixed", llama[0].clone(scan_layers=False), mixed)
+    with pytest.raises(ModelError, match=r"kernel is not quantised alike in all layers: .*scan_layers=False"):
+        models.load(tmp_path / "mixed")
+    same(models.load(tmp_path / "mixed", scan_layers=False)[1], mixed)
+
+
+def test_generation_over_layers_one_by_one_is_that_over_the_stack(llama):
+    model, params = llama
+    base = jpeft.quantize(params)
+    flat, unrolled, _, _ = models.unroll(model, base)
+    assert not flat.scan_layers and is_quantized(unrolled)
+    ids = [[5, 6, 7]]
+    assert jpeft.generate(flat, unrolled, ids, max_new_tokens=4) == jpeft.generate(model, base, ids, max_new_tokens=4)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: np.asarray(value)})
+
+
+def state(**fields):
+    def change(tensors):
+        found = json.loads(tensors[STATE].tobytes()) | fields
+        found = {name: value for name, value in found.items() if value is not None}
+        tensors[STATE] = np.frombuffer(json.dumps(found).encode(), np.uint8)
+
+    return change
+
+
+def renamed(suffix):
+    return lambda tensors: tensors.update({f"{UP}.quant_state.{suffix}": tensors.pop(STATE)})
+
+
+u8 = functools.partial(np.zeros, dtype=np.uint8)
+MISTAKES = {
+    "no absmax": (drop(f"{UP}.absmax"), f"{UP}.absmax is missing"),
+    "no codes": (drop(UP), f"{UP} is missing"),
+    "no quant_map": (drop(f"{UP}.quant_map"), f"{UP}.quant_map is missing"),
+    "no nested_quant_map": (drop(f"{UP}.nested_quant_map"), f"{UP}.nested_quant_map is missing"),
+    "no state": (drop(STATE), f"{UP}: it is quantised, but has no quant_state"),
+    "two states": (put(f"{UP}.quant_state.jpeft__int8", u8(3)), f"{UP}: it is quantised, but has 2 quant_state"),
+    "fp4": (
+        renamed("bitsandbytes__fp4"),
+        f"{UP}: it is quantised as bitsandbytes fp4, which is not read",
+    ),
+    "another scheme": (renamed("jpeft__int2"), f"{UP}: it is quantised as jpeft int2"),
+    "name and state": (renamed("jpeft__int8"), "says 'nf4', its name 'int8'"),
+    "no JSON": (put(STATE, np.frombuffer(b'{"quant_type', np.uint8)), f"{UP}: its quant_state is not JSON"),
+    "no text": (put(STATE, np.full(9, 255, np.uint8)), f"{UP}: its quant_state is not JSON"),
+    "no object": (put(STATE, np.frombuffer(b"[1]", np.uint8)), f"{UP}: its quant_state is not a JSON object"),
+    "shape": (state(shape=[64, 128]), f"{UP}: its absmax has 64 numbers, a weight of shape .* needs 128"),
+    "shape no list": (state(shape=4096), "has shape 4096"),
+    "shape negative": (state(shape=[-64, 64]), "has shape"),
+    "other shape": (state(shape=[32, 128]), "has shape"),
+    "blocksize": (state(blocksize=0), "has blocksize 0"),
+    "blocks across rows": (state(blocksize=128), "has blocks of 128 that do not divide its rows of 64"),
+    "axis": (state(axis=-2), "has axis -2"),
+    "dtype": (state(dtype="int8"), "has dtype 'int8'"),
+    "no offset": (state(nested_offset=None), "has no nested_offset, but nested_absmax is there"),
+    "offset": (state(nested_offset="big"), "has nested_offset 'big'"),
+    "nested blocksize": (state(nested_blocksize=128), "has nested_blocksize 128"),
+    "short absmax": (put(f"{UP}.absmax", u8(63)), "its absmax has 63 numbers"),
+    "float absmax": (put(f"{UP}.absmax", np.zeros(64, np.float32)), "its absmax is float32, expected uint8"),
+    "short nested": (put(f"{UP}.nested_absmax", np.zeros(2, np.float32)), "its nested_absmax has 2 numbers"),
+    "short codes": (put(UP, u8((2047, 1))), "it has 2,047 bytes of codes, 2,048 are needed"),
+    "another map": (
+        put(f"{UP}.quant_map", np.linspace(-1, 1, 16, dtype=np.float32)),
+        "its quant_map is not NF4's",
+    ),
+    "int8 of bitsandbytes": (put("model.layers.0.mlp.up_proj.SCB", np.ones(64, np.float32)), "LLM.int8()"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_torn_tensors(nf4, tmp_path, mistake):
+    change, message = MISTAKES[mistake]
+    folder = rewrite(nf4, tmp_path / "torn", change)
+    with pytest.raises(ModelError) as error:
+        models.load(folder)
+    text = str(error.value)
+    assert re.search(re.escape(message).replace(r"\.\*", ".*"), text), text
+    assert "\n" not in text and str(folder) in text and ("up_proj" in text)
+
+
+@pytest.mark.parametrize("origins", ['{"x": "12"}', "[]", "{", '{"x": 5}'])
+def test_damaged_checksums(nf4, tmp_path, origins):
+    folder = rewrite(nf4, tmp_path / "damaged", lambda t: None)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"jpeft.origin": origins})
+    with pytest.raises(ModelError, match=r"model\.safetensors: the metadata jpeft\.origin are damaged"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantization_config: gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes LLM\.int8\(\)"),
+        ({"load_in_8bit": True}, r"bitsandbytes LLM\.int8\(\)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes fp4"),
+        ({"bits": 4}, "quantization_config: None"),
+        ("nf4", "quantization_config is not an object"),
+    ],
+)
+def test_other_quantisations(nf4, tmp_path, found, message):
+    folder = rewrite(nf4, tmp_path / "other", lambda t: None, quantization_config=found)
+    with pytest.raises(ModelError, match=message) as error:
+        models.load(folder)
+    assert str(folder / "config.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_quantising_on_the_way(plain, nf4, tmp_path):
+    with pytest.raises(ModelError, match=r"model\.safetensors: .*proj\.weight is quantised already, as nf4"):
+        models.load(nf4, quantize="int8")
+    with pytest.raises(ValueError, match="unknown scheme 'int3'"):
+        models.load(plain, quantize="int3")
+    with pytest.raises(ValueError, match="'q_prj' matches nothing"):
+        models.load(plain, quantize={"targets": ["q_prj"]})
+    nan = rewrite(plain, tmp_path / "nan", put(UP, np.full((64, 64), np.nan, np.float32)))
+    with pytest.raises(ModelError, match=rf"cannot quantise {UP}: it holds NaN"):
+        models.load(nan, quantize="nf4")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lenient():
+    """As users have it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_the_command_writes_what_generate_reads(plain, nf4, tmp_path, capsys, monkeypatch, lenient):
+    out = tmp_path / "out"
+    assert main(["quantize", str(plain), str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    kernels = 2 * 7 * 64 * 64
+    whole = sum(leaf.size for leaf in jax.tree.leaves(models.load(plain)[1]))
+    assert told["quantised"] == kernels and told["bytes_before"] == 4 * whole and told["folder"] == str(out)
+    assert told["bits"] == pytest.approx(4 + 8 / 64 + 64 / 4096) and told["bytes_after"] < 0.6 * told["bytes_before"]
+    same(models.load(out)[1], models.load(nf4)[1])
+    assert main(["generate", "--model", str(out), "--max-new-tokens", "4", "--json", "ab"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] > 0
+    more = ["--scheme", "int8", "--block", "32", "--no-double", "--targets", "q_proj,v_proj", "--dtype", "bfloat16"]
+    assert main(["quantize", str(plain), str(tmp_path / "int8"), *more]) == 0
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"int8, 9\.000 bits a quantised weight: .* in bfloat16 -> .*, {tmp_path}/int8\n", line), line
+
+
+def test_mistakes_at_the_command_are_one_line_and_leave_nothing(plain, nf4, tmp_path, capsys, lenient):
+    out = str(tmp_path / "out")
+    for arguments, message in (
+        ([str(plain), str(nf4)], "exists; choose another folder"),
+        ([str(plain), out, "--targets", "q_prj"], "'q_prj' matches nothing"),
+        ([str(plain), out, "--block", "63"], "block must be an even number"),
+        ([str(plain), out, "--block", "128"], "a block of 128 divides neither"),
+        ([str(nf4), out], "is quantised already, as nf4"),
+        (["no-such-model", out], "no such folder"),
+    ):
+        assert main(["quantize", *arguments]) == 1
+        captured = capsys.readouterr()
+        assert not captured.out and captured.err.count("\n") == 1 and message in captured.err
+        assert captured.err.startswith("jpeft: error: ") and "unexpected" not in captured.err
+        assert not list(tmp_path.iterdir())
