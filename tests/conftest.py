@@ -2,10 +2,11 @@
 
 import os
 
-# Before jax is imported: a flag that comes later is ignored. Nearly all the time goes into compiling what runs once, and
-# LLVM's optimiser takes half of that (the compiled program's operations, FLOPs and bytes are XLA's, and the same).
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+# Before jax is imported: a flag that comes later is ignored. Nearly all time goes into compiling what runs once, and
+# half of that is LLVM's optimiser (what is compiled, its FLOPs and its bytes are XLA's and the same).
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
+])  # fmt: skip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path
