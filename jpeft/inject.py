@@ -28,7 +28,7 @@ from jpeft.geometry import Call, Contraction, Lookup, Parts, Patches
 from jpeft.methods.base import Leaves, WeightMethod, widened
 from jpeft.quantization import Quantized
 from jpeft.sites import FUSED, Site, map_axes
-from jpeft.tree import Path, join, peek
+from jpeft.tree import Path, box_as, join, peek
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Changed(meta.AxisMetadata):
         return merge(self.actions, [meta.unbox(own) for own in self.leaves], meta.unbox(self.value))
 
     def replace_boxed(self, val: Any) -> Any:
-        return meta.replace_boxed(self.value, val)
+        return box_as(self.value, val)
 
     def _map_axis(self, fn: Callable[[Any], Any]) -> Changed:
         value, leaves = jax.tree.map(fn, (self.value, self.leaves), is_leaf=lambda x: isinstance(x, meta.AxisMetadata))

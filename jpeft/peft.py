@@ -32,6 +32,7 @@ from jpeft.tree import (
     TRAINABLE,
     Path,
     Tree,
+    box_as,
     combine,
     flatten,
     join,
@@ -455,7 +456,7 @@ def _merged(actions: list[Action], leaves: list[dict[str, Any]], stored: Any, is
     w = stack_first(jnp.asarray(dequantize_leaf(stored)), stack)
     fn = merge_bias if is_bias else merge_weight
     merged = map_axes(lambda o, w: fn(actions, o, w), len(stack))(first, w)
-    return meta.replace_boxed(stored, stack_back(merged, stack))
+    return box_as(stored, stack_back(merged, stack))
 
 
 def _without_adapter(out: Any, params: Tree) -> Any:

@@ -100,6 +100,16 @@ def _rounded(largest: int) -> Callable[[jax.Array], jax.Array]:
 
 _FP8_MAX = 448.0  # of float8_e4m3fn
 
+
+def _encode_fp8(x: jax.Array) -> jax.Array:
+    # As bytes: XLA CPU would hold a stack of float8 in float16, outside the scan that slices it.
+    return jax.lax.bitcast_convert_type((x * _FP8_MAX).astype(jnp.float8_e4m3fn), jnp.uint8)
+
+
+def _decode_fp8(codes: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32) / _FP8_MAX
+
+
 SCHEMES: Mapping[str, Scheme] = {
     "nf4": Scheme(4, _encode_nf4, _decode_nf4),
     "int4": Scheme(
@@ -110,11 +120,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(
         8, lambda x: _rounded(127)(x).astype(jnp.int8), lambda codes: codes.astype(jnp.float32) / 127
     ),
-    "fp8": Scheme(
-        8,
-        lambda x: (x * _FP8_MAX).astype(jnp.float8_e4m3fn),
-        lambda codes: codes.astype(jnp.float32) / _FP8_MAX,
-    ),
+    "fp8": Scheme(8, _encode_fp8, _decode_fp8),
 }  # fmt: skip
 
 
@@ -128,7 +134,7 @@ class Quantized(meta.AxisMetadata):
 
     Attributes:
       codes: `[..., in, out]`, uint8 with two 4-bit codes to a byte (the first in the high half) along `axis`, or int8,
-        or float8.
+        or the bytes of float8_e4m3fn.
       scales: `[..., in / block, out]` (for `axis` -2), float32, or uint8 codes of `SCALE_CODES` beside
         `groups`.
       groups: the scales of 256 scales each, float32 `[..., n]`, in bitsandbytes' order of scales; or None.

@@ -22,7 +22,7 @@ from jax.interpreters import partial_eval as pe
 from jpeft import attention, geometry
 from jpeft.geometry import Call, Geometry, Raw
 from jpeft.sites import BOX, FUSED, MERGE, REPLACE, Site, Stack
-from jpeft.tree import Path, flatten, join, peek, unflatten
+from jpeft.tree import Path, box_as, flatten, join, peek, unflatten
 
 # Heads by the names that transformers and Linen models give them, for where a wrapper hides the model's output.
 HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
@@ -62,7 +62,7 @@ class _Watched(meta.AxisMetadata):
         return value
 
     def replace_boxed(self, val: Any) -> Any:
-        return meta.replace_boxed(self._value, val)
+        return box_as(self._value, val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> _Watched:
         return self
@@ -177,7 +177,7 @@ def _trace(model: nn.Module, variables: Mapping[str, Any], record: _Record, args
     def run(arrays: list[Any], others: Any, dynamic: list[Any]) -> Any:
         it = iter(dynamic)
         a, kw = jax.tree.unflatten(treedef, [next(it) if _is_dynamic(x) else x for x in flat])
-        boxes = {p: meta.replace_boxed(box, x) for (p, box), x in zip(leaves.items(), arrays, strict=True)}
+        boxes = {p: box_as(box, x) for (p, box), x in zip(leaves.items(), arrays, strict=True)}
         boxed = unflatten({p: _Watched(x, p, (), record) for p, x in boxes.items()})
         with nn.intercept_methods(_interceptor(record)):
             out = model.apply({**others, "params": boxed}, *a, **kw)

@@ -77,6 +77,17 @@ def peek(leaf: Any) -> Any:
     return leaf if hasattr(leaf, "shape") else meta.unbox(leaf)
 
 
+def box_as(leaf: Any, value: Any) -> Any:
+    """A value in the box that a leaf is in, if it is in one. `flax.core.meta.replace_boxed` would open the box first,
+    which dequantises a quantised weight.
+
+    >>> import flax.linen as nn
+    >>> box_as(nn.Partitioned(jnp.ones(3), names=("embed",)), jnp.zeros(2)).names
+    ('embed',)
+    """
+    return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
+
+
 def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = ()) -> Any:
     """Maps ``fn(path, leaf)`` over the leaves; containers and holes stay as they are."""
     if isinstance(tree, Mapping):

@@ -276,11 +276,24 @@ def temporaries(peft, base, adapter, ids, wrap=lambda f: f):
     return jax.jit(jax.value_and_grad(loss)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_a_step_never_holds_the_weights_of_more_than_a_layer(monkeypatch):
+def test_abstract_bases_are_planned_with():
+    model, params = decoder()
+    abstract = jpeft.quantize(jax.eval_shape(lambda: params))
+    peft = METHODS["lora"].bind(model, abstract, IDS)
+    assert peft == METHODS["lora"].bind(model, jpeft.quantize(params), IDS)
+    adapter = peft.init(jax.random.key(0), abstract)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapter))
+    assert jax.eval_shape(peft.apply, abstract, adapter, IDS).shape == (*IDS.shape, 96)
+    merged = jax.eval_shape(peft.merge, abstract, adapter)
+    assert not is_quantized(merged) and merged["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape == (2, 64, 128)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp8"])
+def test_a_step_never_holds_the_weights_of_more_than_a_layer(monkeypatch, scheme):
     config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
     model, ids = Decoder(config), jnp.ones((1, 8), int)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids)["params"])
-    base = jpeft.quantize(params)
+    base = jpeft.quantize(params, scheme)
     peft = jpeft.LoRA(rank=2, targets="all-linear").bind(model, base, ids)
     adapter = peft.init(jax.random.key(0), base)
     layer = 4 * sum(leaf.size for leaf in jpeft.tree.flatten(base).values() if isinstance(leaf, Quantized)) / 8

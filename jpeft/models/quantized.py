@@ -140,7 +140,6 @@ def to_tensors(name: str, weight: Quantized, linear: bool) -> dict[str, np.ndarr
         out[f"{name}.quant_map"] = np.asarray(NF4, np.float32)
     else:
         form, state["axis"] = "jpeft", weight.axis
-        codes = codes.view(np.uint8) if weight.scheme == "fp8" else codes  # numpy reads no float8 from safetensors
     packed = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return out | {name: codes, f"{name}.absmax": scales, f"{name}.quant_state.{form}__{weight.scheme}": packed}
 
@@ -202,8 +201,7 @@ class QuantizedTensor:
         codes = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
         if codes.size != math.prod(shape):
             raise self._error(f"it has {codes.size:,} bytes of codes, {math.prod(shape):,} are needed")
-        held = {"int8": np.int8, "fp8": jnp.float8_e4m3fn}.get(self.scheme, np.uint8)
-        return codes.view(held).reshape(shape)
+        return codes.view(np.int8 if self.scheme == "int8" else np.uint8).reshape(shape)
 
     def _read(self, part: str, dtype: Any) -> np.ndarray:
         value = self.parts[part].read()
