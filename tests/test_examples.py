@@ -67,6 +67,20 @@ def test_language_models(tmp_path, monkeypatch):
     assert (tmp_path / "hf" / "adapter_config.json").is_file()
 
 
+def test_quantised_bases(tmp_path, monkeypatch):
+    code = readme("path/to/qwen")
+    monkeypatch.chdir(tmp_path)
+    model = Decoder(DecoderConfig(vocab_size=30, hidden_size=64, intermediate_size=128,
+                                  num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64))  # fmt: skip
+    ids = jnp.array([[1, 5, 7, 2]])
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids)["params"])
+    jpeft.models.save(tmp_path / "path" / "to" / "qwen", model, params)
+    scope = {"jax": jax, "jpeft": jpeft, "ids": ids, "params": params}
+    exec(code, scope)
+    assert scope["logits"].shape == (1, 4, 30)
+    assert jpeft.quantization.is_quantized(scope["base"]) and not jpeft.quantization.is_quantized(scope["merged"])
+
+
 def test_the_method_and_the_geometry_that_the_readme_adds(registries):
     shift, geometry = readme("class Shift"), readme("TheirLinear")
     scope: dict = {}
