@@ -122,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "Write a HuggingFace folder with the adapter merged into the model.")
     merge.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
-    merge.add_argument("--requantize", action="store_true", help="quantise the merged weights again, as the base was")
+    merge.add_argument(
+        "--requantize",
+        action="store_true",
+        help="merge into the unquantised model, and quantise the result as the base was",
+    )
     generate = command("generate", _generate, "Let a language model go on from a prompt, in its own chat template.")
     _speaker_arguments(generate)
     generate.add_argument("prompts", metavar="PROMPT", nargs="*", help="several are a batch; without any, stdin is one")

@@ -204,17 +204,22 @@ def answer(
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, requantize: bool = False) -> None:
+def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, scheme: str | None = None) -> None:
     """A HuggingFace folder of the model with its adapter merged in, tokenizer and chat template beside it.
 
     Args:
         source: the folder or .gguf file that the model came from.
-        requantize: quantise the merged weights again, as the base was; else the folder holds plain weights.
+        scheme: quantise what is written; None writes plain weights. The adapter is then merged into the weights that
+            the source holds, not into the codes that it was trained over: those stand on the levels of a code, to which
+            a change of less than half a gap would be rounded back.
 
     >>> export(Path("merged"), peft, params, adapter, resolve_model("smollm2"))  # doctest: +SKIP
     """
+    if scheme is not None:
+        _, params = load_base(source)
     try:
-        merged = peft.merge(params, adapter, requantize=requantize)
+        merged = jpeft.dequantize(peft.merge(params, adapter))
     except ValueError as error:  # a method that is no change of weights
         raise UserError(str(error)) from error
-    models.save(out, peft.model, merged if requantize else jpeft.dequantize(merged), source=source)
+    whole = merged if scheme is None else jpeft.quantize(merged, scheme)
+    models.save(out, peft.model, whole, source=source)

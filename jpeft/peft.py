@@ -321,6 +321,8 @@ class Peft:
           requantize: a quantised weight that something is merged into comes back dequantised, and equal to `apply`;
             True quantises it again, as it was. That rounds the sum: NF4 moves a weight by up to 0.14 of the largest in
             its block, int4 by 1/14, int8 by 1/254 and float8 by 1/28 (and by up to 0.2 % more for quantised scales).
+            In few bits most of what an adapter learnt is rounded back to the codes it was learnt over; merge into the
+            unquantised base and quantise that instead, where there is one.
 
         Raises:
           ValueError: a method that changes more than weights (prefix tuning, bottleneck adapters) cannot be merged; or

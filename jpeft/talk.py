@@ -161,8 +161,11 @@ def export(run: Path, out: Path, requantize: bool = False) -> None:
     >>> export(Path("runs/smollm2-lora-1"), Path("merged"))  # doctest: +SKIP
     """
     peft, params, adapter, _, source = open_chat_run(run)
+    scheme = Config(**runs.read_record(run)["config"]).quantize if requantize else None
+    if scheme == "none":
+        raise UserError(f"--requantize: {run} was trained over plain weights; jpeft quantize takes the folder")
     try:
-        instruct.export(out, peft, params, adapter, source, requantize)
+        instruct.export(out, peft, params, adapter, source, scheme)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; nothing was kept of it") from error
 
