@@ -1,4 +1,4 @@
-"""Instruction tuning: a chat model over a quantised base, the loss of its answers, evaluation, samples and export.
+"""Instruction tuning: a chat model over a quantised base, the loss of its answers, evaluation and export.
 
 model, params = load_base(resolve_model("smollm2"), "nf4")
 peft = jpeft.LoRA(rank=8, targets="all-linear").bind(model, params, *example_inputs())
@@ -9,7 +9,7 @@ state, metrics = step(state, params, balanced(batch))
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 import jpeft
 from jpeft import chat, models
 from jpeft.assets import UserError
-from jpeft.conversations import Batch, final_number
+from jpeft.conversations import Batch
 from jpeft.losses import chunked_cross_entropy
 from jpeft.models.files import read_config
 
@@ -145,60 +145,6 @@ def evaluate(score: Scorer, params: Any, adapter: Any, batches: Iterable[Batch])
     """
     loss, right, count = np.sum([[np.float64(x) for x in score(params, adapter, batch)] for batch in batches], axis=0)
     return Scores(float(loss / count), float(right / count))
-
-
-# ------------------------------------------------------------------------------------------------------------ answers
-
-
-def for_generation(peft: Peft, params: Any, adapter: Any) -> tuple[Any, Any, Any, Any]:
-    """`(model, params, peft, adapter)` in the form that decoding is fast in on this backend.
-
-    On a CPU the adapter is merged where it can be, codes become weights again, which every token would open anew, and
-    layers stand one by one: then there is no Peft, and memory holds the model unquantised. Elsewhere nothing changes.
-    """
-    if jax.default_backend() != "cpu":
-        return peft.model, params, peft, adapter
-    if all(action.method.mergeable for action in peft.actions):
-        plain = jpeft.dequantize(peft.merge(params, adapter))
-        return (*models.unroll(peft.model, plain)[:2], None, None)
-    return models.unroll(peft.model, jpeft.dequantize(params), peft, adapter)
-
-
-class Sample(NamedTuple):
-    """A prompt, the answer that the data give, and the model's."""
-
-    prompt: str
-    reference: str
-    answer: str
-
-    @property
-    def right(self) -> bool | None:
-        """Whether both come to the same number; None where the data mark none by `####`.
-
-        >>> Sample("3 * 6?", "#### 18", "It is 18.").right, Sample("Tea?", "Yes.", "Yes.").right
-        (True, None)
-        """
-        if "####" not in self.reference:
-            return None
-        return final_number(self.answer) == final_number(self.reference)
-
-
-def answer(
-    peft: Peft, params: Any, adapter: Any, codec: chat.Codec, prompts: Sequence[tuple[Any, str]], max_new_tokens: int
-) -> list[Sample]:
-    """What the model answers, without chance, to `conversations.prompts`: as many tokens as asked, or its context has.
-
-    >>> answer(peft, params, adapter, codec, conversations.prompts(test)[:4], 200)[0].answer  # doctest: +SKIP
-    """
-    from jpeft.talk import Settings, Speaker
-
-    model, base, peft_used, leaves = for_generation(peft, params, adapter)
-    speaker = Speaker(model, base, codec, peft_used, leaves)
-    ids = [codec.encode_chat(list(messages)) for messages, _ in prompts]
-    room = model.config.max_position_embeddings - max(map(len, ids))
-    texts = speaker.answers(ids, Settings(min(max_new_tokens, room)))
-    return [Sample(messages[-1]["content"], reference, text)
-            for (messages, reference), text in zip(prompts, texts, strict=True)]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- export

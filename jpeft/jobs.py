@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import jpeft
-from jpeft import classify, conversations, data, instruct, runs
+from jpeft import classify, conversations, data, instruct, runs, talk
 from jpeft.assets import DataSource, UserError, resolve_conversations, resolve_data, resolve_model
 from jpeft.config import CHAT, Config, parse_targets
 from jpeft.fingerprint import fingerprint
@@ -339,8 +339,7 @@ class Chat:
             return []
         asked = self._prompts[: self.config.samples]
         before, after = (
-            instruct.answer(job.peft, job.params, leaves, self.codec, asked, _SAMPLE_TOKENS)
-            for leaves in (fresh, adapter)
+            talk.samples(job.peft, job.params, leaves, self.codec, asked, _SAMPLE_TOKENS) for leaves in (fresh, adapter)
         )
         return [
             {"prompt": a.prompt, "reference": a.reference, "before": a.answer, "after": b.answer,

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import jpeft
 from jpeft import chat, generation, instruct, models, runs
 from jpeft.assets import UserError, cache_folder, resolve_model
 from jpeft.config import CHAT, Config
+from jpeft.conversations import final_number
 from jpeft.hf.config import CONFIG as HF_CONFIG
 from jpeft.io import CONFIG, AdapterError
 
@@ -64,6 +65,22 @@ class Speaker:
     peft: Any = None
     adapter: Any = None
 
+    @classmethod
+    def of(cls, peft: jpeft.Peft, params: Any, adapter: Any, codec: chat.Codec) -> Speaker:
+        """A model under its adapter, in the form that decoding is fast in on this backend.
+
+        On a CPU the adapter is merged where it can be, codes become weights again, which every token would open anew,
+        and layers stand one by one: then there is no Peft, and memory holds the model unquantised. Elsewhere nothing
+        changes.
+        """
+        if jax.default_backend() != "cpu":
+            return cls(peft.model, params, codec, peft, adapter)
+        if all(action.method.mergeable for action in peft.actions):
+            model, plain, _, _ = models.unroll(peft.model, jpeft.dequantize(peft.merge(params, adapter)))
+            return cls(model, plain, codec)
+        model, plain, peft, adapter = models.unroll(peft.model, jpeft.dequantize(params), peft, adapter)
+        return cls(model, plain, codec, peft, adapter)
+
     def answer(self, ids: Sequence[int], settings: Settings, speed: Speed | None = None) -> Iterator[str]:
         """The text that goes on after a prompt, piece by piece."""
         speed = speed or Speed()
@@ -98,6 +115,40 @@ class Speaker:
         }
 
 
+class Sample(NamedTuple):
+    """A prompt, the answer that the data give, and the model's."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def right(self) -> bool | None:
+        """Whether both come to the same number; None where the data mark none by `####`.
+
+        >>> Sample("3 * 6?", "#### 18", "It is 18.").right, Sample("Tea?", "Yes.", "Yes.").right
+        (True, None)
+        """
+        if "####" not in self.reference:
+            return None
+        return final_number(self.answer) == final_number(self.reference)
+
+
+def samples(
+    peft: jpeft.Peft, params: Any, adapter: Any, codec: chat.Codec, prompts: Sequence[tuple[Any, str]], new_tokens: int
+) -> list[Sample]:
+    """What the model answers, without chance, to `conversations.prompts`: as many tokens as asked, or its context has.
+
+    >>> samples(peft, params, adapter, codec, conversations.prompts(test)[:4], 200)[0].answer  # doctest: +SKIP
+    """
+    speaker = Speaker.of(peft, params, adapter, codec)
+    ids = [codec.encode_chat(list(messages)) for messages, _ in prompts]
+    room = peft.model.config.max_position_embeddings - max(map(len, ids))
+    texts = speaker.answers(ids, Settings(min(new_tokens, room)))
+    return [Sample(messages[-1]["content"], reference, text)
+            for (messages, reference), text in zip(prompts, texts, strict=True)]  # fmt: skip
+
+
 def open_speaker(
     name: str | None = None,
     adapter: str | Path | None = None,
@@ -116,7 +167,7 @@ def open_speaker(
     """
     if adapter is not None and name is None and (Path(adapter).expanduser() / "metrics.jsonl").is_file():
         peft, params, leaves, codec, _ = open_chat_run(Path(adapter).expanduser(), log)
-        return Speaker(*_in_order(instruct.for_generation(peft, params, leaves), codec))
+        return Speaker.of(peft, params, leaves, codec)
     path = resolve_model(name or "smollm2", log)
     codec = chat.read(path)
     if not models.is_decoder(path):
@@ -132,11 +183,6 @@ def open_speaker(
     if on_cpu:
         model, params, peft, leaves = models.unroll(model, jpeft.dequantize(params), peft, leaves)
     return Speaker(model, params, codec, peft, leaves)
-
-
-def _in_order(form: tuple[Any, Any, Any, Any], codec: chat.Codec) -> tuple[Any, ...]:
-    model, params, peft, adapter = form
-    return model, params, codec, peft, adapter
 
 
 def open_chat_run(run: Path, log: Callable[[str], None] = lambda line: None) -> tuple[Any, Any, Any, chat.Codec, Path]:

@@ -207,11 +207,6 @@ def size_bytes(tree: Tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def count(tree: Tree) -> int:
-    """How many numbers a tree holds: of a quantised weight those that it stands for."""
-    return sum(peek(leaf).size for leaf in flatten(tree).values())
-
-
 def all_finite(tree: Tree) -> jax.Array:
     """True where no floating leaf holds a NaN or an infinity. A scalar boolean."""
     checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

@@ -51,6 +51,13 @@ def smollm2_file() -> Path:
 
 
 @pytest.fixture(scope="module")
+def standard_promotion():
+    """For a whole file: optax's Adam takes a power of a float by an integer, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
 def keep_compiled(tmp_path_factory):
     """Runs of one shape compile once in this process; those in a process of their own compile for themselves."""
     from jax.experimental.compilation_cache import compilation_cache

@@ -27,7 +27,9 @@ from jpeft import assets, checkpoint, classify, finetune, jobs, models, runs
 from jpeft.cli import main
 from jpeft.config import Config, parse_targets
 from jpeft.models.bert import Bert, BertConfig
+from tests.folders import link
 
+pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
 GOOD, BAD, OTHER = ["good", "nice", "fine"], ["bad", "stale", "poor"], ["tea", "the", "cup", "of", "very"]
 INPUTS = ["--model", "bert", "--data", "train.csv", "--eval", "test.jsonl"]
 JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "3e-2", "--max-length", "24", "--checkpoint-every", "3"]
@@ -66,18 +68,10 @@ def reviews(count, seed):
     return rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _promotion(keep_compiled):
-    """Optax's Adam takes a power of a float by an integer, which strict promotion refuses; ours is checked below."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def there(home, monkeypatch, tmp_path):
     """Every test works in a folder of its own, which sees the model and the data."""
-    for path in home.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    link(home, tmp_path)
     monkeypatch.chdir(tmp_path)
 
 

@@ -8,14 +8,10 @@ import os
 import signal
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
 import jpeft
 from jpeft import chat, conversations, instruct, models, runs
@@ -23,13 +19,9 @@ from jpeft.cli import main
 from jpeft.config import Config
 from jpeft.conversations import Batches
 from jpeft.jobs import Silent, build_method, prepare
-from jpeft.models.bert import Bert, BertConfig
-from jpeft.models.decoder import Decoder, DecoderConfig
+from tests.folders import link, write_bert, write_llama
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
 WIDTH = 64
 
 
@@ -46,40 +38,16 @@ def write(path, rows):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({**{letter: i for i, letter in enumerate(letters)}}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])  # 256
-    config = DecoderConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256,
-    )  # fmt: skip
-    model = Decoder(config)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
-    models.save(folder / "llama", model, params)
-    tokenizer.save(str(folder / "llama" / "tokenizer.json"))
-    about = {"eos_token": "</s>", "chat_template": TEMPLATE}
-    (folder / "llama" / "tokenizer_config.json").write_text(json.dumps(about))
-    bert = Bert(BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                           intermediate_size=32, max_position_embeddings=40))  # fmt: skip
-    models.save(folder / "bert", bert, bert.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
-    tokenizer.save(str(folder / "bert" / "tokenizer.json"))
+    write_llama(folder / "llama", 64, 128)
+    write_bert(folder / "bert")
     write(folder / "train.jsonl", sums(40, 0))
     write(folder / "test.jsonl", sums(6, 1))
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _promotion(keep_compiled):
-    """Optax's Adam takes a power of a float by an integer, which strict promotion refuses; ours is checked below."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def there(home, monkeypatch, tmp_path):
-    for path in home.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    link(home, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jpeft.talk.keep_compiled", lambda: None)
 

@@ -12,8 +12,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
 import jpeft
 from jpeft import models, tree
@@ -23,6 +21,7 @@ from jpeft.models import ModelError, quantized
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.quantization import Quantized, dequantize_leaf, is_quantized, quantize_array
+from tests.folders import write_tokenizer
 
 # Square kernels: one shape to compile for.
 SIZES = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -50,13 +49,7 @@ def plain(llama, tmp_path_factory):
     """A folder with the model as it is, and a tokenizer."""
     folder = tmp_path_factory.mktemp("home") / "plain"
     models.save(folder, *llama)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    write_tokenizer(folder)
     return folder
 
 

@@ -7,24 +7,16 @@ import shutil
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
 import jpeft
 from jpeft import chat, models, talk
 from jpeft.cli import main
-from jpeft.models.bert import Bert, BertConfig
-from jpeft.models.decoder import Decoder, DecoderConfig
+from tests.folders import byte_tokenizer, link, write_bert, write_llama
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 SMALL = ["--max-new-tokens", "6"]
 IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 
@@ -33,21 +25,7 @@ IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 def home(tmp_path_factory):
     """A folder with a language model (`llama`), an encoder (`bert`), and adapters of the first."""
     folder = tmp_path_factory.mktemp("home")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({**{letter: i for i, letter in enumerate(letters)}}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])  # 256
-    config = DecoderConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256,
-    )  # fmt: skip
-    model = Decoder(config)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
-    params = jax.tree.map(lambda x: x * 20, params)  # far from uniform: ties would make tokens a matter of rounding
-    models.save(folder / "llama", model, params)
-    tokenizer.save(str(folder / "llama" / "tokenizer.json"))
-    about = {"eos_token": "</s>", "chat_template": TEMPLATE}
-    (folder / "llama" / "tokenizer_config.json").write_text(json.dumps(about))
+    model, params = write_llama(folder / "llama", 32, 48, scale=20)  # far from uniform: no ties
     peft = jpeft.LoRA(rank=2, targets="all-linear", init_weights="random").bind(model, params, IDS)
     adapter = jax.tree.map(lambda x: 3 * x, peft.init(jax.random.key(1), params))
     jpeft.save(folder / "lora", peft, adapter, params)
@@ -55,18 +33,14 @@ def home(tmp_path_factory):
     jpeft.hf.save(folder / "hf", peft, adapter, params)
     prefix = jpeft.PrefixTuning(length=3, init_std=30.0).bind(model, params, IDS)
     jpeft.save(folder / "prefix", prefix, prefix.init(jax.random.key(2), params), params)
-    bert = Bert(BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                           intermediate_size=32, max_position_embeddings=40))  # fmt: skip
-    models.save(folder / "bert", bert, bert.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
-    tokenizer.save(str(folder / "bert" / "tokenizer.json"))
+    write_bert(folder / "bert")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def there(home, monkeypatch, tmp_path):
     """Every test works in a folder of its own, which sees the model, and in its own cache."""
-    for path in home.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    link(home, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(talk, "keep_compiled", lambda: None)
 
@@ -210,7 +184,7 @@ def mistakes(home, tmp_path):
     (tmp_path / "plain" / "tokenizer_config.json").write_text("{}")
     whole = (tmp_path / "short" / "model.safetensors").read_bytes()
     (tmp_path / "short" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    tokenizer = Tokenizer.from_file(str(home / "llama" / "tokenizer.json"))
+    tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(9)])
     tokenizer.save(str(tmp_path / "larger" / "tokenizer.json"))
     (tmp_path / "bare" / "tokenizer.json").unlink()

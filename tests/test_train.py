@@ -13,12 +13,7 @@ from jpeft.sharding import adapter_shardings
 from jpeft.train import lora_plus
 from jpeft.tree import flatten, join, map_with_path
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    """optax's Adam itself promotes int32 with float; our own code runs strict everywhere else."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Block(nn.Module):
