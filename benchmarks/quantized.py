@@ -1,6 +1,6 @@
 """Quantised bases on SmolLM2-135M: how small, how exact, what a training step over them costs, and qwix beside jpeft.
 
-    python benchmarks/quantized.py [--only bits,error,step,memory,qwix] [--rounds 8] [--layers 6] [--json FILE]
+    python benchmarks/quantized.py [--only bits,error,step,memory,qwix,loss] [--rounds 8] [--layers 6] [--json FILE]
 
 Blocks of 64 weights. A step is LoRA of rank 8 (alpha 16, no dropout) on all linear layers under AdamW; adapter, tokens
 and loss are the same in all rows. `step`, `memory` and `qwix` take the first few of the model's 30 layers, with its own
@@ -14,6 +14,8 @@ error   ||W' - W|| / ||W||, and ||x W' - x W|| / ||x W|| on each layer's own inp
 step    jpeft's own loss and step over each base.
 memory  temporaries as layers are added, and those of the loss in chunks against the whole logits.
 qwix    its QLoRA on the same model and weights. It quantises no scales: "single" is jpeft without double quantisation.
+loss    training on GSM8K's answers over each base, the whole model: the same batches and, but for LoftQ, first adapter.
+        Losses are means over 20 steps, perplexity is that of held-out answers. Takes half an hour.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -491,8 +494,66 @@ def qwix(args: argparse.Namespace, path: Path) -> Any:
     return rows
 
 
+# --- training ---
+
+
+def checksums(params: Any) -> list[int]:
+    return [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(params)]
+
+
+def loss(args: argparse.Namespace, path: Path) -> Any:
+    """How training over each base goes."""
+    model, full = jpeft.models.load(path)
+    codec, (train_file, test_file) = chat.read(path), resolve_conversations("gsm8k")
+    assert test_file is not None
+    some = lambda file, n: conversations.read(file).take(range(n), str(file))  # noqa: E731
+    train, test = (
+        conversations.encode(some(f, n), codec, args.length) for f, n in ((train_file, 4000), (test_file, 64))
+    )
+    batches = conversations.Batches(train, 1, args.length, seed=0)
+    held_out = list(conversations.Batches(test, 1, args.length))
+    lora = dataclasses.replace(LORA, rank=args.rank, alpha=2.0 * args.rank, init_weights="kaiming")
+    peft = lora.bind(model, full, *instruct.example_inputs())
+    first = peft.init(jax.random.key(0), full)
+    bases = {
+        "float32": (full, first),
+        "nf4": (jpeft.quantize(full, "nf4", block=BLOCK), first),
+        "nf4, LoftQ": jpeft.loftq(peft, full, jax.random.key(0), "nf4", block=BLOCK, iterations=5),
+        "int8": (jpeft.quantize(full, "int8", block=BLOCK), first),
+    }
+    score, tx = instruct.scorer(peft), optax.adamw(optax.linear_schedule(5e-4, 0, args.steps))
+    step = jpeft.train_step(peft, instruct.loss_fn(peft), tx, clip=1.0)
+    runs, states = {}, {}
+    for name, (base, adapter) in bases.items():
+        before = instruct.evaluate(score, base, adapter, held_out).perplexity
+        runs[name] = {"name": name, "before": before, "losses": [], "checksums": checksums(base)}
+        states[name] = jpeft.TrainState.create(peft, jax.tree.map(jnp.copy, adapter), tx, jax.random.key(1))
+    for i in range(args.steps):
+        batch = instruct.balanced(batches[i])
+        for name, (base, _) in bases.items():
+            states[name], metrics = step(states[name], base, batch)
+            runs[name]["losses"].append(float(metrics["loss"]))
+    for name, (base, _) in bases.items():
+        runs[name]["after"] = instruct.evaluate(score, base, states[name].adapter, held_out).perplexity
+        runs[name]["untouched"] = runs[name].pop("checksums") == checksums(base)
+    window = min(20, args.steps)
+    ends = sorted({window, args.steps // 4, args.steps // 2, args.steps})
+    over = lambda row, end: float(np.mean(row["losses"][max(0, end - window) : end]))  # noqa: E731
+    title(f"Loss of {args.steps} steps of LoRA, rank {args.rank}, on answers of GSM8K, 1 x {args.length} tokens a step")
+    head = ["", *(f"up to step {end}" for end in ends), "all steps", "/ float32's", "perplexity before", "after"]
+    body, plain = [], runs["float32"]
+    for r in runs.values():
+        mean = float(np.mean(r["losses"]))
+        r["ratio"] = mean / float(np.mean(plain["losses"]))
+        cells = [f"{over(r, end):.3f} ({over(r, end) / over(plain, end) - 1:+.1%})" for end in ends]
+        cells += [f"{mean:.3f}", f"{r['ratio']:.3f}", f"{r['before']:.3f}", f"{r['after']:.3f}"]
+        body.append([r["name"], *cells, "identical" if r["untouched"] else "CHANGED"])
+    markdown([*head, "base afterwards"], body)
+    return list(runs.values())
+
+
 def main() -> None:
-    parts = {"bits": bits, "error": error, "step": step, "memory": memory, "qwix": qwix}
+    parts = {"bits": bits, "error": error, "step": step, "memory": memory, "qwix": qwix, "loss": loss}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(parts), help="parts, with commas between them")
     parser.add_argument("--rounds", type=int, default=8)
@@ -500,6 +561,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="of the model, in step and qwix")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=200, help="of loss")
+    parser.add_argument("--rank", type=int, default=RANK, help="of loss")
     parser.add_argument("--json", default=None, help="write the numbers there")
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - parts.keys():

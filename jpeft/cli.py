@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--requantize",
         action="store_true",
-        help="merge into the unquantised model, and quantise the result as the base was",
+        help="merge into the unquantised model, and quantise the result as the base was; codes that came without one "
+        "are quantised again, which rounds small changes away",
     )
     generate = command("generate", _generate, "Let a language model go on from a prompt, in its own chat template.")
     _speaker_arguments(generate)
@@ -402,7 +403,12 @@ def _chat(args: argparse.Namespace) -> None:
             continue
         try:
             talk.add("user", _as_text(line.strip()))
-            text, _ = _speak(speaker, speaker.codec.encode_chat(talk.messages), settings, quiet=args.json)
+            ids, limit = speaker.codec.encode_chat(talk.messages), speaker.model.config.max_position_embeddings
+            if len(ids) >= limit:
+                raise UserError(
+                    f"the conversation has {len(ids)} tokens by now, and the model takes {limit}: begin another"
+                )
+            text, _ = _speak(speaker, ids, settings, quiet=args.json)
         except ValueError as error:
             if not watched:
                 raise

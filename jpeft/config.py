@@ -103,6 +103,10 @@ class Config:
             value = getattr(self, name)
             if not good(value):
                 raise UserError(f"{flag(name)} must be {expected}, got {value!r}")
+        if self.task == CLASSIFY and (not self.packed or self.samples):
+            raise UserError(
+                f"{flag('samples' if self.packed else 'packed')} is for --task {CHAT}, not for labels of texts"
+            )
         if self.batch_size % self.accumulate:
             raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
 

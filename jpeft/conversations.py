@@ -148,6 +148,8 @@ def _messages(path: Path, line: int, row: Mapping[str, Any]) -> tuple[Message, .
         raise UserError(f"{path}: line {line}: 'tools' are not supported")
     if "messages" in row:
         return _turns(path, line, row["messages"])
+    if len(forms := [" and ".join(pair) for pair in _PAIRS if all(key in row for key in pair)]) > 1:
+        raise UserError(f"{path}: line {line}: which is meant, {' or '.join(forms)}? keep one of them")
     for ask, answer in _PAIRS:
         if ask in row and answer in row:
             request = data.check_text(path, line, ask, row[ask])

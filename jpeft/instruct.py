@@ -23,6 +23,8 @@ from jpeft.assets import UserError
 from jpeft.conversations import Batch
 from jpeft.losses import chunked_cross_entropy
 from jpeft.models.files import read_config
+from jpeft.quantization import Quantized
+from jpeft.tree import flatten
 
 if TYPE_CHECKING:
     from jpeft.peft import Peft
@@ -33,19 +35,40 @@ Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 def load_base(path: Path, scheme: str = "none") -> tuple[Any, Any]:
     """A language model and its parameters, quantised while they are read unless the scheme is "none".
 
-    A folder that holds quantised weights stays as it is.
+    A folder that holds quantised weights stays as it is, and no other scheme may be asked for.
 
     >>> model, params = load_base(resolve_model("smollm2"), "nf4")  # doctest: +SKIP
     """
     if not models.is_decoder(path):
         raise UserError(f"{path}: not a language model, but an encoder; it cannot learn to answer")
-    quantised = "quantization_config" in read_config(path)
+    quantised = holds_codes(path)
     try:
-        return models.load(path, quantize=None if scheme == "none" or quantised else scheme)
+        model, params = models.load(path, quantize=None if scheme == "none" or quantised else scheme)
+        if quantised and scheme not in ("none", *(held := schemes_of(params))):
+            raise UserError(f"--quantize {scheme}: {path} is quantised already; give --quantize {min(held)}")
+        return model, params
     except models.ModelError:
         raise
     except ValueError as error:  # a weight that cannot be quantised
         raise UserError(f"--quantize {scheme}: {error}") from error
+
+
+def holds_codes(path: Path) -> bool:
+    """Whether a folder's weights are quantised.
+
+    >>> holds_codes(resolve_model("smollm2"))  # doctest: +SKIP
+    False
+    """
+    return "quantization_config" in read_config(path)
+
+
+def schemes_of(params: Any) -> set[str]:
+    """What the weights of a tree are quantised as.
+
+    >>> schemes_of({"a": {"kernel": np.ones((64, 64))}})
+    set()
+    """
+    return {leaf.scheme for leaf in flatten(params).values() if isinstance(leaf, Quantized)}
 
 
 def load_codec(path: Path, model: Any, max_length: int) -> chat.Codec:
@@ -157,15 +180,18 @@ def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, schem
         source: the folder or .gguf file that the model came from.
         scheme: quantise what is written; None writes plain weights. The adapter is then merged into the weights that
             the source holds, not into the codes that it was trained over: those stand on the levels of a code, to which
-            a change of less than half a gap would be rounded back.
+            a change of less than half a gap would be rounded back. A source that holds codes has no other weights: its
+            own are quantised again as they were.
 
     >>> export(Path("merged"), peft, params, adapter, resolve_model("smollm2"))  # doctest: +SKIP
     """
-    if scheme is not None:
+    again = scheme is not None and holds_codes(source)
+    if scheme is not None and not again:
         _, params = load_base(source)
     try:
-        merged = jpeft.dequantize(peft.merge(params, adapter))
+        merged = peft.merge(params, adapter, requantize=again)
     except ValueError as error:  # a method that is no change of weights
         raise UserError(str(error)) from error
-    whole = merged if scheme is None else jpeft.quantize(merged, scheme)
-    models.save(out, peft.model, whole, source=source)
+    if not again:
+        merged = jpeft.dequantize(merged) if scheme is None else jpeft.quantize(merged, scheme)
+    models.save(out, peft.model, merged, source=source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from jpeft import fingerprint
 from jpeft.inject import Action
 from jpeft.methods import LoRA
 from jpeft.peft import Peft, split_variables
@@ -51,8 +53,8 @@ def loftq(
 
     >>> # base, adapter = loftq(peft, params, jax.random.key(0), "nf4", iterations=4)
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be a whole number, at least 1, got {iterations!r}")
     own, others = split_variables(params)
     quantized = quantize(own, scheme, block=block, double=double, targets=targets, exclude=exclude)
     base, full, adapter = flatten(quantized), flatten(meta.unbox(own)), flatten(meta.unbox(peft.init(key, params)))
@@ -62,7 +64,8 @@ def loftq(
         if action.site.kind != "weight" or not isinstance(base.get(path), Quantized):
             continue
         if not isinstance(action.method, LoRA) or path in seen:
-            raise ValueError(f"LoftQ is for one LoRA at a weight; {join(path)!r} has {action.method.name} or two")
+            what = "two methods" if path in seen else action.method.name
+            raise ValueError(f"LoftQ is for one LoRA at a weight; {join(path)!r} has {what}")
         seen.add(path)
         base[path], leaves = _alternate(action, full[path], base[path], iterations)
         adapter |= {action.leaf_path(name): leaf for name, leaf in leaves.items()}
@@ -86,7 +89,13 @@ def _alternate(action: Action, w: Any, box: Quantized, iterations: int) -> tuple
         u, s, vt = jnp.linalg.svd(view(wide - box.unbox().astype(jnp.float32)), full_matrices=False)
         root = jnp.sqrt(s[..., :rank])
         a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+        if (lacking := rank - root.shape[-1]) > 0:  # a matrix of a smaller rank
+            none = [(0, 0)] * (a.ndim - 2)
+            a, b = jnp.pad(a, [*none, (0, 0), (0, lacking)]), jnp.pad(b, [*none, (0, lacking), (0, 0)])
         rest = wide - unview(a @ b)
     assert a is not None and b is not None
+    # The adapter holds for these codes alone: no plain weights, nor codes of theirs, have their checksum.
+    sums = jnp.broadcast_to(fingerprint.checksum(box.unbox()), box.origin.shape)
+    box = dataclasses.replace(box, origin=sums)
     leaves = {"lora_a": a.astype(method.dtype), "lora_b": (b / method.scale).astype(method.dtype)}
     return box, {name: stack_back(leaf, site.stack) for name, leaf in leaves.items()}

@@ -222,6 +222,11 @@ class Quantized(meta.AxisMetadata):
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
         return self._boxes(lambda box: box.remove_axis(index, params))
 
+    def get_partition_spec(self) -> Quantized:
+        """For ``nn.get_partition_spec``: codes and scales have the weight's names, the rest is replicated."""
+        spec = meta.get_partition_spec(self.codes)
+        return dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), self), codes=spec, scales=spec)
+
     def _boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
         named = lambda x: fn(x) if isinstance(x, meta.AxisMetadata) else x  # noqa: E731
         return dataclasses.replace(self, codes=named(self.codes), scales=named(self.scales))
@@ -294,16 +299,17 @@ def _quantize_part(weight: Any, scheme: str, block: int, double: bool, start: in
         raise ValueError(f"is quantised already, as {weight.scheme}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"is {dtype}, not floating")
+    if not math.prod(shape):
+        raise ValueError(f"has shape {shape}, with nothing in it")
     axis = block_axis(shape, block)
     if axis is None:
-        raise ValueError(f"has shape {shape}: a block of {block} divides neither of its last two axes")
+        raise ValueError(f"has shape {shape}: a block of {block} divides neither of its last two axes, another may")
     if isinstance(weight, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis, np.uint32(0)), weight)
-    result = _quantize(weight, scheme, block, double, axis, np.uint32(start % 2**32))
-    finite = jnp.isfinite(result.scales if result.groups is None else result.groups).all()
-    if not isinstance(finite, Tracer) and not bool(finite):
+    # Of the weight itself: the largest of a block with a NaN in it is a number on XLA CPU.
+    if not isinstance(weight, Tracer) and not bool(jnp.isfinite(weight).all()):
         raise ValueError("holds NaN or infinity, which no code stands for")
-    return result
+    return _quantize(weight, scheme, block, double, axis, np.uint32(start % 2**32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -341,11 +347,12 @@ def _mean(x: jax.Array) -> jax.Array:
     """Over the last axis, by halves. XLA's own sum has an order that differs with the shape and the device, so that a
     stack would have other scales than its layers one by one."""
     size = x.shape[-1]
-    total = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
+    unit = jnp.where(x.max() > 2.0**96, jnp.float32(2.0**-32), jnp.float32(1))  # a sum that does not overflow
+    total = jnp.pad(x * unit, [(0, 0)] * (x.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
     while total.shape[-1] > 1:
         low, high = jnp.split(total, 2, axis=-1)
         total = low + high
-    return total[..., 0] / size
+    return total[..., 0] / size / unit
 
 
 # --- trees ----------------------------------------------------------------------------------------------------------
@@ -365,12 +372,17 @@ def quantize(
     Flax dequantises a weight when its module asks for it, a layer at a time under a scan. `Peft.apply` does it again in
     the backward pass instead of keeping what it made. ``params`` are not changed; the rest of the tree is shared.
 
+    The last two axes of a weight are a matrix, and what stands before them a stack. Layers that ``nn.scan`` stacks
+    along another axis than the first (``variable_axes={"params": 1}``) do not run on it, nor do wrappers that map a
+    function over their parameters (``nn.WeightNorm``).
+
     Args:
       params: the base tree, plain or boxed (`nn.Partitioned`), on one device or sharded, concrete or abstract.
       scheme: "nf4" (4-bit quantiles of the normal distribution, QLoRA's), "int4", "int8" (evenly spaced) or "fp8"
         (float8_e4m3fn).
       block: weights that share a scale.
-      double: quantise the scales too, to 8 bits: a scale then costs 0.127 bits a weight instead of 0.5.
+      double: quantise the scales too, to 8 bits: a scale then costs 0.127 bits a weight instead of 0.5, in matrices of
+        256 blocks or more. Smaller ones, such as the heads of a ``[576, 9, 64]`` kernel, may do better without.
       targets: which weights, as for a method, by the path of their owner or their own. None is every ``kernel`` of two
         or more axes but that of an output head (``lm_head``, ``classifier``, ...).
       exclude: takes the same forms and wins.
@@ -384,8 +396,12 @@ def quantize(
     (4.13, 'float32')
     """
     _check_scheme(scheme, block)
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a tree of mappings, got {type(params).__name__}")
     tree = params["params"] if isinstance(params.get("params"), Mapping) else params
     leaves = flatten(tree)
+    if bad := next((path for path, leaf in leaves.items() if not hasattr(peek(leaf), "shape")), None):
+        raise TypeError(f"{join(bad)!r} is no array, but a {type(leaves[bad]).__name__}")
     candidates = [_Weight(path, peek(leaf)) for path, leaf in leaves.items()]
     # A bias or a scale of two axes is a stack of them, and answers to its owner's name beside the kernel.
     wide = [w for w in candidates if len(w.leaf.shape) >= 2 and w.path[-1] not in ("bias", "scale")]
@@ -399,9 +415,7 @@ def quantize(
         try:
             return _quantize_leaf(leaf, scheme, block, double)
         except ValueError as error:
-            raise ValueError(
-                f"cannot quantise {join(path)!r}: it {error}; leave it out with exclude=, or choose another block"
-            ) from None
+            raise ValueError(f"cannot quantise {join(path)!r}: it {error}; exclude= leaves it out") from None
 
     new = map_with_path(replace, tree)
     return new if tree is params else {**params, "params": new}
@@ -498,9 +512,9 @@ class _Weight:
 
 
 def _check_scheme(scheme: str, block: int) -> None:
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; there are {', '.join(SCHEMES)}")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 2 or block % 2:
+    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 2 or block % 2:
         raise ValueError(f"block must be an even number of weights, got {block!r}")
 
 

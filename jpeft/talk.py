@@ -207,9 +207,10 @@ def export(run: Path, out: Path, requantize: bool = False) -> None:
     >>> export(Path("runs/smollm2-lora-1"), Path("merged"))  # doctest: +SKIP
     """
     peft, params, adapter, _, source = open_chat_run(run)
-    scheme = Config(**runs.read_record(run)["config"]).quantize if requantize else None
-    if scheme == "none":
+    schemes = instruct.schemes_of(params)
+    if requantize and not schemes:
         raise UserError(f"--requantize: {run} was trained over plain weights; jpeft quantize takes the folder")
+    scheme = min(schemes) if requantize else None
     try:
         instruct.export(out, peft, params, adapter, source, scheme)
     except OSError as error:
@@ -220,6 +221,8 @@ def _read_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
     inputs = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     if (path / HF_CONFIG).is_file():
         return jpeft.hf.load(path, model, params, inputs)
+    if any(path.glob("model*.safetensors")):
+        raise UserError(f"{path}: a model, with no adapter of its own: --model {path}")
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     if not (folder / CONFIG).is_file():
         raise UserError(f"--adapter {path}: no adapter there; expected a run, or a folder that jpeft or PEFT saved")

@@ -454,6 +454,8 @@ def bad_file(name, content):
 
 
 MISTAKES = {
+    "packing": (["--no-packing"], "--no-packing is for --task chat"),
+    "samples": (["--samples", "2"], "--samples is for --task chat"),
     "unknown target": (["--targets", "quarry"], "'quarry' matches nothing"),
     "malformed target": (["--targets", "(query"], "not a regular expression"),
     "unknown method": (["--method", "dora2"], "--method dora2: unknown; there are"),

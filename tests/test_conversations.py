@@ -83,6 +83,10 @@ def turn(role, content):
         ("[1]", "line 2: expected an object, found list"),
         ({"text": "a", "label": 1}, "line 2: the keys are 'text', 'label'; expected 'messages', 'prompt' and"),
         ({"prompt": "a"}, "line 2: the keys are 'prompt'; expected"),
+        (
+            {"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
+            "line 2: which is meant, prompt and completion or question and answer",
+        ),
         ({}, "line 2: the keys are none; expected"),
         ({"messages": "tea"}, "line 2: 'messages' should be a list, found \"tea\""),
         (

@@ -19,6 +19,8 @@ from jpeft.cli import main
 from jpeft.config import Config
 from jpeft.conversations import Batches
 from jpeft.jobs import Silent, build_method, prepare
+from jpeft.quantization import Quantized
+from jpeft.tree import flatten
 from tests.folders import link, write_bert, write_llama
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
@@ -225,6 +227,19 @@ def test_a_run_talks_and_is_merged(finished, capsys, monkeypatch, tmp_path):
     assert jpeft.quantization.is_quantized(params)
     small, whole = (sum(f.stat().st_size for f in Path(p).glob("*.safetensors")) for p in ("small", "merged"))
     assert small < 0.5 * whole
+
+
+def test_over_a_folder_that_is_quantised_already(capsys):
+    assert main(["quantize", "llama", "codes", "--scheme", "int8", "--block", "32", "--no-double"]) == 0
+    few = ("--steps", "1", "--samples", "0", "--model", "codes")
+    capsys.readouterr()
+    assert main(job("run", *few)) == 1
+    assert "--quantize nf4: codes is quantised already; give --quantize int8" in capsys.readouterr().err
+    assert main(job("run", *few, "--quantize", "int8")) == 0
+    assert main(["merge", "run", "again", "--requantize"]) == 0
+    kinds = {(leaf.scheme, leaf.block, leaf.groups is None) for leaf in flatten(models.load("again")[1]).values()
+             if isinstance(leaf, Quantized)}  # fmt: skip
+    assert kinds == {("int8", 32, True)}
 
 
 def test_the_adapter_goes_to_huggingface_and_onto_the_full_base(finished):

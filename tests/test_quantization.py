@@ -457,6 +457,13 @@ def test_names_of_axes_stay():
 TREE = {"a": {"kernel": np.ones((64, 64), np.float32), "bias": np.ones(64, np.float32)}, "n": {"kernel": np.ones(64)}}
 
 
+def one_of(value):
+    """Weights of which one is not like the others."""
+    weight = np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32)
+    weight[3, 5] = value
+    return weight
+
+
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
@@ -468,15 +475,36 @@ TREE = {"a": {"kernel": np.ones((64, 64), np.float32), "bias": np.ones(64, np.fl
         ({}, {"targets": r"a/bias"}, "cannot act on 'a/bias'"),
         ({}, {"exclude": ["b"]}, "exclude 'b' matches nothing"),
         ({"kernel": np.ones((64, 64), np.int8)}, {}, "'a/kernel': it is int8, not floating"),
-        ({"kernel": np.full((64, 64), np.nan, np.float32)}, {}, "'a/kernel': it holds NaN or infinity"),
-        ({"kernel": np.full((64, 64), np.inf, np.float32)}, {"double": False}, "'a/kernel': it holds NaN or infinity"),
+        ({"kernel": one_of(np.nan)}, {}, "'a/kernel': it holds NaN or infinity"),
+        ({"kernel": one_of(np.nan)}, {"double": False}, "'a/kernel': it holds NaN or infinity"),
+        ({"kernel": one_of(-np.inf)}, {"scheme": "fp8"}, "'a/kernel': it holds NaN or infinity"),
         ({"kernel": quantize_array(np.ones((64, 64), np.float32))}, {}, "'a/kernel': it is quantised already, as nf4"),
-        ({"kernel": np.ones((0, 64), np.float32)}, {"block": 128}, "divides neither"),
+        ({"kernel": np.ones((64, 0), np.float32)}, {}, r"'a/kernel': it has shape \(64, 0\), with nothing in it"),
+        ({}, {"scheme": ["nf4"]}, "unknown scheme"),
     ],
 )
 def test_mistakes_are_named(change, options, says):
     with pytest.raises(ValueError, match=says):
         jpeft.quantize({**TREE, "a": {**TREE["a"], **change}}, **options)
+
+
+@pytest.mark.parametrize("params, says", [(None, "got NoneType"), ([1], "got list"), ({"a": [1]}, "'a' is no array")])
+def test_what_is_no_tree_is_a_type_error(params, says):
+    with pytest.raises(TypeError, match=says):
+        jpeft.quantize(params)
+
+
+@pytest.mark.parametrize("size", [1e-34, 1e37])
+def test_very_small_and_very_large_weights_keep_their_proportions(size):
+    weight = one_of(1.0)
+    plain, scaled = (quantize_array(w).unbox() for w in (weight, (weight * np.float32(size))))
+    np.testing.assert_allclose(np.asarray(scaled) / np.float32(size), plain, rtol=1e-2, atol=1e-2)
+
+
+def test_flax_finds_the_names_of_axes():
+    params = {"d": {"kernel": nn.Partitioned(jnp.ones((128, 64)), names=("embed", "mlp"))}}
+    specs = nn.get_partition_spec(jpeft.quantize(params))["d"]["kernel"]
+    assert specs.codes == specs.scales == PartitionSpec("embed", "mlp") and specs.groups == PartitionSpec()
 
 
 def test_a_quantised_weight_cannot_train():
@@ -519,10 +547,29 @@ def test_loftq_comes_nearer_to_the_weights_with_every_iteration(scan):
     assert got < np.linalg.norm(run(jpeft.dequantize(jpeft.quantize(params))) - run(params))
 
 
+def test_an_adapter_of_loftq_belongs_to_its_base_alone(tmp_path):
+    model, params = decoder()
+    peft = jpeft.LoRA(rank=8, targets=["q_proj"]).bind(model, params, IDS)
+    base, adapter = jpeft.loftq(peft, params, jax.random.key(0))
+    jpeft.save(tmp_path / "a", peft, adapter, base)
+    jpeft.load(tmp_path / "a", model, base, IDS)
+    for other in (params, jpeft.quantize(params), jpeft.quantize(params, "int8")):
+        with pytest.raises(ValueError, match="q_proj/kernel' differ"):
+            jpeft.load(tmp_path / "a", model, other, IDS)
+
+
+def test_loftq_of_a_rank_above_the_weights_leaves_nothing_over():
+    params = {"params": {"kernel": np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)}}["params"]
+    model, x = nn.Dense(32, use_bias=False), jnp.ones((2, 64))
+    peft = jpeft.LoRA(rank=48, alpha=48, targets=".*").bind(model, params, x)
+    base, adapter = jpeft.loftq(peft, params, jax.random.key(0), targets=".*")
+    np.testing.assert_allclose(jpeft.dequantize(peft.merge(base, adapter))["kernel"], params["kernel"], atol=1e-5)
+
+
 def test_mistakes_of_loftq():
     model, params = decoder()
     peft = jpeft.IA3(targets=["q_proj"]).bind(model, params, IDS)
     with pytest.raises(ValueError, match="q_proj/kernel' has IA3"):
         jpeft.loftq(peft, params, jax.random.key(0))
-    with pytest.raises(ValueError, match="iterations must be at least 1"):
+    with pytest.raises(ValueError, match="iterations must be a whole number, at least 1, got 0"):
         jpeft.loftq(peft, params, jax.random.key(0), iterations=0)

@@ -137,6 +137,7 @@ def test_a_chat_remembers_what_was_said(capsys, monkeypatch):
 
 
 MISTAKES = {
+    "a model for an adapter": (["llama", "hi", "--adapter", "bert"], "bert: a model, with no adapter.*--model bert"),
     "a prompt longer than the context": (["llama", "x" * 130], "longer than the model's context of 128"),
     "no room for new tokens": (["llama", "hi", "--max-new-tokens", "200"], "longer than the model's context of 128"),
     "an empty prompt": (["llama", ""], "the prompt is empty"),

@@ -404,6 +404,8 @@ def _planned(abstract: Mapping[str, Any], asked: str | Mapping[str, Any] | None)
     if asked is None:
         return {}
     options = {"scheme": asked} if isinstance(asked, str) else asked
+    if not isinstance(options, Mapping):
+        raise TypeError(f"quantize is a scheme, or a dict of jpeft.quantize's arguments, got {asked!r}")
     planned = quantization.quantize(tree.unflatten({tuple(p.split("/")): x for p, x in abstract.items()}), **options)
     return {name: leaf for name, leaf in _leaves(planned).items() if isinstance(leaf, Quantized)}
 

@@ -184,6 +184,8 @@ class QuantizedTensor:
         nested = "nested_absmax" in self.parts
         scales = self._read("absmax", np.uint8 if nested else np.float32).reshape(scales_shape)
         groups = self._read("nested_absmax", np.float32).reshape(-1) if nested else None
+        if not np.isfinite(scales if groups is None else groups).all():
+            raise self._error(f"its {'absmax' if groups is None else 'nested_absmax'} holds NaN or infinity")
         for part, table in (("quant_map", NF4), ("nested_quant_map", SCALE_CODES)):
             if part in self.parts and not np.allclose(self._read(part, np.float32), table, rtol=1e-5, atol=1e-8):
                 raise self._error(f"its {part} is not {'NF4' if table is NF4 else 'bitsandbytes'}'s")
