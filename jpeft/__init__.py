@@ -16,6 +16,8 @@ from jpeft.methods import Train as Train
 from jpeft.peft import Peft as Peft
 from jpeft.quantization import dequantize as dequantize
 from jpeft.quantization import quantize as quantize
+from jpeft.sharding import shard as shard
+from jpeft.sharding import shard_batch as shard_batch
 from jpeft.targets import TargetError as TargetError
 from jpeft.train import TrainState as TrainState
 from jpeft.train import train_step as train_step

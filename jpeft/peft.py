@@ -23,7 +23,7 @@ from jpeft import inject
 from jpeft.inject import MARKER, Action, Changed, Marker, changes_bias, merge_bias, merge_weight
 from jpeft.methods.base import Leaves, Method
 from jpeft.quantization import Quantized, dequantize_leaf, requantize_leaf
-from jpeft.sharding import box_like, leaf_sharding
+from jpeft.sharding import box_like, everywhere, leaf_sharding, place
 from jpeft.sites import BOX, FUSED, MERGE, Site, map_axes, stack_back, stack_first
 from jpeft.summary import summary
 from jpeft.survey import Survey, survey
@@ -245,13 +245,11 @@ class Peft:
 
     def dress(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
         """Leaves with the shardings and boxes that follow from the base's."""
-        out = {}
+        out, replicated = {}, everywhere(base.values())
         for path, (site, roles) in self.leaf_sites().items():
-            leaf, sharding = leaves[path], leaf_sharding(base, site, roles)
-            if sharding is not None and not isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
-                leaf = jax.device_put(leaf, sharding)
-            elif sharding is not None and isinstance(leaf, jax.ShapeDtypeStruct):
-                leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            leaf, sharding = leaves[path], leaf_sharding(base, site, roles) or replicated
+            if sharding is not None and not isinstance(leaf, Tracer):
+                leaf = place(leaf, sharding)
             out[path] = box_like(base, site, roles, leaf)
         return out
 

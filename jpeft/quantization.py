@@ -30,10 +30,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft import fingerprint
-from jpeft.sharding import named_sharding
 from jpeft.survey import HEAD_NAMES
 from jpeft.targets import Targets, select
-from jpeft.tree import Path, Tree, flatten, join, map_with_path, peek
+from jpeft.tree import Path, Tree, flatten, join, map_with_path, named_sharding, peek
 
 # bitsandbytes 0.50, `functional.get_4bit_type("nf4")`: quantiles of the normal distribution, the largest set to 1.
 NF4 = (

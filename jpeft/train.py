@@ -1,12 +1,14 @@
 """Training: the state, the jitted step, and LoRA+.
 
 The gradient is taken for trainable adapter leaves alone, so the base has no gradient and no optimiser slot. The step is
-sharded when its inputs are: meshes are the user's.
+sharded when its inputs are: meshes are the user's. The new state is laid out as the old one, and activations as the
+batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jpeft.peft import Peft
 from jpeft.quantization import Quantized
-from jpeft.sharding import named_sharding
-from jpeft.tree import Tree, combine, map_with_path, partition
+from jpeft.sharding import Layout, constrained, everywhere, layout_of, place
+from jpeft.tree import Tree, combine, map_with_path, named_sharding, partition
 
 _METRICS = {"loss", "grad_norm", "skipped"}
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
@@ -64,13 +65,12 @@ class TrainState:
         if abstract:
             return jax.eval_shape(make, adapter, rng)
         state = make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
-        mesh = next((s.mesh for x in jax.tree.leaves(adapter) if (s := named_sharding(x)) is not None), None)
-        if mesh is None:
+        replicated = everywhere(jax.tree.leaves(adapter))
+        if replicated is None:
             return state
         # Counters and keys are made on one device; left there, the second step, which finds them on the mesh, would
         # compile again.
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return jax.tree.map(lambda x: x if named_sharding(x) is not None else jax.device_put(x, everywhere), state)
+        return jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, replicated), state)
 
 
 def _is_key(rng: Any) -> bool:
@@ -87,7 +87,7 @@ def train_step(
     clip: float | None = None,
     compute_dtype: Any = None,
     donate: bool = True,
-) -> Callable[[TrainState, Tree, Any], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Step:
     """A jitted training step ``(state, params, batch) -> (state, metrics)``.
 
     Args:
@@ -100,8 +100,9 @@ def train_step(
       donate: let the step reuse the state's memory; the state passed in is then gone.
 
     Returns:
-      The step. Its metrics are the loss function's and ``loss``, ``grad_norm`` (before clipping) and ``skipped`` (so
-      far). A step whose loss or gradient is not finite changes neither adapter nor optimiser, and is counted.
+      The step; ``step.lower(...)`` is jit's. Its metrics are the loss function's and ``loss``, ``grad_norm`` (before
+      clipping) and ``skipped`` (so far). A step whose loss or gradient is not finite changes neither adapter nor
+      optimiser, and is counted.
 
     Raises:
       ValueError: an ``accumulate`` or ``clip`` that is not positive; an ``accumulate`` that does not divide the batch,
@@ -130,7 +131,11 @@ def train_step(
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
-    def step(state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(layout: Layout | None, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        with constrained(layout):
+            return update(state, params, batch)
+
+    def update(state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         trainable, frozen = partition(state.adapter, peft.labels(state.adapter))
         rng = jax.random.fold_in(state.rng, state.step)
         if accumulate == 1:
@@ -153,7 +158,36 @@ def train_step(
         )
         return state, {**metrics, "loss": loss, "grad_norm": norm, "skipped": state.skipped}
 
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    return Step(step, accumulate, donate)
+
+
+class Step:
+    """A training step ``(state, params, batch) -> (state, metrics)``, compiled for each way that its inputs are laid
+    out: see `train_step`."""
+
+    def __init__(self, fn: Callable[..., Any], parts: int, donate: bool):
+        self._fn, self._parts, self._donate = fn, parts, donate
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._program(state, batch)(state, params, batch)
+
+    def lower(self, state: TrainState, params: Tree, batch: Any) -> jax.stages.Lowered:
+        """As ``jax.jit(...).lower``: inputs may be abstract."""
+        return self._program(state, batch).lower(state, params, batch)
+
+    def _program(self, state: TrainState, batch: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(state)
+        shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self._parts)
+        key = (treedef, shardings, layout)
+        if key not in self._programs:
+            self._programs[key] = jax.jit(
+                functools.partial(self._fn, layout),
+                # Left to itself XLA may lay out the new state otherwise, and the next step would compile again.
+                out_shardings=(jax.tree.unflatten(treedef, shardings), None),
+                donate_argnums=(0,) if self._donate else (),
+            )
+        return self._programs[key]
 
 
 def _accumulated(gradient: Any, trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: Any, n: int) -> Any:

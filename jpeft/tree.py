@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.core import FrozenDict, freeze, meta
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 Tree = Any
 Path = tuple[str, ...]
@@ -205,6 +207,13 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
 def size_bytes(tree: Tree) -> int:
     """Bytes that the leaves of a tree take, from their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """A leaf's ``NamedSharding`` on more than nothing, or None: traced and single-device leaves have none."""
+    leaf = peek(leaf)
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def all_finite(tree: Tree) -> jax.Array:

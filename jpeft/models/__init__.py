@@ -6,6 +6,7 @@ from jpeft.models.files import ModelError as ModelError
 from jpeft.models.loading import FAMILIES as FAMILIES
 from jpeft.models.loading import is_decoder as is_decoder
 from jpeft.models.loading import load as load
+from jpeft.models.loading import logical_names as logical_names
 from jpeft.models.loading import logical_shardings as logical_shardings
 from jpeft.models.loading import save as save
 from jpeft.models.stacking import stack as stack

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.attention import register_attention
 from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
+from jpeft.tree import Path, join
 
 Flat = Float[Array, "tokens hidden"]
 
@@ -400,3 +401,25 @@ def example_inputs(model: Bert) -> tuple[jax.ShapeDtypeStruct, ...]:
     (ShapeDtypeStruct(shape=(1, 1), dtype=int32),)
     """
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+
+_AXES: Sequence[tuple[str, tuple[str | None, ...]]] = (
+    (r".*/(query|key|value|[qkv]_lin)", ("embed", "heads")),
+    (r".*/(attention/output/dense|out_lin)", ("heads", "embed")),
+    (r".*/(intermediate/dense|lin1)", ("embed", "mlp")),
+    (r".*/(output/dense|lin2)", ("mlp", "embed")),
+    (r".*_embeddings", (None, "embed")),  # vocabularies of encoders rarely divide
+)
+
+
+def axis_names(path: Path) -> tuple[str | None, ...]:
+    """The logical names of a parameter's axes.
+
+    >>> axis_names(("encoder", "layer", "0", "attention", "self", "query", "kernel"))
+    ('embed', 'heads')
+    """
+    owner, leaf = join(path[:-1]), path[-1]
+    names = next((names for pattern, names in _AXES if re.fullmatch(pattern, owner)), ())
+    if leaf == "bias":
+        return names[1:] if names and names[1] != "embed" else ()
+    return names if leaf in ("kernel", "embedding") else ()

@@ -29,6 +29,7 @@ from jpeft.models import ops
 from jpeft.models.rotary import Rotary, rotate
 from jpeft.models.rotary import from_config as rotary_from_config
 from jpeft.models.rotary import to_config as rotary_to_config
+from jpeft.tree import Path
 
 States = Float[Array, "*tokens hidden"]  # [batch, length, hidden], or with the two in one (`ops.tokens_in_one`)
 Heads = Float[Array, "batch length heads head_dim"]
@@ -795,6 +796,15 @@ def extras(model: Decoder) -> re.Pattern[str]:
     """
     buffers = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     return re.compile(rf"{buffers}|lm_head\.weight" if model.config.tie_word_embeddings else buffers)
+
+
+def axis_names(path: Path) -> tuple[str | None, ...]:
+    """None beside those that the parameters' boxes tell.
+
+    >>> axis_names(("model", "norm", "scale"))
+    ()
+    """
+    return ()
 
 
 def example_inputs(model: Decoder) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -26,7 +26,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jpeft import fingerprint, quantization, tree
@@ -35,6 +34,7 @@ from jpeft.models import quantized
 from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config
 from jpeft.models.stacking import DIFFER, stacked_at
 from jpeft.quantization import Quantized
+from jpeft.sharding import Rules, param_shardings
 
 #: `model_type` of a `config.json` → the module that builds it (see `Family`), imported when asked for.
 FAMILIES: dict[str, str] = {
@@ -87,6 +87,10 @@ class Family(Protocol):
 
     def example_inputs(self, model: Any) -> tuple[Any, ...]:
         """The smallest inputs that the model takes, abstract."""
+        ...
+
+    def axis_names(self, path: tree.Path) -> tuple[str | None, ...]:
+        """The logical names of a parameter's axes, where its box does not tell."""
         ...
 
 
@@ -151,13 +155,28 @@ def load(
     return model, tree.unflatten({tuple(name.split("/")): leaf for name, leaf in placed.items()})
 
 
-def logical_shardings(model: nn.Module, mesh: Mesh, rules: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The shardings of a model's parameters on a mesh, from the logical names of their axes.
+def logical_names(model: nn.Module) -> dict[str, Any]:
+    """The logical names of the axes of a model's parameters, a tuple for each that has some, for `jpeft.shard`.
+
+    They are `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `head_dim` and `layers`.
+
+    >>> from jpeft.models.decoder import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96))
+    >>> logical_names(model)["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    ('layers', 'embed', 'mlp')
+    """
+    family = _family(cast(Any, model).config.model_type)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))["params"]
+    boxed = tree.flatten(nn.get_partition_spec(shapes))
+    names = {path: tuple(spec) or family.axis_names(path) for path, spec in boxed.items()}
+    return tree.unflatten({path: entries for path, entries in names.items() if entries})
+
+
+def logical_shardings(model: nn.Module, mesh: Mesh, rules: Rules | None = None) -> dict[str, Any]:
+    """The shardings of a model's parameters on a mesh, from the logical names of their axes, for `load`.
 
     Args:
-        rules: pairs of a logical axis and a mesh axis (or None, or a tuple of mesh axes). Decoders name `vocab`,
-            `embed`, `heads`, `kv_heads`, `mlp`, `head_dim` and `layers`; axes without a rule, and parameters without
-            names, are replicated.
+        rules: as for `jpeft.shard`.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> model = Decoder(DecoderConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96))
@@ -166,9 +185,8 @@ def logical_shardings(model: nn.Module, mesh: Mesh, rules: Sequence[tuple[str, A
     P(None, None, 'tensor')
     """
     family = _family(cast(Any, model).config.model_type)
-    variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))
-    specs = nn.get_partition_spec(variables)["params"]
-    return spmd.logical_to_mesh_sharding(specs, mesh, list(rules))
+    shapes = {tuple(name.split("/")): leaf for name, leaf in _abstract(family, model).items()}
+    return param_shardings(tree.unflatten(shapes), mesh, rules, names=logical_names(model))
 
 
 def save(
