@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from flax.linen import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft.quantization import Quantized, shardings_like
@@ -96,7 +97,7 @@ def param_shardings(params: Tree, mesh: Mesh, rules: Rules | None = None, *, nam
         shape = peek(leaf).shape
         spec = next((spec for pattern, spec in by_path if pattern.fullmatch(join(path))), None)
         if spec is None and known[path]:
-            spec = nn.logical_to_mesh_axes(known[path], by_name)
+            spec = spmd.logical_to_mesh_axes(known[path], by_name)
         if spec is None:
             spec = _longer_side(shape, mesh) if unnamed else PartitionSpec()
         out[path] = _in_boxes(leaf, NamedSharding(mesh, _checked(path, shape, spec, mesh)))
