@@ -188,7 +188,7 @@ def test_a_step_on_any_mesh_is_that_on_one_device(kind, method, scheme, request)
     example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
     base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *example)["params"])
     if scheme is not None:
-        base = jpeft.quantize(base, scheme, block=16)
+        base = jpeft.quantize(base, scheme, block=8)
     adapter, losses, _ = trained(kind, method, base, batch)
     meshes = MESHES if request.config.getoption("--whole-product") else [(2, 2, 2), (1, 8, 1)]
     for dims in meshes:
@@ -201,11 +201,11 @@ def test_a_step_on_any_mesh_is_that_on_one_device(kind, method, scheme, request)
 
 
 def test_rows_stay_spread_where_the_weights_would_pull_them_together():
-    """Of a model whose weights are spread over their widths, no activation has all rows on a device."""
+    """Of a model whose weights are spread over their widths, no module gives activations with all rows on a device."""
     kind = decoder()
     model, _, batch, _, names = kind
     base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
     mesh = mesh_of((1, 8, 1))
     _, _, text = trained(kind, METHODS["lora"], jpeft.shard(base, mesh, names=names), jpeft.shard_batch(batch, mesh))
-    whole = re.findall(r"f32\[8,16,(?:64|128)\]\S* (?:dot|fusion|all-gather)\(", text)
-    assert not whole, whole[:3]
+    products = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|fusion)\(", text)
+    assert products and not [shape for shape in products if shape.startswith("8,16,")]
