@@ -200,12 +200,18 @@ def test_a_step_on_any_mesh_is_that_on_one_device(kind, method, scheme, request)
             np.testing.assert_allclose(flatten(got)[path], leaf, atol=1e-5, rtol=1e-5, err_msg=f"{dims} {join(path)}")
 
 
-def test_rows_stay_spread_where_the_weights_would_pull_them_together():
-    """Of a model whose weights are spread over their widths, no module gives activations with all rows on a device."""
+def test_what_devices_send_each_other():
+    """Weights are gathered and gradients of adapters added up: no activation is gathered, no other gradient made."""
     kind = decoder()
     model, _, batch, _, names = kind
     base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
     mesh = mesh_of((1, 8, 1))
     _, _, text = trained(kind, METHODS["lora"], jpeft.shard(base, mesh, names=names), jpeft.shard_batch(batch, mesh))
-    products = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|fusion)\(", text)
-    assert products and not [shape for shape in products if shape.startswith("8,16,")]
+    found = re.findall(r"= (\S+|\(.*?\)) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", text)
+    shapes = [(kind, tuple(map(int, shape.split(",")))) for out, kind in found
+              for shape in re.findall(r"f32\[([\d,]+)\]", out)]  # fmt: skip
+    gathered, added = (
+        {shape for what, shape in shapes if (what == "all-gather") is gathering} for gathering in (True, False)
+    )
+    assert {(64, 64), (64, 128), (128, 64)} <= gathered and not {shape for shape in gathered if shape[:1] == (8,)}
+    assert added and all(4 in shape for shape in added), added  # the rank
