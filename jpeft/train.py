@@ -176,6 +176,11 @@ class Step:
         """As ``jax.jit(...).lower``: inputs may be abstract."""
         return self._program(state, batch).lower(state, params, batch)
 
+    @property
+    def compiled(self) -> int:
+        """How many programs it has been compiled to: one for each layout, and shapes and dtypes, of its inputs."""
+        return sum(program._cache_size() for program in self._programs.values())
+
     def _program(self, state: TrainState, batch: Any) -> Any:
         leaves, treedef = jax.tree.flatten(state)
         shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self._parts)

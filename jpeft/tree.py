@@ -216,6 +216,11 @@ def named_sharding(leaf: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+def count(tree: Tree) -> int:
+    """How many numbers a tree holds: of a quantised weight those that it stands for."""
+    return sum(peek(leaf).size for leaf in flatten(tree).values())
+
+
 def all_finite(tree: Tree) -> jax.Array:
     """True where no floating leaf holds a NaN or an infinity. A scalar boolean."""
     checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

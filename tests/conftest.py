@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all-meshes", action="store_true", help="a step on every mesh of 8 devices: half an hour")
     parser.addoption("--whole-product", action="store_true", help="the law in every mode and dtype: as .ci/run does")
 
 

@@ -190,7 +190,7 @@ def test_a_step_on_any_mesh_is_that_on_one_device(kind, method, scheme, request)
     if scheme is not None:
         base = jpeft.quantize(base, scheme, block=8)
     adapter, losses, _ = trained(kind, method, base, batch)
-    meshes = MESHES if request.config.getoption("--whole-product") else [(2, 2, 2), (1, 8, 1)]
+    meshes = MESHES if request.config.getoption("--all-meshes") else [(2, 2, 2)]
     for dims in meshes:
         mesh = mesh_of(dims)
         placed = jpeft.shard(base, mesh, names=names)

@@ -86,7 +86,7 @@ def test_every_adapter_leaf_trains_and_the_base_stays_bit_identical(setup):
         assert not np.array_equal(leaf, flatten(adapter)[path]), join(path)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True))
     assert int(state.step) == 3 and set(metrics) == {"loss", "grad_norm", "skipped", "accuracy"}
-    assert step._cache_size() == 1  # no recompilation across steps
+    assert step.compiled == 1  # no recompilation across steps
 
 
 def test_the_step_is_the_optimiser_on_the_gradient_of_the_adapter(setup):
