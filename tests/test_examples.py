@@ -9,6 +9,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jpeft
@@ -79,6 +80,24 @@ def test_quantised_bases(tmp_path, monkeypatch):
     exec(code, scope)
     assert scope["logits"].shape == (1, 4, 30)
     assert jpeft.quantization.is_quantized(scope["base"]) and not jpeft.quantization.is_quantized(scope["merged"])
+
+
+def test_meshes(tmp_path, monkeypatch):
+    code = readme("path/to/mistral")
+    monkeypatch.chdir(tmp_path)
+    model = Decoder(DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+                                  num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64))  # fmt: skip
+    batch = {"ids": jnp.ones((8, 4), int)}
+    base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), batch["ids"])["params"])
+    jpeft.models.save(tmp_path / "path" / "to" / "mistral", model, base)
+    peft = jpeft.LoRA(rank=2, targets="all-linear").bind(model, base, batch["ids"])
+    tx = optax.sgd(0.1)
+    loss_fn = lambda adapter, params, batch, rng: ((peft.apply(params, adapter, batch["ids"]) ** 2).mean(), {})  # noqa: E731
+    scope = {"jax": jax, "jpeft": jpeft, "P": jax.sharding.PartitionSpec, "key": jax.random.key(0), "base": base,
+             "peft": peft, "batch": batch, "tx": tx, "step": jpeft.train_step(peft, loss_fn, tx)}  # fmt: skip
+    exec(code, scope)
+    spec = lambda tree: tree["model"]["layers"]["mlp"]["up_proj"]["kernel"].sharding.spec  # noqa: E731
+    assert spec(scope["base"]) == jax.sharding.PartitionSpec(None, "fsdp") and int(scope["state"].step) == 1
 
 
 def test_the_method_and_the_geometry_that_the_readme_adds(registries):
