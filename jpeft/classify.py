@@ -23,11 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jpeft import data, models
 from jpeft.assets import UserError
 from jpeft.data import Batch, Batches
+from jpeft.sharding import constrained, layout_on, replicated, shard, shard_batch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,15 +78,18 @@ def mean_pool(
 
 
 def load_classifier(
-    folder: Path, num_labels: int, seed: int, scheme: str = "none"
+    folder: Path, num_labels: int, seed: int, scheme: str = "none", mesh: Mesh | None = None
 ) -> tuple[Classifier, dict[str, Any]]:
     """The encoder of a HuggingFace folder, quantised unless the scheme is "none", under a fresh head from the seed.
+
+    On a mesh the encoder is sharded as its axes' names say (`jpeft.models.logical_shardings`), the head is everywhere.
 
     >>> classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)  # doctest: +SKIP
     """
     if models.is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
-    encoder, params = models.load(folder, quantize=None if scheme == "none" else scheme)
+    shardings = None if mesh is None else lambda encoder: models.logical_shardings(encoder, mesh)
+    encoder, params = models.load(folder, quantize=None if scheme == "none" else scheme, shardings=shardings)
     classifier = Classifier(encoder, num_labels)
     states = jax.eval_shape(lambda p, ids, mask: encoder.apply({"params": p}, ids, attention_mask=mask),
                             params, *example_inputs())  # fmt: skip
@@ -95,6 +100,7 @@ def load_classifier(
     width, rng = states.shape[-1], np.random.default_rng(seed)
     kernel = rng.uniform(-1, 1, (width, num_labels)) * math.sqrt(3 / width)  # variance 1 / width
     head = {"kernel": jnp.asarray(kernel, states.dtype), "bias": jnp.zeros(num_labels, states.dtype)}
+    head = head if mesh is None else shard(head, mesh, [])
     return classifier, {"encoder": params, HEAD: head}
 
 
@@ -155,12 +161,17 @@ def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Arra
     return loss
 
 
-def scorer(peft: Peft) -> Scorer:
+def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
     """The compiled `(params, adapter, input_ids, attention_mask) -> logits`; keep it, so that it compiles once a shape.
 
     >>> logits = scorer(peft)(params, adapter, batch.input_ids, batch.attention_mask)  # doctest: +SKIP
     """
-    return jax.jit(lambda params, adapter, ids, mask: peft.apply(params, adapter, ids, mask))
+
+    def logits(params: Any, adapter: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        with constrained(layout_on(mesh, ids)):
+            return peft.apply(params, adapter, ids, mask)
+
+    return jax.jit(logits, out_shardings=None if mesh is None else replicated(mesh))
 
 
 class Scores(NamedTuple):
@@ -170,14 +181,18 @@ class Scores(NamedTuple):
     loss: float
 
 
-def probabilities(score: Scorer, params: Any, adapter: Any, batches: Batches) -> Float[np.ndarray, "rows labels"]:
+def probabilities(
+    score: Scorer, params: Any, adapter: Any, batches: Batches, mesh: Mesh | None = None
+) -> Float[np.ndarray, "rows labels"]:
     """Class probabilities of every text, in the order of the data.
 
     >>> probabilities(scorer(peft), params, adapter, Batches(encoded, 64)).argmax(-1)  # doctest: +SKIP
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for batch in batches:
-        logits = np.asarray(score(params, adapter, batch.input_ids, batch.attention_mask), np.float64)
+        inputs = (batch.input_ids, batch.attention_mask)
+        inputs = inputs if mesh is None else shard_batch(inputs, mesh)
+        logits = np.asarray(score(params, adapter, *inputs), np.float64)
         real = batch.rows >= 0
         found.append((batch.rows[real], logits[real]))
     rows, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -186,12 +201,12 @@ def probabilities(score: Scorer, params: Any, adapter: Any, batches: Batches) ->
     return odds / odds.sum(axis=-1, keepdims=True)
 
 
-def evaluate(score: Scorer, params: Any, adapter: Any, batches: Batches) -> Scores:
+def evaluate(score: Scorer, params: Any, adapter: Any, batches: Batches, mesh: Mesh | None = None) -> Scores:
     """Accuracy and mean cross-entropy over labelled batches.
 
     >>> evaluate(scorer(peft), params, adapter, Batches(encoded, 64)).accuracy  # doctest: +SKIP
     """
-    found, labels = probabilities(score, params, adapter, batches), batches.encoded.labels
+    found, labels = probabilities(score, params, adapter, batches, mesh), batches.encoded.labels
     likelihood = np.maximum(found[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
     return Scores(float((found.argmax(-1) == labels).mean()), float(-np.log(likelihood).mean()))
 

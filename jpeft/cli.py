@@ -35,7 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     >>> main(["inspect", "runs/minilm-lora-1"])  # doctest: +SKIP
     """
-    args = _parser().parse_args(arguments)
+    status = _run(_parser().parse_args(arguments))
+    if status and (distributed := sys.modules.get("jpeft.distributed")) is not None:
+        distributed.leave(status)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         with _terminable():
             args.run_command(args)
@@ -49,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        return _fail(*_explain(error))
+        message, status = _explain(error)
+        return status if _told_elsewhere(error) else _fail(message, status)
 
 
 @contextlib.contextmanager
@@ -67,6 +74,14 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _told_elsewhere(error: Exception) -> bool:
+    """Whether process 0 of several says what this process would."""
+    hosts = sys.modules.get("jpeft.hosts")
+    if hosts is None or hosts.leads():
+        return False
+    return isinstance(error, (Interrupted, hosts.HostError)) or getattr(error, "told", False)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -194,6 +209,13 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: a new one below runs/)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                         help="continue RUN, or the run at --out, or the latest below runs/")  # fmt: skip
+    parser.add_argument("--mesh", metavar="AXES", help="devices to train on, by axis: data=2,fsdp=4,tensor=2 (default: "
+                        "one device; with --distributed, all on fsdp)")  # fmt: skip
+    parser.add_argument("--distributed", action="store_true", help="one of several processes, as Cloud TPU, SLURM or "
+                        "Open MPI say, or the next three; --out is on storage that all share")  # fmt: skip
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    parser.add_argument("--processes", type=int, metavar="INT", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="INT", help="which this is, from 0")
 
 
 def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,25 +250,37 @@ def _finetune(args: argparse.Namespace) -> None:
     if "settings" in given:
         given["settings"] = dict(given["settings"])
     fresh = Config(**given)  # its mistakes are told before anything heavy is imported
-    with _Terminal(to_stderr=args.json) as terminal:
-        from jpeft import finetune, runs
+    run, out = args.resume, args.out
+    if isinstance(run, str):
+        if out is not None and out != Path(run):
+            raise UserError(f"--resume {run} and --out {out} name two runs; give one")
+        out = Path(run)
+    several = args.distributed or any(x is not None for x in (args.coordinator, args.processes, args.process))
+    if several:
+        from jpeft import distributed
 
-        run, out = args.resume, args.out
-        if run is not None and run is not True:
-            if out is not None and Path(out) != Path(run):
-                raise UserError(f"--resume {run} and --out {out} name two runs; give one")
-            result = finetune.resume(Path(run), given, terminal)
-        elif run and (found := out if out is not None else runs.latest_run()) is not None and found.exists():
-            result = finetune.resume(found, given, terminal)
+        distributed.join(args.coordinator, args.processes, args.process)
+    from jpeft import finetune, hosts, runs
+
+    mesh = None
+    if several or args.mesh is not None:
+        from jpeft import distributed
+
+        hosts.check_same({"what they were asked for": repr((sorted(given.items()), args.mesh, str(out), run))})
+        mesh = distributed.mesh_of(args.mesh)
+    with _Terminal(to_stderr=args.json, quiet=not hosts.leads()) as terminal:
+        found = Path(hosts.from_leader(str(out or runs.latest_run() or ""))) if run else Path()
+        if isinstance(run, str) or (run and found != Path() and hosts.together(found.exists)):
+            result = finetune.resume(found, given, terminal, mesh)
         else:
             if run:  # so that one command line, repeated, survives a kill at any moment
                 terminal.say("nothing to resume yet: starting")
-            result = finetune.finetune(fresh, out, terminal)
+            result = finetune.finetune(fresh, out, terminal, mesh)
         if not args.json:
             for sample in result.get("samples", ()):
                 terminal.say(_sample(sample))
             terminal.table(_rows(result))
-    if args.json:
+    if args.json and hosts.leads():
         print(json.dumps(result, ensure_ascii=False))
 
 
@@ -545,8 +579,8 @@ def _bytes(size: int) -> str:
 class _Terminal:
     """Prints what a job says, and its progress: a bar where somebody watches, else a line now and then."""
 
-    def __init__(self, to_stderr: bool):
-        self._stderr = to_stderr
+    def __init__(self, to_stderr: bool, quiet: bool = False):
+        self._stderr, self._quiet = to_stderr, quiet
         self._bar: Progress | None = None
         self._mean: float | None = None
         self._began: tuple[int, float] | None = None
@@ -556,7 +590,7 @@ class _Terminal:
     def __enter__(self) -> _Terminal:
         from rich.console import Console
 
-        self._console = Console(stderr=self._stderr, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=self._stderr, quiet=self._quiet, highlight=False, soft_wrap=True)
         return self
 
     def __exit__(self, *_: object) -> None:

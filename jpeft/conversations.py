@@ -339,15 +339,16 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < len(self):  # grain would begin again
             raise IndexError(f"step {step} of {len(self)}")
-        batch = self._dataset[step]
+        batch = self._dataset()[step]
         assert batch is not None  # which grain gives for what was filtered out
         return batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self.start(0)
 
-    def start(self, step: int) -> Iterator[Batch]:
-        """The batches from a step on. The next ones are made while one is used.
+    def start(self, step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """The batches from a step on; or those of their rows that are given, which are this host's. The next ones are
+        made while one is used.
 
         >>> next(batches.start(40))  # doctest: +SKIP
         """
@@ -356,7 +357,9 @@ class Batches:
         if not 0 <= step <= len(self):
             raise IndexError(f"step {step} of {len(self)}")
         # One thread: it computes while the step runs on the device; more would only wait for each other (the GIL).
-        return iter(self._dataset[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        return iter(
+            self._dataset(rows)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        )
 
     @property
     def per_epoch(self) -> tuple[int, ...]:
@@ -398,6 +401,17 @@ class Batches:
         tokens, epochs = int(self._lengths.sum()), self.epochs
         return Count(epochs * len(self.encoded), epochs * tokens, epochs * answer_tokens, positions)
 
+    def counts(self, step: int) -> Iterator[Count]:
+        """What the batches from a step on hold, on all hosts together.
+
+        >>> next(batches.counts(40))  # doctest: +SKIP
+        """
+        for batch in data.chunks(self._rows, self.batch_size)[step:]:
+            examples = [example for _, row in batch for example in row]
+            answer_tokens = sum(int(self.encoded.answer[example][1:].sum()) for example in examples)
+            tokens, positions = int(self._lengths[examples].sum()), sum(width for width, _ in batch)
+            yield Count(len(examples), tokens, answer_tokens, positions)
+
     @cached_property
     def _lengths(self) -> np.ndarray:
         return np.asarray([len(ids) for ids in self.encoded.ids])
@@ -430,11 +444,18 @@ class Batches:
         return rows
 
     @cached_property
-    def _dataset(self) -> grain.MapDataset:
+    def _rows(self) -> list[_Row]:
+        return [row for epoch in self._plan for row in epoch]
+
+    def _dataset(self, rows: np.ndarray | None = None) -> grain.MapDataset:
+        """All batches, or these rows of each."""
         import grain
 
-        rows = [row for epoch in self._plan for row in epoch]
-        return grain.MapDataset.source(rows).map(self._lay_out).batch(self.batch_size)
+        source, size = self._rows, self.batch_size
+        if rows is not None:
+            firsts = range(0, len(source), size)
+            source, size = [source[first + int(row)] for first in firsts for row in rows], len(rows)
+        return grain.MapDataset.source(source).map(self._lay_out).batch(size)
 
     def _lay_out(self, row: _Row) -> Batch:
         """One row of a batch: its examples one behind the other."""
@@ -473,17 +494,6 @@ def pack(lengths: Sequence[int] | np.ndarray, examples: Sequence[int], size: int
         rows[row].append(example)
         insort(open, (room - length, row))
     return [tuple(row) for row in rows]
-
-
-def count(batch: Batch) -> Count:
-    """What a batch holds.
-
-    >>> example = np.arange(5, dtype=np.int32)
-    >>> count(Batches(Encoded((example,), (example > 2,), (1,)), batch_size=1, max_length=6)[0])
-    Count(examples=1, tokens=5, answer_tokens=2, positions=6)
-    """
-    segments = batch.segment_ids
-    return Count(int(segments.max(axis=1).sum()), int((segments > 0).sum()), int(batch.weight.sum()), segments.size)
 
 
 def shapes(batches: Batches) -> set[tuple[int, int]]:

@@ -340,6 +340,13 @@ def encode(
 # --------------------------------------------------------------------------------------------------------- batching
 
 
+class Count(NamedTuple):
+    """What a batch holds: texts, and their tokens."""
+
+    examples: int
+    tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """The batches of all epochs: that of a step depends on the data, the seed and the step, and on nothing before it.
@@ -382,15 +389,30 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.start(0)
 
-    def start(self, step: int) -> Iterator[Batch]:
-        """The batches from a step on.
+    def start(self, step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """The batches from a step on; or those of their rows that are given, which are this host's.
 
         >>> next(batches.start(40))  # doctest: +SKIP
         """
+        for texts in self._from(step):
+            batch = self._pad(texts)
+            yield batch if rows is None else Batch(*(column[rows] for column in batch))
+
+    def counts(self, step: int) -> Iterator[Count]:
+        """What the batches from a step on hold, on all hosts together.
+
+        >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
+        >>> list(Batches(encoded, batch_size=4).counts(0))
+        [Count(examples=4, tokens=20), Count(examples=3, tokens=15)]
+        """
+        for texts in self._from(step):
+            yield Count(len(texts), sum(len(self.encoded.ids[row]) for row in texts))
+
+    def _from(self, step: int) -> Iterator[np.ndarray]:
+        """The texts of each batch from a step on."""
         first, position = divmod(step, self.per_epoch)
         for epoch in range(first, self.epochs):
-            for rows in self._order(epoch)[position:]:
-                yield self._pad(rows)
+            yield from self._order(epoch)[position:]
             position = 0
 
     def _order(self, epoch: int) -> list[np.ndarray]:
@@ -438,7 +460,7 @@ def bucket(length: int, max_length: int) -> int:
     return next((size for size in _BUCKETS if length <= size < max_length), max_length)
 
 
-def chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+def chunks(rows: Any, size: int) -> list[Any]:
     """Consecutive pieces of `size`, the last may be smaller.
 
     >>> [piece.tolist() for piece in chunks(np.arange(5), 2)]

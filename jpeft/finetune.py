@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import json
 import shutil
 import signal
 import statistics
@@ -27,12 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft import checkpoint, jobs, runs
 from jpeft.assets import UserError
+from jpeft.checkpoint import Checkpoints
 from jpeft.config import Config, Interrupted, flag
+from jpeft.distributed import Pulse, watched
 from jpeft.fingerprint import difference
+from jpeft.hosts import check_same, from_leader, largest, leads, together
 from jpeft.jobs import Job, Reporter, Silent, prepare
 from jpeft.runs import Log
 from jpeft.tree import flatten, peek, size_bytes
@@ -55,20 +60,31 @@ def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation,
     return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
 
 
+_SHARED_WITHIN = 30.0  # seconds for a new folder to be seen on all hosts
+
+
 # -------------------------------------------------------------------------------------------------------------- job
 
 
-def finetune(config: Config, out: Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def finetune(
+    config: Config, out: Path | None = None, reporter: Reporter | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Train from the beginning, into a folder that is not there yet. Returns what the final table shows.
+
+    Args:
+        mesh: what to train on, of axes that `jpeft.shard` knows; None is one device. On several hosts
+            (`jpeft.distributed.join`) all call this alike, and `out` is on storage that they share.
 
     >>> finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]  # doctest: +SKIP
     """
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
-    job = prepare(config, reporter or Silent())
-    run = runs.create_run(out, job.config, job.record)
+    reporter = _speaker(reporter)
+    job = together(lambda: _prepare_new(config, out, reporter, mesh))
+    record = job.record
+    _check_same(record)
+    run = Path(from_leader(str(together(lambda: runs.create_run(out, job.config, record) if leads() else ""))))
+    together(lambda: _check_shared(run))
     try:
-        return _finish(job, run, reporter or Silent())
+        return _finish(job, run, reporter)
     except (UserError, OSError):
         raise
     except Exception:  # too large for the memory, perhaps
@@ -77,15 +93,62 @@ def finetune(config: Config, out: Path | None = None, reporter: Reporter | None 
         raise
 
 
-def resume(run: Path, given: Mapping[str, Any], reporter: Reporter | None = None) -> dict[str, Any]:
+def _prepare_new(config: Config, out: Path | None, reporter: Reporter, mesh: Mesh | None) -> Job:
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
+    return prepare(config, reporter, mesh)
+
+
+def _speaker(reporter: Reporter | None) -> Reporter:
+    """One process speaks."""
+    return reporter if reporter is not None and leads() else Silent()
+
+
+def _check_same(record: Mapping[str, Any]) -> None:
+    """Raises a UserError where hosts would train on something else than process 0."""
+    words = {"config": "the configuration", "base": "the model", "tokenizer": "the model's tokenizer",
+             "data": "the data", "method": "the method"}  # fmt: skip
+    check_same({told: json.dumps(record[name], sort_keys=True) for name, told in words.items()})
+
+
+def _check_shared(run: Path) -> None:
+    deadline = time.monotonic() + _SHARED_WITHIN
+    while not (run / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"{run.absolute()}: not seen here; --out must be on storage that all hosts share")
+        time.sleep(0.2)
+
+
+def resume(
+    run: Path, given: Mapping[str, Any], reporter: Reporter | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Continue a run under the configuration that it recorded; a complete one only tells its result.
 
     Args:
         given: what is asked for now, by field of `Config`: it must be what the run recorded.
+        mesh: as for `finetune`; it may be another than the run had until now.
 
     >>> resume(Path("runs/first"), {})  # doctest: +SKIP
     """
-    reporter, record = reporter or Silent(), runs.read_record(run)
+    reporter = _speaker(reporter)
+    record, result = together(lambda: _read_run(run, given))
+    if result:
+        reporter.say(f"{run} is complete")
+        return result
+    config = Config(**record["config"])
+    job = together(lambda: prepare(config, reporter, mesh))
+    now = job.record
+    for name, words in jobs.UNCHANGED.items():
+        if now.get(name) != record.get(name):
+            raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
+    _check_same(now)
+    if changed := difference(record["base"], job.params):
+        raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
+    return _finish(job, run, reporter)
+
+
+def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    record = runs.read_record(run)
     config = Config(**record["config"])
     if name := config.conflict(given):
         mine = getattr(config, name)
@@ -93,17 +156,7 @@ def resume(run: Path, given: Mapping[str, Any], reporter: Reporter | None = None
             f"{run}: {flag(name)} {given[name]} conflicts with the run's {'default' if mine is None else mine}: a "
             "resumed run keeps its configuration; start another with another --out"
         )
-    if result := runs.read_result(run):
-        reporter.say(f"{run} is complete")
-        return result
-    job = prepare(config, reporter)
-    now = job.record
-    for name, words in jobs.UNCHANGED.items():
-        if now.get(name) != record.get(name):
-            raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
-    if changed := difference(record["base"], job.params):
-        raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
-    return _finish(job, run, reporter)
+    return record, runs.read_result(run)
 
 
 # ------------------------------------------------------------------------------------------------------ the run itself
@@ -114,16 +167,25 @@ def _finish(job: Job, run: Path, reporter: Reporter) -> dict[str, Any]:
     reporter.say(job.peft.summary())
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
     fresh = job.peft.init(adapter_key, job.params)
-    with _stopping_well(run), checkpoint.open_checkpoints(run / "checkpoints") as checkpoints:
+    with (
+        _stopping_well(run),
+        runs.locked(run),
+        watched(run / "processes") as pulse,
+        checkpoint.open_checkpoints(run / "checkpoints") as checkpoints,
+    ):
         state, start = _begin(job, fresh, rng, checkpoints, reporter)
-        with runs.open_log(run / "metrics.jsonl", start) as log:
-            adapter = _train(job, fresh, state, start, run, checkpoints, log, reporter)
-            _check_converged(run, log, job.steps)
+        with runs.open_log(run / "metrics.jsonl", start, write=leads()) as log:
+            adapter = _train(job, fresh, state, start, run, checkpoints, log, reporter, pulse)
+            together(lambda: _check_converged(run, log, job.steps))
             jpeft.save(run / "adapter", job.peft, adapter, job.params)
-            runs.plot(log.lines, run / "loss.png")
             result = _result(job, run, fresh, adapter, log)
-            runs.write_json(run / "result.json", result)  # last: its presence says that the run is complete
+            together(lambda: _write_result(run, log, result) if leads() else None)
     return result
+
+
+def _write_result(run: Path, log: Log, result: Mapping[str, Any]) -> None:
+    runs.plot(log.lines, run / "loss.png")
+    runs.write_json(run / "result.json", result)  # last: its presence says that the run is complete
 
 
 def _check_converged(run: Path, log: Log, total: int) -> None:
@@ -136,7 +198,7 @@ def _check_converged(run: Path, log: Log, total: int) -> None:
         )
 
 
-def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Any, reporter: Reporter) -> tuple[Any, int]:
+def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter) -> tuple[Any, int]:
     """The state to go on from, and the steps behind it."""
     total = job.steps
     state = jpeft.TrainState.create(job.peft, fresh, optimizer(job.config, total)[0], rng)
@@ -150,37 +212,39 @@ def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Any, reporter: Rep
 
 
 def _train(
-    job: Job, fresh: Any, state: Any, start: int, run: Path, checkpoints: Any, log: Log, reporter: Reporter
-) -> Any:
+    job: Job, fresh: Any, state: Any, start: int, run: Path, checkpoints: Checkpoints, log: Log, reporter: Reporter,
+    pulse: Pulse,
+) -> Any:  # fmt: skip
     """The steps that are left. Returns the trained adapter."""
     config, params, total, task = job.config, job.params, job.steps, job.task
-    score = task.evaluator(job.peft, params)
+    score = task.evaluator(job)
     _evaluate(0, score, fresh, job, log, reporter)
     tx, schedule = optimizer(config, total)
     step = jpeft.train_step(job.peft, task.loss_fn(job.peft), tx, clip=1.0, accumulate=config.accumulate)
     rates = np.asarray(schedule(np.arange(total)), float)
-    compiled: set[tuple[int, ...]] = set()
-    batches = itertools.islice(job.train.start(start), total - start)
-    with _stop_signal() as stop:
-        for done, batch in enumerate(batches, start + 1):
-            began, held = time.perf_counter(), task.count(batch)
-            state, metrics = step(state, params, task.prepare_batch(batch))
+    batches = itertools.islice(job.batches(start), total - start)
+    with _stop_signal() as asked:
+        for done, (batch, count) in enumerate(batches, start + 1):
+            began, programs = time.perf_counter(), step.compiled
+            state, metrics = step(state, params, batch)
             metrics = {name: float(value) for name, value in metrics.items()}  # waits for the step
             seconds = time.perf_counter() - began
             line = {"step": done, "epoch": round(job.train.epochs_after(done), 4), **metrics}
-            line |= {"lr": float(rates[done - 1]), **held, "seconds": round(seconds, 6)}
-            if batch.input_ids.shape not in compiled:  # the first of a shape waits for the compiler
-                compiled.add(batch.input_ids.shape)
+            line |= {"lr": float(rates[done - 1]), **count._asdict(), "seconds": round(seconds, 6)}
+            if step.compiled > programs:  # the first of a shape waits for the compiler
                 line["compiled"] = True
             log.write(line)
-            reporter.progress(done, total, metrics["loss"], held["examples"] / seconds)
-            if epoch_ends := job.train.epochs_after(done).is_integer():
+            pulse.step = done
+            reporter.progress(done, total, metrics["loss"], count.examples / seconds)
+            if evaluated := done == total or job.train.epochs_after(done).is_integer():
                 _evaluate(done, score, state.adapter, job, log, reporter)
-            if epoch_ends or stop or done % config.checkpoint_every == 0:
-                checkpoint.save(checkpoints, done, state, {"position": done})
+            stop = largest(asked[0] if asked else 0)  # on any host stops all, after the same step
+            if evaluated or stop or done % config.checkpoint_every == 0:
+                found = log.evaluation(done)
+                loss = found["eval_loss"] if found else None
+                checkpoint.save(checkpoints, done, state, {"position": done}, loss=loss, wait=bool(stop))
             if stop:
-                raise Interrupted(stop[0], done, run)
-    _evaluate(total, score, state.adapter, job, log, reporter)
+                raise Interrupted(stop, done, run)
     return state.adapter
 
 

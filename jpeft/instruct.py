@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft import chat, models
@@ -24,6 +25,7 @@ from jpeft.conversations import Batch
 from jpeft.losses import chunked_cross_entropy
 from jpeft.models.files import read_config
 from jpeft.quantization import Quantized
+from jpeft.sharding import constrained, layout_on, replicated
 from jpeft.tree import flatten
 
 if TYPE_CHECKING:
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
 Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def load_base(path: Path, scheme: str = "none") -> tuple[Any, Any]:
-    """A language model and its parameters, quantised while they are read unless the scheme is "none".
+def load_base(path: Path, scheme: str = "none", mesh: Mesh | None = None) -> tuple[Any, Any]:
+    """A language model and its parameters, quantised while they are read unless the scheme is "none", and sharded on a
+    mesh as their axes' names say.
 
     A folder that holds quantised weights stays as it is, and no other scheme may be asked for.
 
@@ -43,7 +46,9 @@ def load_base(path: Path, scheme: str = "none") -> tuple[Any, Any]:
         raise UserError(f"{path}: not a language model, but an encoder; it cannot learn to answer")
     quantised = holds_codes(path)
     try:
-        model, params = models.load(path, quantize=None if scheme == "none" or quantised else scheme)
+        shardings = None if mesh is None else lambda model: models.logical_shardings(model, mesh)
+        asked = None if scheme == "none" or quantised else scheme
+        model, params = models.load(path, quantize=asked, shardings=shardings)
         if quantised and scheme not in ("none", *(held := schemes_of(params))):
             raise UserError(f"--quantize {scheme}: {path} is quantised already; give --quantize {min(held)}")
         return model, params
@@ -96,17 +101,20 @@ def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruc
 # --------------------------------------------------------------------------------------------------- loss and scores
 
 
-def balanced(batch: Batch) -> Batch:
+def balanced(batch: Batch, answer_tokens: int | None = None, rows: int | None = None) -> Batch:
     """The batch with its weights scaled to a mean of 1 for each row, so that the mean over rows is that over answers.
 
     Micro-batches then count as much as they hold, and accumulated gradients are those of the whole batch.
+
+    Args:
+        answer_tokens, rows: of the whole batch, where this is a host's part of it.
 
     >>> weight = np.float32([[0, 1, 1, 1], [0, 0, 0, 1]])
     >>> balanced(Batch(weight, weight, weight, weight, weight)).weight.tolist()
     [[0.0, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.5]]
     """
-    total = max(float(batch.weight.sum()), 1.0)
-    return batch._replace(weight=batch.weight * np.float32(batch.weight.shape[0] / total))
+    total = max(float(batch.weight.sum()) if answer_tokens is None else answer_tokens, 1.0)
+    return batch._replace(weight=batch.weight * np.float32((rows or batch.weight.shape[0]) / total))
 
 
 def _sums(peft: Peft, adapter: Any, params: Any, batch: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
@@ -137,12 +145,17 @@ def loss_fn(peft: Peft, train_mode: bool = False) -> Callable[..., tuple[jax.Arr
     return loss
 
 
-def scorer(peft: Peft) -> Scorer:
+def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
     """The compiled `(params, adapter, batch) -> (sum of losses, right guesses, answer tokens)`; keep it.
 
     >>> scorer(peft)(params, adapter, batch)  # doctest: +SKIP
     """
-    return jax.jit(lambda params, adapter, batch: (*_sums(peft, adapter, params, batch), batch.weight.sum()))
+
+    def sums(params: Any, adapter: Any, batch: Batch) -> Any:
+        with constrained(layout_on(mesh, batch)):
+            return *_sums(peft, adapter, params, batch), batch.weight.sum()
+
+    return jax.jit(sums, out_shardings=None if mesh is None else replicated(mesh))
 
 
 class Scores(NamedTuple):

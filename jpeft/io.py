@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from jpeft import methods
 from jpeft.fingerprint import difference, fingerprint
+from jpeft.hosts import leads, on_host, together
 from jpeft.methods.base import Method
 from jpeft.peft import Peft, split_variables
 from jpeft.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
@@ -45,7 +45,8 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     """Writes an adapter as a folder. Inverse of `load`, bit exact.
 
     Args:
-      path: the folder; made if need be. An adapter that is there is replaced, atomically.
+      path: the folder; made if need be. An adapter that is there is replaced, atomically. On several hosts, all call
+        this, and the first of them writes.
       peft: the bound method. adapter: its leaves. params: the base, of which only a fingerprint is kept.
 
     Raises:
@@ -55,7 +56,7 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     leaves = peft.check(adapter)
     tree, _ = split_variables(params)
     _check_base(peft, flatten(tree))
-    tensors = {join(p): np.asarray(jax.device_get(meta.unbox(x))) for p, x in leaves.items()}
+    tensors = {join(p): np.asarray(on_host(meta.unbox(x))) for p, x in leaves.items()}
     config = {
         "format": FORMAT,
         "jpeft": _version(),
@@ -63,7 +64,10 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
         "sites": [site.name for site in peft.sites],
         "base": fingerprint(tree),
     }
-    folder = FilePath(path)
+    together(lambda: _write(FilePath(path), config, tensors) if leads() else None)
+
+
+def _write(folder: FilePath, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
     blob = _serialise(tensors)

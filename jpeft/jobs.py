@@ -7,13 +7,15 @@ what an evaluation finds; `jpeft.finetune` trains either.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft import classify, conversations, data, instruct, runs, talk
@@ -21,6 +23,7 @@ from jpeft.assets import DataSource, UserError, resolve_conversations, resolve_d
 from jpeft.config import CHAT, Config, parse_targets
 from jpeft.fingerprint import fingerprint
 from jpeft.methods import METHODS, LeafMethod, Method, from_dict
+from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS, data_ways, local_rows, shard_batch
 
 # Where a method's name on the command line is not its class's in lower case.
 ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
@@ -114,15 +117,11 @@ class Task(Protocol):
         """As `jpeft.train_step` takes it."""
         ...
 
-    def prepare_batch(self, batch: Any) -> Any:
-        """A batch as the loss takes it."""
+    def prepare_batch(self, batch: Any, count: Any) -> Any:
+        """This host's part of a batch as the loss takes it; `count` is of the whole."""
         ...
 
-    def count(self, batch: Any) -> dict[str, int]:
-        """What a batch holds; `examples` among it."""
-        ...
-
-    def evaluator(self, peft: jpeft.Peft, params: Any) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, job: Job) -> Callable[[Any], dict[str, float]]:
         """Of an adapter, `eval_loss` and whatever else is found."""
         ...
 
@@ -156,6 +155,7 @@ class Job:
     peft: jpeft.Peft
     train: Any
     task: Task
+    mesh: Mesh | None = None
 
     @property
     def steps(self) -> int:
@@ -164,6 +164,13 @@ class Job:
         >>> job.steps  # doctest: +SKIP
         """
         return min(len(self.train), self.config.steps or len(self.train))
+
+    def batches(self, start: int) -> Iterator[tuple[Any, Any]]:
+        """The training batches from a step on, as the loss takes them and in their place, and what each holds.
+
+        >>> next(job.batches(40))  # doctest: +SKIP
+        """
+        return spread(self.train, self.mesh, start, self.task.prepare_batch)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -184,13 +191,43 @@ class Job:
         }
 
 
-def prepare(config: Config, reporter: Reporter) -> Job:
+def prepare(config: Config, reporter: Reporter, mesh: Mesh | None = None) -> Job:
     """Read, check and bind all that a configuration names. Writes nothing but the cache of assets.
+
+    Args:
+        mesh: what the base is sharded over, and the rows of batches are spread over; None is one device.
 
     >>> prepare(Config(), Silent()).peft.summary()  # doctest: +SKIP
     """
     method = build_method(config)
-    return (_prepare_chat if config.task == CHAT else _prepare_classification)(config, method, reporter)
+    if mesh is not None and config.batch_size % (ways := data_ways(mesh) * config.accumulate):
+        parts = f" in each of {config.accumulate} micro-batches" * (config.accumulate > 1)
+        axes = " and ".join(name for name in DATA_AXES if name in mesh.axis_names)
+        raise UserError(f"--batch-size {config.batch_size} does not divide over the {data_ways(mesh)} parts that the "
+                        f"mesh's {axes} make{parts}; a multiple of {ways} does")  # fmt: skip
+    if mesh is not None and config.max_length % (parts := mesh.shape.get(SEQUENCE_AXIS, 1)):
+        raise UserError(f"--max-length {config.max_length} does not divide over the {parts} devices of the mesh's axis "
+                        f"{SEQUENCE_AXIS}")  # fmt: skip
+    try:
+        return (_prepare_chat if config.task == CHAT else _prepare_classification)(config, method, reporter, mesh)
+    except ValueError as error:
+        if mesh is None or type(error) is not ValueError:
+            raise
+        raise UserError(f"--mesh: {config.model}: {error}") from error  # an axis of a weight that does not divide
+
+
+def spread(
+    batches: Any, mesh: Mesh | None, start: int = 0, prepare: Callable[[Any, Any], Any] = lambda batch, count: batch
+) -> Iterator[tuple[Any, Any]]:
+    """Batches from one on, each host reading its own rows alone and putting them in their place, and what each holds.
+
+    >>> [count.examples for _, count in spread(job.train, None)]  # doctest: +SKIP
+    [16, 16, 9]
+    """
+    rows = None if mesh is None else local_rows(batches.batch_size, mesh)
+    for batch, count in zip(batches.start(start, rows), batches.counts(start), strict=True):
+        made = prepare(batch, count)
+        yield made if mesh is None else shard_batch(made, mesh, batches.batch_size), count
 
 
 def _bind(method: Method, model: Any, params: Any, inputs: tuple[Any, ...]) -> jpeft.Peft:
@@ -225,17 +262,14 @@ class Classification:
     def loss_fn(self, peft: jpeft.Peft) -> Any:
         return classify.loss_fn(peft, train_mode=bool(self.config.dropout))
 
-    def prepare_batch(self, batch: data.Batch) -> data.Batch:
+    def prepare_batch(self, batch: data.Batch, count: data.Count) -> data.Batch:
         return batch
 
-    def count(self, batch: data.Batch) -> dict[str, int]:
-        return {"examples": int(batch.weight.sum())}
-
-    def evaluator(self, peft: jpeft.Peft, params: Any) -> Callable[[Any], dict[str, float]]:
-        score = classify.scorer(peft)
+    def evaluator(self, job: Job) -> Callable[[Any], dict[str, float]]:
+        score = classify.scorer(job.peft, job.mesh)
 
         def evaluate(adapter: Any) -> dict[str, float]:
-            scores = classify.evaluate(score, params, adapter, self.test)
+            scores = classify.evaluate(score, job.params, adapter, self.test, job.mesh)
             return {"eval_accuracy": scores.accuracy, "eval_loss": scores.loss}
 
         return evaluate
@@ -255,7 +289,7 @@ class Classification:
         }
 
 
-def _prepare_classification(config: Config, method: Method, reporter: Reporter) -> Job:
+def _prepare_classification(config: Config, method: Method, reporter: Reporter, mesh: Mesh | None) -> Job:
     source = resolve_data(config.data, config.eval, config.text, config.label, reporter.say)
     train = data.read(source.train, source.text, source.label)
     labels = data.label_names(train)
@@ -267,7 +301,7 @@ def _prepare_classification(config: Config, method: Method, reporter: Reporter) 
     test = _some(test, config.eval_examples)
     train_ids, test_ids = data.label_ids(train, labels), data.label_ids(test, labels)
     folder = resolve_model(config.model, reporter.say)
-    classifier, params = classify.load_classifier(folder, len(labels), config.seed, config.quantize)
+    classifier, params = classify.load_classifier(folder, len(labels), config.seed, config.quantize, mesh)
     tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
     peft = _bind(method, classifier, params, classify.example_inputs())
     encoded, test_encoded = (
@@ -275,9 +309,10 @@ def _prepare_classification(config: Config, method: Method, reporter: Reporter) 
         for examples, ids in ((train, train_ids), (test, test_ids))
     )
     batches = data.Batches(encoded, config.batch_size, config.seed, config.epochs)
-    task = Classification(config, source, labels, data.Batches(test_encoded, _EVAL_BATCH))
+    rows = math.lcm(_EVAL_BATCH, 1 if mesh is None else data_ways(mesh))
+    task = Classification(config, source, labels, data.Batches(test_encoded, rows))
     files = {"train": source.train, "eval": source.eval}
-    return Job(config.located(), folder, files, params, peft, batches, task)
+    return Job(config.located(), folder, files, params, peft, batches, task, mesh)
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
@@ -300,18 +335,15 @@ class Chat:
     def loss_fn(self, peft: jpeft.Peft) -> Any:
         return instruct.loss_fn(peft, train_mode=bool(self.config.dropout))
 
-    def prepare_batch(self, batch: conversations.Batch) -> conversations.Batch:
-        return instruct.balanced(batch)
+    def prepare_batch(self, batch: conversations.Batch, count: conversations.Count) -> conversations.Batch:
+        return instruct.balanced(batch, count.answer_tokens, self.config.batch_size)
 
-    def count(self, batch: conversations.Batch) -> dict[str, int]:
-        held = conversations.count(batch)
-        return {"examples": held.examples, "tokens": held.tokens, "answer_tokens": held.answer_tokens}
-
-    def evaluator(self, peft: jpeft.Peft, params: Any) -> Callable[[Any], dict[str, float]]:
-        score = instruct.scorer(peft)
+    def evaluator(self, job: Job) -> Callable[[Any], dict[str, float]]:
+        score = instruct.scorer(job.peft, job.mesh)
 
         def evaluate(adapter: Any) -> dict[str, float]:
-            scores = instruct.evaluate(score, params, adapter, self.test)
+            placed = (batch for batch, _ in spread(self.test, job.mesh))
+            scores = instruct.evaluate(score, job.params, adapter, placed)
             return {"eval_loss": scores.loss, "eval_token_accuracy": scores.accuracy,
                     "eval_perplexity": scores.perplexity}  # fmt: skip
 
@@ -352,7 +384,7 @@ class Chat:
         return conversations.prompts(self.held_out)
 
 
-def _prepare_chat(config: Config, method: Method, reporter: Reporter) -> Job:
+def _prepare_chat(config: Config, method: Method, reporter: Reporter, mesh: Mesh | None) -> Job:
     train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)
     for name in ("text", "label"):
         if getattr(config, name) is not None:
@@ -365,7 +397,7 @@ def _prepare_chat(config: Config, method: Method, reporter: Reporter) -> Job:
         test = conversations.read(eval_file)
     test = _some(test, config.eval_examples)
     path = resolve_model(config.model, reporter.say)
-    model, params = instruct.load_base(path, config.quantize)
+    model, params = instruct.load_base(path, config.quantize, mesh)
     codec = instruct.load_codec(path, model, config.max_length)
     peft = _bind(method, model, params, instruct.example_inputs())
     encoded, test_encoded = (conversations.encode(examples, codec, config.max_length) for examples in (train, test))
@@ -385,4 +417,4 @@ def _prepare_chat(config: Config, method: Method, reporter: Reporter) -> Job:
     test_batches = conversations.Batches(test_encoded, config.batch_size, config.max_length)
     task = Chat(config, codec, test_batches, test)
     files = {"train": train_file, "eval": eval_file}
-    return Job(config.located(), path, files, params, peft, batches, task)
+    return Job(config.located(), path, files, params, peft, batches, task, mesh)

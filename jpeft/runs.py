@@ -32,6 +32,7 @@ import jpeft
 from jpeft import classify, data
 from jpeft.assets import UserError, resolve_model
 from jpeft.config import CLASSIFY, Config
+from jpeft.hosts import leads, together
 from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import TENSORS, read_config, write_atomically
 
@@ -161,12 +162,41 @@ class Log:
 
 
 @contextlib.contextmanager
-def open_log(path: Path, step: int) -> Iterator[Log]:
+def locked(run: Path) -> Iterator[None]:
+    """A run to oneself, as long as this process lives: two that write the same checkpoints would spoil both.
+
+    >>> with locked(Path("runs/first")): train()  # doctest: +SKIP
+    """
+    import filelock
+
+    lock = filelock.FileLock(run / ".lock", timeout=0)
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"{run}: another process is writing it; wait, or choose another --out") from None
+
+    together(lambda: acquire() if leads() else None)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def open_log(path: Path, step: int, write: bool = True) -> Iterator[Log]:
     """The log as it was at a step: what a killed run wrote after its last checkpoint is dropped.
+
+    Args:
+        write: False keeps lines in memory alone: of several hosts, one writes.
 
     >>> with open_log(run / "metrics.jsonl", step=100) as log: log.write({"step": 101, "loss": 0.4})  # doctest: +SKIP
     """
     lines = [line for line in read_lines(path) if line["step"] <= step]
+    if not write:
+        yield Log(io.StringIO(), lines)
+        return
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     with path.open("a", encoding="utf-8") as file:
         yield Log(file, lines)

@@ -238,14 +238,45 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, batch)
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch in its place on a mesh. On several hosts each gives the whole batch, and moves rows of its own devices.
+def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+    """A batch in its place on a mesh.
+
+    Args:
+      rows: how many the batch has, where each host gives those of its own devices alone (`local_rows`). None: each
+        host gives them all, and moves its own.
+
+    Raises:
+      ValueError: rows or tokens that do not divide over the mesh.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> shard_batch({"ids": np.ones((8, 16))}, mesh)["ids"].shape
     (8, 16)
     """
-    return jax.tree.map(place, batch, batch_shardings(batch, mesh))
+    if rows is None:
+        return jax.tree.map(place, batch, batch_shardings(batch, mesh))
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    put = lambda x, to, all: jax.make_array_from_process_local_data(to, x, all.shape)  # noqa: E731
+    return jax.tree.map(put, batch, batch_shardings(whole, mesh), whole)
+
+
+def data_ways(mesh: Mesh) -> int:
+    """How many parts a batch's rows are spread in.
+
+    >>> data_ways(jax.make_mesh((1,), ("tensor",)))
+    1
+    """
+    return math.prod(mesh.shape[name] for name in DATA_AXES if name in mesh.axis_names)
+
+
+def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Which of a batch's rows lie on this host's devices: what it has to read.
+
+    >>> local_rows(4, jax.make_mesh((1,), ("data",)))
+    array([0, 1, 2, 3])
+    """
+    sharding = batch_shardings(jax.ShapeDtypeStruct((rows,), np.int32), mesh)
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
 
 
 class Layout(NamedTuple):
@@ -262,6 +293,15 @@ class Layout(NamedTuple):
         if len(shape) <= n or not (flat or shape[:n] == self.shape[:n]):
             return None
         return NamedSharding(self.mesh, PartitionSpec(*self.spec, *[PartitionSpec.UNCONSTRAINED] * (len(shape) - n)))
+
+
+def layout_on(mesh: Mesh | None, batch: Any) -> Layout | None:
+    """That of a batch which `shard_batch` puts on a mesh; of no mesh there is none. For what is being traced."""
+    if mesh is None:
+        return None
+    first = max(jax.tree.leaves(batch), key=np.ndim)
+    spec = _trimmed(batch_shardings(first, mesh).spec)
+    return Layout(automatic(mesh), PartitionSpec(*spec), first.shape[:2]) if spec else None
 
 
 def layout_of(batch: Any, parts: int = 1) -> Layout | None:
@@ -318,6 +358,11 @@ def adapter_shardings(peft: Peft, params: Tree) -> Any:
         raise ValueError("no leaf of params carries a NamedSharding: jpeft.shard puts it on a mesh")
     out = {path: leaf_sharding(base, site, roles) or replicated for path, (site, roles) in peft.leaf_sites().items()}
     return like(unflatten(out), params)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device of a mesh."""
+    return NamedSharding(automatic(mesh), PartitionSpec())
 
 
 def everywhere(leaves: Iterable[Any]) -> NamedSharding | None:

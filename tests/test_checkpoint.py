@@ -48,9 +48,13 @@ def state(seed, rng=None):
     return State(jnp.int32(seed), adapter, tx.init(adapter), keys[2] if rng is None else rng)
 
 
+def is_key(x):
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def bits(tree):
     leaves, structure = jax.tree.flatten(tree)
-    plain = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
+    plain = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
     return structure, [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in plain], [x.dtype for x in leaves]
 
 
@@ -79,6 +83,42 @@ def test_the_latest_two_are_kept_and_the_latest_is_restored(tmp_path):
         assert sorted(checkpoints.all_steps()) == [2, 10]
         assert int(restore(checkpoints, state(0))[0].step) == 10
         assert int(restore(checkpoints, state(0), step=2)[0].step) == 2
+
+
+def test_the_best_is_kept_beside_the_latest(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, None], start=1):
+            save(checkpoints, step, state(step), {}, loss=loss)
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [2, 5, 6] and checkpoints.best_step() == 2
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() == 2
+        assert int(restore(checkpoints, state(0), checkpoints.best_step())[0].step) == 2
+
+
+def test_a_state_that_is_donated_while_it_is_saved(tmp_path):
+    change = jax.jit(lambda s: jax.tree.map(lambda x: x if is_key(x) else x + 1, s), donate_argnums=0)
+    with open_checkpoints(tmp_path) as checkpoints:
+        now = jax.tree.map(jnp.copy, state(1))
+        save(checkpoints, 1, now, {})
+        for _ in range(20):
+            now = change(now)
+        assert bits(restore(checkpoints, state(0))[0]) == bits(state(1))
+
+
+def test_a_checkpoint_has_its_manifest_from_its_first_moment(tmp_path, monkeypatch):
+    there = []
+    rename = os.rename
+
+    def watch(source, target, **options):
+        if os.path.basename(target) == "1":
+            there.append(os.path.exists(os.path.join(source, "manifest.json")))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", watch)
+    with open_checkpoints(tmp_path / "c") as checkpoints:
+        save(checkpoints, 1, state(1), {}, wait=True)
+        assert there == [True]
 
 
 def test_nothing_to_restore(tmp_path):
@@ -119,11 +159,11 @@ def test_a_full_disk_is_told_as_one_and_gives_back_what_it_took(tmp_path, monkey
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
 
-        def full(step, args, force):
+        def full(step, args, **options):
             (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
             raise ValueError(f"OUT_OF_RANGE: Failed writing: {os.strerror(number)} [os_error_code='{number}']")
 
-        monkeypatch.setattr(checkpoints, "save", full)
+        monkeypatch.setattr(checkpoints.manager, "save", full)
         with pytest.raises(OSError, match=os.strerror(number)) as caught:
             save(checkpoints, 2, state(2), {})
         assert caught.value.errno == number
@@ -140,18 +180,18 @@ def damage(folder):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
-            save(checkpoints, step, state(step), {"position": step})
+            save(checkpoints, step, state(step), {"position": step}, wait=True)
         damage(tmp_path / "2")
         found, notes, damaged = restore_newest(checkpoints, state(0))
         assert bits(found) == bits(state(1)) and notes == {"position": 1} and damaged == [2]
-        save(checkpoints, 2, state(2), {"position": 2})
+        save(checkpoints, 2, state(2), {"position": 2}, wait=True)
         assert bits(restore_newest(checkpoints, state(0))[0]) == bits(state(2))
 
 
 def test_where_all_are_damaged_none_is_deleted(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
-            save(checkpoints, step, state(step), {})
+            save(checkpoints, step, state(step), {}, wait=True)
             damage(tmp_path / str(step))
         with pytest.raises(CheckpointError, match=r"2: damaged: state/.* was changed since it was written"):
             restore_newest(checkpoints, state(0))
@@ -176,7 +216,7 @@ DAMAGE = {
 def test_damage_is_found_before_anything_is_read(tmp_path, kind):
     harm, says = DAMAGE[kind]
     with open_checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 1, state(1), {})
+        save(checkpoints, 1, state(1), {}, wait=True)
         harm(next(path for path in (tmp_path / "1" / "state").rglob("d/*") if path.stat().st_size))
         with pytest.raises(CheckpointError, match=f"1: damaged: state/.* {says}"):
             restore(checkpoints, state(0))
@@ -185,17 +225,18 @@ def test_damage_is_found_before_anything_is_read(tmp_path, kind):
 @pytest.mark.parametrize("content", ["", "[1]", "null", "{"])
 def test_a_manifest_that_is_damaged(tmp_path, content):
     with open_checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 1, state(1), {})
+        save(checkpoints, 1, state(1), {}, wait=True)
         (tmp_path / "1" / "manifest.json").write_text(content)
         with pytest.raises(CheckpointError, match="1: cannot be read"):
             restore(checkpoints, state(0))
 
 
-def test_a_save_killed_before_its_manifest_is_whole(tmp_path):
+def test_a_checkpoint_without_its_manifest(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 1, state(1), {})
+        save(checkpoints, 1, state(1), {}, wait=True)
         (tmp_path / "1" / "manifest.json").unlink()
-        assert bits(restore(checkpoints, state(0))[0]) == bits(state(1))
+        with pytest.raises(CheckpointError, match=r"1: damaged: manifest.json is missing"):
+            restore(checkpoints, state(0))
 
 
 class Usage(NamedTuple):
@@ -206,7 +247,7 @@ def test_no_save_begins_on_a_disk_without_room(tmp_path, monkeypatch):
     with open_checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Usage(2**20))
         with pytest.raises(OSError, match="No space left on device"):
-            save(checkpoints, 1, state(1), {})
+            save(checkpoints, 1, state(1), {}, wait=True)
         assert checkpoints.all_steps() == [] and not list(tmp_path.glob("*tmp*"))
 
 
@@ -219,7 +260,7 @@ from jpeft.checkpoint import open_checkpoints, save
 with open_checkpoints({folder!r}) as checkpoints:
     step = (checkpoints.latest_step() or 0) + 1
     while True:
-        save(checkpoints, step, state(step), {{"position": step}})
+        save(checkpoints, step, state(step), {{"position": step}}, wait=True)
         print(step, flush=True)
         step += 1
 """
