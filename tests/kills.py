@@ -1,0 +1,151 @@
+"""Kills training at random moments, and sees that nothing committed is lost.
+
+    python tests/kills.py [--kills 100] [--processes 4] [--seed 0] [--devices 1]
+
+A small model is trained to the end once, undisturbed. Then the same command line, with --resume, is started again and
+again and one of its processes is killed (SIGKILL) after a random time, every second time while a checkpoint is being
+written. Each time: the others end by themselves, with a status that is not 0; the next start goes on from the last
+checkpoint that was committed, or a later one; and where a run reaches its end, its adapter and what it logged are those
+of the undisturbed run, to the bit. Then another run begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import many
+
+WORDS = "red green blue one two three tea sun rain".split()
+PATIENCE = 300  # seconds for a start, or an end
+
+
+def write_job(folder: Path) -> list[str]:
+    """A model and data to train it on, written by a fork; the command line but for where the run goes."""
+    if not (pid := os.fork()):
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from tests.folders import write_llama
+
+        (folder / "model").mkdir()
+        write_llama(folder / "model", 64, 128, 3)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    rows = [{"prompt": f"say {WORDS[i % 9]} {i}", "completion": f"{WORDS[i * 7 % 9]} {i}"} for i in range(200)]
+    for name, part in (("train", rows[:184]), ("test", rows[184:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return ["finetune", "--task", "chat", "--model", "model", "--data", "train.jsonl", "--eval", "test.jsonl", "--rank",
+            "2", "--max-length", "64", "--batch-size", "4", "--steps", "40", "--checkpoint-every", "2", "--samples", "0",
+            "--lr", "0.01", "--dropout", "0.1", "--quantize", "nf4", "--resume"]  # fmt: skip
+
+
+def committed(run: Path) -> int:
+    """The step of the last checkpoint there, 0 if none."""
+    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def outcome(run: Path) -> tuple[bytes, list[dict]]:
+    """What a run came to: its adapter, and its log without times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "compiled", "tokens_per_second")
+    return (run / "adapter/adapter.safetensors").read_bytes(), [
+        {name: value for name, value in line.items() if name not in timed} for line in lines
+    ]
+
+
+def disturb(run: Path, started: list[many.Process], chance: random.Random, longest: float, saving: bool) -> str | None:
+    """Kills one process at a random moment; says when that was, None if the run had ended before."""
+    moment = time.monotonic() + PATIENCE
+    while not committed(run) and not (run / "metrics.jsonl").exists() and time.monotonic() < moment:
+        time.sleep(0.01)  # from here on there is something to lose
+        if not all([process.alive for process in started]):
+            return None
+    moment = time.monotonic() + chance.uniform(0, longest)
+    while time.monotonic() < moment:
+        time.sleep(0.002)
+        if not all([process.alive for process in started]):
+            return None
+    if saving:
+        deadline = time.monotonic() + 10
+        while not any((run / "checkpoints").glob("*tmp*")) and time.monotonic() < deadline:
+            if not all([process.alive for process in started]):
+                return None
+        time.sleep(chance.uniform(0, 0.05))
+    within = any((run / "checkpoints").glob("*tmp*"))
+    chance.choice(started).kill(signal.SIGKILL)
+    return "within a save" if within else "between saves"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    chance, told, began = random.Random(args.seed), Counter(), time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="jpeft-kills-"))
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = write_job(folder)
+    if args.processes * args.devices > 1:
+        command += ["--mesh", f"fsdp={args.processes * args.devices}"]
+
+    def start(run: str) -> list[many.Process]:
+        return many.launch([*command, "--out", run], folder, args.processes, args.devices)
+
+    started = start("undisturbed")
+    assert many.wait(started, PATIENCE) and not any(p.status for p in started), started[0].said("err")
+    wanted = outcome(folder / "undisturbed")
+    steps = [line for line in wanted[1] if "loss" in line]
+    longest = 1.2 * sum(json.loads(line).get("seconds", 0) for line in (folder / "undisturbed/metrics.jsonl").open())
+    print(f"undisturbed: {len(steps)} steps, {longest / 1.2:.1f} s of steps", flush=True)
+    kills, runs, run = 0, 0, folder / "run0"
+    while kills < args.kills:
+        before = committed(run)
+        started = start(run.name)
+        when = disturb(run, started, chance, longest, saving=kills % 2 == 1)
+        assert many.wait(started, PATIENCE), f"{run}: hangs after a kill {when}"
+        status = [process.status for process in started]
+        said = started[0].said("out")
+        if (found := re.search(r"continuing after step (\d+)", said)) is not None:
+            assert int(found[1]) >= before, f"{run}: went on from step {found[1]}, but {before} was committed"
+        else:
+            assert before == 0 or when is not None, f"{run}: began anew, but step {before} was committed: {said}"
+        assert "cannot be read" not in said, said
+        if when is not None and any(status):
+            assert all(status), f"{run}: a process was killed {when}, and the others end with {status}"
+            kills += 1
+            told[when] += 1
+        else:
+            assert not any(status), f"{status}: {[process.said('err')[-500:] for process in started]}"
+        if (run / "result.json").exists() and not any(status):
+            assert outcome(run) == wanted, f"{run}: not what the undisturbed run came to"
+            told["runs to the end, bit-identical"] += 1
+            shutil.rmtree(run)
+            runs += 1
+            run = folder / f"run{runs}"
+        if kills and kills % 10 == 0 and when is not None:
+            print(f"{kills} kills, {time.monotonic() - began:.0f} s: {dict(told)}", flush=True)
+    while not (run / "result.json").exists():  # the last one too
+        started = start(run.name)
+        assert many.wait(started, PATIENCE) and not any(process.status for process in started)
+    assert outcome(run) == wanted
+    told["runs to the end, bit-identical"] += 1
+    shutil.rmtree(folder)
+    print(f"{kills} kills of {args.processes} process(es), {time.monotonic() - began:.0f} s: {dict(told)}; nothing lost")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

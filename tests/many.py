@@ -1,0 +1,123 @@
+"""Runs the command line as one process or several, each a fork of this one: what it imports is imported once.
+
+    python tests/many.py PLAN.json     launches what the plan says, one after another, and adds what came of each
+
+Nothing here touches a device: that is for the forks to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax  # noqa: F401  # what the forks will need
+
+import jpeft.cli
+import jpeft.distributed
+import jpeft.finetune
+
+
+@dataclass
+class Process:
+    """A fork, and where it writes."""
+
+    pid: int
+    output: Path
+    status: int | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs; its exit status is known after."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status is None
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.alive:
+            os.kill(self.pid, number)
+
+    def said(self, stream: str) -> str:
+        return Path(f"{self.output}.{stream}").read_text(errors="replace")
+
+
+def launch(arguments: list[str], folder: Path, processes: int = 1, devices: int = 1, name: str = "log") -> list[Process]:
+    """`jpeft ARGUMENTS` in a folder, as so many processes with so many devices each."""
+    started = []
+    address = f"127.0.0.1:{free_port()}"
+    for i in range(processes):
+        joining = ["--coordinator", address, "--processes", str(processes), "--process", str(i)]
+        output = folder / f"{name}.{i}"
+        started.append(Process(fork(arguments + joining * (processes > 1), folder, devices, output), output))
+    return started
+
+
+def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
+    """One `jpeft ARGUMENTS`; its number."""
+    if pid := os.fork():
+        return pid
+    status = 70
+    try:
+        os.chdir(folder)
+        for stream, descriptor in (("out", 1), ("err", 2)):
+            os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.environ["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        )
+        status = jpeft.cli.main(arguments)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    finally:
+        if not status and jax.process_count() > 1:
+            jax.distributed.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(processes: list[Process], within: float) -> bool:
+    """Whether all end in so many seconds; if not, they are killed."""
+    deadline = time.monotonic() + within
+    while any([process.alive for process in processes]):
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def main(plan: Path) -> None:
+    launches = json.loads(plan.read_text())
+    for number, each in enumerate(launches):
+        began, after = time.monotonic(), each.pop("kill", None)
+        within = each.pop("within", 240)
+        started = launch(folder=plan.parent, name=f"log{number}", **each)
+        if after:  # {"file": path, "holds": text, "process": index, "signal": number}
+            path = plan.parent / after["file"]
+            while time.monotonic() < began + within and not (path.exists() and after["holds"] in path.read_text()):
+                time.sleep(0.02)
+            started[after["process"]].kill(after["signal"])
+            began = time.monotonic()
+        each["ended"] = wait(started, within)
+        each["seconds"] = time.monotonic() - began
+        each["status"] = [process.status for process in started]
+        each["out"], each["err"] = ([process.said(stream) for process in started] for stream in ("out", "err"))
+    plan.write_text(json.dumps(launches))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
