@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jpeft.assets import CONVERSATIONS, DATA, MODELS, UserError
-from jpeft.config import CHAT, CLASSIFY, DEFAULTS, SCHEMES, Config, Interrupted
+from jpeft.config import CHAT, CLASSIFY, DEFAULTS, SCHEMES, Config, Interrupted, Setup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +91,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"stopped, {saved}; continue with: jpeft finetune --out {error.run} --resume", 128 + error.number
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
         return f'this command needs {error.name}: pip install "jpeft[demo]"', 1
+    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboardX":
+        return '--tensorboard needs tensorboardX: pip install "jpeft[tensorboard]"', 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):
@@ -203,12 +205,17 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-packing", dest="packed", action="store_false", default=argparse.SUPPRESS,
                         help="a row for each conversation, instead of as many as fit")  # fmt: skip
     option("--eval-examples", int, f"how many to evaluate on, 0 for all ({by_task('eval_examples')})")
+    option("--eval-every", int, "steps between evaluations (default: those at the end of each epoch alone)")
+    option("--keep", str, "last (default), or best: the adapter of the evaluation with the least loss")
     option("--samples", int, f"prompts to answer before and after ({by_task('samples')})")
     option("--seed", int, f"of the head, the adapter and the order of the data (default: {defaults.seed})")
     option("--checkpoint-every", int, f"steps between checkpoints ({by_task('checkpoint_every')})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: a new one below runs/)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                         help="continue RUN, or the run at --out, or the latest below runs/")  # fmt: skip
+    parser.add_argument("--tensorboard", action="store_true", help="also log to RUN/tensorboard")
+    parser.add_argument("--profile", type=_profile, metavar="STEP[:COUNT]",
+                        help="trace COUNT steps (3) from STEP on with jax.profiler, to RUN/profile")  # fmt: skip
     parser.add_argument("--mesh", metavar="AXES", help="devices to train on, by axis: data=2,fsdp=4,tensor=2 (default: "
                         "one device; with --distributed, all on fsdp)")  # fmt: skip
     parser.add_argument("--distributed", action="store_true", help="one of several processes, as Cloud TPU, SLURM or "
@@ -216,6 +223,8 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
     parser.add_argument("--processes", type=int, metavar="INT", help="how many there are")
     parser.add_argument("--process", type=int, metavar="INT", help="which this is, from 0")
+    parser.add_argument("--join-within", type=float, default=300.0, metavar="SECONDS",
+                        help="how long to wait for all of them at the start (default: 300)")  # fmt: skip
 
 
 def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +239,13 @@ def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of what is drawn (default: 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="of the weights and the arithmetic (default: float32)")  # fmt: skip
+
+
+def _profile(text: str) -> tuple[int, int]:
+    first, _, count = text.partition(":")
+    if not (first.isdecimal() and (count or "3").isdecimal() and int(first) and int(count or 3)):
+        raise argparse.ArgumentTypeError(f"expected STEP or STEP:COUNT, from 1 on, got {text!r}")
+    return int(first), int(count or 3)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -259,7 +275,8 @@ def _finetune(args: argparse.Namespace) -> None:
     if several:
         from jpeft import distributed
 
-        distributed.join(args.coordinator, args.processes, args.process)
+        distributed.join(args.coordinator, args.processes, args.process, args.join_within)
+        _keep_stdout()
     from jpeft import finetune, hosts, runs
 
     mesh = None
@@ -268,20 +285,29 @@ def _finetune(args: argparse.Namespace) -> None:
 
         hosts.check_same({"what they were asked for": repr((sorted(given.items()), args.mesh, str(out), run))})
         mesh = distributed.mesh_of(args.mesh)
+    setup = Setup(mesh, args.tensorboard, args.profile)
     with _Terminal(to_stderr=args.json, quiet=not hosts.leads()) as terminal:
         found = Path(hosts.from_leader(str(out or runs.latest_run() or ""))) if run else Path()
         if isinstance(run, str) or (run and found != Path() and hosts.together(found.exists)):
-            result = finetune.resume(found, given, terminal, mesh)
+            result = finetune.resume(found, given, terminal, setup)
         else:
             if run:  # so that one command line, repeated, survives a kill at any moment
                 terminal.say("nothing to resume yet: starting")
-            result = finetune.finetune(fresh, out, terminal, mesh)
+            result = finetune.finetune(fresh, out, terminal, setup)
         if not args.json:
             for sample in result.get("samples", ()):
                 terminal.say(_sample(sample))
             terminal.table(_rows(result))
     if args.json and hosts.leads():
         print(json.dumps(result, ensure_ascii=False))
+
+
+def _keep_stdout() -> None:
+    """stdout for what is printed here: Gloo, which connects CPU processes, tells on it who has come; that is stderr's."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -521,7 +547,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The final table of a run."""
-    peak, skipped = result["peak_memory_bytes"], result["skipped_steps"]
+    peak, skipped, mfu = result["peak_memory_bytes"], result["skipped_steps"], result["mfu"]
     held = result.get("base_memory_bytes")
     rows = [
         *(_chat_rows(result) if result.get("task") == CHAT else _label_rows(result)),
@@ -531,6 +557,7 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("base on disk", _bytes(result["base_bytes"])),
         *([] if held is None else [("base in memory", _bytes(held))]),
         ("time per step", f"{1000 * result['seconds_per_step']:.0f} ms (median of {result['steps']})"),
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s" + ("" if mfu is None else f", MFU {mfu:.1%}")),
         ("peak memory", "unknown" if peak is None else _bytes(peak)),
         ("run", result["run"]),
     ]
@@ -604,16 +631,16 @@ class _Terminal:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
+    def progress(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
         if math.isfinite(loss):  # a step that is not is skipped, and what a bar shows should not jump
             self._mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss
         mean = loss if self._mean is None else self._mean
         if not self._console.is_terminal:
-            self._line(done, total, mean, examples_per_second)
+            self._line(done, total, mean, tokens_per_second)
             return
         if self._bar is None:
             self._bar = self._start(done - 1, total)
-        self._bar.update(self._task, completed=done, loss=mean, speed=examples_per_second)
+        self._bar.update(self._task, completed=done, loss=mean, speed=tokens_per_second)
         if done == total:
             self._close()
 
@@ -623,7 +650,7 @@ class _Terminal:
         if done == total or done % -(-total // 20) == 0:  # some twenty lines in all
             left = (now - began) / max(1, done - first) * (total - done)
             eta = f"{int(left) // 60}:{int(left) % 60:02}"
-            self.say(f"step {done}/{total}  loss {loss:.4f}  {speed:.1f} examples/s  ETA {eta}")
+            self.say(f"step {done}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s  ETA {eta}")
 
     def _start(self, done: int, total: int) -> Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -633,7 +660,7 @@ class _Terminal:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[speed]:.1f} examples/s"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
         ]

@@ -31,7 +31,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("model", "data", "method"), (lambda v: isinstance(v, str), "a text")),
     **dict.fromkeys(("eval", "text", "label", "targets"), _TEXT),
     **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
-    "steps": (lambda v: v is None or _count(v), "at least 1"),
+    **dict.fromkeys(("steps", "eval_every"), (lambda v: v is None or _count(v), "at least 1")),
+    "keep": (lambda v: v in ("last", "best"), "last or best"),
     **dict.fromkeys(("eval_examples", "samples"), _WHOLE),
     "quantize": (lambda v: v in (*SCHEMES, "none"), f"none, {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}"),
     "packed": (lambda v: isinstance(v, bool), "true or false"),
@@ -89,6 +90,8 @@ class Config:
     packed: bool = True
     quantize: str = None  # type: ignore[assignment]
     eval_examples: int = None  # type: ignore[assignment]
+    eval_every: int | None = None
+    keep: str = "last"
     samples: int = None  # type: ignore[assignment]
     seed: int = 0
     checkpoint_every: int = None  # type: ignore[assignment]
@@ -146,6 +149,24 @@ def _locate(name: str, value: Any) -> Any:
         return value
     path = Path(value).expanduser()
     return str(path.absolute()) if path.exists() else value  # else an id on the hub
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a run is carried out: what does not change what it computes, and may differ when it is resumed.
+
+    Attributes:
+        mesh: a `jax.sharding.Mesh` to train on, of axes that `jpeft.shard` knows; None is one device.
+        tensorboard: also write what is logged as TensorBoard events, to `RUN/tensorboard`.
+        profile: the first step and how many to trace with `jax.profiler`, to `RUN/profile`.
+
+    >>> Setup(profile=(10, 3)).mesh is None
+    True
+    """
+
+    mesh: Any = None
+    tensorboard: bool = False
+    profile: tuple[int, int] | None = None
 
 
 class Interrupted(Exception):

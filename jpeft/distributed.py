@@ -110,8 +110,9 @@ def leave(status: int) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    client: Any = distributed.global_state.client
     with contextlib.suppress(Exception):  # most fail together: process 0, which they depend on, goes last
-        distributed.global_state.client.wait_at_barrier("jpeft: leaving", int(1000 * _FAREWELL))
+        client.wait_at_barrier("jpeft: leaving", int(1000 * _FAREWELL))
     os._exit(status)
 
 

@@ -14,13 +14,15 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import shutil
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 import jpeft
-from jpeft import checkpoint, jobs, runs
+from jpeft import checkpoint, jobs, runs, utilisation
 from jpeft.assets import UserError
 from jpeft.checkpoint import Checkpoints
-from jpeft.config import Config, Interrupted, flag
+from jpeft.config import Config, Interrupted, Setup, flag
 from jpeft.distributed import Pulse, watched
 from jpeft.fingerprint import difference
 from jpeft.hosts import check_same, from_leader, largest, leads, together
@@ -60,6 +61,7 @@ def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation,
     return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
 
 
+_PLAIN = Setup()
 _SHARED_WITHIN = 30.0  # seconds for a new folder to be seen on all hosts
 
 
@@ -67,24 +69,24 @@ _SHARED_WITHIN = 30.0  # seconds for a new folder to be seen on all hosts
 
 
 def finetune(
-    config: Config, out: Path | None = None, reporter: Reporter | None = None, mesh: Mesh | None = None
+    config: Config, out: Path | None = None, reporter: Reporter | None = None, setup: Setup = _PLAIN
 ) -> dict[str, Any]:
     """Train from the beginning, into a folder that is not there yet. Returns what the final table shows.
 
     Args:
-        mesh: what to train on, of axes that `jpeft.shard` knows; None is one device. On several hosts
-            (`jpeft.distributed.join`) all call this alike, and `out` is on storage that they share.
+        setup: where and how. On several hosts (`jpeft.distributed.join`) all call this alike, and `out` is on storage
+            that they share.
 
     >>> finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]  # doctest: +SKIP
     """
     reporter = _speaker(reporter)
-    job = together(lambda: _prepare_new(config, out, reporter, mesh))
+    job = together(lambda: _prepare_new(config, out, reporter, setup))
     record = job.record
     _check_same(record)
     run = Path(from_leader(str(together(lambda: runs.create_run(out, job.config, record) if leads() else ""))))
     together(lambda: _check_shared(run))
     try:
-        return _finish(job, run, reporter)
+        return _finish(job, run, reporter, setup)
     except (UserError, OSError):
         raise
     except Exception:  # too large for the memory, perhaps
@@ -93,10 +95,13 @@ def finetune(
         raise
 
 
-def _prepare_new(config: Config, out: Path | None, reporter: Reporter, mesh: Mesh | None) -> Job:
+def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
-    return prepare(config, reporter, mesh)
+    job = prepare(config, reporter, setup.mesh)
+    if setup.profile is not None and setup.profile[0] > job.steps:
+        raise UserError(f"--profile {setup.profile[0]}: there are {job.steps} steps")
+    return job
 
 
 def _speaker(reporter: Reporter | None) -> Reporter:
@@ -120,13 +125,13 @@ def _check_shared(run: Path) -> None:
 
 
 def resume(
-    run: Path, given: Mapping[str, Any], reporter: Reporter | None = None, mesh: Mesh | None = None
+    run: Path, given: Mapping[str, Any], reporter: Reporter | None = None, setup: Setup = _PLAIN
 ) -> dict[str, Any]:
     """Continue a run under the configuration that it recorded; a complete one only tells its result.
 
     Args:
         given: what is asked for now, by field of `Config`: it must be what the run recorded.
-        mesh: as for `finetune`; it may be another than the run had until now.
+        setup: as for `finetune`; it may be another than the run had until now.
 
     >>> resume(Path("runs/first"), {})  # doctest: +SKIP
     """
@@ -136,7 +141,7 @@ def resume(
         reporter.say(f"{run} is complete")
         return result
     config = Config(**record["config"])
-    job = together(lambda: prepare(config, reporter, mesh))
+    job = together(lambda: prepare(config, reporter, setup.mesh))
     now = job.record
     for name, words in jobs.UNCHANGED.items():
         if now.get(name) != record.get(name):
@@ -144,7 +149,7 @@ def resume(
     _check_same(now)
     if changed := difference(record["base"], job.params):
         raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
-    return _finish(job, run, reporter)
+    return _finish(job, run, reporter, setup)
 
 
 def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -162,40 +167,67 @@ def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 # ------------------------------------------------------------------------------------------------------ the run itself
 
 
-def _finish(job: Job, run: Path, reporter: Reporter) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Run:
+    """A run that is going on: what it works on, and where it writes."""
+
+    job: Job
+    folder: Path
+    setup: Setup
+    reporter: Reporter
+    checkpoints: Checkpoints
+    log: Log
+    pulse: Pulse
+
+
+def _finish(job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[str, Any]:
     """Train to the end from wherever the run folder stands, then write what a complete run has."""
     reporter.say(job.peft.summary())
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
     fresh = job.peft.init(adapter_key, job.params)
     with (
-        _stopping_well(run),
-        runs.locked(run),
-        watched(run / "processes") as pulse,
-        checkpoint.open_checkpoints(run / "checkpoints") as checkpoints,
+        _stopping_well(folder),
+        runs.locked(folder),
+        watched(folder / "processes") as pulse,
+        checkpoint.open_checkpoints(folder / "checkpoints") as checkpoints,
     ):
         state, start = _begin(job, fresh, rng, checkpoints, reporter)
-        with runs.open_log(run / "metrics.jsonl", start, write=leads()) as log:
-            adapter = _train(job, fresh, state, start, run, checkpoints, log, reporter, pulse)
-            together(lambda: _check_converged(run, log, job.steps))
-            jpeft.save(run / "adapter", job.peft, adapter, job.params)
-            result = _result(job, run, fresh, adapter, log)
-            together(lambda: _write_result(run, log, result) if leads() else None)
+        with runs.open_log(folder, start, write=leads(), tensorboard=setup.tensorboard) as log:
+            run = _Run(job, folder, setup, reporter, checkpoints, log, pulse)
+            state = _train(run, fresh, state, start)
+            together(lambda: _check_converged(run))
+            adapter, step = _chosen(run, state)
+            jpeft.save(folder / "adapter", job.peft, adapter, job.params)
+            result = _result(run, fresh, adapter, step)
+            together(lambda: _write_result(run, result) if leads() else None)
     return result
 
 
-def _write_result(run: Path, log: Log, result: Mapping[str, Any]) -> None:
-    runs.plot(log.lines, run / "loss.png")
-    runs.write_json(run / "result.json", result)  # last: its presence says that the run is complete
+def _write_result(run: _Run, result: Mapping[str, Any]) -> None:
+    runs.plot(run.log.lines, run.folder / "loss.png")
+    runs.write_json(run.folder / "result.json", result)  # last: its presence says that the run is complete
+    shutil.rmtree(run.folder / "processes", ignore_errors=True)
 
 
-def _check_converged(run: Path, log: Log, total: int) -> None:
+def _check_converged(run: _Run) -> None:
     """A run that learnt nothing but infinities is no result."""
+    total, log = run.job.steps, run.log
     last, skipped = log.evaluation(total), [line for line in log.lines if "skipped" in line][-1]["skipped"]
     if last is None or last["eval_loss"] is None or skipped == total:
         raise UserError(
-            f"{run}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped for that;"
-            " start another with a lower --lr"
+            f"{run.folder}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped "
+            "for that; start another with a lower --lr"
         )
+
+
+def _chosen(run: _Run, state: Any) -> tuple[Any, int]:
+    """The adapter that the run results in, and the step that it is of."""
+    best = run.checkpoints.best_step() if run.job.config.keep == "best" else None
+    if best in (None, run.job.steps):
+        return state.adapter, run.job.steps
+    run.reporter.say(f"the adapter of step {best} is kept, whose evaluation was the best")
+    state, _ = checkpoint.restore(run.checkpoints, like=state, step=best)
+    return state.adapter, best
 
 
 def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter) -> tuple[Any, int]:
@@ -211,49 +243,91 @@ def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, repor
     return state, notes["position"]
 
 
-def _train(
-    job: Job, fresh: Any, state: Any, start: int, run: Path, checkpoints: Checkpoints, log: Log, reporter: Reporter,
-    pulse: Pulse,
-) -> Any:  # fmt: skip
-    """The steps that are left. Returns the trained adapter."""
-    config, params, total, task = job.config, job.params, job.steps, job.task
-    score = task.evaluator(job)
-    _evaluate(0, score, fresh, job, log, reporter)
+def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
+    """The steps that are left. Returns the last state."""
+    job, config, total = run.job, run.job.config, run.job.steps
+    score = job.task.evaluator(job)
+    _evaluate(run, 0, score, fresh)
     tx, schedule = optimizer(config, total)
-    step = jpeft.train_step(job.peft, task.loss_fn(job.peft), tx, clip=1.0, accumulate=config.accumulate)
-    rates = np.asarray(schedule(np.arange(total)), float)
+    step = jpeft.train_step(job.peft, job.task.loss_fn(job.peft), tx, clip=1.0, accumulate=config.accumulate)
+    rates, usage = np.asarray(schedule(np.arange(total)), float), _usage(job, state)
     batches = itertools.islice(job.batches(start), total - start)
-    with _stop_signal() as asked:
+    with _stop_signal() as asked, _Profiler(run.folder / "profile", run.setup.profile) as profiler:
         for done, (batch, count) in enumerate(batches, start + 1):
+            profiler.before(done)
             began, programs = time.perf_counter(), step.compiled
-            state, metrics = step(state, params, batch)
+            state, metrics = step(state, job.params, batch)
             metrics = {name: float(value) for name, value in metrics.items()}  # waits for the step
             seconds = time.perf_counter() - began
             line = {"step": done, "epoch": round(job.train.epochs_after(done), 4), **metrics}
             line |= {"lr": float(rates[done - 1]), **count._asdict(), "seconds": round(seconds, 6)}
+            line |= {"tokens_per_second": round(count.tokens / seconds, 1), **usage(batch.input_ids.shape, seconds)}
             if step.compiled > programs:  # the first of a shape waits for the compiler
                 line["compiled"] = True
-            log.write(line)
-            pulse.step = done
-            reporter.progress(done, total, metrics["loss"], count.examples / seconds)
-            if evaluated := done == total or job.train.epochs_after(done).is_integer():
-                _evaluate(done, score, state.adapter, job, log, reporter)
-            stop = largest(asked[0] if asked else 0)  # on any host stops all, after the same step
+            run.log.write(line)
+            run.pulse.step = done
+            run.reporter.progress(done, total, metrics["loss"], count.tokens / seconds)
+            epoch_ends = job.train.epochs_after(done).is_integer()
+            if evaluated := epoch_ends or done == total or done % (config.eval_every or total) == 0:
+                _evaluate(run, done, score, state.adapter)
+            stop = largest(asked[0] if asked else 0)  # asked of any process, all stop after the same step
             if evaluated or stop or done % config.checkpoint_every == 0:
-                found = log.evaluation(done)
-                loss = found["eval_loss"] if found else None
-                checkpoint.save(checkpoints, done, state, {"position": done}, loss=loss, wait=bool(stop))
+                loss = (run.log.evaluation(done) or {}).get("eval_loss")
+                checkpoint.save(run.checkpoints, done, state, {"position": done}, loss=loss, wait=bool(stop))
             if stop:
-                raise Interrupted(stop, done, run)
-    return state.adapter
+                raise Interrupted(stop, done, run.folder)
+    return state
 
 
-def _evaluate(step: int, score: Any, adapter: Any, job: Job, log: Log, reporter: Reporter) -> None:
+def _evaluate(run: _Run, step: int, score: Any, adapter: Any) -> None:
     """Evaluate after a step, unless the log has it."""
-    if log.evaluation(step) is None:
+    if run.log.evaluation(step) is None:
         found = score(adapter)
-        log.write({"step": step, **found})
-        reporter.say(f"{f'after step {step}' if step else 'before training'}: {job.task.say(found)}")
+        run.log.write({"step": step, **found})
+        run.reporter.say(f"{f'after step {step}' if step else 'before training'}: {run.job.task.say(found)}")
+
+
+def _usage(job: Job, state: Any) -> Callable[[tuple[int, ...], float], dict[str, float]]:
+    """The share of the devices' peak that a step of a shape takes, where the peak is known."""
+    devices = jax.devices()[:1] if job.mesh is None else job.mesh.devices.flat
+    peak = utilisation.peak_flops(devices[0].device_kind)
+    trained = sum(np.size(leaf) for leaf in jax.tree.leaves(state.adapter))
+
+    def usage(shape: tuple[int, ...], seconds: float) -> dict[str, float]:
+        if peak is None:
+            return {}
+        needed = utilisation.step_flops(
+            job.peft.model, job.params, tokens=math.prod(shape), length=shape[1], trained=trained
+        )
+        return {"mfu": round(needed / seconds / (len(devices) * peak), 4)}
+
+    return usage
+
+
+class _Profiler:
+    """`jax.profiler` over some steps, if any were asked for."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None):
+        self._folder, self._steps, self._on = folder, steps, False
+
+    def __enter__(self) -> _Profiler:
+        return self
+
+    def before(self, step: int) -> None:
+        """To be called before every step."""
+        if self._steps is None:
+            return
+        first, count = self._steps
+        if not self._on and first <= step < first + count:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        elif step >= first + count:
+            self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on, self._steps = False, None
 
 
 @contextlib.contextmanager
@@ -299,13 +373,15 @@ def _saved_step(run: Path) -> int:
     return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
-def _result(job: Job, run: Path, fresh: Any, adapter: Any, log: Log) -> dict[str, Any]:
+def _result(run: _Run, fresh: Any, adapter: Any, step: int) -> dict[str, Any]:
     """The final table, from the log and the files of the run: the same whether it was interrupted or not."""
-    first, last = log.evaluation(0), log.evaluation(job.steps)
+    job, log = run.job, run.log
+    first, last = log.evaluation(0), log.evaluation(step)
     assert first and last
     files = job.model.glob("*.safetensors") if job.model.is_dir() else [job.model]
     steps = [line for line in log.lines if "loss" in line]
-    seconds = [line["seconds"] for line in steps]
+    usual = [line for line in steps if "compiled" not in line] or steps
+    middle = lambda name: statistics.median([line[name] for line in usual])  # noqa: E731
     words, leaves = flatten(job.peft.labels(adapter)), flatten(adapter)
     return {
         "task": job.config.task,
@@ -314,15 +390,18 @@ def _result(job: Job, run: Path, fresh: Any, adapter: Any, log: Log) -> dict[str
         "loss_after": last["eval_loss"],
         "trainable_parameters": sum(int(np.size(leaves[path])) for path, word in words.items() if word == "trainable"),
         "total_parameters": sum(peek(leaf).size for leaf in flatten(jpeft.combine(job.params, adapter)).values()),
-        "adapter_bytes": sum(path.stat().st_size for path in (run / "adapter").iterdir() if path.is_file()),
+        "adapter_bytes": sum(path.stat().st_size for path in (run.folder / "adapter").iterdir() if path.is_file()),
         "base_bytes": sum(path.stat().st_size for path in files),
         "base_memory_bytes": size_bytes(job.params),
-        "seconds_per_step": statistics.median([line["seconds"] for line in steps if "compiled" not in line] or seconds),
-        "training_seconds": round(sum(seconds), 3),
+        "seconds_per_step": middle("seconds"),
+        "tokens_per_second": middle("tokens_per_second"),
+        "mfu": middle("mfu") if "mfu" in usual[0] else None,
+        "training_seconds": round(sum(line["seconds"] for line in steps), 3),
         "peak_memory_bytes": peak_memory(),
         "skipped_steps": int(steps[-1]["skipped"]),
         "steps": len(steps),
-        "run": str(run),
+        "step_kept": step,
+        "run": str(run.folder),
         "config": dataclasses.asdict(job.config),
     }
 

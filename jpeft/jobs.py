@@ -37,7 +37,7 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """A line or a table, for people."""
 
-    def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
+    def progress(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
         """A step was made."""
 
 
@@ -50,7 +50,7 @@ class Silent:
     def say(self, text: str) -> None:
         """Nothing."""
 
-    def progress(self, done: int, total: int, loss: float, examples_per_second: float) -> None:
+    def progress(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
         """Nothing."""
 
 

@@ -142,6 +142,7 @@ class Log:
 
     file: IO[str]
     lines: list[dict[str, Any]]
+    events: Any = None  # TensorBoard's writer, if there is one
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, to memory and to disk. What is not finite has no JSON form and becomes null.
@@ -152,6 +153,10 @@ class Log:
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        if self.events is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.events.add_scalar(name, value, line["step"])
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The evaluation after a step, if it was made.
@@ -185,21 +190,28 @@ def locked(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_log(path: Path, step: int, write: bool = True) -> Iterator[Log]:
-    """The log as it was at a step: what a killed run wrote after its last checkpoint is dropped.
+def open_log(run: Path, step: int, write: bool = True, tensorboard: bool = False) -> Iterator[Log]:
+    """The log of a run as it was at a step: what a killed run wrote after its last checkpoint is dropped.
 
     Args:
         write: False keeps lines in memory alone: of several hosts, one writes.
+        tensorboard: also write them as TensorBoard events.
 
-    >>> with open_log(run / "metrics.jsonl", step=100) as log: log.write({"step": 101, "loss": 0.4})  # doctest: +SKIP
+    >>> with open_log(run, step=100) as log: log.write({"step": 101, "loss": 0.4})  # doctest: +SKIP
     """
+    path = run / "metrics.jsonl"
     lines = [line for line in read_lines(path) if line["step"] <= step]
     if not write:
         yield Log(io.StringIO(), lines)
         return
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    with path.open("a", encoding="utf-8") as file:
-        yield Log(file, lines)
+    with contextlib.ExitStack() as stack:
+        events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            events = stack.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1))
+        yield Log(stack.enter_context(path.open("a", encoding="utf-8")), lines, events)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

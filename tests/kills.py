@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import many
 
-WORDS = "red green blue one two three tea sun rain".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "tea", "sun", "rain"]
 PATIENCE = 300  # seconds for a start, or an end
 
 
@@ -45,9 +45,9 @@ def write_job(folder: Path) -> list[str]:
     rows = [{"prompt": f"say {WORDS[i % 9]} {i}", "completion": f"{WORDS[i * 7 % 9]} {i}"} for i in range(200)]
     for name, part in (("train", rows[:184]), ("test", rows[184:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return ["finetune", "--task", "chat", "--model", "model", "--data", "train.jsonl", "--eval", "test.jsonl", "--rank",
-            "2", "--max-length", "64", "--batch-size", "4", "--steps", "40", "--checkpoint-every", "2", "--samples", "0",
-            "--lr", "0.01", "--dropout", "0.1", "--quantize", "nf4", "--resume"]  # fmt: skip
+    files = "--task chat --model model --data train.jsonl --eval test.jsonl --quantize nf4 --samples 0"
+    sizes = "--rank 2 --dropout 0.1 --lr 0.01 --max-length 64 --batch-size 4 --steps 40 --checkpoint-every 2"
+    return f"finetune {files} {sizes} --resume".split()
 
 
 def committed(run: Path) -> int:
@@ -69,17 +69,17 @@ def disturb(run: Path, started: list[many.Process], chance: random.Random, longe
     moment = time.monotonic() + PATIENCE
     while not committed(run) and not (run / "metrics.jsonl").exists() and time.monotonic() < moment:
         time.sleep(0.01)  # from here on there is something to lose
-        if not all([process.alive for process in started]):
+        if not all(process.alive for process in started):
             return None
     moment = time.monotonic() + chance.uniform(0, longest)
     while time.monotonic() < moment:
         time.sleep(0.002)
-        if not all([process.alive for process in started]):
+        if not all(process.alive for process in started):
             return None
     if saving:
         deadline = time.monotonic() + 10
         while not any((run / "checkpoints").glob("*tmp*")) and time.monotonic() < deadline:
-            if not all([process.alive for process in started]):
+            if not all(process.alive for process in started):
                 return None
         time.sleep(chance.uniform(0, 0.05))
     within = any((run / "checkpoints").glob("*tmp*"))
@@ -96,7 +96,10 @@ def main() -> int:
     args = parser.parse_args()
     chance, told, began = random.Random(args.seed), Counter(), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="jpeft-kills-"))
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = write_job(folder)
     if args.processes * args.devices > 1:
         command += ["--mesh", f"fsdp={args.processes * args.devices}"]
@@ -143,7 +146,9 @@ def main() -> int:
     assert outcome(run) == wanted
     told["runs to the end, bit-identical"] += 1
     shutil.rmtree(folder)
-    print(f"{kills} kills of {args.processes} process(es), {time.monotonic() - began:.0f} s: {dict(told)}; nothing lost")
+    print(
+        f"{kills} kills of {args.processes} process(es), {time.monotonic() - began:.0f} s: {dict(told)}; nothing lost"
+    )
     return 0
 
 

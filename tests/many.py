@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax  # noqa: F401  # what the forks will need
+import jax  # what the forks will need
 
 import jpeft.cli
 import jpeft.distributed
@@ -48,14 +48,26 @@ class Process:
         return Path(f"{self.output}.{stream}").read_text(errors="replace")
 
 
-def launch(arguments: list[str], folder: Path, processes: int = 1, devices: int = 1, name: str = "log") -> list[Process]:
-    """`jpeft ARGUMENTS` in a folder, as so many processes with so many devices each."""
+def launch(
+    arguments: list[str],
+    folder: Path,
+    processes: int = 1,
+    devices: int = 1,
+    name: str = "log",
+    absent: int = 0,
+    folders: list[str] | None = None,
+) -> list[Process]:
+    """`jpeft ARGUMENTS` in a folder, as so many processes with so many devices each.
+
+    The last `absent` of them never start; `folders` are where each works, if not all in `folder`.
+    """
     started = []
     address = f"127.0.0.1:{free_port()}"
-    for i in range(processes):
+    for i in range(processes - absent):
         joining = ["--coordinator", address, "--processes", str(processes), "--process", str(i)]
+        where = folder / folders[i] if folders else folder
         output = folder / f"{name}.{i}"
-        started.append(Process(fork(arguments + joining * (processes > 1), folder, devices, output), output))
+        started.append(Process(fork(arguments + joining * (processes > 1), where, devices, output), output))
     return started
 
 
@@ -68,9 +80,7 @@ def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
         os.chdir(folder)
         for stream, descriptor in (("out", 1), ("err", 2)):
             os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.environ["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        )
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         status = jpeft.cli.main(arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -85,7 +95,7 @@ def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
 def wait(processes: list[Process], within: float) -> bool:
     """Whether all end in so many seconds; if not, they are killed."""
     deadline = time.monotonic() + within
-    while any([process.alive for process in processes]):
+    while any(process.alive for process in processes):
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()

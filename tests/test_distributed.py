@@ -1,0 +1,200 @@
+"""`jpeft finetune` on meshes, and as several processes that talk over loopback: equal to one, and mistakes on any."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jpeft.cli import main
+from tests.folders import link, write_bert, write_llama
+
+pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
+WORDS = ["red", "green", "blue", "one", "two", "three", "tea", "sun", "rain"]
+CHAT = """finetune --task chat --model llama --data train.jsonl --eval test.jsonl --quantize none --samples 0 --rank 2
+ --max-length 64 --batch-size 8 --steps 6 --checkpoint-every 3 --lr 1e-3"""
+LABELS = """finetune --model bert --data labelled.jsonl --eval labelled_test.jsonl --batch-size 8 --epochs 1 --lr 1e-2
+ --max-length 32"""
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def talks(first, last):
+    return [{"prompt": f"say {WORDS[i % 9]} {i}", "completion": f"{WORDS[i * 7 % 9]} {i}"} for i in range(first, last)]
+
+
+def labelled(first, last):
+    return [{"text": f"{WORDS[i % 9]} {WORDS[i * 7 % 9]}", "label": "ab"[i % 2]} for i in range(first, last)]
+
+
+def chat(out, more=""):
+    return f"{CHAT} --out {out} {more}".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    write_llama(folder / "llama", 64, 128, 3)
+    write_bert(folder / "bert")
+    write(folder / "train.jsonl", talks(0, 48))
+    write(folder / "test.jsonl", talks(48, 60))
+    write(folder / "labelled.jsonl", labelled(0, 44))
+    write(folder / "labelled_test.jsonl", labelled(44, 60))
+    return folder
+
+
+LONG = "--steps 12 --epochs 2 --checkpoint-every 2"
+AT_FOUR = {"holds": '"step": 4,', "process": 1}
+PLAN = {
+    "one": {"arguments": chat("one", "--samples 1")},
+    "mesh": {"arguments": chat("mesh", "--mesh data=2,tensor=2"), "devices": 4},
+    "two": {"arguments": chat("two", "--mesh data=2,fsdp=2 --samples 1 --json"), "processes": 2, "devices": 2},
+    "four": {"arguments": chat("four", "--mesh data=2,fsdp=2,tensor=2"), "processes": 4, "devices": 2},
+    "accumulated": {"arguments": chat("accumulated", "--accumulate 2"), "processes": 2},
+    "labels": {"arguments": [*LABELS.split(), "--out", "labels"]},
+    "labels of two": {"arguments": [*LABELS.split(), "--mesh", "data=2", "--out", "labels of two"], "processes": 2},
+    "long": {"arguments": chat("long", LONG)},
+    "stopped": {"arguments": chat("stopped", LONG), "processes": 2,
+                "kill": {"file": "stopped/metrics.jsonl", "signal": signal.SIGTERM, **AT_FOUR}},
+    "stopped, resumed": {"arguments": chat("stopped", f"{LONG} --resume --mesh tensor=2"), "devices": 2},
+    "killed": {"arguments": chat("killed", LONG), "processes": 2,
+               "kill": {"file": "killed/metrics.jsonl", "signal": signal.SIGKILL, **AT_FOUR}},
+    "killed, resumed": {"arguments": chat("killed", f"{LONG} --resume --mesh data=2,fsdp=2"), "processes": 4},
+    "absent": {"arguments": chat("absent", "--join-within 4"), "processes": 2, "absent": 1},
+    "other data": {"arguments": chat("other"), "processes": 2, "folders": ["here", "there"]},
+    "not shared": {"arguments": chat("apart"), "processes": 2, "folders": ["here", "alike"]},
+    "wrong file": {"arguments": chat("wrong"), "processes": 2, "folders": ["here", "bare"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(home, tmp_path_factory):
+    """What came of all launches, by name, and the folder that they ran in."""
+    folder = tmp_path_factory.mktemp("many")
+    for name in ("", "here", "there", "alike", "bare"):
+        (folder / name).mkdir(exist_ok=True)
+        link(home, folder / name)
+    (folder / "there/train.jsonl").unlink()
+    write(folder / "there/train.jsonl", talks(1, 49))
+    (folder / "bare/test.jsonl").unlink()
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(list(PLAN.values())))
+    subprocess.run([sys.executable, str(Path(__file__).with_name("many.py")), str(plan)], check=True)
+    return dict(zip(PLAN, json.loads(plan.read_text()), strict=True)), folder
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+
+ALIKE = [("mesh", "one"), ("two", "one"), ("four", "one"), ("accumulated", "one"), ("labels of two", "labels"),
+         ("stopped", "long"), ("killed", "long")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, of", ALIKE)
+def test_many_devices_and_processes_are_as_one(launched, name, of):
+    done, folder = launched
+    last = done.get(f"{name}, resumed", done[name])
+    assert set(last["status"]) == {0}, last["err"]
+    np.testing.assert_allclose(losses(folder / name), losses(folder / of), rtol=1e-5)
+    mine, theirs = (load_file(folder / run / "adapter/adapter.safetensors") for run in (name, of))
+    for path, leaf in theirs.items():
+        np.testing.assert_allclose(mine[path], leaf, atol=2e-5, err_msg=path)
+
+
+def test_process_0_alone_speaks(launched):
+    done, folder = launched
+    result = json.loads(done["two"]["out"][0])  # nothing else stands on stdout
+    assert result["samples"] == json.loads((folder / "one/result.json").read_text())["samples"]
+    assert "perplexity" in done["four"]["out"][0] and not any(done["four"]["out"][1:])
+    assert not (folder / "four/processes").exists()
+
+
+def test_one_that_is_asked_to_stop_stops_all(launched):
+    done, _ = launched
+    stopped = done["stopped"]
+    assert stopped["ended"] and stopped["status"] == [143, 143]
+    assert "jpeft: error: stopped, saved up to step" in stopped["err"][0] and "jpeft: error" not in stopped["err"][1]
+    assert "continuing after step" in done["stopped, resumed"]["out"][0]
+
+
+def test_one_that_is_killed_is_named_and_ends_all(launched):
+    done, _ = launched
+    killed = done["killed"]
+    assert killed["ended"] and killed["status"] == [1, -9] and killed["seconds"] < 30
+    assert "process 1 (host " in killed["err"][0] and "has stopped" in killed["err"][0]
+    assert "--resume goes on from the last checkpoint" in killed["err"][0]
+
+
+MISTAKES = {
+    "absent": "process 0 of 2 waited 4 s at 127.0.0.1",
+    "other data": "processes differ in the data: that of process 1 is not that of process 0",
+    "not shared": "process 1: {folder}/alike/apart: not seen here; --out must be on storage that all hosts share",
+    "wrong file": "process 1: --eval test.jsonl: no such file",
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_once_and_end_all(launched, name):
+    done, folder = launched
+    one = done[name]
+    assert one["ended"] and all(one["status"]), one["err"]
+    lines = [line for line in one["err"][0].splitlines() if line.startswith("jpeft: error: ")]
+    assert len(lines) == 1 and MISTAKES[name].format(folder=folder) in lines[0], one["err"]
+    assert not list(folder.glob("other*")) and not (folder / "here/other").exists()
+
+
+MESHES = {
+    "fsdp=3": "--mesh fsdp=3: 3 is 3, but there are 8 devices",
+    "data=2,fsdp=2": "2 × 2 is 4, but there are 8 devices",
+    "rows=8": "expected axes such as data=2,fsdp=4, each once, of data, fsdp, tensor, sequence",
+    "data": "expected axes such as",
+    "data=2,data=4": "each once",
+    "data=0,fsdp=8": "expected axes",
+    "data=8,fsdp=1": "",
+    "tensor=8": "an axis of 2 does not divide over 'tensor', which is 8 wide",
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_meshes_that_do_not_fit(home, monkeypatch, tmp_path, capsys, mesh):
+    link(home, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    status = main(chat("run", f"--mesh {mesh} --steps 1 --eval-examples 8"))
+    error = capsys.readouterr().err
+    assert (status == 1 and MESHES[mesh] in error and error.count("\n") == 1) if MESHES[mesh] else status == 0
+    assert (tmp_path / "run").exists() == (not MESHES[mesh])
+
+
+@pytest.mark.parametrize("more, says", [
+    ("--batch-size 6 --mesh data=4,fsdp=2", "--batch-size 6 does not divide over the 8 parts that the mesh's data and"),
+    ("--accumulate 2 --mesh fsdp=8", "in each of 2 micro-batches; a multiple of 16 does"),
+    ("--max-length 60 --mesh sequence=8", "--max-length 60 does not divide over the 8 devices of the mesh's axis seq"),
+    ("--processes 2", "--coordinator, --processes and --process belong together"),
+    ("--coordinator a:1 --processes 2 --process 2", "--process 2 must be from 0 to 1"),
+])  # fmt: skip
+def test_what_does_not_go_together(home, monkeypatch, tmp_path, capsys, more, says):
+    link(home, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(chat("run", more)) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_another_process_writes(home, monkeypatch, tmp_path, capsys):
+    link(home, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(chat("run", "--steps 1")) == 0
+    (tmp_path / "run/result.json").unlink()
+    with filelock.FileLock("run/.lock"):
+        assert main(chat("run", "--steps 1 --resume")) == 1
+    assert "run: another process is writing it" in capsys.readouterr().err
+    assert main(chat("run", "--steps 1 --resume")) == 0
