@@ -78,7 +78,7 @@ def mean_pool(
 
 
 def load_classifier(
-    folder: Path, num_labels: int, seed: int, scheme: str = "none", mesh: Mesh | None = None
+    folder: Path, num_labels: int, seed: int, scheme: str = "none", *, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> tuple[Classifier, dict[str, Any]]:
     """The encoder of a HuggingFace folder, quantised unless the scheme is "none", under a fresh head from the seed.
 
@@ -89,7 +89,8 @@ def load_classifier(
     if models.is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
     shardings = None if mesh is None else lambda encoder: models.logical_shardings(encoder, mesh)
-    encoder, params = models.load(folder, quantize=None if scheme == "none" else scheme, shardings=shardings)
+    asked = None if scheme == "none" else scheme
+    encoder, params = models.load(folder, param_dtype=jnp.dtype(dtype), quantize=asked, shardings=shardings)
     classifier = Classifier(encoder, num_labels)
     states = jax.eval_shape(lambda p, ids, mask: encoder.apply({"params": p}, ids, attention_mask=mask),
                             params, *example_inputs())  # fmt: skip

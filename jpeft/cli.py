@@ -185,6 +185,7 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     option("--data", str, f"{', '.join((*DATA, *CONVERSATIONS))}, or a .csv or .jsonl file ({by_task('data')})")
     option("--eval", str, "a .csv or .jsonl file to evaluate on (default: a tenth of --data is held out)")
     option("--quantize", str, f"{', '.join(SCHEMES)} or none: how the base is held ({by_task('quantize')})")
+    option("--dtype", str, "float32 (default), bfloat16 or float16: what the base is held and computed in")
     option("--text", str, "column of the texts (default: text)")
     option("--label", str, "column of the labels (default: label)")
     option("--method", str, "lora, bitfit, prefix, bottleneck, ia3, train or full (default: lora)")
@@ -213,6 +214,8 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: a new one below runs/)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                         help="continue RUN, or the run at --out, or the latest below runs/")  # fmt: skip
+    parser.add_argument("--remat", choices=("full", "dots", "offload"), help="what a language model's backward pass "
+                        "computes again: all, all but products, or all from what the host keeps")  # fmt: skip
     parser.add_argument("--tensorboard", action="store_true", help="also log to RUN/tensorboard")
     parser.add_argument("--profile", type=_profile, metavar="STEP[:COUNT]",
                         help="trace COUNT steps (3) from STEP on with jax.profiler, to RUN/profile")  # fmt: skip
@@ -285,7 +288,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
         hosts.check_same({"what they were asked for": repr((sorted(given.items()), args.mesh, str(out), run))})
         mesh = distributed.mesh_of(args.mesh)
-    setup = Setup(mesh, args.tensorboard, args.profile)
+    setup = Setup(mesh, args.tensorboard, args.profile, args.remat)
     with _Terminal(to_stderr=args.json, quiet=not hosts.leads()) as terminal:
         found = Path(hosts.from_leader(str(out or runs.latest_run() or ""))) if run else Path()
         if isinstance(run, str) or (run and found != Path() and hosts.together(found.exists)):
@@ -303,7 +306,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _keep_stdout() -> None:
-    """stdout for what is printed here: Gloo, which connects CPU processes, tells on it who has come; that is stderr's."""
+    """stdout for what is printed here: Gloo, which connects CPU processes, says on it who came. That is stderr's."""
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)

@@ -12,6 +12,7 @@ from typing import Any
 from jpeft.assets import CONVERSATIONS, DATA, MODELS, UserError
 
 CLASSIFY, CHAT = "classify", "chat"
+DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("nf4", "int4", "int8", "fp8")  # of `jpeft.quantization`, which is not imported here
 
 
@@ -35,6 +36,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "keep": (lambda v: v in ("last", "best"), "last or best"),
     **dict.fromkeys(("eval_examples", "samples"), _WHOLE),
     "quantize": (lambda v: v in (*SCHEMES, "none"), f"none, {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}"),
+    "dtype": (lambda v: v in DTYPES, f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"),
     "packed": (lambda v: isinstance(v, bool), "true or false"),
     "lr": (lambda v: v is None or (_number(v) and v > 0), "a positive number"),
     "warmup": (lambda v: _number(v) and 0 <= v < 1, "a share of the steps in [0, 1)"),
@@ -89,6 +91,7 @@ class Config:
     max_length: int = None  # type: ignore[assignment]
     packed: bool = True
     quantize: str = None  # type: ignore[assignment]
+    dtype: str = "float32"
     eval_examples: int = None  # type: ignore[assignment]
     eval_every: int | None = None
     keep: str = "last"
@@ -159,6 +162,7 @@ class Setup:
         mesh: a `jax.sharding.Mesh` to train on, of axes that `jpeft.shard` knows; None is one device.
         tensorboard: also write what is logged as TensorBoard events, to `RUN/tensorboard`.
         profile: the first step and how many to trace with `jax.profiler`, to `RUN/profile`.
+        remat: what a language model's backward pass computes again, see `jpeft.models.decoder.Decoder`.
 
     >>> Setup(profile=(10, 3)).mesh is None
     True
@@ -167,6 +171,7 @@ class Setup:
     mesh: Any = None
     tensorboard: bool = False
     profile: tuple[int, int] | None = None
+    remat: str | None = None
 
 
 class Interrupted(Exception):

@@ -98,7 +98,7 @@ def finetune(
 def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
-    job = prepare(config, reporter, setup.mesh)
+    job = prepare(config, reporter, setup)
     if setup.profile is not None and setup.profile[0] > job.steps:
         raise UserError(f"--profile {setup.profile[0]}: there are {job.steps} steps")
     return job
@@ -141,7 +141,7 @@ def resume(
         reporter.say(f"{run} is complete")
         return result
     config = Config(**record["config"])
-    job = together(lambda: prepare(config, reporter, setup.mesh))
+    job = together(lambda: prepare(config, reporter, setup))
     now = job.record
     for name, words in jobs.UNCHANGED.items():
         if now.get(name) != record.get(name):

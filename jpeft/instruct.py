@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def load_base(path: Path, scheme: str = "none", mesh: Mesh | None = None) -> tuple[Any, Any]:
+def load_base(
+    path: Path, scheme: str = "none", *, mesh: Mesh | None = None, dtype: str = "float32", remat: str | None = None
+) -> tuple[Any, Any]:
     """A language model and its parameters, quantised while they are read unless the scheme is "none", and sharded on a
     mesh as their axes' names say.
 
@@ -48,7 +50,9 @@ def load_base(path: Path, scheme: str = "none", mesh: Mesh | None = None) -> tup
     try:
         shardings = None if mesh is None else lambda model: models.logical_shardings(model, mesh)
         asked = None if scheme == "none" or quantised else scheme
-        model, params = models.load(path, quantize=asked, shardings=shardings)
+        model, params = models.load(
+            path, param_dtype=jnp.dtype(dtype), quantize=asked, shardings=shardings, remat=remat
+        )
         if quantised and scheme not in ("none", *(held := schemes_of(params))):
             raise UserError(f"--quantize {scheme}: {path} is quantised already; give --quantize {min(held)}")
         return model, params

@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 import jpeft
 from jpeft import classify, conversations, data, instruct, runs, talk
 from jpeft.assets import DataSource, UserError, resolve_conversations, resolve_data, resolve_model
-from jpeft.config import CHAT, Config, parse_targets
+from jpeft.config import CHAT, Config, Setup, parse_targets
 from jpeft.fingerprint import fingerprint
 from jpeft.methods import METHODS, LeafMethod, Method, from_dict
 from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS, data_ways, local_rows, shard_batch
 
 # Where a method's name on the command line is not its class's in lower case.
 ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
+_PLAIN = Setup()
 _EVAL_BATCH = 64
 _SAMPLE_TOKENS = 200
 
@@ -191,15 +192,15 @@ class Job:
         }
 
 
-def prepare(config: Config, reporter: Reporter, mesh: Mesh | None = None) -> Job:
+def prepare(config: Config, reporter: Reporter, setup: Setup = _PLAIN) -> Job:
     """Read, check and bind all that a configuration names. Writes nothing but the cache of assets.
 
     Args:
-        mesh: what the base is sharded over, and the rows of batches are spread over; None is one device.
+        setup: what it will run on, and how.
 
     >>> prepare(Config(), Silent()).peft.summary()  # doctest: +SKIP
     """
-    method = build_method(config)
+    method, mesh = build_method(config), setup.mesh
     if mesh is not None and config.batch_size % (ways := data_ways(mesh) * config.accumulate):
         parts = f" in each of {config.accumulate} micro-batches" * (config.accumulate > 1)
         axes = " and ".join(name for name in DATA_AXES if name in mesh.axis_names)
@@ -209,7 +210,7 @@ def prepare(config: Config, reporter: Reporter, mesh: Mesh | None = None) -> Job
         raise UserError(f"--max-length {config.max_length} does not divide over the {parts} devices of the mesh's axis "
                         f"{SEQUENCE_AXIS}")  # fmt: skip
     try:
-        return (_prepare_chat if config.task == CHAT else _prepare_classification)(config, method, reporter, mesh)
+        return (_prepare_chat if config.task == CHAT else _prepare_classification)(config, method, reporter, setup)
     except ValueError as error:
         if mesh is None or type(error) is not ValueError:
             raise
@@ -289,7 +290,9 @@ class Classification:
         }
 
 
-def _prepare_classification(config: Config, method: Method, reporter: Reporter, mesh: Mesh | None) -> Job:
+def _prepare_classification(config: Config, method: Method, reporter: Reporter, setup: Setup) -> Job:
+    if setup.remat is not None:
+        raise UserError(f"--remat {setup.remat}: is for language models, not for encoders")
     source = resolve_data(config.data, config.eval, config.text, config.label, reporter.say)
     train = data.read(source.train, source.text, source.label)
     labels = data.label_names(train)
@@ -301,7 +304,9 @@ def _prepare_classification(config: Config, method: Method, reporter: Reporter, 
     test = _some(test, config.eval_examples)
     train_ids, test_ids = data.label_ids(train, labels), data.label_ids(test, labels)
     folder = resolve_model(config.model, reporter.say)
-    classifier, params = classify.load_classifier(folder, len(labels), config.seed, config.quantize, mesh)
+    classifier, params = classify.load_classifier(
+        folder, len(labels), config.seed, config.quantize, mesh=setup.mesh, dtype=config.dtype
+    )
     tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
     peft = _bind(method, classifier, params, classify.example_inputs())
     encoded, test_encoded = (
@@ -309,10 +314,10 @@ def _prepare_classification(config: Config, method: Method, reporter: Reporter, 
         for examples, ids in ((train, train_ids), (test, test_ids))
     )
     batches = data.Batches(encoded, config.batch_size, config.seed, config.epochs)
-    rows = math.lcm(_EVAL_BATCH, 1 if mesh is None else data_ways(mesh))
+    rows = math.lcm(_EVAL_BATCH, 1 if setup.mesh is None else data_ways(setup.mesh))
     task = Classification(config, source, labels, data.Batches(test_encoded, rows))
     files = {"train": source.train, "eval": source.eval}
-    return Job(config.located(), folder, files, params, peft, batches, task, mesh)
+    return Job(config.located(), folder, files, params, peft, batches, task, setup.mesh)
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
@@ -384,7 +389,7 @@ class Chat:
         return conversations.prompts(self.held_out)
 
 
-def _prepare_chat(config: Config, method: Method, reporter: Reporter, mesh: Mesh | None) -> Job:
+def _prepare_chat(config: Config, method: Method, reporter: Reporter, setup: Setup) -> Job:
     train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)
     for name in ("text", "label"):
         if getattr(config, name) is not None:
@@ -397,7 +402,7 @@ def _prepare_chat(config: Config, method: Method, reporter: Reporter, mesh: Mesh
         test = conversations.read(eval_file)
     test = _some(test, config.eval_examples)
     path = resolve_model(config.model, reporter.say)
-    model, params = instruct.load_base(path, config.quantize, mesh)
+    model, params = instruct.load_base(path, config.quantize, mesh=setup.mesh, dtype=config.dtype, remat=setup.remat)
     codec = instruct.load_codec(path, model, config.max_length)
     peft = _bind(method, model, params, instruct.example_inputs())
     encoded, test_encoded = (conversations.encode(examples, codec, config.max_length) for examples in (train, test))
@@ -417,4 +422,4 @@ def _prepare_chat(config: Config, method: Method, reporter: Reporter, mesh: Mesh
     test_batches = conversations.Batches(test_encoded, config.batch_size, config.max_length)
     task = Chat(config, codec, test_batches, test)
     files = {"train": train_file, "eval": eval_file}
-    return Job(config.located(), path, files, params, peft, batches, task, mesh)
+    return Job(config.located(), path, files, params, peft, batches, task, setup.mesh)

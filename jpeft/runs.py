@@ -323,7 +323,9 @@ def open_run(run: str | Path) -> Trained:
     if config.task != CLASSIFY:
         raise UserError(f"{run}: was trained to chat, not to label texts; talk to it: jpeft chat {run}")
     folder = resolve_model(config.model)
-    classifier, params = classify.load_classifier(folder, len(record["labels"]), config.seed, config.quantize)
+    classifier, params = classify.load_classifier(
+        folder, len(record["labels"]), config.seed, config.quantize, dtype=config.dtype
+    )
     tokenizer = classify.load_tokenizer(folder, classifier, config.max_length)
     if file_sha256(folder / "tokenizer.json") != record["tokenizer"]:
         raise UserError(f"{folder}/tokenizer.json changed since {run} was trained: it would read other tokens")

@@ -195,7 +195,7 @@ def open_chat_run(run: Path, log: Callable[[str], None] = lambda line: None) -> 
     if config.task != CHAT:
         raise UserError(f"{run}: was trained to label texts, not to chat: jpeft predict {run}")
     path = resolve_model(config.model, log)
-    model, params = instruct.load_base(path, config.quantize)
+    model, params = instruct.load_base(path, config.quantize, dtype=config.dtype)
     codec = instruct.load_codec(path, model, 1)
     peft, adapter = jpeft.load(folder, model, params, *instruct.example_inputs())
     return peft, params, adapter, codec, path

@@ -289,7 +289,7 @@ def test_stacked_layers_have_the_gradients_of_layers_one_by_one():
     assert_trees_close(models.unstack(stacked), one_by_one)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_saveable"])
+@pytest.mark.parametrize("remat", ["full", "dots", "dots_saveable", "offload"])
 def test_remat_changes_no_gradient(remat):
     assert_trees_close(gradient("qwen2", remat=remat), gradient("qwen2", scan_layers=True))
 
@@ -827,7 +827,7 @@ def test_a_config_that_cannot_be_followed_says_where(tmp_path, case):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"scan_layer": True}, "llama models have no option scan_layer, only remat, scan_layers"),
-    ({"remat": "ful"}, "remat='ful' is none of full, dots, everything_saveable"),
+    ({"remat": "ful"}, "remat='ful' is none of full, dots, offload, everything_saveable"),
     ({"remat": "save_only_these_names"}, "remat='save_only_these_names' is none of"),  # wants names: saves everything
     ({"remat": True}, "remat=True is none of"),
     ({"remat": ["full"]}, "remat=.* is none of"),

@@ -21,6 +21,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -43,10 +44,12 @@ _SAVEABLE = (
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
 )
+_LAYER_INPUT = "layer_input"
 #: Names for `Decoder.remat`, and what they are called in `jax.checkpoint_policies`; its others want arguments.
 REMAT = {
     "full": "nothing_saveable",
     "dots": "dots_with_no_batch_dims_saveable",
+    "offload": "save_and_offload_only_these_names",  # what comes into each layer, to the host's memory
     **{name: name for name in _SAVEABLE},
 }
 
@@ -234,6 +237,14 @@ def _known_remat(name: Any) -> str:
     return name
 
 
+def _policy(name: str) -> Any:
+    policy = getattr(jax.checkpoint_policies, REMAT[_known_remat(name)])
+    if name != "offload":
+        return policy
+    return policy(names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
+                  offload_src="device", offload_dst="pinned_host")  # fmt: skip
+
+
 def _pick(sliding: Any, pair: tuple[Any, Any]) -> Any:
     """Of (full, sliding): statically, or in a scan over layers of both kinds."""
     if isinstance(sliding, bool):
@@ -275,6 +286,7 @@ class Layer(_Module):
         carry: the states, and the cache of all layers or None. inputs: the layer's number, and whether it slides.
         """
         (x, cache), (layer, slides) = carry, inputs
+        x = checkpoint_name(x, _LAYER_INPUT)
         sliding = slides if self.sliding is None else self.sliding
         attention = SelfAttention(
             **self.fields(), sliding=self.sliding, deterministic=self.deterministic, name="self_attn"
@@ -332,8 +344,7 @@ class Model(_Module):
         x, context = ops.tokens_in_one(x), dataclasses.replace(context, shape=input_ids.shape)
         layer: Any = Layer
         if self.remat is not None:
-            policy = getattr(jax.checkpoint_policies, REMAT[_known_remat(self.remat)])
-            layer = nn.remat(Layer, policy=policy, prevent_cse=not self.scan_layers)
+            layer = nn.remat(Layer, policy=_policy(self.remat), prevent_cse=not self.scan_layers)
         carry = (x, cache)
         if self.scan_layers:
             numbers = jnp.arange(cfg.num_hidden_layers)
@@ -364,8 +375,9 @@ class Decoder(_Module):
 
     Fields: `config`; `dtype`, what it computes in (None follows the parameters); `param_dtype`; `scan_layers`, whether
     the layers are stacked and scanned; `remat`, what the backward pass may read back from the forward pass of a layer:
-    None for everything, `"full"` for nothing, `"dots"` for the products with weights, or the name of one of
-    `jax.checkpoint_policies` that takes no arguments (`REMAT`).
+    None for everything, `"full"` for nothing but what comes into the layer, `"offload"` for that, from the host's
+    memory, `"dots"` for the products with weights, or the name of one of `jax.checkpoint_policies` that takes no
+    arguments (`REMAT`).
 
     >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     ...                     num_attention_heads=4, num_key_value_heads=2)
