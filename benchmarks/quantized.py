@@ -515,12 +515,15 @@ def loss(args: argparse.Namespace, path: Path) -> Any:
     lora = dataclasses.replace(LORA, rank=args.rank, alpha=2.0 * args.rank, init_weights="kaiming")
     peft = lora.bind(model, full, *instruct.example_inputs())
     first = peft.init(jax.random.key(0), full)
-    bases = {
-        "float32": (full, first),
-        "nf4": (jpeft.quantize(full, "nf4", block=BLOCK), first),
-        "nf4, LoftQ": jpeft.loftq(peft, full, jax.random.key(0), "nf4", block=BLOCK, iterations=5),
-        "int8": (jpeft.quantize(full, "int8", block=BLOCK), first),
+    loftq = lambda block: jpeft.loftq(peft, full, jax.random.key(0), "nf4", block=block, iterations=5)  # noqa: E731
+    kinds = {
+        "float32": lambda: (full, first),
+        "nf4": lambda: (jpeft.quantize(full, "nf4", block=BLOCK), first),
+        "nf4+loftq": lambda: loftq(BLOCK),
+        "nf4/32+loftq": lambda: loftq(32),  # 4.254 bits a weight
+        "int8": lambda: (jpeft.quantize(full, "int8", block=BLOCK), first),
     }
+    bases = {name: kinds[name]() for name in args.bases.split(",")}
     score, tx = instruct.scorer(peft), optax.adamw(optax.linear_schedule(5e-4, 0, args.steps))
     step = jpeft.train_step(peft, instruct.loss_fn(peft), tx, clip=1.0)
     runs, states = {}, {}
@@ -541,7 +544,7 @@ def loss(args: argparse.Namespace, path: Path) -> Any:
     over = lambda row, end: float(np.mean(row["losses"][max(0, end - window) : end]))  # noqa: E731
     title(f"Loss of {args.steps} steps of LoRA, rank {args.rank}, on answers of GSM8K, 1 x {args.length} tokens a step")
     head = ["", *(f"up to step {end}" for end in ends), "all steps", "/ float32's", "perplexity before", "after"]
-    body, plain = [], runs["float32"]
+    body, plain = [], next(iter(runs.values()))
     for r in runs.values():
         mean = float(np.mean(r["losses"]))
         r["ratio"] = mean / float(np.mean(plain["losses"]))
@@ -563,6 +566,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200, help="of loss")
     parser.add_argument("--rank", type=int, default=RANK, help="of loss")
+    parser.add_argument("--bases", default="float32,nf4,nf4+loftq,nf4/32+loftq,int8", help="of loss; the first is 1")
     parser.add_argument("--json", default=None, help="write the numbers there")
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - parts.keys():
