@@ -16,11 +16,13 @@ devices     meshes of 1, 2, 4 and 8 CPU devices. Bytes are a device's share, as 
             chunk of the loss: for each, a sharded head is gathered, in "base" too, next to which an adapter is nothing.
             Devices share this machine's cores: times only show that nothing goes wrong.
 checkpoint  bytes on disk over those of trainable leaves and optimiser, and how long training stands still for a save:
-            "blocked" until `save` returns, "slowed" is what the steps beside the write take longer than others do.
+            "blocked" until `save` returns, "slowed" is what the steps beside the write take longer than others do. What
+            a file adds is measured on random bits, without a base: it grows with the number of leaves.
 gpu         steps at 1B and 8B in bfloat16 and over NF4, each library in a process of its own, one after the other.
             Model FLOPs of T tokens in rows of L: 4 N T of N frozen weights in products (forward, and back to the
             activations), 6 A T of A adapter weights, 6 layers width L T of causal attention. What remat computes again
-            and what dequantising takes are not counted. MFU is over the chip's dense bfloat16 peak.
+            and what dequantising takes are not counted. MFU is over the chip's dense bfloat16 peak. Memory is XLA's
+            figure for the program, and what torch's allocator held at most.
 """
 
 from __future__ import annotations
@@ -213,7 +215,7 @@ def devices(args: argparse.Namespace) -> Any:
         body.append([*cells_of(v), f"{v.facts['median_ms']:.0f}", f"{v.facts['ratio']:.2f}"])
     markdown([*head, "median ms", "/ one device"], body)
     rows = [v.facts for v in variants]
-    for name in args.shapes.split(",") if args.shapes else ():
+    for name in args.shapes:
         large = Decoder(LLAMA[name], param_dtype=jnp.float16, remat="full")
         shapes = abstract_params(large)
         batch = jax.eval_shape(lambda x: x, batch_of(8, LENGTH, large.config.vocab_size))
@@ -354,7 +356,7 @@ def gpu(args: argparse.Namespace) -> Any:
         return print(f"\ngpu: there is none, JAX runs on {jax.default_backend()}")
     kind, rows = jax.devices()[0].device_kind, []
     peak = next((flops for name, flops in PEAKS.items() if name in kind), None)
-    for name in args.shapes.split(","):
+    for name in args.shapes:
         shape = ROWS[name], 2048
         flops = model_flops(LLAMA[name], shape)
         for library, worker in (("jpeft", jpeft_steps), ("torch PEFT", torch_steps)):
@@ -493,6 +495,9 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - parts.keys():
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(parts)}")
+    args.shapes = [name for name in args.shapes.split(",") if name]
+    if unknown := set(args.shapes) - LLAMA.keys():
+        parser.error(f"--shapes {', '.join(sorted(unknown))}: expected some of {', '.join(LLAMA)}, or none")
     out: dict[str, Any] = {"machine": machine(["jax", "flax", "optax"]), "arguments": vars(args)}
     print(", ".join(f"{k} {v}" for k, v in out["machine"].items()))
     for name in args.only.split(","):
