@@ -58,7 +58,9 @@ def load_base(
         return model, params
     except models.ModelError:
         raise
-    except ValueError as error:  # a weight that cannot be quantised
+    except ValueError as error:  # a weight that cannot be quantised; else one that does not fit on the mesh
+        if scheme == "none" or "does not divide over" in str(error):
+            raise
         raise UserError(f"--quantize {scheme}: {error}") from error
 
 

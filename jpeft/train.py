@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from jpeft.peft import Peft
@@ -62,15 +63,29 @@ class TrainState:
             zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
             return cls(step=zero(), adapter=adapter, opt_state=tx.init(trainable), rng=rng, skipped=zero())
 
-        if abstract:
-            return jax.eval_shape(make, adapter, rng)
-        state = make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
         replicated = everywhere(jax.tree.leaves(adapter))
+        if abstract:
+            state = jax.eval_shape(make, adapter, rng)
+            return state if replicated is None else _as_laid_out(state, adapter, tx, peft, replicated)
+        state = make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
         if replicated is None:
             return state
         # Counters and keys are made on one device; left there, the second step, which finds them on the mesh, would
         # compile again.
         return jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, replicated), state)
+
+
+def _as_laid_out(state: TrainState, adapter: Tree, tx: Any, peft: Peft, replicated: NamedSharding) -> TrainState:
+    """An abstract state with the shardings that a state of such an adapter has."""
+    on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    trainable, _ = partition(adapter, peft.labels(adapter))
+    slots = optax.tree_utils.tree_map_params(
+        tx, lambda x, leaf: on(x, named_sharding(leaf) if x.shape == leaf.shape else replicated),
+        state.opt_state, trainable, transform_non_params=lambda x: on(x, replicated),
+    )  # fmt: skip
+    rest = jax.tree.map(lambda x: on(x, replicated), (state.step, state.rng, state.skipped))
+    leaves = jax.tree.map(lambda x: on(x, named_sharding(x) or replicated), adapter)
+    return TrainState(rest[0], leaves, slots, rest[1], rest[2])
 
 
 def _is_key(rng: Any) -> bool:

@@ -158,7 +158,7 @@ MESHES = {
     "data=2,data=4": "each once",
     "data=0,fsdp=8": "expected axes",
     "data=8,fsdp=1": "",
-    "tensor=8": "an axis of 2 does not divide over 'tensor', which is 8 wide",
+    "tensor=8": "--mesh: llama: lm_head/kernel: an axis of 260 does not divide over 'tensor', which is 8 wide",
 }
 
 

@@ -200,6 +200,20 @@ def test_a_step_on_any_mesh_is_that_on_one_device(kind, method, scheme, request)
             np.testing.assert_allclose(flatten(got)[path], leaf, atol=1e-5, rtol=1e-5, err_msg=f"{dims} {join(path)}")
 
 
+def test_an_abstract_state_is_laid_out_as_a_real_one():
+    model, inputs, _, _, names = decoder()
+    base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    base = jpeft.shard(base, mesh_of((2, 2, 2)), names=names)
+    peft = METHODS["lora"].bind(model, base, *inputs)
+    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), base)
+    real, planned = (
+        jpeft.TrainState.create(peft, peft.init(jax.random.key(1), params), TX, jax.random.key(2))
+        for params in (base, shape)
+    )
+    about = lambda x: (x.shape, x.dtype, x.sharding)  # noqa: E731
+    assert jax.tree.map(about, real) == jax.tree.map(about, planned)
+
+
 def test_what_devices_send_each_other():
     """Weights are gathered and gradients of adapters added up: no activation is gathered, no other gradient made."""
     kind = decoder()
