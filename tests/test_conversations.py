@@ -12,7 +12,7 @@ from tokenizers import processors
 from jpeft import conversations as talks
 from jpeft.assets import UserError
 from jpeft.chat import Codec
-from jpeft.conversations import Batches, Conversations, Encoded
+from jpeft.conversations import Batch, Batches, Conversations, Encoded
 from tests.test_chat import ASK, CHATML, GEMMA, LLAMA_2, TALK, byte_level, codec_of, sentencepiece
 
 TEA = ({"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes, hot."})
@@ -283,7 +283,10 @@ def test_every_epoch_shows_every_example_once_and_whole(lengths, size, seed, epo
     assert batches.epoch(len(batches)) == epochs
     assert talks.shapes(batches) == {batch.input_ids.shape for batch in made}
     assert talks.shapes(batches) == {(size, 60)} if packed else talks.shapes(batches) <= {(size, 48), (size, 60)}
-    totals = [sum(column) for column in zip(*map(talks.count, made), strict=True)]
+    held = [(int(batch.segment_ids.max(axis=1).sum()), int((batch.segment_ids > 0).sum()), int(batch.weight.sum()),
+             batch.segment_ids.size) for batch in made]  # fmt: skip
+    assert list(batches.counts(0)) == held and list(batches.counts(1)) == held[1:]
+    totals = [sum(column) for column in zip(*held, strict=True)]
     assert totals == list(batches.count) and batches.count.tokens == epochs * sum(lengths)
 
 
@@ -298,6 +301,9 @@ def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, p
     assert all(same(one, other) for one, other in zip(resumed, whole[step:], strict=True))
     if step < len(whole):
         assert same(Batches(*arguments)[step], whole[step])
+    rows = np.array(sorted(draw.draw(st.sets(st.integers(0, size - 1), min_size=1))))  # a host's own
+    for part, batch in zip(Batches(*arguments).start(step, rows), whole[step:], strict=True):
+        assert same(part, Batch(*(column[rows] for column in batch)))
 
 
 @SETTINGS
