@@ -1,6 +1,6 @@
 """One device to eight, checkpoints, and a GPU: what is held, what is sent, and what a step is kept waiting for.
 
-    python benchmarks/scale.py [--only devices,checkpoint,gpu] [--rounds 8] [--layers 4] [--width 512] [--json FILE]
+    python benchmarks/scale.py [--only devices,checkpoint,levers,gpu] [--rounds 8] [--layers 4] [--width 512]
 
 LoRA of rank 8 (alpha 16, no dropout) on all linear layers of a Llama with random weights, AdamW, jpeft's own loss.
 Three steps are compared. "base" has no adapter and no optimiser: the loss and its gradient with respect to the
@@ -18,10 +18,11 @@ devices     meshes of 1, 2, 4 and 8 CPU devices. Bytes are a device's share, as 
 checkpoint  bytes on disk over those of trainable leaves and optimiser, and how long training stands still for a save:
             "blocked" until `save` returns, "slowed" is what the steps beside the write take longer than others do. What
             a file adds is measured on random bits, without a base: it grows with the number of leaves.
+levers      what each way to need less does to the compiled LoRA step: temporaries and weights of scanned layers, the
+            state that is trained and saved, and FLOPs, of layers one by one (of a scan XLA counts the body once).
 gpu         steps at 1B and 8B in bfloat16 and over NF4, each library in a process of its own, one after the other.
-            Model FLOPs of T tokens in rows of L: 4 N T of N frozen weights in products (forward, and back to the
-            activations), 6 A T of A adapter weights, 6 layers width L T of causal attention. What remat computes again
-            and what dequantising takes are not counted. MFU is over the chip's dense bfloat16 peak. Memory is XLA's
+            Model FLOPs are those of `jpeft.utilisation.step_flops`: what remat computes again and what dequantising
+            takes are not counted. MFU is over the chip's dense bfloat16 peak. Memory is XLA's
             figure for the program, and what torch's allocator held at most.
 """
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -56,9 +58,9 @@ import optax
 from common import COLLECTIVES, Variant, collectives, compiled_facts, machine, markdown, measure, ratio
 
 import jpeft
-from jpeft import checkpoint, conversations, instruct, models
+from jpeft import checkpoint, conversations, instruct, models, utilisation
 from jpeft.models.decoder import Decoder, DecoderConfig
-from jpeft.sharding import constrained, layout_of, replicated
+from jpeft.sharding import constrained, layout_of
 from jpeft.tree import flatten, size_bytes
 
 RANK, ALPHA, TX, INTERVAL = 8, 16.0, optax.adamw(1e-4), 100
@@ -77,8 +79,6 @@ LLAMA = {
     ),
 }  # fmt: skip
 ROWS = {"1B": 8, "8B": 4}  # of 2,048 tokens, on a GPU
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-         "L4": 121e12}  # fmt: skip
 
 
 def title(text: str) -> None:
@@ -118,24 +118,12 @@ def random_params(model: Decoder) -> Any:
 # --- steps ---
 
 
-def state_on(peft: Any, params: Any, mesh: Any) -> Any:
-    """The state of a step, abstract where the parameters are: then with shardings, which `TrainState.create` drops."""
-    adapter = peft.init(jax.random.key(0), params)
-    state = jpeft.TrainState.create(peft, adapter, TX, jax.random.key(1))
-    if not isinstance(state.step, jax.ShapeDtypeStruct):
-        return state
-    everywhere = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))  # noqa: E731
-    slots = optax.tree_utils.tree_map_params(
-        TX, lambda _, leaf: leaf, state.opt_state, adapter, transform_non_params=everywhere
-    )
-    return jax.tree.map(everywhere, state).replace(adapter=adapter, opt_state=slots)
-
-
-def train_step(method: Any, model: Any, params: Any, batch: Any, mesh: Any = None) -> tuple[Any, Any]:
-    """The compiled step and the state before it."""
+def train_step(method: Any, model: Any, params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+    """The compiled step and the state before it, abstract where the parameters are."""
     peft = method.bind(model, params, *instruct.example_inputs())
-    state = state_on(peft, params, mesh)
-    return jpeft.train_step(peft, instruct.loss_fn(peft), TX).lower(state, params, batch).compile(), state
+    state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), params), TX, jax.random.key(1))
+    step = jpeft.train_step(peft, instruct.loss_fn(peft), TX, **options)
+    return step.lower(state, params, batch).compile(), state
 
 
 def base_step(model: Any, params: Any, batch: Any) -> tuple[Any, Any]:
@@ -235,7 +223,7 @@ def on_mesh(axes: dict[str, int], model: Decoder, params: Any, batch: Any, steps
         if kind == "base":
             compiled, first = base_step(model, placed, batch)
         else:
-            compiled, first = train_step(METHODS[kind], model, placed, batch, mesh)
+            compiled, first = train_step(METHODS[kind], model, placed, batch)
         facts = {"mesh": name, "kind": kind, **compiled_facts(compiled), **sent(compiled, placed)}
         base = out[0].facts if out else facts
         facts |= {f"{key} / base": facts[key] / base[key] if base[key] else None for key in ("moved", "operands")}
@@ -347,6 +335,49 @@ def seconds(run: Any) -> float:
     return time.perf_counter() - start
 
 
+def levers(args: argparse.Namespace) -> Any:
+    """What each way to need less memory, or less arithmetic, does."""
+    half = dataclasses.replace(LORA, dtype="bfloat16")
+    upper = rf"model/layers/({'|'.join(map(str, range(3 * args.layers // 4, args.layers)))})/.*"
+    kinds: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "LoRA": (LORA, {}, {}),
+        'remat="dots"': (LORA, {"remat": "dots"}, {}),
+        'remat="full"': (LORA, {"remat": "full"}, {}),
+        'remat="offload"': (LORA, {"remat": "offload"}, {}),
+        "accumulate=4": (LORA, {}, {"accumulate": 4}),
+        "base in bfloat16": (LORA, {"param_dtype": jnp.bfloat16}, {}),
+        "base in NF4": (LORA, {}, {}),
+        "adapter in bfloat16": (half, {}, {}),
+        "adapter in the upper quarter": (dataclasses.replace(LORA, targets=upper), {"scan_layers": False}, {}),
+    }
+    rows, body, flops = [], [], {}
+    for name, (method, options, stepping) in kinds.items():
+        for scan in (True, False):
+            if scan and "scan_layers" in options:
+                continue
+            model = small_model(args, **{"scan_layers": scan, **options})
+            params, batch = abstract_params(model), batch_of(8, 4 * LENGTH, model.config.vocab_size)
+            if "NF4" in name:
+                params = jax.eval_shape(functools.partial(jpeft.quantize, scheme="nf4"), params)
+            compiled, state = train_step(method, model, params, batch, **stepping)
+            facts = compiled_facts(compiled)
+            if scan:
+                row = {"name": name, "temporaries": facts["temporary_bytes"], "weights": size_bytes(params)}
+            elif "scan_layers" in options:
+                row = {"name": name, "temporaries": None, "weights": size_bytes(params)}
+        flops.setdefault("LoRA", facts["flops"])
+        row |= {"state": state_bytes(state), "flops": facts["flops"] / flops["LoRA"]}
+        if "accumulate" in stepping:
+            row["flops"] = None  # its micro-batches are a scan
+        rows.append(row)
+        show = lambda value, kind: "" if value is None else kind(value)  # noqa: E731
+        body.append([name, show(row["temporaries"], mega), mega(row["weights"]), mega(row["state"]),
+                     show(row["flops"], "{:.2f}".format)])  # fmt: skip
+    title(f"{args.layers} layers of {args.width}, 8 x {4 * LENGTH} tokens, on {jax.default_backend()}")
+    markdown(["", "temporaries", "weights", "adapter and optimiser", "FLOPs / LoRA's"], body)
+    return rows
+
+
 # --- on a GPU ---
 
 
@@ -355,7 +386,7 @@ def gpu(args: argparse.Namespace) -> Any:
     if jax.default_backend() != "gpu":
         return print(f"\ngpu: there is none, JAX runs on {jax.default_backend()}")
     kind, rows = jax.devices()[0].device_kind, []
-    peak = next((flops for name, flops in PEAKS.items() if name in kind), None)
+    peak = utilisation.peak_flops(kind)
     for name in args.shapes:
         shape = ROWS[name], 2048
         flops = model_flops(LLAMA[name], shape)
@@ -383,15 +414,12 @@ def gpu(args: argparse.Namespace) -> Any:
 
 
 def model_flops(config: DecoderConfig, shape: tuple[int, int]) -> float:
-    """Of a step, as the docstring above has it: the same for both libraries and both bases."""
+    """Of a step: the same for both libraries and both bases."""
     model = Decoder(config)
     params = abstract_params(model)
     adapter = LORA.bind(model, params, *instruct.example_inputs()).init(jax.random.key(0), params)
-    weights = sum(x.size for path, x in flatten(params).items() if path[-1] == "kernel")
-    weights += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0  # as the head
-    each = 4 * weights + 6 * jpeft.tree.count(adapter)
-    each += 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape[1]
-    return float(each * math.prod(shape))
+    trained = jpeft.tree.count(adapter)
+    return utilisation.step_flops(model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
 
 
 def median_of(run: Any, rounds: int) -> float:
@@ -484,7 +512,7 @@ def in_four_bits(model: Any, device: str) -> None:
 
 
 def main() -> None:
-    parts = {"devices": devices, "checkpoint": saved, "gpu": gpu}
+    parts = {"devices": devices, "checkpoint": saved, "levers": levers, "gpu": gpu}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(parts), help="parts, with commas between them")
     parser.add_argument("--rounds", type=int, default=8)

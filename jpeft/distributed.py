@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -29,7 +28,7 @@ from jpeft.assets import UserError
 from jpeft.hosts import leads
 from jpeft.io import write_atomically
 
-_FAREWELL = 2.0  # seconds that a process which fails waits for the others to fail as well
+_FAREWELL = 2.0  # seconds that process 0, when it fails, gives the others to do so as well
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 60.0  # seconds without one, after which a process counts as stopped
 
@@ -110,9 +109,8 @@ def leave(status: int) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    client: Any = distributed.global_state.client
-    with contextlib.suppress(Exception):  # most fail together: process 0, which they depend on, goes last
-        client.wait_at_barrier("jpeft: leaving", int(1000 * _FAREWELL))
+    if leads():  # most fail together: the one that the others depend on goes last
+        time.sleep(_FAREWELL)
     os._exit(status)
 
 
@@ -124,9 +122,8 @@ class Pulse:
 
     def __init__(self, folder: Path):
         self.folder, self.step, self._stop = folder, 0, threading.Event()
-        self._seen: dict[
-            int, tuple[float, dict[str, Any]]
-        ] = {}  # by process: when its last sign came, and what it said
+        # By process: when its last sign came, and what it said.
+        self._seen: dict[int, tuple[float, dict[str, Any]]] = {}
 
     def beat(self) -> None:
         """Leaves one."""

@@ -90,7 +90,7 @@ def finetune(
     except (UserError, OSError):
         raise
     except Exception:  # too large for the memory, perhaps
-        if not _saved_step(run):
+        if leads() and not _saved_step(run):
             shutil.rmtree(run, ignore_errors=True)  # nothing to resume: leave the name free for another try
         raise
 
@@ -145,13 +145,17 @@ def resume(
     config = Config(**record["config"])
     job = together(lambda: prepare(config, reporter, setup))
     now = job.record
-    for name, words in jobs.UNCHANGED.items():
-        if now.get(name) != record.get(name):
-            raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
+    together(lambda: _check_unchanged(run, record, now))
     _check_same(now)
     if changed := difference(record["base"], job.params):
         raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
     return _finish(job, run, reporter, setup)
+
+
+def _check_unchanged(run: Path, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, words in jobs.UNCHANGED.items():
+        if now.get(name) != record.get(name):
+            raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
 
 
 def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
