@@ -60,6 +60,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """That with the least loss, of those that were saved with one."""
+        self.wait()
         found = {step: told for step in self.all_steps() if (told := self.manager.metrics(step))}
         return min(found, key=lambda step: found[step]["loss"], default=None)
 

@@ -158,6 +158,36 @@ def trained(run):
     return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
 
 
+def events(folder):
+    """The scalars of TensorBoard's files, by step and name."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        while content:  # each record: its length, 4 bytes of a checksum, itself, 4 bytes of another
+            size = int.from_bytes(content[:8], "little")
+            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+    return found
+
+
+def test_the_best_adapter_events_and_a_trace(capsys):
+    more = ["--epochs", "1", "--samples", "0", "--eval-every", "3", "--keep", "best", "--tensorboard"]
+    write(Path("other.jsonl"), [{"question": "1+1?", "answer": "QXZ~^{}|"}] * 2)  # likelier before than after
+    assert main([*job("run"), *more, "--profile", "2:2", "--eval", "other.jsonl"]) == 0
+    lines = runs.read_lines(Path("run/metrics.jsonl"))
+    found = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
+    result, best = runs.read_result(Path("run")), min(found, key=found.get)
+    assert best != max(found), "the last is the best: nothing is tested"
+    assert result["step_kept"] == best and result["loss_after"] == found[best]
+    assert f"the adapter of step {best} is kept" in capsys.readouterr().out
+    scalars = events(Path("run/tensorboard"))
+    assert scalars[best, "eval_loss"] == pytest.approx(found[best], rel=1e-6)
+    assert {(line["step"], "loss") for line in lines if "loss" in line} <= scalars.keys()
+    assert list(Path("run/profile").rglob("*.xplane.pb"))
+
+
 def test_it_learns_and_says_so(finished):
     result = runs.read_result(finished)
     assert result["perplexity_after"] < 0.7 * result["perplexity_before"]
