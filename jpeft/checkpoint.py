@@ -6,15 +6,18 @@
 
 A save goes on in the background while training does. A checkpoint appears whole or not at all; what a killed save left
 behind is cleared when the folder is next opened. It may be restored on another mesh and another number of hosts.
-`manifest.json` in it names its leaves and has a SHA-256 of every file; nothing is read before they agree: a read that
-fails half-way leaves tensorstore's threads reporting to an event loop that is gone, which has ended in a segmentation
-fault.
+
+Leaves of one dtype, shape and sharding are written as one array, `state/0`, `state/1`, …: Orbax spends half a KiB of
+text, and time, on each array, and adapters have many small ones. `manifest.json` names the leaves of each stack in
+order, and has a SHA-256 of every file; nothing is read before they agree: a read that fails half-way leaves
+tensorstore's threads reporting to an event loop that is gone, which has ended in a segmentation fault.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import json
@@ -23,15 +26,17 @@ import operator
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jpeft.hosts import leads, together
+from jpeft.hosts import HostError, leads, together
 from jpeft.io import write_atomically
 
 if TYPE_CHECKING:
@@ -42,13 +47,18 @@ class CheckpointError(ValueError):
     """Checkpoints that cannot be read, or that hold another state than the one expected."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not as it was written."""
+
+
 @dataclass
 class Checkpoints:
     """The checkpoints of a run: Orbax's manager, and what the save that is under way holds."""
 
     folder: Path
     manager: CheckpointManager = None  # type: ignore[assignment]  # made by `open_checkpoints`, which it calls back
-    saving: tuple[int, dict[str, str]] | None = None
+    saving: tuple[int, list[dict[str, Any]]] | None = None
+    closed: bool = False
 
     def all_steps(self) -> list[int]:
         """Steps that have one, in order."""
@@ -57,6 +67,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The last of them."""
         return self.manager.latest_step()
+
+    def check_open(self) -> None:
+        """Raises a `CheckpointError` after the end of `open_checkpoints`."""
+        if self.closed:
+            raise CheckpointError(f"{self.folder}: was closed; save and restore within `with open_checkpoints(...)`")
 
     def best_step(self) -> int | None:
         """That with the least loss, of those that were saved with one."""
@@ -75,20 +90,29 @@ class Checkpoints:
         """Write the manifest of a save, the last thing before it gets its name. In a thread of Orbax's."""
         if self.saving is None or not leads():
             return
-        step, leaves = self.saving
+        step, stacks = self.saving
         for scratch in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            manifest = {"leaves": leaves, "files": _digests(scratch)}
-            write_atomically(scratch / _MANIFEST, json.dumps(manifest, indent=1).encode())
+            manifest = {"stacks": stacks, "files": _digests(scratch)}
+            write_atomically(scratch / _MANIFEST, json.dumps(manifest).encode())
 
 
 @contextlib.contextmanager
 def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[Checkpoints]:
     """The checkpoints of a run, of which the latest `keep` and the one with the least loss stay on disk.
 
-    What is being saved at the end is waited for.
+    What is being saved at the end is waited for. One job at a time writes to a folder, on however many hosts: opening
+    it clears away what an unfinished save left there.
+
+    Raises:
+        ValueError: `keep` is not at least 1.
+        NotADirectoryError: the folder is a file.
 
     >>> with open_checkpoints(run / "checkpoints") as checkpoints: print(checkpoints.latest_step())  # doctest: +SKIP
     """
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the latest checkpoint has to stay")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with _quiet():
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -113,6 +137,8 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
             with contextlib.suppress(Exception):  # what happened first is told
                 checkpoints.manager.close()
             raise
+        finally:
+            checkpoints.closed = True
         try:
             checkpoints.manager.close()
         except Exception as error:
@@ -131,32 +157,51 @@ def save(
     """Write the state of a step, and notes in JSON beside it, in the background; on several hosts, all call it.
 
     Args:
-        state: is copied first: the next step may donate it.
+        state: a tree of arrays. It is copied first: the next step may donate it.
         loss: by which the best is found.
         wait: return when it is on disk.
 
     Raises:
         OSError: the disk refuses this save, or refused the last one, e.g. with `ENOSPC`.
+        TypeError: a leaf of the state cannot be saved, or notes that are not JSON.
+        CheckpointError: there is a checkpoint of this step already, or the folder was closed.
 
     >>> save(checkpoints, 100, state, {"epoch": 2})  # doctest: +SKIP
     """
     import orbax.checkpoint as ocp
 
+    checkpoints.check_open()
+    metrics = None if loss is None else {"loss": float(loss)}
+    json.dumps(notes := dict(notes))  # now: a mistake there would come up in Orbax's thread, when the step is forgotten
+    _check_savable(state)
     checkpoints.wait()
+    if step < 0 or step in checkpoints.all_steps():
+        raise CheckpointError(f"{checkpoints.folder}: step {step} {'is below 0' if step < 0 else 'was saved already'}")
     # Orbax writes the state twice, then drops one copy. A disk that fills meanwhile makes tensorstore's threads print
     # tracebacks, so the room is looked for first.
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     together(lambda: _find_room(checkpoints.folder, 2 * size + 2**20))
-    checkpoints.saving = step, _leaves(state)
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)), notes=ocp.args.JsonSave(dict(notes))
-    )
+    alike = _alike(state)
+    checkpoints.saving = step, [{"leaf": _kind(leaves[0]), "paths": paths} for paths, leaves in alike]
+    stacks = {str(index): _stack_to(_stacked(leaves[0]))(leaves) for index, (_, leaves) in enumerate(alike)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(stacks), notes=ocp.args.JsonSave(notes))
     try:
-        checkpoints.manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
+        checkpoints.manager.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
         raise _refused(error, checkpoints.folder) from error
     if wait:
         checkpoints.wait()
+
+
+def _check_savable(state: Any) -> None:
+    """Raises a `TypeError` that names a leaf which Orbax cannot write, or would not give back as it was."""
+    for path, leaf in _by_path(state).items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"{path} is a {type(leaf).__name__}, expected an array; make it one with jnp.asarray")
+        if not leaf.size:
+            raise TypeError(f"{path} has shape {leaf.shape}: Orbax saves no empty arrays; leave it out")
+        if not isinstance(leaf, jax.Array) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise TypeError(f"{path} is {leaf.dtype}, which JAX narrows; enable jax_enable_x64, or give a narrower one")
 
 
 def _find_room(folder: Path, size: int) -> None:
@@ -183,60 +228,112 @@ def restore(checkpoints: Checkpoints, like: Any, step: int | None = None) -> tup
         like: a state of the same structure, shapes, dtypes and shardings, for instance a fresh one.
 
     Raises:
-        CheckpointError: there is none, or what is there does not fit `like`.
+        CheckpointError: there is none, what is there does not fit `like`, or (`DamagedError`) is not as it was written.
 
     >>> state, notes = restore(checkpoints, like=fresh)  # doctest: +SKIP
     """
     import orbax.checkpoint as ocp
 
+    checkpoints.check_open()
     checkpoints.wait()
-    step = checkpoints.latest_step() if step is None else step
-    if step is None:
+    there = checkpoints.all_steps()
+    if not there:
         raise CheckpointError(f"{checkpoints.folder}: no checkpoint to resume from")
-    _verify(folder := checkpoints.folder / str(step), like)
-    wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+    if (step := there[-1] if step is None else step) not in there:
+        raise CheckpointError(f"{checkpoints.folder}: no checkpoint of step {step}; there are {there}")
+    folder = checkpoints.folder / str(step)
+    stacks = together(lambda: _verify(folder, like, files=leads()))
+    leaves, structure = _by_path(like), jax.tree.structure(like)
+    wanted = {
+        str(index): jax.ShapeDtypeStruct((len(paths), *first.shape), first.dtype, sharding=_stacked(first) or _here())
+        for index, paths in enumerate(stacks)
+        for first in [leaves[paths[0]]]
+    }
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
     try:
         found = checkpoints.manager.restore(step, args=args)
     except Exception as error:  # Orbax and tensorstore raise a bare one for some damage
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: does not hold the expected state ({reason})") from error
-    return found["state"], found["notes"]
+    restored = {}
+    for index, paths in enumerate(stacks):
+        restored |= zip(paths, _unstack(found["state"].pop(str(index))), strict=True)
+    placed = [
+        jax.device_put(restored[path], leaf.sharding) if getattr(leaf, "sharding", None) else restored[path]
+        for path, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(structure, placed), found["notes"]
 
 
 def restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[Any, dict[str, Any], list[int]]:
-    """The newest state that can be read, its notes, and the steps of newer ones that could not, which are deleted.
+    """The newest state that is whole, its notes, and the steps of newer ones that were damaged, which are deleted.
 
     Raises:
-        CheckpointError: there is none, or none can be read (then all stay where they are).
+        CheckpointError: there is none, all are damaged, or the newest that is not does not fit `like` (then all stay
+            where they are).
 
     >>> state, notes, damaged = restore_newest(checkpoints, like=fresh)  # doctest: +SKIP
     """
     damaged: list[int] = []
-    reason = f"{checkpoints.folder}: no checkpoint to resume from"
+    failure: Exception | None = None
     for step in reversed(checkpoints.all_steps()):
         try:
             state, notes = restore(checkpoints, like, step)
-        except CheckpointError as error:
-            reason = reason if damaged else str(error)
+        except (DamagedError, HostError) as error:
+            if isinstance(error, HostError) and error.kind != DamagedError.__name__:
+                raise
+            failure = failure or error
             damaged.append(step)
         else:
             for bad in damaged:
                 checkpoints.manager.delete(bad)  # or the run could not save that step again
             return state, notes, damaged
-    raise CheckpointError(reason)
+    raise failure or CheckpointError(f"{checkpoints.folder}: no checkpoint to resume from")
 
 
 _MANIFEST = "manifest.json"
 _UNSEALED = (_MANIFEST, "_CHECKPOINT_METADATA")  # Orbax notes there when it gave the checkpoint its name
 
 
-def _leaves(state: Any) -> dict[str, str]:
-    """Dtype and shape of every leaf of a state, by its path."""
-    return {
-        jax.tree_util.keystr(path): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+def _by_path(state: Any) -> dict[str, Any]:
+    """The leaves of a state, in order."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _alike(state: Any) -> list[tuple[list[str], list[Any]]]:
+    """Paths and leaves of a state, those together that have dtype, shape and sharding in common."""
+    found: dict[Any, tuple[list[str], list[Any]]] = {}
+    for path, leaf in _by_path(state).items():
+        paths, leaves = found.setdefault((_kind(leaf), getattr(leaf, "sharding", None)), ([], []))
+        paths.append(path)
+        leaves.append(leaf)
+    return list(found.values())
+
+
+def _stacked(leaf: Any) -> NamedSharding | None:
+    """The sharding of a stack of such leaves."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind)
+
+
+def _here() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+@functools.cache
+def _stack_to(sharding: NamedSharding | None) -> Callable[[list[Any]], jax.Array]:
+    return jax.jit(lambda leaves: jnp.stack(leaves), out_shardings=sharding)
+
+
+@jax.jit
+def _unstack(stack: jax.Array) -> list[jax.Array]:
+    return list(stack)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -249,25 +346,33 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _verify(folder: Path, like: Any) -> None:
-    """Raises `CheckpointError` with the first leaf that is not as in `like`, or file that is not as it was written."""
+def _verify(folder: Path, like: Any, files: bool) -> list[list[str]]:
+    """The paths of the leaves of each stack.
+
+    Raises `CheckpointError` with the first leaf that is not as in `like`, or, if `files` are looked at, which takes
+    reading them whole, with the first that is not as it was written.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        leaves, files = dict(manifest["leaves"]), dict(manifest["files"])
-        found = _digests(folder)
+        leaves = {path: stack["leaf"] for stack in manifest["stacks"] for path in stack["paths"]}
+        digests = dict(manifest["files"])
+        found = _digests(folder) if files else digests
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: damaged: {_MANIFEST} is missing") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder}: damaged: {_MANIFEST} is missing") from None
+    except OSError as error:  # the disk's fault, perhaps for a moment
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
-    wanted = _leaves(like)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder}: damaged: {_MANIFEST} cannot be read ({error})") from error
+    wanted = {path: _kind(leaf) for path, leaf in _by_path(like).items()}
     for path in sorted(leaves.keys() | wanted.keys()):
         if leaves.get(path) != wanted.get(path):
             held, asked = leaves.get(path, "nothing"), wanted.get(path, "nothing")
             raise CheckpointError(f"{folder}: does not hold the expected state: {held} at {path}, expected {asked}")
-    for path, digest in files.items():
+    for path, digest in digests.items():
         if found.get(path) != digest:
             change = "was changed since it was written" if path in found else "is missing"
-            raise CheckpointError(f"{folder}: damaged: {path} {change}")
+            raise DamagedError(f"{folder}: damaged: {path} {change}")
+    return [stack["paths"] for stack in manifest["stacks"]]
 
 
 def _drop_partial(folder: Path) -> None:

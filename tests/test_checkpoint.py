@@ -16,6 +16,8 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jpeft import checkpoint
 from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, restore_newest, save
@@ -74,6 +76,42 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, kind):
         found, notes = restore(checkpoints, like=state(0, KEYS[kind](0)))
     assert bits(found) == bits(wanted) and notes == {"position": 4}
     assert isinstance(found, State)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_state_comes_back_on_another_mesh(tmp_path, kind):
+    """Leaves of one shape, sharded in different ways: neither mesh puts together what the other did."""
+    devices = np.array(jax.devices())
+
+    def placed(seed, rows, specs):
+        mesh = Mesh(devices.reshape(rows, -1), ("data", "fsdp"), axis_types=(kind,) * 2)
+        keys = jax.random.split(jax.random.key(seed), len(specs))
+        leaves = {name: jax.random.normal(key, (8, 8)) for name, key in zip(specs, keys, strict=True)}
+        return {
+            "rng": jax.random.key(seed),
+            "step": jnp.int32(seed),
+            **{name: jax.device_put(leaf, NamedSharding(mesh, P(*specs[name]))) for name, leaf in leaves.items()},
+        }
+
+    saved = placed(1, 1, {"a": ("fsdp",), "b": (None, "fsdp"), "c": ("fsdp",), "d": ()})
+    like = placed(0, 2, {"a": (None, "data"), "b": (None, "fsdp"), "c": (("data", "fsdp"),), "d": ("data",)})
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, saved, {})
+        found, _ = restore(checkpoints, like)
+    assert bits(found) == bits(saved)
+    assert {name: leaf.sharding for name, leaf in found.items()} == {name: leaf.sharding for name, leaf in like.items()}
+
+
+def test_many_leaves_add_little_to_a_checkpoint(tmp_path):
+    layers = {
+        f"layer_{i}": {name: {"lora_a": jnp.ones((16, 4)), "lora_b": jnp.ones((4, 8))} for name in ("query", "value")}
+        for i in range(200)
+    }
+    states = [jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), layers) for _ in range(2)]
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, states, {}, wait=True)
+    disk = sum(path.stat().st_size for path in (tmp_path / "1").rglob("*") if path.is_file())
+    assert disk <= sum(leaf.nbytes for leaf in jax.tree.leaves(states)) + 256 * 2**10
 
 
 def test_the_latest_two_are_kept_and_the_latest_is_restored(tmp_path):
@@ -188,6 +226,50 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
         assert bits(restore_newest(checkpoints, state(0))[0]) == bits(state(2))
 
 
+def test_a_newer_checkpoint_of_another_state_is_told_and_stays(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state(1), {})
+        save(checkpoints, 2, {"other": jnp.ones(3)}, {}, wait=True)
+        with pytest.raises(CheckpointError, match="2: does not hold the expected state"):
+            restore_newest(checkpoints, state(0))
+        assert checkpoints.all_steps() == [1, 2]
+
+
+REFUSED = {
+    "a number": (1, {"w": 1.5}, {}, {}, TypeError, r"\['w'\] is a float, expected an array"),
+    "an empty array": (1, {"w": jnp.ones((0, 3))}, {}, {}, TypeError, r"\['w'\] has shape \(0, 3\)"),
+    "int64": (1, {"w": np.arange(3)}, {}, {}, TypeError, r"\['w'\] is int64, which JAX narrows"),
+    "notes": (1, {"w": jnp.ones(3)}, {"loss": np.float32(1)}, {}, TypeError, "float32 is not JSON serializable"),
+    "a loss": (1, {"w": jnp.ones(3)}, {}, {"loss": "low"}, ValueError, "low"),
+    "a step below 0": (-1, {"w": jnp.ones(3)}, {}, {}, CheckpointError, "step -1 is below 0"),
+    "a step again": (5, {"w": jnp.ones(3)}, {}, {}, CheckpointError, "step 5 was saved already"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_saved_is_told_before_anything_is_written(tmp_path, what):
+    step, refused, notes, options, kind, says = REFUSED[what]
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 5, {"w": jnp.ones(3)}, {})
+        with pytest.raises(kind, match=says):
+            save(checkpoints, step, refused, notes, **options)
+        save(checkpoints, 6, {"w": jnp.zeros(3)}, {}, loss=jnp.float32(0.5))
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [5, 6] and checkpoints.best_step() == 6
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; there are \[5, 6\]"):
+            restore(checkpoints, {"w": jnp.ones(3)}, step=7)
+    with pytest.raises(CheckpointError, match="was closed"):
+        save(checkpoints, 7, {"w": jnp.ones(3)}, {})
+
+
+def test_folders_that_cannot_hold_checkpoints(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), open_checkpoints(tmp_path / "file"):
+        pass
+    with pytest.raises(ValueError, match="keep=0"), open_checkpoints(tmp_path, keep=0):
+        pass
+
+
 def test_where_all_are_damaged_none_is_deleted(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
@@ -227,7 +309,7 @@ def test_a_manifest_that_is_damaged(tmp_path, content):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {}, wait=True)
         (tmp_path / "1" / "manifest.json").write_text(content)
-        with pytest.raises(CheckpointError, match="1: cannot be read"):
+        with pytest.raises(CheckpointError, match=r"1: damaged: manifest\.json cannot be read"):
             restore(checkpoints, state(0))
 
 

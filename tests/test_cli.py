@@ -153,8 +153,9 @@ def test_it_learns_and_says_so(finished):
 def test_checkpoints_hold_no_base(finished):
     steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
     assert steps == [39, 40]
-    metadata = (finished / "checkpoints" / "40" / "state" / "_METADATA").read_text()
-    assert "lora_a" in metadata and "opt_state" in metadata and "rng" in metadata and "embedding" not in metadata
+    stacks = json.loads((finished / "checkpoints" / "40" / "manifest.json").read_text())["stacks"]
+    leaves = " ".join(leaf for stack in stacks for leaf in stack["paths"])
+    assert "lora_a" in leaves and "opt_state" in leaves and "rng" in leaves and "embedding" not in leaves
 
 
 def test_the_last_word_is_a_table(finished, capsys):
