@@ -25,7 +25,7 @@ from jpeft.conversations import Batch
 from jpeft.losses import chunked_cross_entropy
 from jpeft.models.files import read_config
 from jpeft.quantization import Quantized
-from jpeft.sharding import constrained, layout_on, replicated
+from jpeft.sharding import constrained, data_ways, layout_on, replicated
 from jpeft.tree import flatten
 
 if TYPE_CHECKING:
@@ -123,28 +123,39 @@ def balanced(batch: Batch, answer_tokens: int | None = None, rows: int | None = 
     return batch._replace(weight=batch.weight * np.float32((rows or batch.weight.shape[0]) / total))
 
 
-def _sums(peft: Peft, adapter: Any, params: Any, batch: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
+_CHUNK = 1024
+
+
+def _sums(
+    peft: Peft, adapter: Any, params: Any, batch: Batch, mesh: Mesh | None, **options: Any
+) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of the cross-entropies and of the right guesses."""
     states = peft.apply(
         params, adapter, batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids,
         method="hidden_states", **options,
     )  # fmt: skip
     head = lambda states: peft.apply(params, adapter, states, method="logits")  # noqa: E731
-    return chunked_cross_entropy(head, states, jnp.asarray(batch.targets), jnp.asarray(batch.weight))
+    # A device holds the logits of its own rows, so a chunk has as many more tokens as there are parts of a batch.
+    chunk = _CHUNK * (1 if mesh is None else data_ways(mesh))
+    return chunked_cross_entropy(head, states, jnp.asarray(batch.targets), jnp.asarray(batch.weight), chunk)
 
 
-def loss_fn(peft: Peft, train_mode: bool = False) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+def loss_fn(
+    peft: Peft, train_mode: bool = False, mesh: Mesh | None = None
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """Mean cross-entropy over the answers of a `balanced` batch, as `jpeft.train_step` takes it.
 
     Args:
         train_mode: whether dropout is on.
+        mesh: that which batches are spread over. Every chunk of tokens gathers a sharded head, and the more devices
+            share a chunk's logits, the more tokens it may have.
 
     >>> step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(5e-4))  # doctest: +SKIP
     """
 
     def loss(adapter: Any, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         options = {"deterministic": False, "rngs": {"dropout": rng}} if train_mode else {}
-        total, right = _sums(peft, adapter, params, batch, **options)
+        total, right = _sums(peft, adapter, params, batch, mesh, **options)
         rows = batch.weight.shape[0]
         return total / rows, {"accuracy": right / rows}
 
@@ -159,7 +170,7 @@ def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
 
     def sums(params: Any, adapter: Any, batch: Batch) -> Any:
         with constrained(layout_on(mesh, batch)):
-            return *_sums(peft, adapter, params, batch), batch.weight.sum()
+            return *_sums(peft, adapter, params, batch, mesh), batch.weight.sum()
 
     return jax.jit(sums, out_shardings=None if mesh is None else replicated(mesh))
 

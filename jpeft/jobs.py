@@ -114,7 +114,7 @@ class Task(Protocol):
         """What config.json says beside what every job's does."""
         ...
 
-    def loss_fn(self, peft: jpeft.Peft) -> Any:
+    def loss_fn(self, job: Job) -> Any:
         """As `jpeft.train_step` takes it."""
         ...
 
@@ -260,8 +260,8 @@ class Classification:
         """Labels in the order of the logits, and where the data have texts and labels."""
         return {"labels": list(self.labels), "columns": {"text": self.source.text, "label": self.source.label}}
 
-    def loss_fn(self, peft: jpeft.Peft) -> Any:
-        return classify.loss_fn(peft, train_mode=bool(self.config.dropout))
+    def loss_fn(self, job: Job) -> Any:
+        return classify.loss_fn(job.peft, train_mode=bool(self.config.dropout))
 
     def prepare_batch(self, batch: data.Batch, count: data.Count) -> data.Batch:
         return batch
@@ -337,8 +337,8 @@ class Chat:
         """Nothing of its own."""
         return {}
 
-    def loss_fn(self, peft: jpeft.Peft) -> Any:
-        return instruct.loss_fn(peft, train_mode=bool(self.config.dropout))
+    def loss_fn(self, job: Job) -> Any:
+        return instruct.loss_fn(job.peft, train_mode=bool(self.config.dropout), mesh=job.mesh)
 
     def prepare_batch(self, batch: conversations.Batch, count: conversations.Count) -> conversations.Batch:
         return instruct.balanced(batch, count.answer_tokens, self.config.batch_size)

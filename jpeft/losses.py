@@ -27,7 +27,8 @@ def chunked_cross_entropy(
       logits: the output head, e.g. ``lambda h: peft.apply(params, adapter, h, method="logits")``.
       states: what it takes. targets: the right token at each position.
       weight: how much each position counts; where it is 0 the target is not looked at.
-      chunk: tokens at a time, over the whole batch; at least one position of each row.
+      chunk: tokens at a time, over the whole batch; at least one position of each row. Where the rows are spread over
+        devices, each has its part of a chunk, and gathers a sharded head for each chunk: give as many times more.
 
     >>> head, states = jnp.eye(4), jnp.zeros((2, 6, 4))
     >>> total, _ = chunked_cross_entropy(lambda h: h @ head, states, jnp.ones((2, 6), int), jnp.ones((2, 6)), chunk=4)

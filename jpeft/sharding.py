@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from flax.linen import spmd
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft.quantization import Quantized, shardings_like
@@ -78,7 +80,10 @@ def param_shardings(params: Tree, mesh: Mesh, rules: Rules | None = None, *, nam
       A tree like ``params``, boxes and quantised leaves included.
 
     Raises:
-      ValueError: a rule that matches nothing, an axis that the mesh lacks, a dimension that does not divide.
+      ValueError: a rule or a name that is for nothing, an axis that the mesh lacks, a dimension that does not divide.
+      TypeError: a leaf that is no array.
+
+    Warns, where no rules are given, of an axis of the mesh, but for "data" and "sequence", that no leaf is spread over.
 
     >>> mesh = jax.make_mesh((1,), ("tensor",))
     >>> rules = [(".*kernel", PartitionSpec(None, "tensor"))]
@@ -86,13 +91,13 @@ def param_shardings(params: Tree, mesh: Mesh, rules: Rules | None = None, *, nam
     P(None, 'tensor')
     """
     mesh, leaves = automatic(mesh), flatten(params)
-    known = {path: _names_of(leaf) for path, leaf in leaves.items()}
-    if names is not None:
-        given = {path: tuple(leaf) for path, leaf in flatten(names).items() if leaf is not None}
-        known |= {path: entries for path, entries in given.items() if path in leaves}
+    for path, leaf in leaves.items():
+        if not hasattr(peek(leaf), "shape"):
+            raise TypeError(f"{join(path)} is a {type(leaf).__name__}, expected an array")
+    known = {path: _names_of(leaf) for path, leaf in leaves.items()} | _given_names(names, leaves)
     by_path, by_name = _read_rules(mesh, rules, leaves, known)
     unnamed = rules is None and not any(known.values())
-    out = {}
+    spread = {}
     for path, leaf in leaves.items():
         shape = peek(leaf).shape
         spec = next((spec for pattern, spec in by_path if pattern.fullmatch(join(path))), None)
@@ -100,8 +105,38 @@ def param_shardings(params: Tree, mesh: Mesh, rules: Rules | None = None, *, nam
             spec = spmd.logical_to_mesh_axes(known[path], by_name)
         if spec is None:
             spec = _longer_side(shape, mesh) if unnamed else PartitionSpec()
-        out[path] = _in_boxes(leaf, NamedSharding(mesh, _checked(path, shape, spec, mesh)))
+        spread[path] = _checked(path, shape, spec, mesh)
+    if rules is None:
+        _warn_of_idle_axes(mesh, spread.values())
+    out = {path: _in_boxes(leaf, NamedSharding(mesh, spread[path])) for path, leaf in leaves.items()}
     return like(unflatten(out), params)
+
+
+def _given_names(names: Tree | None, leaves: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
+    """The names of axes that a caller gives, each of which is for something."""
+    out = {}
+    for path, entries in flatten(names or {}).items():
+        if entries is None:
+            continue
+        if path not in leaves:
+            some = ", ".join(join(path) for path in list(leaves)[:3])
+            raise ValueError(f"names are given for {join(path)}, which is no leaf; there are {some}, …")
+        shape = peek(leaves[path]).shape
+        if isinstance(entries, str) or len(entries) not in (0, len(shape)):
+            raise ValueError(f"names of {join(path)}: expected one for each axis of shape {shape}, got {entries!r}")
+        out[path] = tuple(entries)
+    return out
+
+
+def _warn_of_idle_axes(mesh: Mesh, specs: Iterable[PartitionSpec]) -> None:
+    used = {name for spec in specs for name in _axes_of(spec)} | {"data", SEQUENCE_AXIS}
+    for name, size in mesh.shape.items():
+        if size > 1 and name not in used:
+            warnings.warn(
+                f"no weight is spread over the mesh's axis {name!r}, which is {size} wide: each device along it holds "
+                "all. Give rules, or the names of axes (names=jpeft.models.logical_names(model) for jpeft's models)",
+                stacklevel=4,
+            )
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -128,8 +163,11 @@ def _read_rules(
     """Rules for paths and for names, each of which says something."""
     if rules is None:
         return [], [(name, axis) for name, axis in LOGICAL_RULES if axis in mesh.axis_names]
+    if isinstance(rules, Mapping):
+        raise ValueError("rules are a list of pairs, of which the first that matches counts; got a mapping")
     by_path, by_name = [], []
     there = {name for names in known.values() for name in names if name is not None}
+    had = f"the axes are called {', '.join(sorted(there))}" if there else "no axis of the tree has a name"
     for rule in rules:
         if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)):
             raise ValueError(f"a rule is a pair of a path or an axis's name and where it goes, got {rule!r}")
@@ -137,6 +175,10 @@ def _read_rules(
         if lacking := sorted(_axes_of(where) - set(mesh.axis_names)):
             raise ValueError(f"the rule for {what!r} names the axis {lacking[0]!r}; the mesh has {mesh.axis_names}")
         if not isinstance(where, PartitionSpec):
+            if what not in there:
+                raise ValueError(
+                    f"the rule for {what!r} matches nothing: {had}; a rule for paths gives a PartitionSpec"
+                )
             by_name.append((what, where))
             continue
         try:
@@ -147,9 +189,6 @@ def _read_rules(
             some = ", ".join(join(path) for path in list(leaves)[:3])
             raise ValueError(f"the rule {what!r} matches no leaf; there are {some}, …")
         by_path.append((pattern, where))
-    if by_name and not there & {name for name, _ in by_name}:
-        had = f"the axes are called {', '.join(sorted(there))}" if there else "no axis of the tree has a name"
-        raise ValueError(f"the rules for {', '.join(name for name, _ in by_name)} match nothing: {had}")
     return by_path, by_name
 
 
@@ -173,6 +212,11 @@ def _checked(path: Path, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
     """A spec that a leaf can have, without the empty entries at its end."""
     if len(spec) > len(shape):
         raise ValueError(f"{join(path)}: shape {shape} has fewer axes than its rule, {spec}")
+    if PartitionSpec.UNCONSTRAINED in spec:
+        raise ValueError(f"{join(path)}: {spec} leaves an axis open; a weight's place has to be told")
+    named = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{join(path)}: {spec} names an axis of the mesh twice")
     for size, entry in zip(shape, spec, strict=False):
         ways = math.prod(mesh.shape[name] for name in _axes_of(entry))
         if size % ways:
@@ -200,6 +244,8 @@ def place(value: Any, sharding: Any) -> Any:
     """One array with a sharding. Of a NumPy array, each device gets its piece, and each host moves its own alone."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    if isinstance(value, Tracer):
+        return jax.lax.with_sharding_constraint(value, sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     if isinstance(value, jax.Array) and not value.is_fully_addressable:

@@ -78,13 +78,39 @@ def test_names_of_axes_come_from_boxes_or_from_the_caller():
     ([("a/kernel", P("model"))], r"the rule for 'a/kernel' names the axis 'model'; the mesh has \('data', 'fsdp'\)"),
     ([("b/kernel", P("fsdp"))], r"b/kernel: an axis of 3 does not divide over 'fsdp', which is 4 wide"),
     ([("a/bias", P(None, "fsdp"))], r"a/bias: shape \(16,\) has fewer axes than its rule"),
-    ([("embed", "fsdp")], "the rules for embed match nothing: no axis of the tree has a name"),
+    ([("embed", "fsdp")], "the rule for 'embed' matches nothing: no axis of the tree has a name"),
+    ([(".*/kernel", (None, "fsdp"))], "a rule for paths gives a PartitionSpec"),
     ([("(", P())], "the rule '\\(' is no regular expression"),
     (["a/kernel"], "a rule is a pair"),
+    ({".*": P()}, "rules are a list of pairs"),
+    ([("a/kernel", P("fsdp", "fsdp"))], "a/kernel: .* names an axis of the mesh twice"),
+    ([("a/kernel", P(P.UNCONSTRAINED, "fsdp"))], "a/kernel: .* leaves an axis open"),
 ])  # fmt: skip
 def test_a_rule_that_does_not_fit_is_told(rules, said):
     with pytest.raises(ValueError, match=said):
         jpeft.shard(TREE, mesh_of((2, 4), ("data", "fsdp")), rules)
+
+
+@pytest.mark.parametrize("names, said", [
+    ({"c": {"kernel": ("embed", "mlp")}}, "names are given for c/kernel, which is no leaf; there are a/kernel"),
+    ({"a": {"kernel": ("embed",)}}, r"names of a/kernel: expected one for each axis of shape \(8, 16\), got"),
+    ({"a": {"kernel": "embed"}}, "names of a/kernel: expected one for each axis"),
+])  # fmt: skip
+def test_names_that_do_not_fit_are_told(names, said):
+    with pytest.raises(ValueError, match=said):
+        jpeft.shard(TREE, mesh_of((2, 4), ("data", "fsdp")), names=names)
+
+
+def test_an_axis_of_the_mesh_that_no_weight_is_spread_over_is_told():
+    with pytest.warns(UserWarning, match=r"the mesh's axis 'tensor', which is 4 wide: each device along it holds all"):
+        specs(TREE, mesh_of((2, 4), ("fsdp", "tensor")))
+    with pytest.raises(TypeError, match="b is a float, expected an array"):
+        jpeft.shard({"b": 1.0}, mesh_of((8,), ("data",)))
+
+
+def test_shard_under_jit():
+    mesh = mesh_of((8,), ("fsdp",))
+    assert jax.jit(lambda p: jpeft.shard(p, mesh))({"w": jnp.ones((16, 8))})["w"].sharding.spec == P("fsdp")
 
 
 def test_a_batch_that_does_not_divide_is_told():
@@ -181,6 +207,7 @@ CASES = [(kind, method, None) for kind in (decoder, bert, foreign) for method in
 CASES += [(kind, "lora", "nf4") for kind in (decoder, bert, foreign)]
 
 
+@pytest.mark.filterwarnings("ignore:no weight is spread over the mesh's axis 'tensor'")  # Foreign names no axes
 @pytest.mark.parametrize("kind, method, scheme", CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_step_on_any_mesh_is_that_on_one_device(kind, method, scheme, request):
     kind, method = kind(), METHODS[method]
@@ -212,6 +239,22 @@ def test_an_abstract_state_is_laid_out_as_a_real_one():
     )
     about = lambda x: (x.shape, x.dtype, x.sharding)  # noqa: E731
     assert jax.tree.map(about, real) == jax.tree.map(about, planned)
+
+
+def test_the_more_devices_share_a_chunk_of_the_loss_the_more_tokens_it_has():
+    """For each chunk, a sharded head is gathered."""
+    model, inputs, _, _, _ = decoder()
+    base = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    peft = METHODS["lora"].bind(model, base, *inputs)
+    adapter = jax.eval_shape(lambda: peft.init(jax.random.key(0), base))
+    ids = jax.ShapeDtypeStruct((64, 64), jnp.int32)
+
+    def chunks(mesh):
+        batch = conversations.Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
+        jaxpr = jax.make_jaxpr(instruct.loss_fn(peft, mesh=mesh))(adapter, base, batch, jax.random.key(0))
+        return [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"][-1]
+
+    assert [chunks(None), chunks(mesh_of((1, 2, 4))), chunks(mesh_of((2, 2, 2)))] == [4, 2, 1]
 
 
 def test_what_devices_send_each_other():
