@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jpeft.assets import CONVERSATIONS, DATA, MODELS, UserError
-from jpeft.config import CHAT, CLASSIFY, DEFAULTS, SCHEMES, Config, Interrupted, Setup
+from jpeft.config import CHAT, CLASSIFY, DEFAULTS, SCHEMES, Config, Interrupted, Setup, flag
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -286,7 +286,9 @@ def _finetune(args: argparse.Namespace) -> None:
     if several or args.mesh is not None:
         from jpeft import distributed
 
-        hosts.check_same({"what they were asked for": repr((sorted(given.items()), args.mesh, str(out), run))})
+        asked = {field.name: given.get(field.name) for field in dataclasses.fields(Config)}
+        asked |= {"mesh": args.mesh, "out": str(out), "resume": run, "remat": args.remat}
+        hosts.check_same({flag(name): repr(value) for name, value in asked.items()})
         mesh = distributed.mesh_of(args.mesh)
     setup = Setup(mesh, args.tensorboard, args.profile, args.remat)
     with _Terminal(to_stderr=args.json, quiet=not hosts.leads()) as terminal:

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,11 +25,11 @@ from jax.sharding import Mesh
 
 from jpeft.assets import UserError
 from jpeft.hosts import leads
-from jpeft.io import write_atomically
 
 _FAREWELL = 2.0  # seconds that process 0, when it fails, gives the others to do so as well
 BEAT = 2.0  # seconds between signs of life
-SILENCE = 60.0  # seconds without one, after which a process counts as stopped
+SILENCE = 20.0  # seconds without one, after which a process counts as stopped
+_SIGNS = "jpeft/signs_of_life"
 
 
 def join(
@@ -44,7 +43,7 @@ def join(
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: the environment does not tell, or what was given is not understood.
+      UserError: the environment does not tell, what was given is not understood, or process 0's port is in use.
 
     The process ends with status 1 and a line on stderr where others do not join in time.
 
@@ -53,8 +52,14 @@ def join(
     given = (coordinator, processes, process)
     if any(value is not None for value in given) and None in given:
         raise UserError("--coordinator, --processes and --process belong together; without any the environment tells")
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes {processes}: there is at least 1")
+    if not timeout > 0:
+        raise UserError(f"--join-within {timeout:g}: expected seconds, more than 0")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process {process} must be from 0 to {processes - 1}, as there are --processes {processes}")
+    if coordinator is not None:
+        _check_address(coordinator, listens=process == 0)
     who = f"process {process} of {processes}" if processes is not None else "this process"
     where = f" at {coordinator}" if coordinator else ""
 
@@ -72,9 +77,27 @@ def join(
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(timeout) + 60)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--distributed: {who} could not join{where}: {reason}") from error
+        if coordinator is None:
+            raise UserError("--distributed: no environment that JAX knows (Cloud TPU, SLURM, Open MPI) tells who is "
+                            f"who ({reason}); give --coordinator, --processes and --process") from error  # fmt: skip
+        raise UserError(f"{who} could not join{where}: {reason}") from error
     finally:
         watch.cancel()
+
+
+def _check_address(coordinator: str, listens: bool) -> None:
+    """Raises a UserError for what is no `host:port`, and, to who `listens` there, for a port that is in use."""
+    host, sign, port = coordinator.rpartition(":")
+    if not (sign and host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, such as 10.0.0.1:8476")
+    if not listens:
+        return
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the service does
+        try:
+            trial.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(f"--coordinator {coordinator}: {error.strerror or error}; choose another port") from error
 
 
 def mesh_of(text: str | None) -> Mesh:
@@ -118,37 +141,44 @@ def leave(status: int) -> None:
 
 
 class Pulse:
-    """This process's signs of life, in a folder that all see, and its look at those of the others."""
+    """This process's signs of life, and its look at those of the others.
 
-    def __init__(self, folder: Path):
-        self.folder, self.step, self._stop = folder, 0, threading.Event()
+    They are left with JAX's coordination service, which process 0 runs: a shared disk shows what others write late.
+    """
+
+    def __init__(self) -> None:
+        from jax._src import distributed  # nothing public gives it; Orbax takes it from there too
+
+        self._service: Any = distributed.global_state.client
+        self.step, self._stop = 0, threading.Event()
         # By process: when its last sign came, and what it said.
         self._seen: dict[int, tuple[float, dict[str, Any]]] = {}
 
     def beat(self) -> None:
         """Leaves one."""
         about = {"host": socket.gethostname(), "pid": os.getpid(), "step": self.step, "time": time.time()}
-        write_atomically(self.folder / f"{jax.process_index()}.json", json.dumps(about).encode())
+        with contextlib.suppress(RuntimeError):  # process 0 is gone: `silent` tells
+            self._service.key_value_set(f"{_SIGNS}/{jax.process_index()}", json.dumps(about), allow_overwrite=True)
 
     def silent(self, limit: float) -> dict[int, str]:
         """Processes that have left none for so many seconds by this process's clock, in words."""
         found, now = {}, time.monotonic()
-        for i in range(jax.process_count()):
-            with contextlib.suppress(OSError, ValueError):  # it has not begun, or the disk does not answer just now
-                about = json.loads((self.folder / f"{i}.json").read_text())
+        with contextlib.suppress(RuntimeError):
+            for key, said in self._service.key_value_dir_get(_SIGNS):
+                i, about = int(key.rsplit("/", 1)[1]), json.loads(said)
                 if i not in self._seen or self._seen[i][1] != about:
                     self._seen[i] = (now, about)
-            if i in self._seen and (age := now - self._seen[i][0]) > limit:
-                about = self._seen[i][1]
+        for i, (when, about) in self._seen.items():
+            if (age := now - when) > limit:
                 found[i] = (f"process {i} (host {about['host']}, pid {about['pid']}) has stopped: no sign of it for "
                             f"{age:.0f} s, after step {about['step']}")  # fmt: skip
-        return found
+        # Without process 0 there is no sign of any other.
+        return {0: found[0]} if 0 in found else found
 
     def run(self, silence: float) -> None:
         """Until `close`: beats, and leaves where another is silent for too long."""
         while not self._stop.wait(BEAT):
-            with contextlib.suppress(OSError):  # a disk that is full for a moment
-                self.beat()
+            self.beat()
             if silent := self.silent(silence):
                 _leave(silent)
 
@@ -158,19 +188,18 @@ class Pulse:
 
 
 @contextlib.contextmanager
-def watched(folder: Path, silence: float = SILENCE) -> Iterator[Pulse]:
-    """Signs of life in `folder` while this lasts. A process that stops takes the others with it, and is named: one
+def watched(silence: float = SILENCE) -> Iterator[Pulse]:
+    """Signs of life while this lasts. A process that stops takes the others with it, and is named: one
     that waits in a collective for a host that is gone would wait for ever.
 
-    >>> with watched(Path("run/processes")) as pulse: pulse.step = 1  # doctest: +SKIP
+    >>> with watched() as pulse: pulse.step = 1  # doctest: +SKIP
     """
-    pulse = Pulse(folder)
+    pulse = Pulse()
     if jax.process_count() == 1:
         yield pulse
         return
-    folder.mkdir(parents=True, exist_ok=True)
     pulse.beat()
-    multihost_utils.sync_global_devices("jpeft: signs of life")  # what an earlier run left there is overwritten
+    multihost_utils.sync_global_devices("jpeft: signs of life")
     thread = threading.Thread(target=pulse.run, args=(silence,), daemon=True)
     thread.start()
     try:

@@ -142,6 +142,8 @@ def resume(
     if result:
         reporter.say(f"{run} is complete")
         return result
+    with runs.locked(run):  # told before anything is loaded
+        pass
     config = Config(**record["config"])
     job = together(lambda: prepare(config, reporter, setup))
     now = job.record
@@ -194,7 +196,7 @@ def _finish(job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[st
     with (
         _stopping_well(folder),
         runs.locked(folder),
-        watched(folder / "processes") as pulse,
+        watched() as pulse,
         checkpoint.open_checkpoints(folder / "checkpoints") as checkpoints,
     ):
         state, start = _begin(job, fresh, rng, checkpoints, reporter)
@@ -212,7 +214,6 @@ def _finish(job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[st
 def _write_result(run: _Run, result: Mapping[str, Any]) -> None:
     runs.plot(run.log.lines, run.folder / "loss.png")
     runs.write_json(run.folder / "result.json", result)  # last: its presence says that the run is complete
-    shutil.rmtree(run.folder / "processes", ignore_errors=True)
 
 
 def _check_converged(run: _Run) -> None:
@@ -255,7 +256,7 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
     score = job.task.evaluator(job)
     _evaluate(run, 0, score, fresh)
     tx, schedule = optimizer(config, total)
-    step = jpeft.train_step(job.peft, job.task.loss_fn(job.peft), tx, clip=1.0, accumulate=config.accumulate)
+    step = jpeft.train_step(job.peft, job.task.loss_fn(job), tx, clip=1.0, accumulate=config.accumulate)
     rates, usage = np.asarray(schedule(np.arange(total)), float), _usage(job, state)
     batches = itertools.islice(job.batches(start), total - start)
     with _stop_signal() as asked, _Profiler(run.folder / "profile", run.setup.profile) as profiler:

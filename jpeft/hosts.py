@@ -19,7 +19,11 @@ _MESSAGE = 2048  # bytes of a text that goes round
 
 
 class HostError(ValueError):
-    """What went wrong on another process, or is not the same on all."""
+    """What went wrong on another process, or is not the same on all; `kind` is the name of the error there."""
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 def leads() -> bool:
@@ -67,7 +71,7 @@ def together(fn: Callable[[], T]) -> T:
         if failure is not None and first == jax.process_index():
             raise failure
         where = f"process {first}" if len(wrong) < len(told) else "all processes"
-        raise HostError(f"{where}: {message or kind}") from failure
+        raise HostError(f"{where}: {message or kind}", kind) from failure
     return result
 
 
@@ -78,8 +82,8 @@ def check_same(values: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    for name, value in values.items():
-        told = _gather(hashlib.sha256(value.encode()).hexdigest())
+    digests = [hashlib.sha256(value.encode()).hexdigest()[:16] for value in values.values()]
+    for name, *told in zip(values, *(text.split() for text in _gather(" ".join(digests))), strict=True):
         if different := [i for i, other in enumerate(told) if other != told[0]]:
             raise HostError(f"processes differ in {name}: that of process {', '.join(map(str, different))} is not that "
                             "of process 0; every host needs the same command, files and version")  # fmt: skip

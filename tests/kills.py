@@ -1,6 +1,6 @@
 """Kills training at random moments, and sees that nothing committed is lost.
 
-    python tests/kills.py [--kills 100] [--processes 4] [--seed 0] [--devices 1]
+    python tests/kills.py [--kills 100] [--processes 4] [--devices 1] [--steps 40] [--seed 0]
 
 A small model is trained to the end once, undisturbed. Then the same command line, with --resume, is started again and
 again and one of its processes is killed (SIGKILL) after a random time, every second time while a checkpoint is being
@@ -12,6 +12,7 @@ of the undisturbed run, to the bit. Then another run begins.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -46,7 +48,7 @@ def write_job(folder: Path) -> list[str]:
     for name, part in (("train", rows[:184]), ("test", rows[184:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     files = "--task chat --model model --data train.jsonl --eval test.jsonl --quantize nf4 --samples 0"
-    sizes = "--rank 2 --dropout 0.1 --lr 0.01 --max-length 64 --batch-size 4 --steps 40 --checkpoint-every 2"
+    sizes = "--rank 2 --dropout 0.1 --lr 0.01 --max-length 64 --batch-size 4 --checkpoint-every 2"
     return f"finetune {files} {sizes} --resume".split()
 
 
@@ -64,27 +66,41 @@ def outcome(run: Path) -> tuple[bytes, list[dict]]:
     ]
 
 
-def disturb(run: Path, started: list[many.Process], chance: random.Random, longest: float, saving: bool) -> str | None:
-    """Kills one process at a random moment; says when that was, None if the run had ended before."""
-    moment = time.monotonic() + PATIENCE
-    while not committed(run) and not (run / "metrics.jsonl").exists() and time.monotonic() < moment:
-        time.sleep(0.01)  # from here on there is something to lose
-        if not all(process.alive for process in started):
-            return None
-    moment = time.monotonic() + chance.uniform(0, longest)
-    while time.monotonic() < moment:
-        time.sleep(0.002)
-        if not all(process.alive for process in started):
-            return None
-    if saving:
-        deadline = time.monotonic() + 10
-        while not any((run / "checkpoints").glob("*tmp*")) and time.monotonic() < deadline:
+def unfinished(run: Path) -> set[tuple[str, int]]:
+    """The saves that are under way there, and those that a kill cut short."""
+    found = set()
+    for path in (run / "checkpoints").glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # it just got its name
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def disturb(
+    run: Path, started: list[many.Process], left: set, chance: random.Random, longest: float, saving: bool
+) -> str | None:
+    """Kills one process at a random moment; says when that was, None if the run had ended before.
+
+    `left` is what was unfinished when they were started.
+    """
+
+    def until(reached: Callable[[], bool]) -> bool:
+        while not reached():
+            time.sleep(0.002)
             if not all(process.alive for process in started):
-                return None
-        time.sleep(chance.uniform(0, 0.05))
-    within = any((run / "checkpoints").glob("*tmp*"))
+                return False
+        return True
+
+    moment = time.monotonic() + chance.uniform(0, 0.8 * longest)
+    if not until(lambda: time.monotonic() > moment):
+        return None
+    if saving:
+        latest, pause = time.monotonic() + longest, chance.uniform(0, 0.05)
+        if not until(lambda: bool(unfinished(run) - left) or time.monotonic() > latest):
+            return None
+        time.sleep(pause)
+    within = unfinished(run) - left
     chance.choice(started).kill(signal.SIGKILL)
-    return "within a save" if within else "between saves"
+    return "within a save" if within else "between saves" if (run / "metrics.jsonl").exists() else "before training"
 
 
 def main() -> int:
@@ -92,32 +108,33 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--steps", type=int, default=40, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chance, told, began = random.Random(args.seed), Counter(), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="jpeft-kills-"))
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = write_job(folder)
+    many.cache_compiled(folder / "compiled")
+    command = [*write_job(folder), "--steps", str(args.steps)]
     if args.processes * args.devices > 1:
         command += ["--mesh", f"fsdp={args.processes * args.devices}"]
 
     def start(run: str) -> list[many.Process]:
         return many.launch([*command, "--out", run], folder, args.processes, args.devices)
 
-    started = start("undisturbed")
-    assert many.wait(started, PATIENCE) and not any(p.status for p in started), started[0].said("err")
+    longest = 0.0
+    for name in ("undisturbed", "again"):  # the second, which compiles nothing, is as fast as those to come
+        moment, started = time.monotonic(), start(name)
+        assert many.wait(started, PATIENCE) and not any(p.status for p in started), started[0].said("err")
+        longest = time.monotonic() - moment
     wanted = outcome(folder / "undisturbed")
+    assert outcome(folder / "again") == wanted, "two undisturbed runs differ"
     steps = [line for line in wanted[1] if "loss" in line]
-    longest = 1.2 * sum(json.loads(line).get("seconds", 0) for line in (folder / "undisturbed/metrics.jsonl").open())
-    print(f"undisturbed: {len(steps)} steps, {longest / 1.2:.1f} s of steps", flush=True)
+    print(f"undisturbed: {len(steps)} steps, {longest:.1f} s", flush=True)
     kills, runs, run = 0, 0, folder / "run0"
     while kills < args.kills:
-        before = committed(run)
+        before, left = committed(run), unfinished(run)
         started = start(run.name)
-        when = disturb(run, started, chance, longest, saving=kills % 2 == 1)
+        when = disturb(run, started, left, chance, longest, saving=kills % 2 == 1)
         assert many.wait(started, PATIENCE), f"{run}: hangs after a kill {when}"
         status = [process.status for process in started]
         said = started[0].said("out")
@@ -127,12 +144,14 @@ def main() -> int:
             assert before == 0 or when is not None, f"{run}: began anew, but step {before} was committed: {said}"
         assert "cannot be read" not in said, said
         if when is not None and any(status):
-            assert all(status), f"{run}: a process was killed {when}, and the others end with {status}"
+            # one that was killed on its way out, when all was written, leaves the others' success as it is
+            ended = (run / "result.json").exists()
+            assert ended or all(status), f"{run}: a process was killed {when}, and the others end with {status}"
             kills += 1
             told[when] += 1
         else:
             assert not any(status), f"{status}: {[process.said('err')[-500:] for process in started]}"
-        if (run / "result.json").exists() and not any(status):
+        if (run / "result.json").exists():
             assert outcome(run) == wanted, f"{run}: not what the undisturbed run came to"
             told["runs to the end, bit-identical"] += 1
             shutil.rmtree(run)

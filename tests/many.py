@@ -56,10 +56,12 @@ def launch(
     name: str = "log",
     absent: int = 0,
     folders: list[str] | None = None,
+    more: list[list[str]] | None = None,
 ) -> list[Process]:
     """`jpeft ARGUMENTS` in a folder, as so many processes with so many devices each.
 
-    The last `absent` of them never start; `folders` are where each works, if not all in `folder`.
+    The last `absent` of them never start; `folders` are where each works, if not all in `folder`; `more` is what each
+    is told beside.
     """
     started = []
     address = f"127.0.0.1:{free_port()}"
@@ -67,7 +69,8 @@ def launch(
         joining = ["--coordinator", address, "--processes", str(processes), "--process", str(i)]
         where = folder / folders[i] if folders else folder
         output = folder / f"{name}.{i}"
-        started.append(Process(fork(arguments + joining * (processes > 1), where, devices, output), output))
+        own = arguments + joining * (processes > 1) + (more[i] if more else [])
+        started.append(Process(fork(own, where, devices, output), output))
     return started
 
 
@@ -80,6 +83,7 @@ def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
         os.chdir(folder)
         for stream, descriptor in (("out", 1), ("err", 2)):
             os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        let_all_write_compiled()
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         status = jpeft.cli.main(arguments)
     except SystemExit as end:
@@ -90,6 +94,30 @@ def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def cache_compiled(folder: Path) -> None:
+    """What is compiled is kept there, for the forks to find."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def let_all_write_compiled() -> None:
+    """JAX lets process 0 alone write to the cache of compiled programs, but on CPUs each process has keys of its own,
+    so that the others would compile at every start."""
+    from jax._src import compiler, distributed
+
+    write = compiler._cache_write
+
+    def write_as_first(*args: object, **options: object) -> None:
+        state = distributed.global_state
+        process, state.process_id = state.process_id, 0
+        try:
+            write(*args, **options)
+        finally:
+            state.process_id = process
+
+    compiler._cache_write = write_as_first
 
 
 def wait(processes: list[Process], within: float) -> bool:
@@ -110,11 +138,21 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def tear(run: Path) -> None:
+    """Cuts the files of a run's newest checkpoint short."""
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    for file in (newest / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+
+
 def main(plan: Path) -> None:
+    cache_compiled(plan.parent / "compiled")
     launches = json.loads(plan.read_text())
     for number, each in enumerate(launches):
         began, after = time.monotonic(), each.pop("kill", None)
         within = each.pop("within", 240)
+        if torn := each.pop("tear", None):
+            tear(plan.parent / torn)
         started = launch(folder=plan.parent, name=f"log{number}", **each)
         if after:  # {"file": path, "holds": text, "process": index, "signal": number}
             path = plan.parent / after["file"]

@@ -1,7 +1,9 @@
 """`jpeft finetune` on meshes, and as several processes that talk over loopback: equal to one, and mistakes on any."""
 
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +53,7 @@ def home(tmp_path_factory):
 
 
 LONG = "--steps 12 --epochs 2 --checkpoint-every 2"
-AT_FOUR = {"holds": '"step": 4,', "process": 1}
+LATE = {"holds": '"step": 8,', "process": 1}  # when two checkpoints are there for certain
 PLAN = {
     "one": {"arguments": chat("one", "--samples 1")},
     "two": {"arguments": chat("two", "--mesh data=2,fsdp=2 --accumulate 2 --samples 1 --json"),
@@ -61,15 +63,16 @@ PLAN = {
     "labels of two": {"arguments": [*LABELS.split(), "--mesh", "data=2", "--out", "labels of two"], "processes": 2},
     "long": {"arguments": chat("long", LONG)},
     "stopped": {"arguments": chat("stopped", LONG), "processes": 2,
-                "kill": {"file": "stopped/metrics.jsonl", "signal": signal.SIGTERM, **AT_FOUR}},
+                "kill": {"file": "stopped/metrics.jsonl", "signal": signal.SIGTERM, **LATE}},
     "stopped, resumed": {"arguments": chat("stopped", f"{LONG} --resume --mesh data=2,tensor=2"), "devices": 4},
     "killed": {"arguments": chat("killed", LONG), "processes": 2,
-               "kill": {"file": "killed/metrics.jsonl", "signal": signal.SIGKILL, **AT_FOUR}},
-    "killed, resumed": {"arguments": chat("killed", f"{LONG} --resume")},
+               "kill": {"file": "killed/metrics.jsonl", "signal": signal.SIGKILL, **LATE}},
+    "killed, resumed": {"arguments": chat("killed", f"{LONG} --resume"), "processes": 2, "tear": "killed"},
     "absent": {"arguments": chat("absent", "--join-within 4"), "processes": 2, "absent": 1},
     "other data": {"arguments": chat("other"), "processes": 2, "folders": ["here", "there"]},
     "not shared": {"arguments": chat("apart"), "processes": 2, "folders": ["here", "alike"]},
     "wrong file": {"arguments": chat("wrong"), "processes": 2, "folders": ["here", "bare"]},
+    "other flags": {"arguments": chat("flags"), "processes": 2, "more": [[], ["--lr", "1"]]},
 }  # fmt: skip
 
 
@@ -113,7 +116,6 @@ def test_process_0_alone_speaks(launched):
     result = json.loads(done["two"]["out"][0])  # nothing else stands on stdout
     assert result["samples"] == json.loads((folder / "one/result.json").read_text())["samples"]
     assert "perplexity" in done["four"]["out"][0] and not any(done["four"]["out"][1:])
-    assert not (folder / "four/processes").exists()
 
 
 def test_one_that_is_asked_to_stop_stops_all(launched):
@@ -132,11 +134,19 @@ def test_one_that_is_killed_is_named_and_ends_all(launched):
     assert "--resume goes on from the last checkpoint" in killed["err"][0]
 
 
+def test_a_checkpoint_that_is_torn_gives_way_to_the_one_before(launched):
+    done, _ = launched
+    said = done["killed, resumed"]["out"][0]
+    assert re.search(r"the checkpoint of step \d+ cannot be read and is left out", said)
+    assert "continuing after step" in said
+
+
 MISTAKES = {
     "absent": "process 0 of 2 waited 4 s at 127.0.0.1",
     "other data": "processes differ in the data: that of process 1 is not that of process 0",
     "not shared": "process 1: {folder}/alike/apart: not seen here; --out must be on storage that all hosts share",
     "wrong file": "process 1: --eval test.jsonl: no such file",
+    "other flags": "processes differ in --lr: that of process 1 is not that of process 0",
 }
 
 
@@ -178,6 +188,10 @@ def test_meshes_that_do_not_fit(home, monkeypatch, tmp_path, capsys, mesh):
     ("--max-length 60 --mesh sequence=8", "--max-length 60 does not divide over the 8 devices of the mesh's axis seq"),
     ("--processes 2", "--coordinator, --processes and --process belong together"),
     ("--coordinator a:1 --processes 2 --process 2", "--process 2 must be from 0 to 1"),
+    ("--coordinator a:1 --processes 0 --process 0", "--processes 0: there is at least 1"),
+    ("--coordinator a --processes 2 --process 1", "--coordinator a: expected HOST:PORT"),
+    ("--coordinator a:99999 --processes 2 --process 1", "--coordinator a:99999: expected HOST:PORT"),
+    ("--coordinator a:1 --processes 2 --process 1 --join-within 0", "--join-within 0: expected seconds"),
 ])  # fmt: skip
 def test_what_does_not_go_together(home, monkeypatch, tmp_path, capsys, more, says):
     link(home, tmp_path)
@@ -185,6 +199,15 @@ def test_what_does_not_go_together(home, monkeypatch, tmp_path, capsys, more, sa
     assert main(chat("run", more)) == 1
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_in_use(home, monkeypatch, tmp_path, capsys):
+    link(home, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(chat("run", f"--coordinator 127.0.0.1:{port} --processes 2 --process 0")) == 1
+    assert f"--coordinator 127.0.0.1:{port}: Address already in use; choose another" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_writes(home, monkeypatch, tmp_path, capsys):

@@ -93,9 +93,10 @@ def test_meshes(tmp_path, monkeypatch):
     peft = jpeft.LoRA(rank=2, targets="all-linear").bind(model, base, batch["ids"])
     tx = optax.sgd(0.1)
     loss_fn = lambda adapter, params, batch, rng: ((peft.apply(params, adapter, batch["ids"]) ** 2).mean(), {})  # noqa: E731
-    scope = {"jax": jax, "jpeft": jpeft, "P": jax.sharding.PartitionSpec, "key": jax.random.key(0), "base": base,
-             "peft": peft, "batch": batch, "tx": tx, "step": jpeft.train_step(peft, loss_fn, tx)}  # fmt: skip
+    scope = {"jax": jax, "jpeft": jpeft, "model": model, "base": base, "peft": peft, "batch": batch, "tx": tx,
+             "step": jpeft.train_step(peft, loss_fn, tx)}  # fmt: skip
     exec(code, scope)
+    exec(readme("open_checkpoints"), scope)
     spec = lambda tree: tree["model"]["layers"]["mlp"]["up_proj"]["kernel"].sharding.spec  # noqa: E731
     assert spec(scope["base"]) == jax.sharding.PartitionSpec(None, "fsdp") and int(scope["state"].step) == 1
 
