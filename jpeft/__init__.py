@@ -32,6 +32,8 @@ def __getattr__(name: str) -> Any:
 
     if name in ("hf", "models", "losses"):
         return importlib.import_module(f"jpeft.{name}")
+    if name == "plan":
+        return importlib.import_module("jpeft.planning").plan
     if name in ("generate", "stream"):
         return getattr(importlib.import_module("jpeft.generation"), name)
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

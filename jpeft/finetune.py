@@ -61,6 +61,15 @@ def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation,
     return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
 
 
+def training_step(peft: Any, loss_fn: Any, config: Config, steps: int) -> tuple[Any, optax.GradientTransformation]:
+    """The step that a run makes, and its optimiser.
+
+    >>> step, tx = training_step(job.peft, job.task.loss_fn(job), job.config, job.steps)  # doctest: +SKIP
+    """
+    tx, _ = optimizer(config, steps)
+    return jpeft.train_step(peft, loss_fn, tx, clip=1.0, accumulate=config.accumulate), tx
+
+
 _PLAIN = Setup()
 _SHARED_WITHIN = 30.0  # seconds for a new folder to be seen on all hosts
 
@@ -255,8 +264,8 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
     job, config, total = run.job, run.job.config, run.job.steps
     score = job.task.evaluator(job)
     _evaluate(run, 0, score, fresh)
-    tx, schedule = optimizer(config, total)
-    step = jpeft.train_step(job.peft, job.task.loss_fn(job), tx, clip=1.0, accumulate=config.accumulate)
+    step, _ = training_step(job.peft, job.task.loss_fn(job), config, total)
+    schedule = optimizer(config, total)[1]
     rates, usage = np.asarray(schedule(np.arange(total)), float), _usage(job, state)
     batches = itertools.islice(job.batches(start), total - start)
     with _stop_signal() as asked, _Profiler(run.folder / "profile", run.setup.profile) as profiler:

@@ -446,6 +446,24 @@ def _on_output(action: Action, leaves: Leaves, y: Any) -> Any:
     return type(y)(changed, *y[1:]) if hasattr(y, "_fields") else (changed, *y[1:])
 
 
+_bypassed: contextvars.ContextVar[bool] = contextvars.ContextVar("bypassed", default=False)
+
+
+@contextlib.contextmanager
+def bypassed() -> Iterator[None]:
+    """In here `Peft.apply` runs the model as if there were no adapter: what an adapter costs is seen against that."""
+    token = _bypassed.set(True)
+    try:
+        yield
+    finally:
+        _bypassed.reset(token)
+
+
+def is_bypassed() -> bool:
+    """Whether this runs within `bypassed`."""
+    return _bypassed.get()
+
+
 _running: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("running", default=())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 import jpeft
 from jpeft import classify, conversations, data, instruct, runs, talk
@@ -201,20 +201,29 @@ def prepare(config: Config, reporter: Reporter, setup: Setup = _PLAIN) -> Job:
     >>> prepare(Config(), Silent()).peft.summary()  # doctest: +SKIP
     """
     method, mesh = build_method(config), setup.mesh
-    if mesh is not None and config.batch_size % (ways := data_ways(mesh) * config.accumulate):
-        parts = f" in each of {config.accumulate} micro-batches" * (config.accumulate > 1)
-        axes = " and ".join(name for name in DATA_AXES if name in mesh.axis_names)
-        raise UserError(f"--batch-size {config.batch_size} does not divide over the {data_ways(mesh)} parts that the "
-                        f"mesh's {axes} make{parts}; a multiple of {ways} does")  # fmt: skip
-    if mesh is not None and config.max_length % (parts := mesh.shape.get(SEQUENCE_AXIS, 1)):
-        raise UserError(f"--max-length {config.max_length} does not divide over the {parts} devices of the mesh's axis "
-                        f"{SEQUENCE_AXIS}")  # fmt: skip
+    if mesh is not None:
+        check_mesh(config, mesh)
     try:
         return (_prepare_chat if config.task == CHAT else _prepare_classification)(config, method, reporter, setup)
     except ValueError as error:
         if mesh is None or type(error) is not ValueError:
             raise
         raise UserError(f"--mesh: {config.model}: {error}") from error  # an axis of a weight that does not divide
+
+
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raises a UserError where a batch does not divide over a mesh.
+
+    >>> check_mesh(Config(batch_size=8), AbstractMesh((4,), ("fsdp",)))
+    """
+    if config.batch_size % (ways := data_ways(mesh) * config.accumulate):
+        parts = f" in each of {config.accumulate} micro-batches" * (config.accumulate > 1)
+        axes = " and ".join(name for name in DATA_AXES if name in mesh.axis_names)
+        raise UserError(f"--batch-size {config.batch_size} does not divide over the {data_ways(mesh)} parts that the "
+                        f"mesh's {axes} make{parts}; a multiple of {ways} does")  # fmt: skip
+    if config.max_length % (parts := mesh.shape.get(SEQUENCE_AXIS, 1)):
+        raise UserError(f"--max-length {config.max_length} does not divide over the {parts} devices of the mesh's axis "
+                        f"{SEQUENCE_AXIS}")  # fmt: skip
 
 
 def spread(

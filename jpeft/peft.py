@@ -387,6 +387,8 @@ class Peft:
           *inputs, **kwargs: as for ``model.apply`` (rngs, mutable, method, capture_intermediates, ...).
         """
         tree, others = split_variables(params)
+        if inject.is_bypassed():
+            return self.model.apply({**others, "params": tree}, *inputs, **kwargs)
         laid = self.overlay(tree, adapter)
         with self.intercept():
             out = self.model.apply({**others, "params": laid}, *inputs, **kwargs)

@@ -25,7 +25,7 @@ import numpy as np
 from flax.core import meta
 from flax.linen import spmd
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jpeft.quantization import Quantized, shardings_like
 from jpeft.sites import Site, derive_entries
@@ -148,7 +148,11 @@ def automatic(mesh: Mesh) -> Mesh:
     (Auto,)
     """
     kinds = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-    return mesh if mesh.axis_types == kinds else Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    if mesh.axis_types == kinds:
+        return mesh
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
 def _names_of(leaf: Any) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int
 
+from jpeft.backend import backend
 from jpeft.peft import Peft
 from jpeft.quantization import Quantized
 from jpeft.sharding import Layout, constrained, everywhere, layout_of, place
@@ -66,7 +67,7 @@ class TrainState:
         replicated = everywhere(jax.tree.leaves(adapter))
         if abstract:
             state = jax.eval_shape(make, adapter, rng)
-            return state if replicated is None else _as_laid_out(state, adapter, tx, peft, replicated)
+            return state if replicated is None else as_laid_out(state, adapter, tx, peft, replicated)
         state = make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
         if replicated is None:
             return state
@@ -75,7 +76,7 @@ class TrainState:
         return jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, replicated), state)
 
 
-def _as_laid_out(state: TrainState, adapter: Tree, tx: Any, peft: Peft, replicated: NamedSharding) -> TrainState:
+def as_laid_out(state: TrainState, adapter: Tree, tx: Any, peft: Peft, replicated: NamedSharding) -> TrainState:
     """An abstract state with the shardings that a state of such an adapter has."""
     on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     trainable, _ = partition(adapter, peft.labels(adapter))
@@ -173,33 +174,43 @@ def train_step(
         )
         return state, {**metrics, "loss": loss, "grad_norm": norm, "skipped": state.skipped}
 
-    return Step(step, accumulate, donate)
+    return Step(step, accumulate, donate, peft, loss_fn, tx)
 
 
 class Step:
     """A training step ``(state, params, batch) -> (state, metrics)``, compiled for each way that its inputs are laid
     out: see `train_step`."""
 
-    def __init__(self, fn: Callable[..., Any], parts: int, donate: bool):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        parts: int,
+        donate: bool,
+        peft: Peft,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+    ):
         self._fn, self._parts, self._donate = fn, parts, donate
+        self.peft, self.loss_fn, self.tx = peft, loss_fn, tx
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self._program(state, batch)(state, params, batch)
+        return self.program(state, batch)(state, params, batch)
 
     def lower(self, state: TrainState, params: Tree, batch: Any) -> jax.stages.Lowered:
         """As ``jax.jit(...).lower``: inputs may be abstract."""
-        return self._program(state, batch).lower(state, params, batch)
+        return self.program(state, batch).lower(state, params, batch)
 
     @property
     def compiled(self) -> int:
         """How many programs it has been compiled to: one for each layout, and shapes and dtypes, of its inputs."""
         return sum(program._cache_size() for program in self._programs.values())
 
-    def _program(self, state: TrainState, batch: Any) -> Any:
+    def program(self, state: TrainState, batch: Any) -> Any:
+        """The jitted function for a state and a batch laid out as these, which may be abstract."""
         leaves, treedef = jax.tree.flatten(state)
         shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self._parts)
-        key = (treedef, shardings, layout)
+        key = (treedef, shardings, layout, backend())
         if key not in self._programs:
             self._programs[key] = jax.jit(
                 functools.partial(self._fn, layout),

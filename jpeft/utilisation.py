@@ -9,28 +9,31 @@ fine-tuning costs. What is computed again in the backward pass (remat, codes ope
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+from importlib import resources
 from typing import Any
 
 from jpeft.tree import Tree, flatten, peek
 
-# Dense bfloat16 FLOP/s of a chip, by what JAX calls its kind; from the vendors' data sheets.
-_PEAKS: tuple[tuple[str, float], ...] = (
-    (r"TPU v2", 45e12), (r"TPU v3", 123e12), (r"TPU v4 lite|TPU v4i", 138e12), (r"TPU v4", 275e12),
-    (r"TPU v5 ?lite|TPU v5e", 197e12), (r"TPU v5p?", 459e12), (r"TPU v6 ?lite|TPU v6e", 918e12),
-    (r"TPU v?7x?", 2307e12), (r"B200", 2250e12), (r"H200|H100(?!.*PCIe)|GH200", 989e12), (r"H100.*PCIe", 756e12),
-    (r"A100", 312e12),
-    (r"V100", 125e12), (r"L40S", 362e12), (r"L4(?!0)", 121e12), (r"A10G?(?!0)", 125e12), (r"T4", 65e12),
-)  # fmt: skip
-
 
 def peak_flops(kind: str) -> float | None:
-    """The bfloat16 FLOP/s that a chip of this `device_kind` is sold with; None where it is not known, as of CPUs.
+    """The bfloat16 FLOP/s that a device of this kind is sold with; None where it is not known, as of CPUs.
+
+    A device is what JAX shows as one: of TPU v2, v3 and 7x, half a chip.
 
     >>> peak_flops("NVIDIA H200"), peak_flops("TPU v5 lite"), peak_flops("cpu")
     (989000000000000.0, 197000000000000.0, None)
     """
-    return next((peak for pattern, peak in _PEAKS if re.search(pattern, kind)), None)
+    return next((peak for pattern, peak in _peaks() if re.search(pattern, kind)), None)
+
+
+@functools.cache
+def _peaks() -> tuple[tuple[str, float], ...]:
+    # Not by way of `jpeft.planning`, whose package imports far more than this file.
+    chips = json.loads((resources.files("jpeft") / "planning" / "chips.json").read_text(encoding="utf-8"))
+    return tuple((chip["device_kind"], chip["peak_flops"]) for chip in chips)
 
 
 def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: int = 0) -> float:

@@ -4,6 +4,7 @@ from jpeft.models.decoder import Decoder as Decoder
 from jpeft.models.decoder import init_cache as init_cache
 from jpeft.models.files import ModelError as ModelError
 from jpeft.models.loading import FAMILIES as FAMILIES
+from jpeft.models.loading import abstract as abstract
 from jpeft.models.loading import is_decoder as is_decoder
 from jpeft.models.loading import load as load
 from jpeft.models.loading import logical_names as logical_names

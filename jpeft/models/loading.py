@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jpeft import fingerprint, quantization, tree
 from jpeft.io import write_safetensors
 from jpeft.models import quantized
-from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config
+from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config, read_json
 from jpeft.models.stacking import DIFFER, stacked_at
 from jpeft.quantization import Quantized
 from jpeft.sharding import Rules, param_shardings
@@ -153,6 +153,40 @@ def load(
         reader = _Reader(names, tensors, param_dtype, _planned(abstract, quantize))
         placed = _place(abstract, slots, reader, _shardings_by_path(shardings, model, abstract))
     return model, tree.unflatten({tuple(name.split("/")): leaf for name, leaf in placed.items()})
+
+
+def abstract(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    quantize: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What `load` would give, without weights: the module, and `jax.ShapeDtypeStruct`s for its parameters.
+
+    Args:
+        config: what a `config.json` says, that file, or a folder that holds one. Weights need not be there.
+        dtype, param_dtype, quantize, options: as for `load`.
+
+    Raises:
+        FileNotFoundError, ModelError, ValueError: as `load`.
+
+    >>> model, params = abstract({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4})
+    >>> params["lm_head"]["kernel"]
+    ShapeDtypeStruct(shape=(64, 32000), dtype=float32)
+    """
+    if isinstance(config, Mapping):
+        found: tuple[Any, Any, Family] = (dict(config), "config", _family(config.get("model_type")))
+    elif (path := Path(config)).is_file() and not is_gguf(path):
+        held = read_json(path)
+        found = (held, path, _family(held.get("model_type"), f"{path}: "))
+    else:
+        found = _read_family(path)
+    family, model = _build_family(*found, dtype, param_dtype, options)
+    shapes = _abstract(family, model)
+    leaves = {**shapes, **_planned(shapes, quantize)}
+    return model, tree.unflatten({tuple(name.split("/")): leaf for name, leaf in leaves.items()})
 
 
 def logical_names(model: nn.Module) -> dict[str, Any]:
@@ -282,7 +316,12 @@ def _read_family(path: Path) -> tuple[dict[str, Any], Path, Any]:
 
 
 def _build(path: Path, dtype: Any, param_dtype: Any, options: Mapping[str, Any]) -> tuple[Family, Any]:
-    config, where, family = _read_family(path)
+    return _build_family(*_read_family(path), dtype, param_dtype, options)
+
+
+def _build_family(
+    config: Any, where: Any, family: Family, dtype: Any, param_dtype: Any, options: Mapping[str, Any]
+) -> tuple[Family, Any]:
     if unknown := sorted(options.keys() - family.OPTIONS):
         raise ModelError(
             f"{config['model_type']} models have no option {', '.join(unknown)}, "

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jpeft.backend import backend
 from jpeft.geometry import base
 
 Mask = Bool[Array, "*#scores"] | None
@@ -158,7 +159,7 @@ def _cudnn_can(query: jax.Array, queries: int, keys: int, mask: Mask) -> Any:
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     even = mask is None or (queries % 2 == 0 and keys % 2 == 0)
-    cuda = jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
+    cuda = backend() == jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
     return "cudnn" if half and fits and even and cuda else "xla"
 
 

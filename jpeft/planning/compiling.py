@@ -1,0 +1,347 @@
+"""From a step to a compiled program, in a process of its own.
+
+A step is traced here, on a mesh without devices, and serialised by `jax.export`; `jpeft.planning.worker` compiles it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from jpeft import inject
+from jpeft.assets import UserError
+from jpeft.backend import compiling_for
+from jpeft.planning.topologies import QUIET, Topology
+from jpeft.sharding import adapter_shardings, batch_shardings, constrained, layout_of, param_shardings, place
+from jpeft.train import Step, TrainState, as_laid_out
+from jpeft.tree import named_sharding
+
+#: Names a Python that has jpeft and libtpu, where the one that plans shall not have libtpu.
+PYTHON = "JPEFT_PLAN_PYTHON"
+_NEEDED = 2 << 30  # bytes of memory, without which no compilation is begun: one of 8B takes 1.7 GiB
+_POLL = 0.1
+
+
+class PlanError(UserError):
+    """What stands against a plan: in one line."""
+
+
+# -------------------------------------------------------------------------------------------------------------- meshes
+
+
+def read_mesh(asked: Any, topology: Topology) -> AbstractMesh:
+    """The mesh that is asked for, as `fsdp=8,tensor=2`, a mapping or a mesh of any kind; None is one axis, `fsdp`.
+
+    >>> from jpeft.planning.topologies import parse
+    >>> read_mesh({"fsdp": 8, "tensor": 2}, parse("cpu:16")).shape_tuple
+    (('fsdp', 8), ('tensor', 2))
+    """
+    count = topology.devices
+    if asked is None:
+        sizes: dict[str, Any] = {"fsdp": count}
+    elif isinstance(asked, str):
+        sizes = {}
+        for part in asked.split(","):
+            name, _, size = (x.strip() for x in part.partition("="))
+            if not name or name in sizes or not size.isdecimal():
+                raise PlanError(f"--mesh {asked}: expected axes such as data=2,fsdp=8, each once")
+            sizes[name] = int(size)
+    else:
+        sizes = dict(getattr(asked, "shape", asked))
+    if not sizes or min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+        product = " x ".join(map(str, sizes.values()))
+        raise PlanError(
+            f"--mesh {','.join(f'{name}={size}' for name, size in sizes.items())}: {product} is "
+            f"{math.prod(sizes.values())}, but {topology.name} has {count} devices"
+        )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+# ---------------------------------------------------------------------------------------------------- abstract inputs
+
+
+def abstract(tree: Any, mesh: AbstractMesh) -> Any:
+    """A tree without its values; shardings are kept, for another mesh whose axes have these names."""
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(x)
+        if sharding is None:
+            return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x))
+        named = {n for entry in sharding.spec for n in ((entry,) if isinstance(entry, str) else entry or ())}
+        if lacking := named - set(mesh.axis_names):
+            raise PlanError(
+                f"an array of shape {x.shape} is sharded over {sorted(lacking)[0]!r}, which the mesh "
+                f"{dict(mesh.shape)} lacks"
+            )
+        there = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+
+    return jax.tree.map(one, tree)
+
+
+def laid_out(
+    step: Any, state: Any, params: Any, batch: Any, mesh: AbstractMesh, rules: Any = None, names: Any = None
+) -> tuple[Any, Any, Any]:
+    """A step's inputs, abstract and in their places. What has one already stays there; the rest goes as
+    `jpeft.shard`, `jpeft.shard_batch` and `Peft.init` would put it."""
+    state, params, batch = (abstract(tree, mesh) for tree in (state, params, batch))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if all(named_sharding(x) is None for x in jax.tree.leaves(params)):
+        params = _placed(params, param_shardings(params, mesh, rules, names=names))
+    if all(named_sharding(x) is None for x in jax.tree.leaves(batch)):
+        batch = _placed(batch, batch_shardings(batch, mesh))
+    if isinstance(step, Step) and isinstance(state, TrainState):
+        if all(named_sharding(x) is None for x in jax.tree.leaves(state.adapter)):
+            adapter = _placed(state.adapter, adapter_shardings(step.peft, params))
+            state = as_laid_out(state.replace(adapter=adapter), adapter, step.tx, step.peft, everywhere)  # type: ignore
+    return tuple(
+        jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, everywhere), tree)
+        for tree in (state, params, batch)
+    )  # type: ignore[return-value]
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(place, tree, shardings)
+
+
+# ------------------------------------------------------------------------------------------------------------- tracing
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be compiled: serialised, and how many of its arguments are of what."""
+
+    data: bytes
+    groups: Mapping[str, int]  # arguments in order: so many of the adapter, the optimiser, …
+    donated: int = 0
+
+
+def trace_step(step: Any, state: Any, params: Any, batch: Any, platform: str) -> Program:
+    """A step, `(state, params, batch) -> (state, metrics)`, on inputs as `laid_out` gives them."""
+    trees = (state, params, batch)
+    leaves, structure = jax.tree.flatten(trees)
+    with compiling_for(platform):
+        run = step.program(state, batch) if isinstance(step, Step) else step
+        shapes = jax.eval_shape(run, *trees)
+        state_like = isinstance(shapes, tuple) and len(shapes) == 2
+        state_like = state_like and jax.tree.structure(shapes[0]) == jax.tree.structure(state)
+
+        def flat(*flat_leaves: Any) -> list[Any]:
+            return jax.tree.leaves(run(*jax.tree.unflatten(structure, flat_leaves)))
+
+        out = [None] * len(jax.tree.leaves(shapes))
+        if state_like:
+            own = [leaf.sharding for leaf in jax.tree.leaves(state)]
+            out = [*own, *[None] * (len(out) - len(own))]
+        data = _exported(flat, leaves, out, platform)
+    donated = len(jax.tree.leaves(state)) if state_like and getattr(step, "donates", True) else 0
+    return Program(data, _groups(state, params, batch), donated)
+
+
+def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -> Program | None:
+    """The same loss and backward pass without an adapter and an optimiser: what the step costs is seen against it.
+
+    It is differentiated by something of the size of the embeddings' output that is added there and is zero, so that the
+    backward pass goes as far back as an adapter's in the lowest layer. None where the model embeds nothing.
+    """
+    trees = (params, batch)
+    with compiling_for(platform):
+        found: list[Any] = []
+        run = _run_base(step, state, found)
+        layout = layout_of(batch)
+        jax.eval_shape(lambda *trees: run(None, *trees), *trees)
+        if not found:
+            return None
+        shape, dtype = found[0]
+        like = jax.tree.leaves(batch)[0]
+        spec = named_sharding(like).spec if shape[:1] == like.shape[:1] else PartitionSpec()  # type: ignore[union-attr]
+        shift = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(like.sharding.mesh, spec))
+        leaves, structure = jax.tree.flatten((shift, *trees))
+
+        def flat(*flat_leaves: Any) -> list[Any]:
+            with constrained(layout):
+                value, gradient = jax.value_and_grad(run)(*jax.tree.unflatten(structure, flat_leaves))
+            return [value, gradient]
+
+        data = _exported(flat, leaves, [None, shift.sharding], platform)
+    return Program(data, {"shift": 1, **_groups(None, *trees)})
+
+
+def _run_base(step: Step, state: Any, found: list[Any]) -> Any:
+    def run(shift: Any, params: Any, batch: Any) -> Any:
+        done: list[bool] = []
+
+        def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            y = call(*args, **kwargs)
+            if not isinstance(context.module, nn.Embed) or context.method_name != "__call__" or done:
+                return y
+            done.append(True)
+            found.append((y.shape, y.dtype))
+            return y if shift is None else y + shift
+
+        adapter = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.adapter)  # which nothing reads
+        with inject.bypassed(), nn.intercept_methods(add):
+            return step.loss_fn(adapter, params, batch, jax.random.key(0))[0].astype(jnp.float32)
+
+    return run
+
+
+def _exported(flat: Any, leaves: Sequence[Any], out: Sequence[Any], platform: str) -> bytes:
+    from jax import export
+
+    platforms = [{"gpu": "cuda"}.get(platform, platform)]
+    # Whatever a program calls is compiled here: nothing has to run elsewhere, where custom calls are promised to stay.
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in ("Sharding", "annotate_device_placement")]
+    try:
+        return export.export(jax.jit(flat, out_shardings=list(out)), platforms=platforms, disabled_checks=checks)(
+            *leaves
+        ).serialize()
+    except ImportError as error:
+        raise PlanError(f'a plan needs flatbuffers: pip install "jpeft[plan]" ({error})') from error
+
+
+def _groups(state: Any, params: Any, batch: Any) -> dict[str, int]:
+    count = lambda tree: len(jax.tree.leaves(tree))  # noqa: E731
+    groups = {"base": count(params), "batch": count(batch)}
+    if isinstance(state, TrainState):  # in the order of its fields
+        own = {"step": 1, "adapter": count(state.adapter), "optimiser": count(state.opt_state)}
+        return {**own, "rest": count(state) - sum(own.values()), **groups}
+    return {"state": count(state), **groups} if state is not None else groups
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+@dataclass
+class Compilation:
+    """A compilation that goes on in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    topology: Topology
+    began: float = field(default_factory=time.monotonic)
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.process.poll() is not None
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        while not self.done():
+            time.sleep(_POLL)
+
+    def result(self) -> dict[str, Any]:
+        """What the worker found, and `text`, the program's.
+
+        Raises:
+            PlanError: it could not be compiled, for another reason than the chip's memory.
+        """
+        self.wait()
+        path = self.folder / "result.json"
+        if not path.exists():
+            raise PlanError(_ended(self.process.returncode, self.folder / "stderr", self.topology))
+        found = json.loads(path.read_text())
+        if "error" in found:
+            raise PlanError(f"{self.topology.name}: {_one_line(found['error'])}")
+        text = self.folder / "program.hlo"
+        return {**found, "text": text.read_text() if text.exists() else ""}
+
+
+@contextlib.contextmanager
+def compiling(program: Program, topology: Topology, mesh: AbstractMesh, python: str | None) -> Iterator[Compilation]:
+    """Compiles in another process; ends it at the end."""
+    _check_memory()
+    folder = Path(tempfile.mkdtemp(prefix="jpeft-plan-"))
+    try:
+        (folder / "program.bin").write_bytes(program.data)
+        job = {"topology": topology.name, "mesh": dict(mesh.shape), "donated": program.donated}
+        (folder / "job.json").write_text(json.dumps(job))
+        with open(folder / "stderr", "wb") as stderr:
+            process = subprocess.Popen(
+                [python or _python(topology), "-m", "jpeft.planning.worker", str(folder)],
+                env=_environment(topology), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+            )  # fmt: skip
+        try:
+            yield Compilation(process, folder, topology)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _python(topology: Topology) -> str:
+    """The Python that compiles for a topology."""
+    if topology.kind != "tpu":
+        return sys.executable
+    if python := os.environ.get(PYTHON):
+        return python
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError(
+            f'{topology.name} needs libtpu: pip install "jpeft[plan]", or set {PYTHON} to a Python of another '
+            "environment that has it"
+        )
+    return sys.executable
+
+
+def _environment(topology: Topology) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    # This very jpeft, wherever it was imported from.
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), own.get("PYTHONPATH"))))
+    if topology.kind == "gpu":
+        return {**own, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    own["JAX_PLATFORMS"] = "cpu"
+    if topology.kind == "cpu":
+        own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.devices}"
+    return {**own, **QUIET} if topology.kind == "tpu" else own
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that are free on this machine; None where the system does not tell.
+
+    >>> available_memory() is None or available_memory() > 0
+    True
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _check_memory() -> None:
+    free = available_memory()
+    if free is not None and free < _NEEDED:
+        raise PlanError(f"not enough memory to compile: {free / 2**30:.1f} GiB are free, {_NEEDED >> 30} are needed")
+
+
+def _ended(status: int, stderr: Path, topology: Topology) -> str:
+    if -status == signal.SIGKILL:
+        return f"{topology.name}: the compiler was killed, most likely for want of memory on this machine"
+    said = [line for line in stderr.read_text(errors="replace").splitlines() if line.strip()]
+    internal = [line for line in said if "Check failed" in line or "FATAL" in line or line.startswith("F0")]
+    return f"{topology.name}: the compiler ended with status {status}: {_one_line((internal or said or ['?'])[-1])}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:400]

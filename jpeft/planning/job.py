@@ -1,0 +1,115 @@
+"""The step that `jpeft finetune` would run under a configuration, without weights, data or devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+import jpeft
+from jpeft import classify, conversations, data, finetune, instruct, jobs, models
+from jpeft.assets import MODELS, UserError, resolve_model
+from jpeft.config import CHAT, Config, Setup
+from jpeft.planning import sizes
+from jpeft.planning.compiling import PlanError
+from jpeft.sharding import SEQUENCE_AXIS, data_ways
+
+_STEPS = 1000  # of a run, which its schedule of learning rates depends on, and nothing else here
+_LABELS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step and its inputs, abstract; `names` are those of the axes of `params`."""
+
+    step: Any
+    state: Any
+    params: Any
+    batch: Any
+    names: Any
+
+
+def architecture(name: str) -> Mapping[str, Any] | Path:
+    """What `--model` says: a size that ships with jpeft, a `config.json` or a folder that has one, or an asset.
+
+    >>> architecture("llama-3-8b")["num_hidden_layers"]
+    32
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name in MODELS or "/" in name:
+        return resolve_model(name)
+    return sizes.config(name)
+
+
+def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
+    """The step of a configuration on a mesh.
+
+    Raises:
+        UserError: what `finetune` would say of the configuration.
+
+    >>> build(Config(task="chat", model="llama-3-8b"), mesh, Setup()).params  # doctest: +SKIP
+    """
+    method = jobs.build_method(config)
+    jobs.check_mesh(config, mesh)
+    about = architecture(config.model)
+    quantize = None if config.quantize == "none" else config.quantize
+    options = {"param_dtype": jnp.dtype(config.dtype), "quantize": quantize}
+    if config.task == CHAT:
+        options["remat"] = setup.remat
+    model, params = models.abstract(about, **options)
+    if config.task == CHAT:
+        if not isinstance(model, models.Decoder):
+            raise PlanError(f"--model {config.model}: an encoder; it is planned for with --task classify")
+        limit = model.config.max_position_embeddings
+        if config.max_length > limit:
+            raise PlanError(f"--seq {config.max_length}: the model takes at most {limit} tokens")
+        inputs, names = instruct.example_inputs(), models.logical_names(model)
+        batch: Any = _conversations(config)
+    else:
+        if isinstance(model, models.Decoder):
+            raise PlanError(f"--model {config.model}: a language model; it is planned for with --task chat")
+        names = {"encoder": models.logical_names(model)}
+        model, inputs = classify.Classifier(model, _LABELS), classify.example_inputs()
+        head = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"][classify.HEAD]
+        params, batch = {"encoder": params, classify.HEAD: nn.meta.unbox(head)}, _texts(config)
+    try:
+        peft = method.bind(model, params, *inputs)
+    except ValueError as error:  # a target that names nothing, a field that does not fit
+        raise UserError(str(error)) from error
+    if config.task == CHAT:
+        loss: Any = instruct.loss_fn(peft, train_mode=bool(config.dropout), mesh=mesh)
+    else:
+        loss = classify.loss_fn(peft, train_mode=bool(config.dropout))
+    step, tx = finetune.training_step(peft, loss, config, _STEPS)
+    key = jax.random.key(0)
+    state = jpeft.TrainState.create(peft, peft.init(key, params), tx, key)
+    return Work(step, state, params, batch, names)
+
+
+def _conversations(config: Config) -> conversations.Batch:
+    shape = (config.batch_size, config.max_length)
+    ids, weight = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    return conversations.Batch(ids, ids, ids, ids, weight)
+
+
+def _texts(config: Config) -> data.Batch:
+    rows, shape = (config.batch_size,), (config.batch_size, config.max_length)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return data.Batch(ids, ids, jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32))
+
+
+def ways(mesh: AbstractMesh) -> tuple[int, int]:
+    """In how many parts a mesh spreads rows, and tokens.
+
+    >>> ways(AbstractMesh((4, 2), ("fsdp", "tensor")))
+    (4, 1)
+    """
+    return data_ways(mesh), mesh.shape.get(SEQUENCE_AXIS, 1)  # type: ignore[arg-type]

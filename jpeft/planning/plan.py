@@ -1,0 +1,303 @@
+"""A plan: what each chip will hold, compute and send in a training step, from the program compiled for it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from jpeft import utilisation
+from jpeft.planning import hlo
+from jpeft.planning.compiling import Compilation, Program, compiling, laid_out, read_mesh, trace_base, trace_step
+from jpeft.planning.topologies import Chip, Topology, parse
+from jpeft.train import Step
+from jpeft.tree import Tree, named_sharding
+
+_LARGEST = 8  # buffers that are told where a step does not fit
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        arguments: by what they are: base, adapter, optimiser, batch; padded as the device pads them.
+        temporaries: activations, gradients and whatever else lives within a step.
+        outputs: those that do not lie in an argument's place.
+        program: the compiled code.
+        host: of the host's memory, for each device (`remat="offload"`).
+    """
+
+    arguments: Mapping[str, int]
+    temporaries: int
+    outputs: int
+    program: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """At the peak, on the device."""
+        return sum(self.arguments.values()) + self.temporaries + self.outputs + self.program
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind over the same axes of the mesh, in one step.
+
+    Attributes:
+        kind: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, …
+        axes: what they cross, as `fsdp` or `data+fsdp`.
+        count: how many run. bytes: what a device receives in all.
+    """
+
+    kind: str
+    axes: str
+    count: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. Figures are of one device and one step, unless they say otherwise.
+
+    Attributes:
+        topology: as `v5e:4x4`. chip: what is known of its chips. devices: how many. mesh: their axes.
+        memory: see `Memory`. capacity: bytes that a program may use of a device; None where it is not known.
+        refused: the compiler found that it cannot fit, and made no program: `memory` is what it said it would take.
+        largest: where it does not fit, the largest buffers that live at the peak, and what made them.
+        flops: of all products, those included that are computed again. hbm_bytes: read from and written to memory.
+        model_flops: that the model needs for these tokens (`jpeft.utilisation.step_flops`), where its size is known.
+        collectives: see `Traffic`. adapter_share: of their bytes, what there is of them more than without an adapter.
+        tokens: of all devices together, in a step.
+        compile_seconds, host_bytes: what compiling took on this machine.
+    """
+
+    topology: str
+    chip: Chip | None
+    devices: int
+    mesh: Mapping[str, int]
+    memory: Memory
+    capacity: int | None
+    refused: bool
+    largest: Sequence[hlo.Buffer]
+    flops: float
+    hbm_bytes: float
+    model_flops: float | None
+    collectives: Sequence[Traffic]
+    adapter_share: float | None
+    tokens: int
+    compile_seconds: float
+    host_bytes: int
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has room for it; None where its memory is not known."""
+        return None if self.capacity is None else self.memory.total <= self.capacity
+
+    @property
+    def floor(self) -> dict[str, float]:
+        """Seconds that a step takes at least, of `matmul`, `memory` and `interconnect`, each at its chip's peak rate."""
+        if self.chip is None or self.refused:
+            return {}
+        sent = sum(traffic.bytes for traffic in self.collectives)
+        rates = {"matmul": (self.flops, self.chip.peak_flops), "memory": (self.hbm_bytes, self.chip.hbm_bandwidth),
+                 "interconnect": (sent, self.chip.ici_bandwidth)}  # fmt: skip
+        return {name: amount / rate for name, (amount, rate) in rates.items() if rate}
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step, at least: whatever takes longest, with all else beside it."""
+        return max(self.floor.values(), default=None)
+
+    def chip_seconds_per_token(self) -> float | None:
+        """Chip-seconds that a token costs, at least."""
+        if self.seconds is None or self.chip is None:
+            return None
+        return self.seconds * self.devices / self.chip.devices_per_chip / self.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        out = dataclasses.asdict(self)
+        out |= {"fits": self.fits, "floor_seconds": self.floor, "seconds": self.seconds}
+        out["memory"]["total"] = self.memory.total
+        out["mesh"] = dict(self.mesh)
+        return out
+
+    def __str__(self) -> str:
+        from jpeft.planning.report import describe
+
+        return describe(self)
+
+
+def plan(
+    step: Any,
+    state: Tree,
+    params: Tree,
+    batch: Any,
+    topology: str,
+    mesh: Any = None,
+    *,
+    rules: Any = None,
+    names: Tree | None = None,
+    against_base: bool = True,
+    python: str | None = None,
+) -> Plan:
+    """Compiles a training step for chips that need not be there, and says what it will need of them.
+
+    Nothing is computed and nothing is allocated: inputs are arrays of which only shapes, dtypes and shardings are read,
+    or `jax.ShapeDtypeStruct`s. The compiler runs in a process of its own.
+
+    Args:
+        step: `(state, params, batch) -> (state, metrics)`: of `jpeft.train_step`, or any jitted function.
+        state, params, batch: its inputs. What carries no sharding is laid out as `jpeft.shard`, `jpeft.shard_batch` and
+            `Peft.init` would; another function's state is replicated.
+        topology: `v5e:4x4`, `v5p:2x2x4`, `v6e-16`, …, which needs libtpu (`pip install "jpeft[plan]"`, or a Python that
+            has it in `JPEFT_PLAN_PYTHON`); `cpu:8`; `gpu:1`, for GPUs of this machine.
+        mesh: `"fsdp=16"`, a mapping, or a mesh of as many devices; None is one axis, `fsdp`.
+        rules, names: as for `jpeft.shard`.
+        against_base: also compile the step without the adapter, to tell what share of the traffic is the adapter's. Needs
+            a step of `jpeft.train_step`, and a model that embeds.
+        python: the Python that compiles, instead of this one.
+
+    Raises:
+        PlanError: an unknown topology, a mesh that is not of its devices, no libtpu or another than jax's, too little
+            memory on this machine.
+        ValueError: an axis of a weight or of the batch that does not divide over the mesh.
+
+    >>> jpeft.plan(step, state, params, batch, "v5e:4x4", mesh="fsdp=16").fits  # doctest: +SKIP
+    True
+    """
+    found = parse(topology)
+    there = read_mesh(mesh, found)
+    state, params, batch = laid_out(step, state, params, batch, there, rules, names)
+    program = trace_step(step, state, params, batch, found.kind)
+    base = None
+    if against_base and isinstance(step, Step) and found.devices > 1:
+        base = trace_base(step, state, params, batch, found.kind)
+    with contextlib.ExitStack() as stack:
+        main, beside = (None if p is None else stack.enter_context(compiling(p, found, there, python))
+                        for p in (program, base))  # fmt: skip
+        assert main is not None
+        return conclude(main, beside, program, (state, params, batch), there, model_flops(step, params, batch, state))
+
+
+def model_flops(step: Any, params: Tree, batch: Any, state: Any) -> float | None:
+    """FLOPs that a step needs whose model is known, for all of a batch of tokens."""
+    shape = batch_shape(batch)
+    if not isinstance(step, Step) or len(shape) < 2:
+        return None
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(state.adapter))
+    return utilisation.step_flops(step.peft.model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
+
+
+def batch_shape(batch: Any) -> tuple[int, ...]:
+    """Rows and, if its first array has them, tokens of a row."""
+    leaves = [leaf for leaf in jax.tree.leaves(batch) if leaf.ndim]
+    return tuple(leaves[0].shape[:2]) if leaves else ()
+
+
+def conclude(
+    main: Compilation,
+    beside: Compilation | None,
+    program: Program,
+    trees: tuple[Any, Any, Any],
+    mesh: AbstractMesh,
+    needed: float | None,
+    waiting: Callable[[], None] = lambda: None,
+) -> Plan:
+    """The plan that compilations lead to."""
+    while not (main.done() and (beside is None or beside.done())):
+        waiting()
+        time.sleep(0.05)
+    result, topology = main.result(), main.topology
+    chip = topology.chip
+    about: dict[str, Any] = {
+        "topology": topology.name, "chip": chip, "devices": topology.devices, "mesh": dict(mesh.shape),
+        "capacity": None if chip is None else chip.hbm_usable, "model_flops": needed,
+        "tokens": math.prod(batch_shape(trees[2])), "compile_seconds": round(result["seconds"], 1),
+        "host_bytes": result["host_bytes"],
+    }  # fmt: skip
+    if "refused" in result:
+        return _refused(result["refused"], program, trees, about)
+    read = hlo.read(result["text"])
+    sizes, found = [size for _, size in read.parameters], result["memory"]
+    groups, at = {}, 0
+    for name, count in program.groups.items():
+        groups[name], at = groups.get(name, 0) + sum(sizes[at : at + count]), at + count
+    memory = Memory(
+        _in_words(groups), found["temp"], found["output"] - found["alias"], found["generated_code"],
+        found["host_argument"] + found["host_temp"],
+    )  # fmt: skip
+    traffic = _traffic(read.collectives, mesh)
+    share = None
+    if beside is not None:
+        other = beside.result()
+        if "refused" not in other:
+            total = sum(t.bytes for t in traffic)
+            without = sum(t.bytes for t in _traffic(hlo.read(other["text"]).collectives, mesh))
+            share = max(0.0, 1 - without / total) if total else 0.0
+    over = about["capacity"] is not None and memory.total > about["capacity"]
+    return Plan(
+        **about, memory=memory, refused=False, largest=read.live(_LARGEST) if over else (), flops=read.flops,
+        hbm_bytes=read.hbm_bytes, collectives=traffic, adapter_share=share,
+    )  # fmt: skip
+
+
+def _in_words(groups: Mapping[str, int]) -> dict[str, int]:
+    """Arguments by what they are; counters and keys are of the optimiser."""
+    out = {name: groups[name] for name in ("base", "adapter", "optimiser", "state", "batch") if name in groups}
+    if "optimiser" in out:
+        out["optimiser"] += groups.get("step", 0) + groups.get("rest", 0)
+    return out
+
+
+def _refused(message: str, program: Program, trees: tuple[Any, Any, Any], about: Mapping[str, Any]) -> Plan:
+    """What the compiler says of a program that it does not make. Arguments are counted without padding."""
+    leaves, at, groups = jax.tree.leaves(trees), 0, {}
+    for name, count in program.groups.items():
+        groups[name], at = sum(map(_piece_bytes, leaves[at : at + count])), at + count
+    told = hlo.refused(message)
+    memory = Memory(_in_words(groups), told.used, 0, 0)
+    return Plan(
+        **{**about, "capacity": told.available or about["capacity"]}, memory=memory, refused=True,
+        largest=told.largest[:_LARGEST], flops=0.0, hbm_bytes=0.0, collectives=(), adapter_share=None,
+    )  # fmt: skip
+
+
+def _piece_bytes(leaf: Any) -> int:
+    sharding, is_key = named_sharding(leaf), jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * (8 if is_key else np.dtype(leaf.dtype).itemsize)
+
+
+def _traffic(collectives: Sequence[hlo.Collective], mesh: AbstractMesh) -> list[Traffic]:
+    """Collectives by kind and by the axes that they cross, the largest first."""
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for each in collectives:
+        key = (each.kind, crossed(each.groups, mesh))
+        count, size = found.get(key, (0, 0.0))
+        found[key] = (count + each.times, size + each.times * each.bytes)
+    rows = [Traffic(kind, axes, count, size) for (kind, axes), (count, size) in found.items()]
+    return sorted(rows, key=lambda t: -t.bytes)
+
+
+def crossed(groups: Sequence[Sequence[int]], mesh: AbstractMesh) -> str:
+    """The axes of a mesh along which the devices of a group differ.
+
+    >>> crossed([[0, 1], [2, 3]], AbstractMesh((2, 2), ("data", "fsdp")))
+    'fsdp'
+    """
+    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.axis_sizes), axis=-1)
+    differ = np.zeros(len(mesh.axis_names), bool)
+    for group in groups or [range(mesh.size)]:
+        own = places[list(group)]
+        differ |= (own != own[:1]).any(axis=0)
+    return "+".join(name for name, differs in zip(mesh.axis_names, differ, strict=True) if differs) or "none"
