@@ -1,4 +1,4 @@
-"""The command line: `jpeft finetune | predict | merge | inspect | generate | chat | quantize`.
+"""The command line: `jpeft finetune | plan | predict | merge | inspect | generate | chat | quantize`.
 
 Results go to stdout, errors to stderr as one line. Nothing heavy is imported before the arguments are understood.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-_EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib"}  # what the extra [demo] brings
+_EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers"}  # what the extra [demo] brings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Fine-tune a classifier (without arguments, MiniLM on reviews) or, with --task chat, a language model."
     _finetune_arguments(command("finetune", _finetune, about))
+    plan = command(
+        "plan", _plan, "Say what a fine-tuning step needs of chips that are not here: memory, time, traffic."
+    )
+    _plan_arguments(plan)
     predict = command("predict", _predict, "Label texts with a finished run.")
     predict.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     predict.add_argument("file", metavar="FILE", nargs="?", help=".csv or .jsonl; else texts on stdin, one a line")
@@ -230,6 +234,57 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how long to wait for all of them at the start (default: 300)")  # fmt: skip
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    several = "; with --sweep several, or tried in several ways if not given"
+    words = lambda text: [word.strip() for word in text.split(",") if word.strip()]  # noqa: E731
+    parser.add_argument("--model", required=True, help="a size that jpeft knows, such as llama-3-8b, a config.json, a "
+                        "folder that has one, or as for finetune; weights are not read")  # fmt: skip
+    parser.add_argument("--topology", required=True, type=words, metavar="NAME", help="v5e:4x4, v5p:2x2x4, v6e-16, …, "
+                        "cpu:8 or gpu:1; with --sweep several, with commas")  # fmt: skip
+    parser.add_argument("--mesh", action="append", default=[], metavar="AXES",
+                        help=f"devices by axis, fsdp=8,tensor=2 (all on fsdp); may be repeated{several}")  # fmt: skip
+    parser.add_argument("--batch", "--batch-size", type=_counts, default=[], metavar="INT", help=f"rows (16){several}")
+    parser.add_argument("--seq", "--max-length", type=int, default=2048, metavar="INT", help="tokens of a row (2048)")
+    parser.add_argument("--remat", type=_choices("full", "dots", "offload", "none"), default=[],
+                        help=f"as for finetune (full){several}")  # fmt: skip
+    parser.add_argument("--quantize", type=_choices("none", *SCHEMES), default=[], metavar="SCHEME",
+                        help=f"none (default), {', '.join(SCHEMES)}{several}")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
+                        help="of the base and the arithmetic (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--accumulate", type=int, default=1, metavar="INT", help="micro-batches of a batch (1)")
+    parser.add_argument("--task", choices=(CHAT, CLASSIFY), default=CHAT, help=f"of the step (default: {CHAT})")
+    parser.add_argument("--method", default="lora", help="as for finetune (default: lora)")
+    for name, kind in (("--rank", int), ("--alpha", float), ("--dropout", float), ("--targets", str)):
+        parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), help="as for finetune")
+    parser.add_argument("--set", dest="settings", action="append", type=_setting, default=[], metavar="NAME=VALUE",
+                        help="any other field of the method")  # fmt: skip
+    parser.add_argument("--no-base", action="store_true", help="do not also compile the step without an adapter, which "
+                        "tells what the adapter sends")  # fmt: skip
+    parser.add_argument("--sweep", action="store_true", help="plan for all choices, and recommend the cheapest")
+    parser.add_argument(
+        "--jobs", type=int, metavar="INT", help="that compile at once (default: as cores and memory allow)"
+    )
+    parser.add_argument("--price", type=float, metavar="USD", help="of a chip-hour (default: the list price)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the memory of a chip (--sweep: plan.png)")
+
+
+def _choices(*known: str) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        found = [word.strip() for word in text.split(",")]
+        if wrong := [word for word in found if word not in known]:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(known)}")
+        return found
+
+    return read
+
+
+def _counts(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"expected counts, from 1 on, with commas between them, got {text!r}")
+    return [int(word) for word in words]
+
+
 def _speaker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="smollm2 (default, or the run's), a HuggingFace folder, .gguf or hub id")
     parser.add_argument("--adapter", metavar="RUN", help="a run, or an adapter's folder (jpeft's or PEFT's)")
@@ -305,6 +360,13 @@ def _finetune(args: argparse.Namespace) -> None:
             terminal.table(_rows(result))
     if args.json and hosts.leads():
         print(json.dumps(result, ensure_ascii=False))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed here; libtpu, if it is there, stays out of it
+    from jpeft.planning import command
+
+    command.run(args)
 
 
 def _keep_stdout() -> None:

@@ -25,7 +25,7 @@ from jpeft.conversations import Batch
 from jpeft.losses import chunked_cross_entropy
 from jpeft.models.files import read_config
 from jpeft.quantization import Quantized
-from jpeft.sharding import constrained, data_ways, layout_on, replicated
+from jpeft.sharding import AnyMesh, constrained, data_ways, layout_on, replicated
 from jpeft.tree import flatten
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ _CHUNK = 1024
 
 
 def _sums(
-    peft: Peft, adapter: Any, params: Any, batch: Batch, mesh: Mesh | None, **options: Any
+    peft: Peft, adapter: Any, params: Any, batch: Batch, mesh: AnyMesh | None, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of the cross-entropies and of the right guesses."""
     states = peft.apply(
@@ -141,7 +141,7 @@ def _sums(
 
 
 def loss_fn(
-    peft: Peft, train_mode: bool = False, mesh: Mesh | None = None
+    peft: Peft, train_mode: bool = False, mesh: AnyMesh | None = None
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """Mean cross-entropy over the answers of a `balanced` batch, as `jpeft.train_step` takes it.
 

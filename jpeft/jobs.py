@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft import classify, conversations, data, instruct, runs, talk
@@ -23,7 +23,7 @@ from jpeft.assets import DataSource, UserError, resolve_conversations, resolve_d
 from jpeft.config import CHAT, Config, Setup, parse_targets
 from jpeft.fingerprint import fingerprint
 from jpeft.methods import METHODS, LeafMethod, Method, from_dict
-from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS, data_ways, local_rows, shard_batch
+from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS, AnyMesh, data_ways, local_rows, shard_batch
 
 # Where a method's name on the command line is not its class's in lower case.
 ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
@@ -211,10 +211,10 @@ def prepare(config: Config, reporter: Reporter, setup: Setup = _PLAIN) -> Job:
         raise UserError(f"--mesh: {config.model}: {error}") from error  # an axis of a weight that does not divide
 
 
-def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
+def check_mesh(config: Config, mesh: AnyMesh) -> None:
     """Raises a UserError where a batch does not divide over a mesh.
 
-    >>> check_mesh(Config(batch_size=8), AbstractMesh((4,), ("fsdp",)))
+    >>> check_mesh(Config(batch_size=8), jax.sharding.AbstractMesh((4,), ("fsdp",)))  # doctest: +SKIP
     """
     if config.batch_size % (ways := data_ways(mesh) * config.accumulate):
         parts = f" in each of {config.accumulate} micro-batches" * (config.accumulate > 1)

@@ -16,6 +16,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from jpeft.peft import Peft
 
 Rules = Sequence[tuple[str, Any]]
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 
 DATA_AXES = ("data", "fsdp")  # what a batch's rows are spread over
 SEQUENCE_AXIS = "sequence"
@@ -46,7 +48,7 @@ LOGICAL_RULES: Rules = (("vocab", "tensor"), ("heads", "tensor"), ("kv_heads", "
 # ----------------------------------------------------------------------------------------------------------- the base
 
 
-def shard(params: Tree, mesh: Mesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:
+def shard(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:
     """The tree with every leaf in its place on a mesh: see `param_shardings` for the rules.
 
     Leaves may be NumPy arrays, which go piece by piece to where they belong, JAX arrays, abstract, in boxes, or
@@ -61,7 +63,7 @@ def shard(params: Tree, mesh: Mesh, rules: Rules | None = None, *, names: Tree |
     return like(unflatten(leaves), params)
 
 
-def param_shardings(params: Tree, mesh: Mesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:
+def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:
     """A ``NamedSharding`` for every array of a tree, from rules.
 
     A rule is a pair. With a ``PartitionSpec``, it is for the leaves whose whole path a regular expression matches:
@@ -128,7 +130,7 @@ def _given_names(names: Tree | None, leaves: Mapping[Path, Any]) -> dict[Path, t
     return out
 
 
-def _warn_of_idle_axes(mesh: Mesh, specs: Iterable[PartitionSpec]) -> None:
+def _warn_of_idle_axes(mesh: AnyMesh, specs: Iterable[PartitionSpec]) -> None:
     used = {name for spec in specs for name in _axes_of(spec)} | {"data", SEQUENCE_AXIS}
     for name, size in mesh.shape.items():
         if size > 1 and name not in used:
@@ -139,7 +141,7 @@ def _warn_of_idle_axes(mesh: Mesh, specs: Iterable[PartitionSpec]) -> None:
             )
 
 
-def automatic(mesh: Mesh) -> Mesh:
+def automatic(mesh: AnyMesh) -> Any:
     """The mesh with axes of the kind where XLA finds how what is computed is laid out.
 
     ``jax.make_mesh`` makes explicit ones, where ambiguous products must say it, which Flax's modules do not.
@@ -162,7 +164,7 @@ def _names_of(leaf: Any) -> tuple[Any, ...]:
 
 
 def _read_rules(
-    mesh: Mesh, rules: Rules | None, leaves: Mapping[Path, Any], known: Mapping[Path, tuple[Any, ...]]
+    mesh: AnyMesh, rules: Rules | None, leaves: Mapping[Path, Any], known: Mapping[Path, tuple[Any, ...]]
 ) -> tuple[list[tuple[re.Pattern[str], PartitionSpec]], list[tuple[str, Any]]]:
     """Rules for paths and for names, each of which says something."""
     if rules is None:
@@ -204,7 +206,7 @@ def _axes_of(where: Any) -> set[str]:
     return {name for entry in entries for name in _axes_of(entry)}
 
 
-def _longer_side(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _longer_side(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """The longer of a matrix's sides that divides over "fsdp"; leading axes, of stacked layers, stay whole."""
     if len(shape) < 2 or "fsdp" not in mesh.shape:
         return PartitionSpec()
@@ -212,7 +214,7 @@ def _longer_side(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * max(sides, key=lambda i: shape[i]), "fsdp") if sides else PartitionSpec()
 
 
-def _checked(path: Path, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def _checked(path: Path, shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh) -> PartitionSpec:
     """A spec that a leaf can have, without the empty entries at its end."""
     if len(spec) > len(shape):
         raise ValueError(f"{join(path)}: shape {shape} has fewer axes than its rule, {spec}")
@@ -264,7 +266,7 @@ def place(value: Any, sharding: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ batches, activations
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
     """Where the arrays of a batch go: rows over "data" and "fsdp", tokens over "sequence", as far as the mesh has them.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -288,7 +290,7 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, batch)
 
 
-def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+def shard_batch(batch: Any, mesh: AnyMesh, rows: int | None = None) -> Any:
     """A batch in its place on a mesh.
 
     Args:
@@ -309,7 +311,7 @@ def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
     return jax.tree.map(put, batch, batch_shardings(whole, mesh), whole)
 
 
-def data_ways(mesh: Mesh) -> int:
+def data_ways(mesh: AnyMesh) -> int:
     """How many parts a batch's rows are spread in.
 
     >>> data_ways(jax.make_mesh((1,), ("tensor",)))
@@ -381,8 +383,21 @@ def constrained(layout: Layout | None) -> Iterator[None]:
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         return jax.tree.map(pin, call(*args, **kwargs))
 
-    with nn.intercept_methods(interceptor):
-        yield
+    token = _running.set(layout)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield
+    finally:
+        _running.reset(token)
+
+
+_running: ContextVar[Layout | None] = ContextVar("running", default=None)
+
+
+def tokens_are_spread() -> bool:
+    """Whether what is being traced has the tokens of a row on several devices, as a batch within `constrained` says."""
+    layout = _running.get()
+    return layout is not None and any(entry is not None for entry in layout.spec[1:])
 
 
 # -------------------------------------------------------------------------------------------------------- the adapter

@@ -191,7 +191,7 @@ class SelfAttention(_Module):
         query, key = rotate(query, table), rotate(key, table)
         if cache is not None:
             cache, key, value = _remember(cache, key, value, layer, context.index)
-        out = self.attend(query, key, value, _pick(sliding, context.masks))
+        out = self.attend(query, key, value, _pick(sliding, context.masks), causal=cache is None)
         out = out.reshape(*x.shape[:-1], cfg.num_attention_heads * cfg.head_dim)
         return self.dense(out, cfg.hidden_size, "o_proj", ("heads", "embed"), cfg.output_bias), cache
 
@@ -208,12 +208,14 @@ class SelfAttention(_Module):
         key: Float[Array, "batch keys kv_heads head_dim"],
         value: Float[Array, "batch keys kv_heads head_dim"],
         mask: ops.Mask,
+        causal: bool = False,
     ) -> Float[Array, "batch queries heads head_dim"]:
         """The one place where keys, values and mask pass, turned by their positions, with and without a cache.
 
         Args:
           mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None is causal: the last
             keys are the queries' own, and what stands before those is seen by all.
+          causal: whether a mask that is given lets no query attend to keys after its own, with the keys ending so.
         """
         cfg = self.config
         drop = None
@@ -228,6 +230,7 @@ class SelfAttention(_Module):
             window=cfg.sliding_window if self.sliding else None,
             softcap=cfg.attn_logit_softcapping,
             dropout=drop,
+            causal=causal,
         )
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jpeft.backend import backend
 from jpeft.geometry import base
+from jpeft.sharding import tokens_are_spread
 
 Mask = Bool[Array, "*#scores"] | None
 
@@ -125,6 +126,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Softmax attention; each group of `heads / kv_heads` query heads shares a key and a value head.
 
@@ -132,6 +134,7 @@ def attention(
       mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None is `causal_mask`.
       scale: of the scores. softcap: `c tanh(scores / c)` after it. window: of the causal mask, where `mask` is None.
       dropout: applied to the weights.
+      causal: whether `mask` hides, as `causal_mask` does, all keys after a query's own: they need not be looked at.
 
     >>> x = jnp.ones((1, 3, 4, 8))
     >>> attention(x, x[:, :, :2], x[:, :, :2], scale=0.5).shape
@@ -144,6 +147,10 @@ def attention(
         plain = _plain_attention if dropout else jax.checkpoint(_plain_attention, static_argnums=(4, 5, 6))
         return plain(query, key, value, mask, scale, softcap, dropout)
     cudnn = _cudnn_can(query, queries, keys, mask)
+    if cudnn == "xla" and queries >= 2 * _BLOCK and queries <= keys and not tokens_are_spread():
+        causal = causal or mask is None
+        mask = causal_mask(queries, keys, window)[None, None] if mask is None else mask
+        return _in_blocks(query, key, value, mask, scale, causal)
     if mask is None and queries == keys:
         # (left, right) keys beside a query's own
         local = None if window is None else (window - 1, 0)
@@ -152,6 +159,31 @@ def attention(
         )
     mask = causal_mask(queries, keys, window)[None, None] if mask is None else mask
     return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=cudnn)
+
+
+_BLOCK = 512  # queries
+_BLOCKS = 8  # at most: each is compiled for itself
+
+
+def _in_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, causal: bool
+) -> jax.Array:
+    """Some queries after the others, for XLA writes their scores to memory, in float32: 8 rows of 2,048 tokens in 32
+    heads are 4 GiB, twice. The backward pass makes them again. Keys after a block's last query are left out, which is
+    three eighths of all scores in four blocks."""
+    queries, keys = query.shape[1], key.shape[1]
+    size = max(_BLOCK, -(-queries // _BLOCKS))
+    attend = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="xla"))
+    out = []
+    for first in range(0, queries, size):
+        last = min(queries, first + size)
+        seen = keys - queries + last if causal else keys
+        part = mask[:, :, first if mask.shape[2] > 1 else 0 : last, : seen if mask.shape[3] > 1 else 1]
+        block = query[:, first:last]
+        if out:  # one after the other, forward and backward, or several would lie in memory at once
+            block, out[-1] = jax.lax.optimization_barrier((block, out[-1]))
+        out.append(attend(block, key[:, :seen], value[:, :seen], mask=part))
+    return jnp.concatenate(out, axis=1)
 
 
 def _cudnn_can(query: jax.Array, queries: int, keys: int, mask: Mask) -> Any:

@@ -6,6 +6,7 @@ A step is traced here, on a mesh without devices, and serialised by `jax.export`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -109,10 +110,10 @@ def laid_out(
         params = _placed(params, param_shardings(params, mesh, rules, names=names))
     if all(named_sharding(x) is None for x in jax.tree.leaves(batch)):
         batch = _placed(batch, batch_shardings(batch, mesh))
-    if isinstance(step, Step) and isinstance(state, TrainState):
-        if all(named_sharding(x) is None for x in jax.tree.leaves(state.adapter)):
-            adapter = _placed(state.adapter, adapter_shardings(step.peft, params))
-            state = as_laid_out(state.replace(adapter=adapter), adapter, step.tx, step.peft, everywhere)  # type: ignore
+    ours = isinstance(step, Step) and isinstance(state, TrainState)
+    if ours and all(named_sharding(x) is None for x in jax.tree.leaves(state.adapter)):
+        adapter = _placed(state.adapter, adapter_shardings(step.peft, params))
+        state = as_laid_out(dataclasses.replace(state, adapter=adapter), adapter, step.tx, step.peft, everywhere)
     return tuple(
         jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, everywhere), tree)
         for tree in (state, params, batch)
@@ -212,9 +213,10 @@ def _exported(flat: Any, leaves: Sequence[Any], out: Sequence[Any], platform: st
     # Whatever a program calls is compiled here: nothing has to run elsewhere, where custom calls are promised to stay.
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in ("Sharding", "annotate_device_placement")]
     try:
-        return export.export(jax.jit(flat, out_shardings=list(out)), platforms=platforms, disabled_checks=checks)(
+        found = export.export(jax.jit(flat, out_shardings=list(out)), platforms=platforms, disabled_checks=checks)(
             *leaves
-        ).serialize()
+        )
+        return bytes(found.serialize())
     except ImportError as error:
         raise PlanError(f'a plan needs flatbuffers: pip install "jpeft[plan]" ({error})') from error
 

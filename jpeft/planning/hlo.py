@@ -19,7 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
@@ -28,12 +28,12 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
          "call", "conditional", "optimization-barrier", "partition-id", "replica-id", "domain", "async-update",
          "async-start"}  # fmt: skip
 _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "AsyncCollectiveDone", "Sharding", "AssumeGatherIndicesInBound")
-_ELEMENTWISE = set(
-    """abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential
-    exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply negate not or power
-    reduce-precision remainder round-nearest-afz round-nearest-even rsqrt select shift-left shift-right-arithmetic
-    shift-right-logical sign sine sqrt subtract tan tanh xor""".split()
-)
+_ELEMENTWISE = {"abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "compare", "convert", "copy", "cosine",
+                "divide", "erf", "exponential", "exponential-minus-one", "floor", "is-finite", "log", "log-plus-one",
+                "logistic", "maximum", "minimum", "multiply", "negate", "not", "or", "power", "reduce-precision",
+                "remainder", "round-nearest-afz", "round-nearest-even", "rsqrt", "select", "shift-left",
+                "shift-right-arithmetic", "shift-right-logical", "sign", "sine", "sqrt", "subtract", "tan", "tanh",
+                "xor"}  # fmt: skip
 _OTHERS_CODE = re.compile(r"(?:site|dist)-packages/(?:jax|jaxlib|flax|optax)/")
 
 
@@ -71,7 +71,8 @@ class Refusal(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 
-class Leaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Leaf:
     """An array's type, with where and how it lies."""
 
     dtype: str
@@ -474,9 +475,9 @@ class Program:
         root = body.root
         if index is not None and root.opcode == "tuple":
             passed = body.instructions[root.operands[index]]
-            if passed.opcode == "get-tuple-element" and passed.operands[0] == body.parameters[0].name:
-                if _index(passed) == index:
-                    return init(index)
+            own = passed.opcode == "get-tuple-element" and passed.operands[0] == body.parameters[0].name
+            if own and _index(passed) == index:
+                return init(index)
         raise _Unknown
 
     def _value(self, frame: _Frame, name: str, index: int | None) -> int:
@@ -590,7 +591,7 @@ class Program:
             result = instruction.leaves[len(operands[0].leaves)]
             return result.hbm + (result.padded if operands[0].array.space == 0 else 0)
         if opcode.endswith("-start"):  # its tuple names operands, too
-            return sum(leaf.hbm for leaf in _result(instruction, operands)) + sum(o.array.hbm for o in operands)
+            return sum(leaf.hbm for leaf in _result(instruction)) + sum(o.array.hbm for o in operands)
         if opcode in ("dynamic-slice", "slice", "gather"):
             read = instruction.array.padded if operands[0].array.space == 0 else 0
             return written + read + sum(leaf.hbm for o in operands[1:] for leaf in o.leaves)
@@ -701,7 +702,11 @@ class Program:
 
     @functools.cached_property
     def peak_bytes(self) -> int:
-        """The most that lives at once of what the program allocates for itself, arguments and results aside."""
+        """The most that lives at once of what the program allocates for itself, arguments and results aside.
+
+        With arguments and fresh results it is what TPU's compiler holds against a chip's memory, to within 1 %. What
+        ``memory_analysis`` calls temporaries may be half as much again: it packs only as tightly as it has to.
+        """
         return self._lives[self.entry.name][0]
 
     def live(self, n: int | None = None, *, arguments: bool = False) -> list[Buffer]:
@@ -827,7 +832,7 @@ def _custom_flops(call: Instruction, computation: Computation) -> int:
     if told:
         return int(told[1])
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
-    if contracted and "matmul" in call.target or contracted and "gemm" in call.target:
+    if (contracted and "matmul" in call.target) or (contracted and "gemm" in call.target):
         left = computation.operands(call)[0].array
         return 2 * math.prod(call.array.dims) * math.prod(left.dims[int(i)] for i in re.findall(r"\d+", contracted[1]))
     if call.target == "__cudnn$convForward" or call.target.startswith("__cudnn$convBiasActivation"):
@@ -856,7 +861,7 @@ def _scatters(instruction: Instruction, computation: Computation) -> bool:
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
-def _result(start: Instruction, operands: Sequence[Instruction]) -> list[Leaf]:
+def _result(start: Instruction) -> list[Leaf]:
     """What an asynchronous instruction makes: its tuple may hold operands and context, too."""
     shape, kind = start.shape, start.opcode.removesuffix("-start")
     if isinstance(shape, Leaf) or kind == "all-reduce":
@@ -867,7 +872,7 @@ def _result(start: Instruction, operands: Sequence[Instruction]) -> list[Leaf]:
 def _moved(kind: str, instruction: Instruction, operands: Sequence[Instruction], n: int) -> int:
     given = sum(leaf.size for operand in operands for leaf in operand.leaves)
     if kind == "all-gather":
-        made = _result(instruction, operands) if instruction.opcode.endswith("-start") else instruction.leaves
+        made = _result(instruction) if instruction.opcode.endswith("-start") else instruction.leaves
         return sum(leaf.size for leaf in made) * (n - 1) // n
     if kind in ("collective-permute", "collective-broadcast"):
         return given if n > 1 else 0
@@ -911,8 +916,8 @@ def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
         numbers = _iota(iota[2], iota[3])
         size = int(iota[1].split(",")[-1])
         return tuple(tuple(numbers[i : i + size]) for i in range(0, len(numbers), size))
-    if mesh := re.match(r"@?\w*mesh\w*[\[<](.*?)[\]>]?\s*\{([^}]*)\}", text):
-        return _mesh_groups(mesh[1], mesh[2])
+    if mesh := re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
+        return _mesh_groups(mesh[1], mesh[2] or "", mesh[3])
     return (tuple(range(devices)),)
 
 
@@ -925,12 +930,11 @@ def _iota(sizes: str, order: str | None) -> list[int]:
     return [sum(parts) for parts in itertools.product(*ranges)]
 
 
-def _mesh_groups(mesh: str, wanted: str) -> tuple[tuple[int, ...], ...]:
+def _mesh_groups(mesh: str, ids: str, wanted: str) -> tuple[tuple[int, ...], ...]:
     axes = [(name, int(size)) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)]
     total = math.prod(size for _, size in axes)
-    ids = list(range(total))
-    if named := re.search(r"device_ids=\(?\[?([\d,]+)\]?(?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", mesh):
-        ids = _iota(named[2], named[3]) if named[2] else [int(n) for n in named[1].split(",")]
+    iota = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids)
+    devices = _iota(iota[1], iota[2]) if iota else [int(n) for n in re.findall(r"\d+", ids)] or list(range(total))
     chosen = re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", wanted)
     # An axis may be cut: 'x':(2)4 is the part of x of size 4 of which 2 come before.
     inside = {name: (int(before or 1), int(size)) if size else (1, dict(axes)[name]) for name, before, size in chosen}
@@ -947,7 +951,7 @@ def _mesh_groups(mesh: str, wanted: str) -> tuple[tuple[int, ...], ...]:
             else:
                 rest.append(coordinate)
         order = tuple(own[name] for name, _, _ in chosen)
-        groups.setdefault(tuple(rest[::-1]), []).append((order, ids[position]))
+        groups.setdefault(tuple(rest[::-1]), []).append((order, devices[position]))
     return tuple(tuple(device for _, device in sorted(group)) for group in groups.values())
 
 
@@ -967,12 +971,7 @@ class _Liveness:
         self.places: dict[str, list[_Place]] = {}
         self.last: dict[int, int] = {}
         self.order = list(computation.instructions.values())
-        self.uses = self._uses()
         self.peak = self._run()
-
-    def _uses(self) -> dict[str, int]:
-        """The last instruction that reads each array: names only hand on."""
-        return {}
 
     def _new(self, maker: Instruction, leaf: Leaf) -> _Place:
         if not leaf.hbm:
@@ -1046,18 +1045,17 @@ class _Liveness:
         """Buffers that end here and whose memory the result takes."""
         takes: set[int] = set()
         for number in new:
-            buffer = self.buffers[number]
-            for name, operand in enumerate(instruction.operands):
-                for place in self.places.get(operand, ()):
-                    fits = [n for n in place if n in dying and n not in takes and self.buffers[n]]
-                    if len(place) == 1 and fits and buffer and self.buffers[fits[0]].bytes == buffer.bytes:  # type: ignore[union-attr]
-                        if self._may_share(instruction, name):
-                            takes.add(fits[0])
-                            break
-                else:
-                    continue
-                break
+            for i, operand in enumerate(instruction.operands):
+                ending = {n for place in self.places.get(operand, ()) if len(place) == 1 for n in place if n in dying}
+                fits = [n for n in ending - takes if self._size(n) == self._size(number)]
+                if fits and self._may_share(instruction, i):
+                    takes.add(fits[0])
+                    break
         return takes
+
+    def _size(self, number: int) -> int:
+        buffer = self.buffers[number]
+        return buffer.bytes if buffer else 0
 
     def _may_share(self, instruction: Instruction, operand: int) -> bool:
         """Whether a result may be written over an operand while that is read: element by element."""
@@ -1088,13 +1086,14 @@ class _Liveness:
         if opcode.endswith("-start"):
             return self._started(instruction, operands, given)
         if opcode.endswith("-done"):
-            made = _result(operands[0], ()) if not operands[0].opcode == "fusion" else []
-            first = len(_leaves(operands[0].shape[0])) if isinstance(operands[0].shape, tuple) else 0
-            at = 0 if len(made) == len(given) or operands[0].opcode == "copy-start" else first
-            return given[at : at + len(leaves)]
-        out = [self._new(instruction, leaf) if i not in (alias := self._aliases(instruction, given)) else alias[i]
-               for i, leaf in enumerate(leaves)]  # fmt: skip
-        return out
+            made = operands[0].shape
+            if isinstance(made, Leaf):
+                return given
+            part = 0 if operands[0].opcode in ("copy-start", "all-reduce-start") else 1
+            start = sum(len(_leaves(each)) for each in made[:part])
+            return given[start : start + len(leaves)]
+        aliases = self._aliases(instruction, given)
+        return [aliases[i] if i in aliases else self._new(instruction, leaf) for i, leaf in enumerate(leaves)]
 
     def _started(self, instruction: Instruction, operands: list[Instruction], given: list[_Place]) -> list[_Place]:
         """Of a tuple of operands, result and context: the copy's is of result, operand and context."""
@@ -1163,19 +1162,20 @@ def refused(message: str) -> Refusal:
 
     Newer compilers name no buffers where they see early that memory does not suffice.
 
-    >>> refusal = refused("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.75G hbm.")
+    >>> refusal = refused("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.")
     >>> refusal.used / 2**30, refusal.available / 2**30
-    (20.1, 15.75)
+    (20.5, 15.75)
     """
     sizes = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
     sizes = sizes or re.search(r"required for .*?\(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message)
     found: Counter[Buffer] = Counter()
-    for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
+    temporaries = message.split("Largest program arguments")[0]
+    for block in re.split(r"\n\s*\d+\. (?=Size: )", temporaries)[1:]:
         name, path, line = (re.search(rf'{key}="?([^"\n]*?)"?(?=[" \n])', block) for key in _KEYS)
         shape = re.search(r"Shape: (\S+)", block)
         source = f"{path[1]}:{line[1] if line else 0}" if path else ""
         stack = (source,) if source else ()
-        kind = shape[1].split("{")[0] if shape else ""
+        kind = ("tuple" if shape[1].startswith("(") else shape[1].split("{")[0]) if shape else ""
         found[Buffer(_bytes_of(block[len("Size: ") :]), kind, name[1] if name else "", source, stack=stack)] += 1
     buffers = [buffer._replace(count=count) for buffer, count in found.items()]
     used, available = (_bytes_of(sizes[i]) if sizes else 0 for i in (1, 2))

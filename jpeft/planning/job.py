@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,6 @@ from jpeft.assets import MODELS, UserError, resolve_model
 from jpeft.config import CHAT, Config, Setup
 from jpeft.planning import sizes
 from jpeft.planning.compiling import PlanError
-from jpeft.sharding import SEQUENCE_AXIS, data_ways
 
 _STEPS = 1000  # of a run, which its schedule of learning rates depends on, and nothing else here
 _LABELS = 2
@@ -96,20 +95,11 @@ def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
 
 def _conversations(config: Config) -> conversations.Batch:
     shape = (config.batch_size, config.max_length)
-    ids, weight = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    return conversations.Batch(ids, ids, ids, ids, weight)
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return conversations.Batch(ids, ids, ids, ids, weight=cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32)))
 
 
 def _texts(config: Config) -> data.Batch:
     rows, shape = (config.batch_size,), (config.batch_size, config.max_length)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return data.Batch(ids, ids, jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32))
-
-
-def ways(mesh: AbstractMesh) -> tuple[int, int]:
-    """In how many parts a mesh spreads rows, and tokens.
-
-    >>> ways(AbstractMesh((4, 2), ("fsdp", "tensor")))
-    (4, 1)
-    """
-    return data_ways(mesh), mesh.shape.get(SEQUENCE_AXIS, 1)  # type: ignore[arg-type]
+    ids, own = cast(Any, jax.ShapeDtypeStruct(shape, jnp.int32)), cast(Any, jax.ShapeDtypeStruct(rows, jnp.int32))
+    return data.Batch(ids, ids, own, weight=cast(Any, jax.ShapeDtypeStruct(rows, jnp.float32)), rows=own)

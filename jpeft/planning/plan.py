@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
@@ -78,6 +78,7 @@ class Plan:
         collectives: see `Traffic`. adapter_share: of their bytes, what there is of them more than without an adapter.
         tokens: of all devices together, in a step.
         compile_seconds, host_bytes: what compiling took on this machine.
+        seen_on: where the largest buffers are those of the same step compiled for other chips, which have more room.
     """
 
     topology: str
@@ -96,6 +97,7 @@ class Plan:
     tokens: int
     compile_seconds: float
     host_bytes: int
+    seen_on: str = ""
 
     @property
     def fits(self) -> bool | None:
@@ -104,7 +106,7 @@ class Plan:
 
     @property
     def floor(self) -> dict[str, float]:
-        """Seconds that a step takes at least, of `matmul`, `memory` and `interconnect`, each at its chip's peak rate."""
+        """Seconds that a step takes at least: `matmul`, `memory` and `interconnect`, each at its chip's peak rate."""
         if self.chip is None or self.refused:
             return {}
         sent = sum(traffic.bytes for traffic in self.collectives)
@@ -163,8 +165,8 @@ def plan(
             has it in `JPEFT_PLAN_PYTHON`); `cpu:8`; `gpu:1`, for GPUs of this machine.
         mesh: `"fsdp=16"`, a mapping, or a mesh of as many devices; None is one axis, `fsdp`.
         rules, names: as for `jpeft.shard`.
-        against_base: also compile the step without the adapter, to tell what share of the traffic is the adapter's. Needs
-            a step of `jpeft.train_step`, and a model that embeds.
+        against_base: also compile the step without the adapter, to tell what share of the traffic is the adapter's.
+            Needs a step of `jpeft.train_step`, and a model that embeds.
         python: the Python that compiles, instead of this one.
 
     Raises:
@@ -176,20 +178,57 @@ def plan(
     True
     """
     found = parse(topology)
-    there = read_mesh(mesh, found)
-    state, params, batch = laid_out(step, state, params, batch, there, rules, names)
-    program = trace_step(step, state, params, batch, found.kind)
+    prepared = prepare(step, state, params, batch, found, read_mesh(mesh, found), rules=rules, names=names,
+                       against_base=against_base)  # fmt: skip
+    with prepared.compiling(python) as compilations:
+        return prepared.conclude(*compilations)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step that is traced, and what its plan needs beside the compiled program."""
+
+    topology: Topology
+    mesh: AbstractMesh
+    trees: tuple[Any, Any, Any]  # state, params, batch
+    program: Program
+    base: Program | None
+    needed: float | None  # FLOPs
+
+    @contextlib.contextmanager
+    def compiling(self, python: str | None = None) -> Iterator[list[Compilation]]:
+        """The processes that compile it; they are ended at the end."""
+        programs = [self.program] if self.base is None else [self.program, self.base]
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(compiling(program, self.topology, self.mesh, python)) for program in programs]
+
+    def conclude(self, main: Compilation, beside: Compilation | None = None) -> Plan:
+        """The plan, once they have ended."""
+        return _conclude(self, main, beside)
+
+
+def prepare(
+    step: Any,
+    state: Any,
+    params: Any,
+    batch: Any,
+    topology: Topology,
+    mesh: AbstractMesh,
+    *,
+    rules: Any = None,
+    names: Any = None,
+    against_base: bool = True,
+) -> Prepared:
+    """The first half of `plan`: all that is done in this process."""
+    trees = laid_out(step, state, params, batch, mesh, rules, names)
+    program = trace_step(step, *trees, topology.kind)
     base = None
-    if against_base and isinstance(step, Step) and found.devices > 1:
-        base = trace_base(step, state, params, batch, found.kind)
-    with contextlib.ExitStack() as stack:
-        main, beside = (None if p is None else stack.enter_context(compiling(p, found, there, python))
-                        for p in (program, base))  # fmt: skip
-        assert main is not None
-        return conclude(main, beside, program, (state, params, batch), there, model_flops(step, params, batch, state))
+    if against_base and isinstance(step, Step) and topology.devices > 1:
+        base = trace_base(step, *trees, topology.kind)
+    return Prepared(topology, mesh, trees, program, base, model_flops(step, *trees))
 
 
-def model_flops(step: Any, params: Tree, batch: Any, state: Any) -> float | None:
+def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None:
     """FLOPs that a step needs whose model is known, for all of a batch of tokens."""
     shape = batch_shape(batch)
     if not isinstance(step, Step) or len(shape) < 2:
@@ -204,29 +243,17 @@ def batch_shape(batch: Any) -> tuple[int, ...]:
     return tuple(leaves[0].shape[:2]) if leaves else ()
 
 
-def conclude(
-    main: Compilation,
-    beside: Compilation | None,
-    program: Program,
-    trees: tuple[Any, Any, Any],
-    mesh: AbstractMesh,
-    needed: float | None,
-    waiting: Callable[[], None] = lambda: None,
-) -> Plan:
-    """The plan that compilations lead to."""
-    while not (main.done() and (beside is None or beside.done())):
-        waiting()
-        time.sleep(0.05)
-    result, topology = main.result(), main.topology
-    chip = topology.chip
+def _conclude(prepared: Prepared, main: Compilation, beside: Compilation | None) -> Plan:
+    result, topology, program, mesh = main.result(), prepared.topology, prepared.program, prepared.mesh
+    chip, trees = topology.chip, prepared.trees
     about: dict[str, Any] = {
         "topology": topology.name, "chip": chip, "devices": topology.devices, "mesh": dict(mesh.shape),
-        "capacity": None if chip is None else chip.hbm_usable, "model_flops": needed,
+        "capacity": None if chip is None else chip.hbm_usable, "model_flops": prepared.needed,
         "tokens": math.prod(batch_shape(trees[2])), "compile_seconds": round(result["seconds"], 1),
         "host_bytes": result["host_bytes"],
     }  # fmt: skip
     if "refused" in result:
-        return _refused(result["refused"], program, trees, about)
+        return _refused(result, program, trees, about)
     read = hlo.read(result["text"])
     sizes, found = [size for _, size in read.parameters], result["memory"]
     groups, at = {}, 0
@@ -259,21 +286,27 @@ def _in_words(groups: Mapping[str, int]) -> dict[str, int]:
     return out
 
 
-def _refused(message: str, program: Program, trees: tuple[Any, Any, Any], about: Mapping[str, Any]) -> Plan:
+def _refused(
+    result: Mapping[str, Any], program: Program, trees: tuple[Any, Any, Any], about: Mapping[str, Any]
+) -> Plan:
     """What the compiler says of a program that it does not make. Arguments are counted without padding."""
     leaves, at, groups = jax.tree.leaves(trees), 0, {}
     for name, count in program.groups.items():
         groups[name], at = sum(map(_piece_bytes, leaves[at : at + count])), at + count
-    told = hlo.refused(message)
-    memory = Memory(_in_words(groups), told.used, 0, 0)
+    told = hlo.refused(result["refused"])
+    # What it calls temporaries has the arguments in it: with 4 GiB more of these, it asks for 4 GiB more.
+    memory = Memory(_in_words(groups), max(0, told.used - sum(groups.values())), 0, 0)
+    largest, seen_on = told.buffers[:_LARGEST], ""
+    if not largest and result["text"]:
+        largest, seen_on = hlo.read(result["text"]).live(_LARGEST), result["seen_on"]
     return Plan(
         **{**about, "capacity": told.available or about["capacity"]}, memory=memory, refused=True,
-        largest=told.largest[:_LARGEST], flops=0.0, hbm_bytes=0.0, collectives=(), adapter_share=None,
+        largest=largest, seen_on=seen_on, flops=0.0, hbm_bytes=0.0, collectives=(), adapter_share=None,
     )  # fmt: skip
 
 
 def _piece_bytes(leaf: Any) -> int:
-    sharding, is_key = named_sharding(leaf), jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    sharding, is_key = named_sharding(leaf), jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * (8 if is_key else np.dtype(leaf.dtype).itemsize)
 

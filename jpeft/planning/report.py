@@ -44,7 +44,7 @@ def verdict(plan: Plan) -> str:
         return f"{gib(total)}; the memory of {plan.topology} is not known"
     if plan.fits:
         return f"fits: {total / GIB:.2f} of {capacity / GIB:.2f} GiB, {(capacity - total) / GIB:.2f} to spare"
-    over = f"does not fit: {total / GIB:.2f} GiB, {(total - capacity) / GIB:.2f} more than the {capacity / GIB:.2f} there are"
+    over = f"does not fit: {total / GIB:.2f} GiB, {(total - capacity) / GIB:.2f} more than there are"
     return over + (" (the compiler refused it)" if plan.refused else "")
 
 
@@ -57,12 +57,12 @@ def describe(plan: Plan) -> str:
     if plan.memory.host:
         lines.append(f"  {'on the host':<13}{gib(plan.memory.host):>12}   for each device")
     if plan.largest:
-        lines += ["", "  the largest buffers at the peak:"]
+        where = f", of the same step on {plan.seen_on}" if plan.seen_on else ""
+        lines += ["", f"  the largest buffers at the peak{where}:"]
         for each in plan.largest:
             times = f"{each.count} x " if each.count > 1 else ""
-            lines.append(
-                f"  {gib(each.bytes * each.count):>12}  {times}{each.shape}  {_short(each.source)}  {_tail(each.op_name)}"
-            )
+            size = gib(each.bytes * each.count)
+            lines.append(f"  {size:>12}  {times}{each.shape}  {_short(each.source)}  {_tail(each.op_name)}")
     if not plan.refused:
         lines += ["", *_work(plan)]
     lines += ["", f"  compiled in {plan.compile_seconds:.0f} s with {gib(plan.host_bytes)} of this machine's memory"]
@@ -75,9 +75,8 @@ def _work(plan: Plan) -> list[str]:
         useful = plan.model_flops / (plan.flops * plan.devices)
         lines[0] += f", {useful:.0%} of them the model's own (the rest is computed again)"
     lines.append(f"  memory        {plan.hbm_bytes / GIB:,.1f} GiB read and written")
-    for each in plan.collectives:
-        if each.bytes >= 1e6:
-            lines.append(f"  {each.kind:<22}over {each.axes:<12}{each.count:>7,} of{gib(each.bytes):>12} in all")
+    told = [each for each in plan.collectives if each.bytes >= 1e6]
+    lines += [f"  {e.kind:<22}over {e.axes:<12}{e.count:>7,} of{gib(e.bytes):>12} in all" for e in told]
     if plan.adapter_share is not None:
         lines.append(f"  of what is sent, the adapter causes {plan.adapter_share:.2%}")
     if plan.chip is not None and plan.seconds is not None:

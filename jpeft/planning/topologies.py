@@ -186,6 +186,27 @@ def describe(topology: Topology) -> list[Any]:
     return list(found)
 
 
+def larger(topology: Topology) -> list[Topology]:
+    """Topologies of as many devices with more memory each, the smallest first.
+
+    >>> [other.name for other in larger(parse("v5e:4x4"))]
+    ['v6e:4x4', 'v5p:2x2x4']
+    """
+    if topology.chip is None or topology.kind != "tpu":
+        return []
+    found = []
+    for other in sorted(chips().values(), key=lambda chip: chip.hbm_usable or 0):
+        if (other.hbm_usable or 0) <= (topology.chip.hbm_usable or 0) or other.devices_per_chip > 1:
+            continue
+        shapes = [tuple(map(int, label.split("x"))) for label in other.slices]
+        same = next((shape for shape in shapes if math.prod(shape) == topology.devices), None)
+        if other.torus_dims == len(topology.shape):
+            same = topology.shape
+        if same is not None and other.name != "v4":  # its compiler is another generation's
+            found.append(parse(f"{other.name}:{'x'.join(map(str, same))}"))
+    return found
+
+
 def libtpu_options(topology: Topology) -> dict[str, Any]:
     """What `jax.experimental.topologies.get_topology_desc` has to be told beside the name.
 

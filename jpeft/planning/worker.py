@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jpeft.planning import topologies
+from jpeft.planning.topologies import Topology
 
 
 def compile_program(folder: Path) -> dict[str, Any]:
@@ -19,12 +23,33 @@ def compile_program(folder: Path) -> dict[str, Any]:
     import jax
     from jax import export
 
-    from jpeft.planning import topologies
-
     topology = topologies.parse(job["topology"])
     exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
-    devices = topologies.describe(topology)
+    began = time.perf_counter()
+    found: dict[str, Any] = {"jax": jax.__version__}
+    try:
+        compiled = _compiled(exported, job, topology)
+        compiled = _tighter(compiled, exported, job, topology)
+    except _Refused as refusal:
+        found["refused"] = str(refusal)
+        compiled, found["seen_on"] = _with_more_room(exported, job, topology)
+    found["seconds"] = time.perf_counter() - began
+    if compiled is not None:
+        found["memory"] = _memory(compiled)
+        (folder / "program.hlo").write_text(compiled.as_text() or "")
+    return found
+
+
+class _Refused(Exception):
+    """The compiler finds that a device's memory does not suffice, and says so."""
+
+
+def _compiled(exported: Any, job: Mapping[str, Any], topology: Topology, limit: int | None = None) -> Any:
+    """The program, for a topology. Compilers pack what lives within a step as tightly as a limit asks them to."""
+    import jax
+
     kinds = (jax.sharding.AxisType.Auto,) * len(job["mesh"])
+    devices = topologies.describe(topology)
     mesh = jax.make_mesh(tuple(job["mesh"].values()), tuple(job["mesh"]), devices=devices, axis_types=kinds)
     arguments = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
@@ -36,25 +61,41 @@ def compile_program(folder: Path) -> dict[str, Any]:
         donate_argnums=tuple(range(job["donated"])),
         keep_unused=True,  # what is not used lies there all the same
     )
-    lowered = program.lower(*arguments)
-    began = time.perf_counter()
-    found: dict[str, Any] = {"device_kind": devices[0].device_kind, "jax": jax.__version__}
+    options: Any = None if limit is None else {"xla_tpu_max_hbm_size_mib": str(limit >> 20)}
     try:
-        compiled = lowered.compile()
+        return program.lower(*arguments).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {**found, "seconds": time.perf_counter() - began, "refused": str(error)}
-    found["seconds"] = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    assert memory is not None
+        raise _Refused(str(error)) from error
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    found = compiled.memory_analysis()
     names = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output", "host_temp")
-    found["memory"] = {name: getattr(memory, f"{name}_size_in_bytes") for name in names}
-    cost = compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost or {}
-    found["cost"] = {name: cost[name] for name in ("flops", "bytes accessed") if name in cost}
-    (folder / "program.hlo").write_text(compiled.as_text() or "")
-    return found
+    return {name: getattr(found, f"{name}_size_in_bytes") for name in names}
+
+
+def _tighter(compiled: Any, exported: Any, job: Mapping[str, Any], topology: Topology) -> Any:
+    """The same, or one whose temporaries fit beside its arguments, where these did not and can."""
+    memory, usable = _memory(compiled), topology.chip and topology.chip.hbm_usable
+    beside = memory["argument"] + memory["output"] - memory["alias"] + memory["generated_code"]
+    if usable is None or beside + memory["temp"] <= usable or beside >= usable or topology.kind != "tpu":
+        return compiled
+    try:
+        return _compiled(exported, job, topology, limit=usable - beside)
+    except _Refused:
+        return compiled
+
+
+def _with_more_room(exported: Any, job: Mapping[str, Any], topology: Topology) -> tuple[Any, str]:
+    """The same step for as many devices that have more memory, to see what takes it; None where none has enough."""
+    for other in topologies.larger(topology):
+        try:
+            return _compiled(exported, job, other), other.name
+        except _Refused:
+            continue
+    return None, ""
 
 
 def _peak_host_bytes() -> int:
@@ -69,8 +110,7 @@ def main(folder: Path) -> None:
         result = compile_program(folder)
     except Exception as error:  # whatever stops it is told by the process that asked
         result = {"error": f"{type(error).__name__}: {error}"}
-    result["host_bytes"] = _peak_host_bytes()
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps({**result, "host_bytes": _peak_host_bytes()}))
 
 
 if __name__ == "__main__":
