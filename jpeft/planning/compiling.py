@@ -263,7 +263,8 @@ class Compilation:
             raise PlanError(_ended(self.process.returncode, self.folder / "stderr", self.topology))
         found = json.loads(path.read_text())
         if "error" in found:
-            raise PlanError(f"{self.topology.name}: {_one_line(found['error'])}")
+            error, name = _one_line(found["error"]), self.topology.name
+            raise PlanError(error if error.startswith(name) else f"{name}: {error}")
         text = self.folder / "program.hlo"
         return {**found, "text": text.read_text() if text.exists() else ""}
 

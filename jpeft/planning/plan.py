@@ -30,7 +30,8 @@ class Memory:
 
     Attributes:
         arguments: by what they are: base, adapter, optimiser, batch; padded as the device pads them.
-        temporaries: activations, gradients and whatever else lives within a step.
+        temporaries: what XLA reserves for activations, gradients and whatever else lives within a step.
+        alive: of these, what lives at once at the most: XLA reserves more where there are loops.
         outputs: those that do not lie in an argument's place.
         program: the compiled code.
         host: of the host's memory, for each device (`remat="offload"`).
@@ -41,6 +42,7 @@ class Memory:
     outputs: int
     program: int
     host: int = 0
+    alive: int = 0
 
     @property
     def total(self) -> int:
@@ -261,7 +263,7 @@ def _conclude(prepared: Prepared, main: Compilation, beside: Compilation | None)
         groups[name], at = groups.get(name, 0) + sum(sizes[at : at + count]), at + count
     memory = Memory(
         _in_words(groups), found["temp"], found["output"] - found["alias"], found["generated_code"],
-        found["host_argument"] + found["host_temp"],
+        found["host_argument"] + found["host_temp"], min(found["temp"], read.peak_bytes),
     )  # fmt: skip
     traffic = _traffic(read.collectives, mesh)
     share = None

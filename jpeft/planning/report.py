@@ -41,7 +41,7 @@ def verdict(plan: Plan) -> str:
     """
     total, capacity = plan.memory.total, plan.capacity
     if capacity is None:
-        return f"{gib(total)}; the memory of {plan.topology} is not known"
+        return f"the memory of {plan.topology} is not known"
     if plan.fits:
         return f"fits: {total / GIB:.2f} of {capacity / GIB:.2f} GiB, {(capacity - total) / GIB:.2f} to spare"
     over = f"does not fit: {total / GIB:.2f} GiB, {(total - capacity) / GIB:.2f} more than there are"
@@ -53,6 +53,8 @@ def describe(plan: Plan) -> str:
     mesh = ",".join(f"{name}={size}" for name, size in plan.mesh.items())
     lines = [f"{plan.topology}: {plan.devices} devices, mesh {mesh}; {plan.tokens:,} tokens a step", ""]
     lines += [f"  {name:<13}{gib(size):>12}" for name, size in parts(plan).items()]
+    if 0 < plan.memory.alive < plan.memory.temporaries:
+        lines[-3] += f"   reserved, of which {gib(plan.memory.alive)} live at once"
     lines += [f"  {'total':<13}{gib(plan.memory.total):>12}   a device; {verdict(plan)}"]
     if plan.memory.host:
         lines.append(f"  {'on the host':<13}{gib(plan.memory.host):>12}   for each device")

@@ -14,8 +14,9 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any
 
 from jpeft.assets import UserError
@@ -172,6 +173,7 @@ def describe(topology: Topology) -> list[Any]:
             more = "; JAX_NUM_CPU_DEVICES sets their number" if topology.kind == "cpu" else ""
             raise UserError(f"{topology.name}: JAX shows {len(own)} {topology.kind} devices here{more}")
         return own[: topology.devices]
+    check_libtpu()
     from jax.experimental import topologies
 
     try:
@@ -219,6 +221,24 @@ def libtpu_options(topology: Topology) -> dict[str, Any]:
     if any(size % bound for size, bound in zip(topology.shape, _HOST, strict=False)):
         options["chips_per_host_bounds"] = [*topology.shape, 1][:3]  # all of it is one host's
     return options
+
+
+def check_libtpu() -> None:
+    """Raises a UserError where libtpu is not there, or another than the one that JAX is made for: with a newer one v5p
+    and v6e end on an internal check.
+
+    >>> check_libtpu()  # doctest: +SKIP
+    """
+    needed = next((line for line in metadata.requires("jax") or () if line.startswith("libtpu")), "libtpu")
+    wanted = re.match(r"libtpu\s*==\s*([\d.]*\d)(\.\*)?", needed)
+    jax_version = metadata.version("jax")
+    install = f'pip install "jax[tpu]=={jax_version}"'
+    try:
+        have = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"libtpu is not installed for {sys.executable}: {install}") from None
+    if wanted is not None and have != wanted[1] and not have.startswith(f"{wanted[1]}."):
+        raise UserError(f"libtpu {have} is not the one that jax {jax_version} is made for, {wanted[1]}: {install}")
 
 
 _HOST = (2, 2, 1)  # chips of a host, as libtpu supposes where it is not told

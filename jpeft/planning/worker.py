@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jpeft.assets import UserError
 from jpeft.planning import topologies
 from jpeft.planning.topologies import Topology
 
@@ -38,6 +39,9 @@ def compile_program(folder: Path) -> dict[str, Any]:
         found["memory"] = _memory(compiled)
         (folder / "program.hlo").write_text(compiled.as_text() or "")
     return found
+
+
+_TRIES = 2  # to pack a program that does not fit more tightly
 
 
 class _Refused(Exception):
@@ -77,15 +81,31 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 
 def _tighter(compiled: Any, exported: Any, job: Mapping[str, Any], topology: Topology) -> Any:
-    """The same, or one whose temporaries fit beside its arguments, where these did not and can."""
-    memory, usable = _memory(compiled), topology.chip and topology.chip.hbm_usable
-    beside = memory["argument"] + memory["output"] - memory["alias"] + memory["generated_code"]
-    if usable is None or beside + memory["temp"] <= usable or beside >= usable or topology.kind != "tpu":
+    """The same, or one whose temporaries fit beside its arguments, where these did not.
+
+    XLA compares what lives at once with its limit, and reserves more than that where there are loops.
+    """
+    usable = topology.chip and topology.chip.hbm_usable
+    if usable is None or topology.kind != "tpu":
         return compiled
-    try:
-        return _compiled(exported, job, topology, limit=usable - beside)
-    except _Refused:
-        return compiled
+    limit = usable
+    for _ in range(_TRIES):
+        over = _total(compiled) - usable
+        if over <= 0:
+            break
+        limit -= over
+        if limit < _memory(compiled)["argument"]:
+            break
+        try:
+            compiled = min(compiled, _compiled(exported, job, topology, limit), key=_total)
+        except _Refused:
+            break
+    return compiled
+
+
+def _total(compiled: Any) -> int:
+    memory = _memory(compiled)
+    return sum(memory[name] for name in ("argument", "output", "temp", "generated_code")) - memory["alias"]
 
 
 def _with_more_room(exported: Any, job: Mapping[str, Any], topology: Topology) -> tuple[Any, str]:
@@ -109,7 +129,8 @@ def main(folder: Path) -> None:
     try:
         result = compile_program(folder)
     except Exception as error:  # whatever stops it is told by the process that asked
-        result = {"error": f"{type(error).__name__}: {error}"}
+        told = isinstance(error, UserError)
+        result = {"error": str(error) if told else f"{type(error).__name__}: {error}"}
     (folder / "result.json").write_text(json.dumps({**result, "host_bytes": _peak_host_bytes()}))
 
 
