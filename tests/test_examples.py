@@ -97,6 +97,10 @@ def test_meshes(tmp_path, monkeypatch):
              "step": jpeft.train_step(peft, loss_fn, tx)}  # fmt: skip
     exec(code, scope)
     exec(readme("open_checkpoints"), scope)
+    plan = readme("found = jpeft.plan").replace("v5e:4x4", "cpu:4").replace("fsdp=16", "fsdp=4")  # without libtpu
+    scope["params"] = scope["base"]
+    exec(plan, scope)
+    assert scope["found"].devices == 4 and scope["found"].memory.arguments["base"] > 0
     spec = lambda tree: tree["model"]["layers"]["mlp"]["up_proj"]["kernel"].sharding.spec  # noqa: E731
     assert spec(scope["base"]) == jax.sharding.PartitionSpec(None, "fsdp") and int(scope["state"].step) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from jpeft.config import Config
 from jpeft.planning import report, sweep
 from jpeft.planning.plan import Plan
 from jpeft.planning.sweep import Choice, Outcome
+from jpeft.planning.topologies import parse
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,10 +60,26 @@ def command_of(choice: Choice) -> str:
             and value != getattr(defaults, field.name)
         ):
             words += [f"--{field.name.replace('_', '-')}", str(value)]
-    words += [f"--set {name}={value}" for name, value in choice.config.settings.items()]
+    for name, value in choice.config.settings.items():
+        words += ["--set", f"{name}={value if _is_bare(value) else json.dumps(value)}"]
     words += [] if choice.remat is None else ["--remat", choice.remat]
-    words += ["--distributed"] + ([] if choice.mesh is None else ["--mesh", choice.mesh])
-    return " ".join(words)
+    topology = parse(choice.topology)
+    words += ["--distributed"] if topology.kind == "tpu" else []  # of others, all are this host's
+    words += (
+        [] if choice.mesh is None and topology.kind == "tpu" else ["--mesh", choice.mesh or f"fsdp={topology.devices}"]
+    )
+    return shlex.join(words)
+
+
+def _is_bare(value: Any) -> bool:
+    """Whether it is a text that is read as itself."""
+    try:
+        json.loads(value)
+    except ValueError:
+        return True
+    except TypeError:
+        pass
+    return False
 
 
 def _one(choice: Choice, args: argparse.Namespace) -> None:
@@ -83,7 +101,7 @@ def _many(wanted: list[Choice], args: argparse.Namespace) -> None:
         outcomes = sweep.run(wanted, args.jobs, told, against_base=False)
     sorted_ = sweep.cheapest(outcomes)
     _draw(sorted_, args)
-    best = next((o for o in sorted_ if o.plan is not None and o.plan.fits), None)
+    best = next((o for o in sorted_ if o.plan is not None and o.plan.fits is not False), None)
     if args.json:
         failed = [{"choice": o.choice.label(), "error": o.error} for o in outcomes if o.plan is None]
         found = {"plans": [_facts(o) for o in sorted_], "failed": failed, "best": best and best.choice.label()}
@@ -100,7 +118,8 @@ def _many(wanted: list[Choice], args: argparse.Namespace) -> None:
     if best is None:
         console.print("none fits: more chips, --quantize nf4, --accumulate or a smaller --batch need less a device")
     else:
-        console.print(f"cheapest that fits: {best.choice.label()}", markup=False, soft_wrap=True)
+        which = "cheapest that fits" if best.plan is not None and best.plan.fits else "needs the least memory"
+        console.print(f"{which}: {best.choice.label()}", markup=False, soft_wrap=True)
         console.print(f"to run it: {command_of(best.choice)} --data …", markup=False, soft_wrap=True)
 
 

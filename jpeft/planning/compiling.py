@@ -133,7 +133,8 @@ class Program:
 
     data: bytes
     groups: Mapping[str, int]  # arguments in order: so many of the adapter, the optimiser, …
-    donated: int = 0
+    donated: tuple[int, ...] = ()  # of the arguments
+    times: int = 1  # that a step runs it
 
 
 def trace_step(step: Any, state: Any, params: Any, batch: Any, platform: str) -> Program:
@@ -142,7 +143,9 @@ def trace_step(step: Any, state: Any, params: Any, batch: Any, platform: str) ->
     leaves, structure = jax.tree.flatten(trees)
     with compiling_for(platform):
         run = step.program(state, batch) if isinstance(step, Step) else step
-        shapes = jax.eval_shape(run, *trees)
+        run = run if hasattr(run, "trace") else jax.jit(run)
+        traced = run.trace(*trees)
+        shapes = traced.out_info
         state_like = isinstance(shapes, tuple) and len(shapes) == 2
         state_like = state_like and jax.tree.structure(shapes[0]) == jax.tree.structure(state)
 
@@ -154,7 +157,7 @@ def trace_step(step: Any, state: Any, params: Any, batch: Any, platform: str) ->
             own = [leaf.sharding for leaf in jax.tree.leaves(state)]
             out = [*own, *[None] * (len(out) - len(own))]
         data = _exported(flat, leaves, out, platform)
-    donated = len(jax.tree.leaves(state)) if state_like and getattr(step, "donates", True) else 0
+    donated = tuple(i for i, leaf in enumerate(jax.tree.leaves(traced.args_info)) if leaf.donated)
     return Program(data, _groups(state, params, batch), donated)
 
 
@@ -162,18 +165,24 @@ def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -
     """The same loss and backward pass without an adapter and an optimiser: what the step costs is seen against it.
 
     It is differentiated by something of the size of the embeddings' output that is added there and is zero, so that the
-    backward pass goes as far back as an adapter's in the lowest layer. None where the model embeds nothing.
+    backward pass goes as far back as an adapter's in the lowest layer. It is of one micro-batch, where the step
+    accumulates. None where the model embeds nothing, or a micro-batch does not divide over the mesh.
     """
-    trees = (params, batch)
+    parts = step._parts
+    if any(
+        x.shape[0] % parts or x.sharding.shard_shape(x.shape)[0] % parts for x in jax.tree.leaves(batch) if parts > 1
+    ):
+        return None
+    trees = (params, jax.tree.map(lambda x: _first_part(x, parts), batch))
     with compiling_for(platform):
         found: list[Any] = []
         run = _run_base(step, state, found)
-        layout = layout_of(batch)
+        layout = layout_of(trees[1])
         jax.eval_shape(lambda *trees: run(None, *trees), *trees)
         if not found:
             return None
         shape, dtype = found[0]
-        like = jax.tree.leaves(batch)[0]
+        like = jax.tree.leaves(trees[1])[0]
         spec = named_sharding(like).spec if shape[:1] == like.shape[:1] else PartitionSpec()  # type: ignore[union-attr]
         shift = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(like.sharding.mesh, spec))
         leaves, structure = jax.tree.flatten((shift, *trees))
@@ -184,7 +193,11 @@ def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -
             return [value, gradient]
 
         data = _exported(flat, leaves, [None, shift.sharding], platform)
-    return Program(data, {"shift": 1, **_groups(None, *trees)})
+    return Program(data, {"shift": 1, **_groups(None, *trees)}, times=parts)
+
+
+def _first_part(x: Any, parts: int) -> Any:
+    return x if parts == 1 else jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
 
 def _run_base(step: Step, state: Any, found: list[Any]) -> Any:
@@ -258,10 +271,10 @@ class Compilation:
             PlanError: it could not be compiled, for another reason than the chip's memory.
         """
         self.wait()
-        path = self.folder / "result.json"
-        if not path.exists():
-            raise PlanError(_ended(self.process.returncode, self.folder / "stderr", self.topology))
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads((self.folder / "result.json").read_text())
+        except (FileNotFoundError, ValueError):  # ended before it was written, or while
+            raise PlanError(_ended(self.process.returncode, self.folder / "stderr", self.topology)) from None
         if "error" in found:
             error, name = _one_line(found["error"]), self.topology.name
             raise PlanError(error if error.startswith(name) else f"{name}: {error}")
@@ -276,7 +289,7 @@ def compiling(program: Program, topology: Topology, mesh: AbstractMesh, python: 
     folder = Path(tempfile.mkdtemp(prefix="jpeft-plan-"))
     try:
         (folder / "program.bin").write_bytes(program.data)
-        job = {"topology": topology.name, "mesh": dict(mesh.shape), "donated": program.donated}
+        job = {"topology": topology.name, "mesh": dict(mesh.shape), "donated": list(program.donated)}
         (folder / "job.json").write_text(json.dumps(job))
         with open(folder / "stderr", "wb") as stderr:
             process = subprocess.Popen(
@@ -308,7 +321,8 @@ def _python(topology: Topology) -> str:
 
 
 def _environment(topology: Topology) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    theirs = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
+    own = {name: value for name, value in os.environ.items() if name not in theirs}
     # This very jpeft, wherever it was imported from.
     own["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), own.get("PYTHONPATH"))))
     if topology.kind == "gpu":

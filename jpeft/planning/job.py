@@ -18,9 +18,11 @@ from jpeft.assets import MODELS, UserError, resolve_model
 from jpeft.config import CHAT, Config, Setup
 from jpeft.planning import sizes
 from jpeft.planning.compiling import PlanError
+from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS
 
 _STEPS = 1000  # of a run, which its schedule of learning rates depends on, and nothing else here
 _LABELS = 2
+AXES = (*DATA_AXES, "tensor", SEQUENCE_AXIS)
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,22 @@ def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
     >>> build(Config(task="chat", model="llama-3-8b"), mesh, Setup()).params  # doctest: +SKIP
     """
     method = jobs.build_method(config)
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise PlanError(f"--mesh: {unknown[0]!r} is no axis that finetune spreads over, only {', '.join(AXES)}")
     jobs.check_mesh(config, mesh)
     about = architecture(config.model)
     quantize = None if config.quantize == "none" else config.quantize
     options = {"param_dtype": jnp.dtype(config.dtype), "quantize": quantize}
-    if config.task == CHAT:
-        options["remat"] = setup.remat
-    model, params = models.abstract(about, **options)
+    try:
+        model, params = models.abstract(about, **options)
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise PlanError(f"--model {config.model}: {error}") from error
     if config.task == CHAT:
         if not isinstance(model, models.Decoder):
             raise PlanError(f"--model {config.model}: an encoder; it is planned for with --task classify")
+        model = model.clone(remat=setup.remat)
         limit = model.config.max_position_embeddings
         if config.max_length > limit:
             raise PlanError(f"--seq {config.max_length}: the model takes at most {limit} tokens")
@@ -75,6 +83,8 @@ def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
     else:
         if isinstance(model, models.Decoder):
             raise PlanError(f"--model {config.model}: a language model; it is planned for with --task chat")
+        if setup.remat is not None:
+            raise PlanError(f"--remat {setup.remat}: is for language models, not for encoders")
         names = {"encoder": models.logical_names(model)}
         model, inputs = classify.Classifier(model, _LABELS), classify.example_inputs()
         head = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"][classify.HEAD]

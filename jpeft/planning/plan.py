@@ -240,9 +240,10 @@ def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None
 
 
 def batch_shape(batch: Any) -> tuple[int, ...]:
-    """Rows and, if its first array has them, tokens of a row."""
+    """Rows and, if it has whole numbers in rows, tokens of a row."""
     leaves = [leaf for leaf in jax.tree.leaves(batch) if leaf.ndim]
-    return tuple(leaves[0].shape[:2]) if leaves else ()
+    ids = [leaf for leaf in leaves if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)]
+    return tuple(ids[0].shape) if ids else tuple(leaves[0].shape[:1]) if leaves else ()
 
 
 def _conclude(prepared: Prepared, main: Compilation, beside: Compilation | None) -> Plan:
@@ -272,7 +273,7 @@ def _conclude(prepared: Prepared, main: Compilation, beside: Compilation | None)
         if "refused" not in other:
             total = sum(t.bytes for t in traffic)
             without = sum(t.bytes for t in _traffic(hlo.read(other["text"]).collectives, mesh))
-            share = max(0.0, 1 - without / total) if total else 0.0
+            share = max(0.0, 1 - prepared.base.times * without / total) if total and prepared.base else 0.0
     over = about["capacity"] is not None and memory.total > about["capacity"]
     return Plan(
         **about, memory=memory, refused=False, largest=read.live(_LARGEST) if over else (), flops=read.flops,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jpeft.assets import UserError
-from jpeft.config import Config, Setup
+from jpeft.config import CHAT, Config, Setup
 from jpeft.planning import job
 from jpeft.planning.compiling import Compilation, PlanError, available_memory, read_mesh
 from jpeft.planning.plan import Plan, Prepared, prepare
@@ -66,6 +66,8 @@ def choices(
     """All that is to be tried. With `widen`, what was not given (an empty sequence) is tried in several ways."""
     batches = batches or (config.batch_size,)
     schemes = schemes or (("none", "nf4") if widen else (config.quantize,))
+    if config.task != CHAT:
+        remats = remats or (None,)
     remats = remats or (("full", "dots") if widen else ("full",))
     found = []
     for topology in topologies:
@@ -98,7 +100,8 @@ def traced(choice: Choice, against_base: bool = True) -> Prepared:
     except ValueError as error:
         if type(error) is not ValueError:
             raise
-        raise PlanError(f"--mesh {choice.mesh}: {choice.config.model}: {error}") from error
+        told = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise PlanError(f"--mesh {told}: {choice.config.model}: {error}") from error
 
 
 class _Running(NamedTuple):

@@ -62,7 +62,7 @@ def _compiled(exported: Any, job: Mapping[str, Any], topology: Topology, limit: 
     program = jax.jit(
         exported.call,
         out_shardings=list(exported.out_shardings_jax(mesh)),
-        donate_argnums=tuple(range(job["donated"])),
+        donate_argnums=tuple(job["donated"]),
         keep_unused=True,  # what is not used lies there all the same
     )
     options: Any = None if limit is None else {"xla_tpu_max_hbm_size_mib": str(limit >> 20)}
