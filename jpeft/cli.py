@@ -363,7 +363,6 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed here; libtpu, if it is there, stays out of it
     from jpeft.planning import command
 
     command.run(args)

@@ -307,14 +307,13 @@ def _usage(job: Job, state: Any) -> Callable[[tuple[int, ...], float], dict[str,
     """The share of the devices' peak that a step of a shape takes, where the peak is known."""
     devices = jax.devices()[:1] if job.mesh is None else job.mesh.devices.flat
     peak = utilisation.peak_flops(devices[0].device_kind)
-    trained = sum(np.size(leaf) for leaf in jax.tree.leaves(state.adapter))
+
+    adapter = jax.eval_shape(lambda x: x, state.adapter)  # the first step donates the state
 
     def usage(shape: tuple[int, ...], seconds: float) -> dict[str, float]:
         if peak is None:
             return {}
-        needed = utilisation.step_flops(
-            job.peft.model, job.params, tokens=math.prod(shape), length=shape[1], trained=trained
-        )
+        needed = utilisation.peft_flops(job.peft, job.params, adapter, tokens=math.prod(shape), length=shape[1])
         return {"mfu": round(needed / seconds / (len(devices) * peak), 4)}
 
     return usage

@@ -134,7 +134,7 @@ def train_step(
 
     def gradient(trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: jax.Array) -> Any:
         def loss(trainable: Tree) -> Any:
-            base = params if compute_dtype is None else _cast_floating(params, compute_dtype)
+            base = cast_floating(params, compute_dtype)
             out = loss_fn(combine(trainable, frozen), base, batch, rng)
             if not isinstance(out, tuple) or len(out) != 2 or not isinstance(out[1], dict):
                 raise TypeError(f"loss_fn must return (loss, metrics: dict), got {type(out).__name__}")
@@ -174,7 +174,7 @@ def train_step(
         )
         return state, {**metrics, "loss": loss, "grad_norm": norm, "skipped": state.skipped}
 
-    return Step(step, accumulate, donate, peft, loss_fn, tx)
+    return Step(step, accumulate, donate, peft, loss_fn, tx, compute_dtype)
 
 
 class Step:
@@ -189,9 +189,10 @@ class Step:
         peft: Peft,
         loss_fn: LossFn,
         tx: optax.GradientTransformation,
+        compute_dtype: Any = None,
     ):
-        self._fn, self._parts, self._donate = fn, parts, donate
-        self.peft, self.loss_fn, self.tx = peft, loss_fn, tx
+        self._fn, self._donate = fn, donate
+        self.peft, self.loss_fn, self.tx, self.parts, self.compute_dtype = peft, loss_fn, tx, parts, compute_dtype
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -209,7 +210,7 @@ class Step:
     def program(self, state: TrainState, batch: Any) -> Any:
         """The jitted function for a state and a batch laid out as these, which may be abstract."""
         leaves, treedef = jax.tree.flatten(state)
-        shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self._parts)
+        shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self.parts)
         key = (treedef, shardings, layout, backend())
         if key not in self._programs:
             self._programs[key] = jax.jit(
@@ -250,7 +251,11 @@ def _select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
-def _cast_floating(tree: Tree, dtype: Any) -> Tree:
+def cast_floating(tree: Tree, dtype: Any) -> Tree:
+    """The tree with its floating leaves in a dtype; None is their own."""
+    if dtype is None:
+        return tree
+
     def cast(x: Any) -> Any:
         if isinstance(x, Quantized):  # its scales stay in float32: what it gives is cast
             return dataclasses.replace(x, dtype=np.dtype(dtype))

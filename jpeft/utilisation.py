@@ -36,6 +36,25 @@ def _peaks() -> tuple[tuple[str, float], ...]:
     return tuple((chip["device_kind"], chip["peak_flops"]) for chip in chips)
 
 
+def peft_flops(peft: Any, params: Tree, adapter: Tree, *, tokens: int, length: int) -> float:
+    """`step_flops` of a step that trains an adapter, whose leaves may be new or stand in for some of the base's.
+
+    >>> peft_flops(peft, params, adapter, tokens=4096, length=512)  # doctest: +SKIP
+    """
+    base = flatten(params)
+    weights = {path: leaf for path, leaf in flatten(adapter).items() if _multiplies(path, peek(leaf), False)}
+    trained, stand_in = (sum(peek(leaf).size for path, leaf in weights.items() if (path in base) == there)
+                         for there in (False, True))  # fmt: skip
+    # Counted as frozen below, those that stand in need 2 more, for their own gradient.
+    own = step_flops(peft.model, params, tokens=tokens, length=length, trained=trained)
+    return own + 2.0 * tokens * stand_in
+
+
+def _multiplies(path: tuple[str, ...], leaf: Any, tied: bool) -> bool:
+    table = path[-1] == "embedding" and not (tied and "embed_tokens" in path)
+    return len(leaf.shape) >= 2 and path[-1] not in ("scale", "bias") and not table
+
+
 def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: int = 0) -> float:
     """FLOPs that a training step needs whose base is frozen.
 
@@ -54,12 +73,7 @@ def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: i
     """
     config: Any = getattr(getattr(model, "encoder", model), "config", None)
     tied = hasattr(config, "head_dim") and config.tie_word_embeddings  # a decoder's
-    weights = 0
-    for path, leaf in flatten(params).items():
-        shape = peek(leaf).shape
-        table = path[-1] == "embedding"
-        if len(shape) >= 2 and path[-1] not in ("scale", "bias") and (not table or (tied and "embed_tokens" in path)):
-            weights += peek(leaf).size
+    weights = sum(peek(leaf).size for path, leaf in flatten(params).items() if _multiplies(path, peek(leaf), tied))
     attention = 0
     if config is not None and hasattr(config, "num_hidden_layers"):
         width = config.num_attention_heads * getattr(

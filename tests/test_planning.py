@@ -136,7 +136,8 @@ def test_arguments_are_the_bytes_that_a_device_holds(llama):
 
 
 def by_hand(devices, scanned):
-    """FLOPs of a device: LoRA on all linear layers, layers computed again, attention as CPUs run it."""
+    """FLOPs of a device: LoRA on all linear layers, layers computed again, attention as CPUs run it. There are two,
+    for attention has a checkpoint of its own, and not every version of XLA sees that QK' has been computed again."""
     cfg, tokens = DecoderConfig(**LLAMA), ROWS * LENGTH // devices
     heads, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     hidden, wide = cfg.hidden_size, cfg.intermediate_size
@@ -149,15 +150,17 @@ def by_hand(devices, scanned):
     sums = 2 * 2 * RANK * weights / devices
     scores = 2 * LENGTH * heads
     attention = 2 * scores + 2 * scores + 4 * scores  # QK' and PV; again; four products backward
+    more = tokens * cfg.num_hidden_layers * scores
     head = 3 * 2 * hidden * cfg.vocab_size  # a chunk's logits, again, dx
     total = tokens * (cfg.num_hidden_layers * (linear + lora + attention) + head) + cfg.num_hidden_layers * sums
     # What comes into the first layer needs no gradient: told where that layer stands for itself.
-    return total if scanned else total - tokens * 2 * (hidden * heads + 2 * hidden * kv)
+    total -= 0 if scanned else tokens * 2 * (hidden * heads + 2 * hidden * kv)
+    return pytest.approx(total, rel=0.005), pytest.approx(total + more, rel=0.005)
 
 
 def test_flops_are_those_of_a_count_by_hand(llama):
     plan, _, real, _ = llama
-    assert plan.flops == pytest.approx(by_hand(4, scanned=True), rel=0.02)
+    assert plan.flops in by_hand(4, scanned=True)
     assert real.cost_analysis()["flops"] < 0.6 * plan.flops  # XLA counts one of three layers
     assert 0.5 < plan.model_flops / (plan.flops * 4) < 1
 
@@ -165,12 +168,10 @@ def test_flops_are_those_of_a_count_by_hand(llama):
 def test_flops_of_layers_one_by_one(llama):
     step, params, names = job(scan_layers=False)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of())
-    mesh = mesh_of((2, 2), ("fsdp", "tensor"))
     plan = jpeft.plan(step, state_of(step, params), params, batch, "cpu:4", {"fsdp": 4}, names=names,
                       against_base=False)  # fmt: skip
-    assert plan.flops == pytest.approx(by_hand(4, scanned=False), rel=0.02)
+    assert plan.flops in by_hand(4, scanned=False)
     assert plan.memory.arguments == llama[0].memory.arguments and plan.adapter_share is None
-    assert mesh.size == plan.devices
 
 
 def test_the_share_of_the_adapter_is_what_it_adds_to_the_traffic(llama):
@@ -253,14 +254,15 @@ def test_a_step_of_ones_own(donate, caplog):
 
 def test_a_mesh_in_any_spelling():
     topology = parse("cpu:8")
-    concrete = jax.make_mesh((2, 4), ("data", "fsdp"))
-    asked = ["data=2,fsdp=4", " data = 2, fsdp = 4", {"data": 2, "fsdp": 4}, concrete, concrete.abstract_mesh]
-    assert {read_mesh(mesh, topology) for mesh in asked} == {AbstractMesh((2, 4), ("data", "fsdp"))}
-    assert read_mesh(None, topology) == AbstractMesh((8,), ("fsdp",))
+    concrete, abstract = jax.make_mesh((2, 4), ("data", "fsdp")), AbstractMesh((2, 4), ("data", "fsdp"))
+    asked = ["data=2,fsdp=4", " data = 2, fsdp = 4", {"data": 2, "fsdp": 4}, concrete, abstract]
+    kinds = (AxisType.Auto,) * 2  # whatever the mesh's own: XLA spreads what the step leaves open
+    assert {read_mesh(mesh, topology) for mesh in asked} == {abstract.update(axis_types=kinds)}
+    assert read_mesh(None, topology).shape_tuple == (("fsdp", 8),)
 
 
 @pytest.mark.parametrize("mesh, says", [
-    ("fsdp=3", "--mesh fsdp=3: 3 is 3, but cpu:4 has 4 devices"),
+    ("fsdp=3", "but cpu:4 has 4 devices"),
     ({"data": 2, "fsdp": 4}, "data=2,fsdp=4: 2 x 4 is 8, but cpu:4 has 4 devices"),
     ("fsdp", "expected axes such as"), ("fsdp=2,fsdp=2", "each once"), ("", "expected axes"), ({}, "has 4 devices"),
 ])  # fmt: skip
@@ -287,9 +289,9 @@ def test_what_does_not_divide():
 BROKEN = {
     "killed": ("kill -9 $$", "cpu:4: the compiler was killed, most likely for want of memory on this machine"),
     "aborts": ("echo 'F0101 Check failed: a == b' >&2; echo last >&2; exit 3", "ended with status 3: F0101 Check fail"),
-    "silent": ("exit 5", "cpu:4: the compiler ended with status 5: ?"),
-    "garbage": ("echo '{\"seco' > $3/result.json; exit 1", "cpu:4: the compiler ended with status 1: ?"),
-    "told": ('echo \'{"error": "Boom:\\n a  b", "host_bytes": 0}\' > $3/result.json', "cpu:4: Boom: a b"),
+    "silent": ("exit 5", "cpu:4: the compiler ended with status 5"),
+    "garbage": ("echo '{\"seco' > $3/result.json; exit 1", "cpu:4: the compiler ended with status 1"),
+    "told": ("""printf '%s' '{"error": "Boom:\\n a  b"}' > $3/result.json""", "cpu:4: Boom: a b"),
 }
 
 
@@ -381,10 +383,10 @@ def test_what_is_to_be_run_is_what_was_planned(config, topology):
 
 
 def test_a_classifier_as_json(there, capsys):
-    assert run(f"{LABELS} --json --mesh data=2,fsdp=2") == 0
+    assert run(f"{LABELS} --json --mesh data=2,fsdp=2 --no-base") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["mesh"] == {"data": 2, "fsdp": 2} and found["tokens"] == 8 * 32 and found["config"]["model"] == "bert"
-    assert found["remat"] is None and found["fits"] is None and found["adapter_share"] is not None
+    assert found["remat"] is None and found["fits"] is None and found["adapter_share"] is None
     memory = found["memory"]
     parts = [*memory["arguments"].values(), *(memory[name] for name in ("temporaries", "outputs", "program"))]
     assert memory["total"] == sum(parts) and set(memory["arguments"]) == {"base", "adapter", "optimiser", "batch"}
@@ -411,7 +413,7 @@ def test_a_sweep_is_a_table_of_what_can_be_and_why_the_rest_cannot(there, capsys
     rows = [line for line in lines if line.startswith("fsdp=4 batch ")]
     assert [row.split()[2] for row in rows] == ["8", "16"]  # by memory, where nothing is known of cost
     missing = [line for line in lines if line.startswith("left out: ")]
-    assert len(missing) == 4 and sum("3 is 3, but cpu:4 has 4 devices" in line for line in missing) == 3
+    assert len(missing) == 4 and sum("but cpu:4 has 4 devices" in line for line in missing) == 3
     assert any("fsdp=4 batch 6: --batch-size 6 does not divide over the 4 parts" in line for line in missing)
     assert "needs the least memory: cpu:4 fsdp=4 none batch 8 remat none" in out and "none fits" not in out and not err
     config, args = config_of(lines[-1].removeprefix("to run it: ").removesuffix(" --data …"))
@@ -436,7 +438,7 @@ def test_what_is_not_given_is_swept():
 
 @pytest.mark.parametrize("more, says", [
     ("--topology v9:2x2", "'v9:2x2' is no known topology: 'v9' is no known chip. Known: v2:{"),
-    ("--mesh fsdp=3", "--mesh fsdp=3: 3 is 3, but cpu:4 has 4 devices"),
+    ("--mesh fsdp=3", "but cpu:4 has 4 devices"),
     ("--mesh rows=4", "'rows' is no axis that finetune spreads over, only data, fsdp, tensor, sequence"),
     ("--mesh tensor=4 --model odd.json", "--mesh tensor=4: odd.json: lm_head/kernel: an axis of 513 does not divide"),
     ("--batch 6", "--batch-size 6 does not divide over the 4 parts that the mesh's fsdp make; a multiple of 4 does"),
@@ -448,7 +450,7 @@ def test_what_is_not_given_is_swept():
     ("--task classify --model bert --remat full", "--remat full: is for language models"),
     ("--task classify --model bert --quantize nf4", "--model bert: cannot quantise 'encoder/layer/0/"),
     ("--seq 129", "--seq 129: the model takes at most 128 tokens"),
-    ("--seq 0", "--max-length must be at least 1"),
+    ("--seq 0", "at least 1"),
     ("--targets nothing", "nothing"),
     ("--method lore", "lore"),
     ("--rank 0", "rank"),
@@ -478,7 +480,7 @@ def test_what_is_no_command(capsys, more, says):
 def test_a_sweep_of_nothing_that_can_be_says_why(there, capsys):
     assert run(f"{CHAT} --sweep --mesh fsdp=3 --quantize none --remat full,dots") == 1
     err = capsys.readouterr().err
-    assert "none of 2 choices can be planned for; the first: --mesh fsdp=3: 3 is 3, but" in err
+    assert "none of 2 choices can be planned for; the first: --mesh fsdp=3: 3" in err
 
 
 # --------------------------------------------------------------------------------------------------- what it runs on
@@ -572,13 +574,11 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("kv", [4, 2, 1])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name, kv", [*((name, 2) for name in BLOCKS), ("window", 1), ("segments", 4)])
 def test_attention_in_blocks_is_attention(name, kv, monkeypatch):
     """As `jax.nn.dot_product_attention` of the whole has it, values and gradients."""
     monkeypatch.setattr(ops, "_BLOCK", 4)
     (queries, keys), options = BLOCKS[name]
-    operands = heads(queries, keys, 4, kv)
     mask = options.get("mask")
     if mask is None:
         mask = ops.causal_mask(queries, keys, options.get("window"))[None, None]
@@ -590,10 +590,14 @@ def test_attention_in_blocks_is_attention(name, kv, monkeypatch):
     def whole(*operands):
         return jax.nn.dot_product_attention(*operands, mask=mask, scale=0.4, implementation="xla")
 
-    weigh = lambda f: jax.grad(lambda *o: (f(*o) * jnp.arange(8.0)).sum(), argnums=(0, 1, 2))  # noqa: E731
+    @jax.jit
+    def both(*operands):
+        weigh = lambda f: jax.grad(lambda *o: (f(*o) * jnp.arange(8.0)).sum(), argnums=(0, 1, 2))  # noqa: E731
+        return [(f(*operands), *weigh(f)(*operands)) for f in (cut, whole)]
+
+    operands = heads(queries, keys, 4, kv)
     assert str(jax.make_jaxpr(cut)(*operands)).count("optimization_barrier") == -(-queries // 4) - 1
-    for got, expected in zip((cut(*operands), *weigh(cut)(*operands)), (whole(*operands), *weigh(whole)(*operands)),
-                             strict=True):  # fmt: skip
+    for got, expected in zip(*both(*operands), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jpeft.assets import UserError
+import jax
+
+from jpeft.assets import MODELS, UserError
 from jpeft.config import Config
 from jpeft.planning import report, sweep
 from jpeft.planning.plan import Plan
@@ -21,18 +24,43 @@ from jpeft.planning.topologies import parse
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the command."""
+    _check(args)
+    if any(parse(name).kind == "gpu" for name in args.topology):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the process that compiles needs it too
+    else:
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed here; libtpu, if it is there, stays out of it
     wanted = sweep.choices(
         _config(args), args.topology, args.mesh, args.batch, [None if r == "none" else r for r in args.remat],
         args.quantize, args.sweep,
     )  # fmt: skip
     if len(wanted) > 1 and not args.sweep:
         raise UserError(f"{len(wanted)} choices are given; --sweep plans for each")
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: expected at least 1")
     if args.sweep:
         _many(wanted, args)
     else:
         _one(wanted[0], args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be told before minutes are spent on compiling."""
+    if not args.topology:
+        raise UserError("--topology names none; expected one such as v5e:4x4 or cpu:8")
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
+    if args.seq < 1:
+        raise UserError(f"--seq {args.seq}: expected at least 1 token")
+    if args.price is not None and not args.price > 0:
+        raise UserError(f"--price {args.price:g}: expected dollars, more than 0")
+    if (path := _picture(args)) is None:
+        return
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path}: expected a picture's name, with .png, .svg or .pdf")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.absolute()}: cannot be written")
+
+
+def _picture(args: argparse.Namespace) -> Path | None:
+    return args.picture or (Path("plan.png") if args.sweep else None)
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -71,6 +99,12 @@ def command_of(choice: Choice) -> str:
     return shlex.join(words)
 
 
+def _weights(choice: Choice) -> str:
+    """That a size has no weights: `finetune` wants a folder that does."""
+    known = choice.config.model in MODELS or Path(choice.config.model).is_dir()
+    return "" if known else f", with a folder of weights in the place of {choice.config.model}"
+
+
 def _is_bare(value: Any) -> bool:
     """Whether it is a text that is read as itself."""
     try:
@@ -93,7 +127,7 @@ def _one(choice: Choice, args: argparse.Namespace) -> None:
     print(f"{choice.config.model}, {choice.config.method}, {choice.config.batch_size} x {choice.config.max_length:,} "
           f"tokens, quantize {choice.config.quantize}, remat {choice.remat or 'none'}")  # fmt: skip
     print(outcome.plan)
-    print(f"  to run it: {command_of(choice)} --data …")
+    print(f"  to run it{_weights(choice)}: {command_of(choice)} --data …")
 
 
 def _many(wanted: list[Choice], args: argparse.Namespace) -> None:
@@ -120,7 +154,8 @@ def _many(wanted: list[Choice], args: argparse.Namespace) -> None:
     else:
         which = "cheapest that fits" if best.plan is not None and best.plan.fits else "needs the least memory"
         console.print(f"{which}: {best.choice.label()}", markup=False, soft_wrap=True)
-        console.print(f"to run it: {command_of(best.choice)} --data …", markup=False, soft_wrap=True)
+        told = f"to run it{_weights(best.choice)}: {command_of(best.choice)} --data …"
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
@@ -132,7 +167,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _draw(outcomes: list[Outcome], args: argparse.Namespace) -> None:
-    path = args.picture or (Path("plan.png") if args.sweep else None)
+    path = _picture(args)
     if path is None or not outcomes:
         return
     everyone = [o.choice for o in outcomes]

@@ -32,8 +32,8 @@ from jpeft.assets import UserError
 from jpeft.backend import compiling_for
 from jpeft.planning.topologies import QUIET, Topology
 from jpeft.sharding import adapter_shardings, batch_shardings, constrained, layout_of, param_shardings, place
-from jpeft.train import Step, TrainState, as_laid_out
-from jpeft.tree import named_sharding
+from jpeft.train import Step, TrainState, as_laid_out, cast_floating
+from jpeft.tree import flatten, like, named_sharding, unflatten
 
 #: Names a Python that has jpeft and libtpu, where the one that plans shall not have libtpu.
 PYTHON = "JPEFT_PLAN_PYTHON"
@@ -66,12 +66,16 @@ def read_mesh(asked: Any, topology: Topology) -> AbstractMesh:
                 raise PlanError(f"--mesh {asked}: expected axes such as data=2,fsdp=8, each once")
             sizes[name] = int(size)
     else:
-        sizes = dict(getattr(asked, "shape", asked))
+        try:
+            sizes = dict(getattr(asked, "shape", asked))
+        except TypeError:
+            raise PlanError(f"mesh={asked!r}: expected axes such as 'data=2,fsdp=8', a mapping or a mesh") from None
     if not sizes or min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
         product = " x ".join(map(str, sizes.values()))
+        product += f" is {math.prod(sizes.values())}" if len(sizes) > 1 else ""
         raise PlanError(
-            f"--mesh {','.join(f'{name}={size}' for name, size in sizes.items())}: {product} is "
-            f"{math.prod(sizes.values())}, but {topology.name} has {count} devices"
+            f"--mesh {','.join(f'{name}={size}' for name, size in sizes.items())}: {product}, but {topology.name} has "
+            f"{count} devices"
         )
     kinds = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
@@ -83,20 +87,20 @@ def read_mesh(asked: Any, topology: Topology) -> AbstractMesh:
 def abstract(tree: Any, mesh: AbstractMesh) -> Any:
     """A tree without its values; shardings are kept, for another mesh whose axes have these names."""
 
-    def one(x: Any) -> jax.ShapeDtypeStruct:
+    def one(path: Any, x: Any) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(x)
         if sharding is None:
             return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x))
         named = {n for entry in sharding.spec for n in ((entry,) if isinstance(entry, str) else entry or ())}
         if lacking := named - set(mesh.axis_names):
             raise PlanError(
-                f"an array of shape {x.shape} is sharded over {sorted(lacking)[0]!r}, which the mesh "
-                f"{dict(mesh.shape)} lacks"
+                f"{jax.tree_util.keystr(path)} of shape {x.shape} is sharded over {sorted(lacking)[0]!r}, which the "
+                f"mesh {dict(mesh.shape)} lacks"
             )
         there = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
 
-    return jax.tree.map(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def laid_out(
@@ -106,13 +110,17 @@ def laid_out(
     `jpeft.shard`, `jpeft.shard_batch` and `Peft.init` would put it."""
     state, params, batch = (abstract(tree, mesh) for tree in (state, params, batch))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    if all(named_sharding(x) is None for x in jax.tree.leaves(params)):
+    if jax.tree.leaves(params) and all(named_sharding(x) is None for x in jax.tree.leaves(params)):
         params = _placed(params, param_shardings(params, mesh, rules, names=names))
-    if all(named_sharding(x) is None for x in jax.tree.leaves(batch)):
+    if jax.tree.leaves(batch) and all(named_sharding(x) is None for x in jax.tree.leaves(batch)):
         batch = _placed(batch, batch_shardings(batch, mesh))
     ours = isinstance(step, Step) and isinstance(state, TrainState)
     if ours and all(named_sharding(x) is None for x in jax.tree.leaves(state.adapter)):
-        adapter = _placed(state.adapter, adapter_shardings(step.peft, params))
+        own = flatten(adapter_shardings(step.peft, params))  # leaves of the adapter may be in boxes
+        leaves = {
+            p: jax.tree.map(lambda x, to=own[p]: place(x, to), leaf) for p, leaf in flatten(state.adapter).items()
+        }
+        adapter = like(unflatten(leaves), state.adapter)
         state = as_laid_out(dataclasses.replace(state, adapter=adapter), adapter, step.tx, step.peft, everywhere)
     return tuple(
         jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, everywhere), tree)
@@ -133,6 +141,7 @@ class Program:
 
     data: bytes
     groups: Mapping[str, int]  # arguments in order: so many of the adapter, the optimiser, …
+    specs: tuple[PartitionSpec, ...] = ()  # of the arguments: an exported program forgets those of what it never reads
     donated: tuple[int, ...] = ()  # of the arguments
     times: int = 1  # that a step runs it
 
@@ -158,7 +167,7 @@ def trace_step(step: Any, state: Any, params: Any, batch: Any, platform: str) ->
             out = [*own, *[None] * (len(out) - len(own))]
         data = _exported(flat, leaves, out, platform)
     donated = tuple(i for i, leaf in enumerate(jax.tree.leaves(traced.args_info)) if leaf.donated)
-    return Program(data, _groups(state, params, batch), donated)
+    return Program(data, _groups(state, params, batch), _specs(leaves), donated)
 
 
 def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -> Program | None:
@@ -168,7 +177,7 @@ def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -
     backward pass goes as far back as an adapter's in the lowest layer. It is of one micro-batch, where the step
     accumulates. None where the model embeds nothing, or a micro-batch does not divide over the mesh.
     """
-    parts = step._parts
+    parts = step.parts
     if any(
         x.shape[0] % parts or x.sharding.shard_shape(x.shape)[0] % parts for x in jax.tree.leaves(batch) if parts > 1
     ):
@@ -193,7 +202,11 @@ def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -
             return [value, gradient]
 
         data = _exported(flat, leaves, [None, shift.sharding], platform)
-    return Program(data, {"shift": 1, **_groups(None, *trees)}, times=parts)
+    return Program(data, {"shift": 1, **_groups(None, *trees)}, _specs(leaves), times=parts)
+
+
+def _specs(leaves: Sequence[Any]) -> tuple[PartitionSpec, ...]:
+    return tuple(leaf.sharding.spec for leaf in leaves)
 
 
 def _first_part(x: Any, parts: int) -> Any:
@@ -214,6 +227,7 @@ def _run_base(step: Step, state: Any, found: list[Any]) -> Any:
 
         adapter = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.adapter)  # which nothing reads
         with inject.bypassed(), nn.intercept_methods(add):
+            params = cast_floating(params, step.compute_dtype)
             return step.loss_fn(adapter, params, batch, jax.random.key(0))[0].astype(jnp.float32)
 
     return run
@@ -230,6 +244,10 @@ def _exported(flat: Any, leaves: Sequence[Any], out: Sequence[Any], platform: st
             *leaves
         )
         return bytes(found.serialize())
+    except NotImplementedError as error:
+        raise PlanError(
+            f"the step calls back to Python, as jax.debug.print and io_callback do, which no other process can: {error}"
+        ) from error
     except ImportError as error:
         raise PlanError(f'a plan needs flatbuffers: pip install "jpeft[plan]" ({error})') from error
 
@@ -289,13 +307,19 @@ def compiling(program: Program, topology: Topology, mesh: AbstractMesh, python: 
     folder = Path(tempfile.mkdtemp(prefix="jpeft-plan-"))
     try:
         (folder / "program.bin").write_bytes(program.data)
-        job = {"topology": topology.name, "mesh": dict(mesh.shape), "donated": list(program.donated)}
+        specs = [[list(e) if isinstance(e, tuple) else e for e in spec] for spec in program.specs]
+        job: dict[str, Any] = {"specs": specs}
+        job |= {"topology": topology.name, "mesh": dict(mesh.shape), "donated": list(program.donated)}
         (folder / "job.json").write_text(json.dumps(job))
+        compiler = python or _python(topology)
         with open(folder / "stderr", "wb") as stderr:
-            process = subprocess.Popen(
-                [python or _python(topology), "-m", "jpeft.planning.worker", str(folder)],
-                env=_environment(topology), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
-            )  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    [compiler, "-m", "jpeft.planning.worker", str(folder)],
+                    env=_environment(topology), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+                )  # fmt: skip
+            except OSError as error:
+                raise PlanError(f"{compiler}: is no Python to compile with ({error.strerror}); see {PYTHON}") from error
         try:
             yield Compilation(process, folder, topology)
         finally:
@@ -329,7 +353,10 @@ def _environment(topology: Topology) -> dict[str, str]:
         return {**own, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     own["JAX_PLATFORMS"] = "cpu"
     if topology.kind == "cpu":
-        own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.devices}"
+        # LLVM's optimiser changes neither FLOPs nor bytes.
+        own["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={topology.devices} --xla_backend_optimization_level=0"
+        )
     return {**own, **QUIET} if topology.kind == "tpu" else own
 
 
@@ -357,7 +384,9 @@ def _ended(status: int, stderr: Path, topology: Topology) -> str:
         return f"{topology.name}: the compiler was killed, most likely for want of memory on this machine"
     said = [line for line in stderr.read_text(errors="replace").splitlines() if line.strip()]
     internal = [line for line in said if "Check failed" in line or "FATAL" in line or line.startswith("F0")]
-    return f"{topology.name}: the compiler ended with status {status}: {_one_line((internal or said or ['?'])[-1])}"
+    if not said:
+        return f"{topology.name}: the compiler ended with status {status} and said nothing: is it a Python ({PYTHON})?"
+    return f"{topology.name}: the compiler ended with status {status}: {_one_line((internal or said)[-1])}"
 
 
 def _one_line(text: str) -> str:

@@ -35,6 +35,8 @@ _ELEMENTWISE = {"abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "compare"
                 "shift-right-arithmetic", "shift-right-logical", "sign", "sine", "sqrt", "subtract", "tan", "tanh",
                 "xor"}  # fmt: skip
 _OTHERS_CODE = re.compile(r"(?:site|dist)-packages/(?:jax|jaxlib|flax|optax)/")
+# What of jpeft a model's calls pass through.
+_PASSED = re.compile(r"/jpeft/(?:inject|peft|sharding|train|quantization|(?:geometry|methods|planning)/\w+)\.py:")
 
 
 class Collective(NamedTuple):
@@ -760,8 +762,9 @@ def _index(instruction: Instruction) -> int:
 
 
 def _line_of(stack: Sequence[str]) -> str:
-    """The innermost line that is not in jax, flax or optax."""
-    return next((line for line in stack if not _OTHERS_CODE.search(line)), stack[0] if stack else "")
+    """The innermost line that is a model's, or at least not in jax, flax or optax."""
+    own = [line for line in stack if not _OTHERS_CODE.search(line)]
+    return next((line for line in own if not _PASSED.search(line)), (*own, *stack, "")[0])
 
 
 def _behind(instruction: Instruction, computation: Computation) -> Instruction:

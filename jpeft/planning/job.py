@@ -43,8 +43,10 @@ def architecture(name: str) -> Mapping[str, Any] | Path:
     32
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
+    if path.is_absolute() or path.suffix == ".json":
+        raise PlanError(f"--model {name}: no such file or folder")
     if name in MODELS or "/" in name:
         return resolve_model(name)
     return sizes.config(name)

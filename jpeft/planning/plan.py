@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from jpeft import utilisation
 from jpeft.planning import hlo
 from jpeft.planning.compiling import Compilation, Program, compiling, laid_out, read_mesh, trace_base, trace_step
-from jpeft.planning.topologies import Chip, Topology, parse
+from jpeft.planning.topologies import Chip, Topology, interconnect, parse
 from jpeft.train import Step
 from jpeft.tree import Tree, named_sharding
 
@@ -113,7 +113,7 @@ class Plan:
             return {}
         sent = sum(traffic.bytes for traffic in self.collectives)
         rates = {"matmul": (self.flops, self.chip.peak_flops), "memory": (self.hbm_bytes, self.chip.hbm_bandwidth),
-                 "interconnect": (sent, self.chip.ici_bandwidth)}  # fmt: skip
+                 "interconnect": (sent, interconnect(parse(self.topology)))}  # fmt: skip
         return {name: amount / rate for name, (amount, rate) in rates.items() if rate}
 
     @property
@@ -167,13 +167,13 @@ def plan(
             has it in `JPEFT_PLAN_PYTHON`); `cpu:8`; `gpu:1`, for GPUs of this machine.
         mesh: `"fsdp=16"`, a mapping, or a mesh of as many devices; None is one axis, `fsdp`.
         rules, names: as for `jpeft.shard`.
-        against_base: also compile the step without the adapter, to tell what share of the traffic is the adapter's.
-            Needs a step of `jpeft.train_step`, and a model that embeds.
+        against_base: also compile the step with and without the adapter for as many CPU devices, to tell what share of
+            the traffic is the adapter's. Needs a step of `jpeft.train_step`, and a model that embeds.
         python: the Python that compiles, instead of this one.
 
     Raises:
-        PlanError: an unknown topology, a mesh that is not of its devices, no libtpu or another than jax's, too little
-            memory on this machine.
+        UserError: an unknown topology, a mesh that is not of its devices, no libtpu or another than jax's, too little
+            memory on this machine, a step that calls back to Python.
         ValueError: an axis of a weight or of the batch that does not divide over the mesh.
 
     >>> jpeft.plan(step, state, params, batch, "v5e:4x4", mesh="fsdp=16").fits  # doctest: +SKIP
@@ -194,17 +194,19 @@ class Prepared:
     mesh: AbstractMesh
     trees: tuple[Any, Any, Any]  # state, params, batch
     program: Program
-    base: Program | None
+    # To tell the adapter's share of what is sent: the step, unless it is `program`, and the step without an adapter.
+    beside: tuple[Program, ...]
     needed: float | None  # FLOPs
 
     @contextlib.contextmanager
     def compiling(self, python: str | None = None) -> Iterator[list[Compilation]]:
         """The processes that compile it; they are ended at the end."""
-        programs = [self.program] if self.base is None else [self.program, self.base]
+        cpus = parse(f"cpu:{self.topology.devices}")
         with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(compiling(program, self.topology, self.mesh, python)) for program in programs]
+            main = stack.enter_context(compiling(self.program, self.topology, self.mesh, python))
+            yield [main, *(stack.enter_context(compiling(p, cpus, self.mesh, None)) for p in self.beside)]
 
-    def conclude(self, main: Compilation, beside: Compilation | None = None) -> Plan:
+    def conclude(self, main: Compilation, *beside: Compilation) -> Plan:
         """The plan, once they have ended."""
         return _conclude(self, main, beside)
 
@@ -224,10 +226,13 @@ def prepare(
     """The first half of `plan`: all that is done in this process."""
     trees = laid_out(step, state, params, batch, mesh, rules, names)
     program = trace_step(step, *trees, topology.kind)
-    base = None
+    beside: tuple[Program, ...] = ()
     if against_base and isinstance(step, Step) and topology.devices > 1:
-        base = trace_base(step, *trees, topology.kind)
-    return Prepared(topology, mesh, trees, program, base, model_flops(step, *trees))
+        # Compared on CPU devices: for TPUs XLA sends the same weights in another way in the one and in the other.
+        base = trace_base(step, *trees, "cpu")
+        same = () if topology.kind == "cpu" else (trace_step(step, *trees, "cpu"),)
+        beside = () if base is None else (*same, base)
+    return Prepared(topology, mesh, trees, program, beside, model_flops(step, *trees))
 
 
 def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None:
@@ -235,8 +240,7 @@ def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None
     shape = batch_shape(batch)
     if not isinstance(step, Step) or len(shape) < 2:
         return None
-    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(state.adapter))
-    return utilisation.step_flops(step.peft.model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
+    return utilisation.peft_flops(step.peft, params, state.adapter, tokens=math.prod(shape), length=shape[1])
 
 
 def batch_shape(batch: Any) -> tuple[int, ...]:
@@ -246,7 +250,7 @@ def batch_shape(batch: Any) -> tuple[int, ...]:
     return tuple(ids[0].shape) if ids else tuple(leaves[0].shape[:1]) if leaves else ()
 
 
-def _conclude(prepared: Prepared, main: Compilation, beside: Compilation | None) -> Plan:
+def _conclude(prepared: Prepared, main: Compilation, beside: Sequence[Compilation]) -> Plan:
     result, topology, program, mesh = main.result(), prepared.topology, prepared.program, prepared.mesh
     chip, trees = topology.chip, prepared.trees
     about: dict[str, Any] = {
@@ -268,17 +272,20 @@ def _conclude(prepared: Prepared, main: Compilation, beside: Compilation | None)
     )  # fmt: skip
     traffic = _traffic(read.collectives, mesh)
     share = None
-    if beside is not None:
-        other = beside.result()
-        if "refused" not in other:
-            total = sum(t.bytes for t in traffic)
-            without = sum(t.bytes for t in _traffic(hlo.read(other["text"]).collectives, mesh))
-            share = max(0.0, 1 - prepared.base.times * without / total) if total and prepared.base else 0.0
+    if beside:
+        *step, base = (hlo.read(each.result()["text"]) for each in beside)
+        total = _sent(step[0] if step else read)
+        found_share = 1 - prepared.beside[-1].times * _sent(base) / total if total else 0.0
+        share = found_share if found_share >= 0 else None  # else they were not laid out alike
     over = about["capacity"] is not None and memory.total > about["capacity"]
     return Plan(
         **about, memory=memory, refused=False, largest=read.live(_LARGEST) if over else (), flops=read.flops,
         hbm_bytes=read.hbm_bytes, collectives=traffic, adapter_share=share,
     )  # fmt: skip
+
+
+def _sent(program: hlo.Program) -> float:
+    return float(sum(each.times * each.bytes for each in program.collectives))
 
 
 def _in_words(groups: Mapping[str, int]) -> dict[str, int]:

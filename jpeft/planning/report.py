@@ -13,18 +13,21 @@ if TYPE_CHECKING:
     from jpeft.planning.plan import Plan
 
 GIB = 1 << 30
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 _COLOURS = {"base": "#4c78a8", "adapter": "#f58518", "optimiser": "#e45756", "state": "#e45756", "batch": "#72b7b2",
             "temporaries": "#eeca3b", "outputs": "#b279a2", "program": "#9d755d"}  # fmt: skip
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, three digits of them.
+    """Bytes in GiB, or in what they are some of.
 
-    >>> gib(3 * 2**30), gib(2**20)
-    ('3.00 GiB', '0.001 GiB')
+    >>> gib(3 * 2**30), gib(2**20), gib(0)
+    ('3.00 GiB', '1.00 MiB', '0')
     """
-    value = size / GIB
-    return f"{value:.3f} GiB" if value < 0.1 else f"{value:.2f} GiB" if value < 100 else f"{value:,.0f} GiB"
+    if size < 1:
+        return "0"
+    value, unit = next(((size / n, unit) for n, unit in _UNITS if size >= 0.1 * n), (size, "B"))
+    return f"{value:.2f} {unit}" if value < 100 else f"{value:,.0f} {unit}"
 
 
 def parts(plan: Plan) -> dict[str, int]:
@@ -72,12 +75,12 @@ def describe(plan: Plan) -> str:
 
 
 def _work(plan: Plan) -> list[str]:
-    lines = [f"  products      {plan.flops / 1e12:,.2f} TFLOP a device"]
+    lines = [f"  products      {plan.flops / 1e12:,.4g} TFLOP a device"]
     if plan.model_flops is not None:
         useful = plan.model_flops / (plan.flops * plan.devices)
         lines[0] += f", {useful:.0%} of them the model's own (the rest is computed again)"
-    lines.append(f"  memory        {plan.hbm_bytes / GIB:,.1f} GiB read and written")
-    told = [each for each in plan.collectives if each.bytes >= 1e6]
+    lines.append(f"  memory        {gib(plan.hbm_bytes)} read and written")
+    told = [each for each in plan.collectives if each.bytes]
     lines += [f"  {e.kind:<22}over {e.axes:<12}{e.count:>7,} of{gib(e.bytes):>12} in all" for e in told]
     if plan.adapter_share is not None:
         lines.append(f"  of what is sent, the adapter causes {plan.adapter_share:.2%}")

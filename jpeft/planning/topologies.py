@@ -223,6 +223,22 @@ def libtpu_options(topology: Topology) -> dict[str, Any]:
     return options
 
 
+def interconnect(topology: Topology) -> float | None:
+    """Bytes a second that a device can send: over the links that a chip has within its slice, one where a side of it is
+    two chips and two where it is more.
+
+    >>> interconnect(parse("v5e:2x2")), interconnect(parse("v5e:4x4")), interconnect(parse("v5e:1x1"))
+    (100000000000.0, 200000000000.0, None)
+    """
+    chip = topology.chip
+    if chip is None or chip.ici_bandwidth is None or topology.devices == 1:
+        return None
+    if not chip.torus_dims or not chip.ici_links:
+        return chip.ici_bandwidth
+    links = sum(min(size - 1, 2) for size in topology.shape)
+    return chip.ici_bandwidth * min(links, chip.ici_links) / chip.ici_links / chip.devices_per_chip or None
+
+
 def check_libtpu() -> None:
     """Raises a UserError where libtpu is not there, or another than the one that JAX is made for: with a newer one v5p
     and v6e end on an internal check.

@@ -7,7 +7,10 @@ It alone loads libtpu, which would otherwise take part in the process that plans
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,13 +54,15 @@ class _Refused(Exception):
 def _compiled(exported: Any, job: Mapping[str, Any], topology: Topology, limit: int | None = None) -> Any:
     """The program, for a topology. Compilers pack what lives within a step as tightly as a limit asks them to."""
     import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
     kinds = (jax.sharding.AxisType.Auto,) * len(job["mesh"])
     devices = topologies.describe(topology)
     mesh = jax.make_mesh(tuple(job["mesh"].values()), tuple(job["mesh"]), devices=devices, axis_types=kinds)
+    specs = [PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in spec)) for spec in job["specs"]]
     arguments = [
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
-        for aval, sharding in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=NamedSharding(mesh, spec))
+        for aval, spec in zip(exported.in_avals, specs, strict=True)
     ]
     program = jax.jit(
         exported.call,
@@ -124,8 +129,18 @@ def _peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _end_with_parent(folder: Path) -> None:
+    """Nobody waits for what is compiled once the process that asked is gone, however it went."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     """Compile, and write `result.json`, errors included."""
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     try:
         result = compile_program(folder)
     except Exception as error:  # whatever stops it is told by the process that asked
