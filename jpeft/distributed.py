@@ -106,7 +106,7 @@ def mesh_of(text: str | None) -> Mesh:
     >>> mesh_of(None).axis_names
     ('fsdp',)
     """
-    from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS
+    from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS, make_mesh
 
     known = (*DATA_AXES, "tensor", SEQUENCE_AXIS)
     count = jax.device_count()
@@ -119,8 +119,7 @@ def mesh_of(text: str | None) -> Mesh:
     if math.prod(axes.values()) != count:
         product = " × ".join(map(str, axes.values()))
         raise UserError(f"--mesh {text}: {product} is {math.prod(axes.values())}, but there are {count} devices")
-    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+    return make_mesh(axes)
 
 
 def leave(status: int) -> None:

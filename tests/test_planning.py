@@ -188,7 +188,7 @@ def test_the_share_is_not_told_of_one_device_or_where_it_is_not_asked_for():
         topology = parse(topology)
         found = prepare(step, state_of(step, params), params, batch_of(), topology, read_mesh(None, topology),
                         names=names, **options)  # fmt: skip
-        assert found.base is None
+        assert not found.beside
 
 
 def test_a_quantised_base_on_another_mesh_in_micro_batches(llama):
@@ -364,7 +364,7 @@ def test_the_command_says_what_a_step_needs_and_how_to_run_it(there, capsys):
     assert all(name in out for name in ("base", "adapter", "optimiser", "batch", "temporaries", "total", "products"))
     assert (there / "memory.png").read_bytes().startswith(b"\x89PNG") and not (there / "plan.png").exists()
     line = next(line for line in out.splitlines() if "to run it" in line)
-    config, args = config_of(line.strip().removeprefix("to run it: ").removesuffix(" --data …"))
+    config, args = config_of(line.partition(": ")[2].removesuffix(" --data …"))
     assert config == Config(task="chat", model="llama.json", batch_size=8, max_length=64, rank=2, quantize="none",
                             targets=targets)  # fmt: skip
     assert (args.remat, args.mesh, args.distributed) == ("full", "fsdp=4", False)

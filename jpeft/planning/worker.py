@@ -19,6 +19,7 @@ from typing import Any
 from jpeft.assets import UserError
 from jpeft.planning import topologies
 from jpeft.planning.topologies import Topology
+from jpeft.sharding import make_mesh
 
 
 def compile_program(folder: Path) -> dict[str, Any]:
@@ -56,9 +57,7 @@ def _compiled(exported: Any, job: Mapping[str, Any], topology: Topology, limit: 
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    kinds = (jax.sharding.AxisType.Auto,) * len(job["mesh"])
-    devices = topologies.describe(topology)
-    mesh = jax.make_mesh(tuple(job["mesh"].values()), tuple(job["mesh"]), devices=devices, axis_types=kinds)
+    mesh = make_mesh(job["mesh"], topologies.describe(topology))
     specs = [PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in spec)) for spec in job["specs"]]
     arguments = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=NamedSharding(mesh, spec))
