@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 
 from jpeft.assets import MODELS, UserError
 from jpeft.config import Config
-from jpeft.planning import report, sweep
+from jpeft.planning import job, report, sweep
 from jpeft.planning.plan import Plan
 from jpeft.planning.sweep import Choice, Outcome
 from jpeft.planning.topologies import parse
@@ -35,6 +36,9 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if len(wanted) > 1 and not args.sweep:
         raise UserError(f"{len(wanted)} choices are given; --sweep plans for each")
+    if unsaid := job.unsaid(args.model):
+        told = f"jpeft: note: {args.model} does not say {', '.join(unsaid)}: what such models have by default is taken"
+        print(told, file=sys.stderr)
     if args.sweep:
         _many(wanted, args)
     else:

@@ -16,6 +16,8 @@ import jpeft
 from jpeft import classify, conversations, data, finetune, instruct, jobs, models
 from jpeft.assets import MODELS, UserError, resolve_model
 from jpeft.config import CHAT, Config, Setup
+from jpeft.models.files import is_gguf, read_config, read_json
+from jpeft.models.loading import FAMILIES
 from jpeft.planning import sizes
 from jpeft.planning.compiling import PlanError
 from jpeft.sharding import DATA_AXES, SEQUENCE_AXIS
@@ -50,6 +52,26 @@ def architecture(name: str) -> Mapping[str, Any] | Path:
     if name in MODELS or "/" in name:
         return resolve_model(name)
     return sizes.config(name)
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def unsaid(name: str) -> list[str]:
+    """The sizes that a decoder's configuration leaves to the defaults of its kind: a misspelt one is such.
+
+    >>> unsaid("llama-3-8b")
+    []
+    """
+    found = architecture(name)
+    if isinstance(found, Path):
+        if is_gguf(found):
+            return []
+        found = read_json(found) if found.is_file() else read_config(found)
+    if FAMILIES.get(str(found.get("model_type"))) != FAMILIES["llama"]:
+        return []
+    found = found.get("text_config", found)
+    return [size for size in _SIZES if size not in found]
 
 
 def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
