@@ -34,7 +34,7 @@ ROWS = (
     "--model llama-3-70b --topology v5p:2x2x4",
     "--model llama-3-70b --topology v5p:1x1x1 --quantize nf4 --accumulate 4",
     "--model llama-3.1-405b --topology v5e:16x16 --mesh fsdp=16,tensor=16",
-    "--model llama-3.1-405b --topology v5e:4x8 --mesh fsdp=16,tensor=2 --quantize nf4",
+    "--model llama-3.1-405b --topology v5e:8x8 --mesh fsdp=16,tensor=4 --quantize nf4",
     "--model llama-3.1-405b --topology v6e:8x8 --mesh fsdp=16,tensor=4",
     "--model llama-3.1-405b --topology v6e:4x8 --mesh fsdp=16,tensor=2 --quantize nf4",
     "--model llama-3.1-405b --topology v5p:2x4x4 --mesh fsdp=16,tensor=2",
