@@ -16,7 +16,7 @@ def main() -> None:
     """Runs every notebook, or those named, and writes its outputs back; the first error ends it."""
     for path in [HERE / name for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(HERE)}}).execute()
+        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(HERE)}}).execute()
         nbformat.write(notebook, path)
         print(f"{path.name}: {sum(c.cell_type == 'code' for c in notebook.cells)} cells ran")
 
