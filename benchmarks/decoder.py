@@ -38,8 +38,8 @@ import optax
 from common import Variant, compiled_facts, cross_entropy, machine, markdown, measure, table
 
 import jpeft
-from jpeft.assets import resolve_model
-from jpeft.generation import generate
+from jpeft.recipes.assets import resolve_model
+from jpeft.serving.generation import generate
 
 RANK, LR, DECAY = 8, 1e-4, 0.01
 PROJECTIONS = r".*_proj"

@@ -1,4 +1,4 @@
-"""Quantised bases on SmolLM2-135M: how small, how exact, what a training step over them costs, and qwix beside jpeft.
+"""Quantized bases on SmolLM2-135M: how small, how exact, what a training step over them costs, and qwix beside jpeft.
 
     python benchmarks/quantized.py [--only bits,error,step,memory,qwix,loss] [--rounds 8] [--layers 6] [--json FILE]
 
@@ -8,12 +8,12 @@ weights and the whole vocabulary of 49,152. Rounds are interleaved in a shuffled
 ratio of times is the median over rounds, of which each ran both. Temporaries, arguments and FLOPs are what XLA says of
 the compiled program; XLA counts a scan's body once, so FLOPs are reckoned from one and two layers that are not scanned.
 
-bits    for each quantised weight, without the checksum of a leaf (8 bytes a matrix); bytes of leaves and of the tree.
+bits    for each quantized weight, without the checksum of a leaf (8 bytes a matrix); bytes of leaves and of the tree.
 error   ||W' - W|| / ||W||, and ||x W' - x W|| / ||x W|| on each layer's own inputs for a text (GSM8K) and on normal x,
         means over the 210 linear layers; the text's loss; mean |W' - W| for 1024 x 1024 weights of N(0, 1).
 step    jpeft's own loss and step over each base.
 memory  temporaries as layers are added, and those of the loss in chunks against the whole logits.
-qwix    its QLoRA on the same model and weights. It quantises no scales: "single" is jpeft without double quantisation.
+qwix    its QLoRA on the same model and weights. It quantizes no scales: "single" is jpeft without double quantization.
 loss    training on GSM8K's answers over each base, the whole model: the same batches and, but for LoftQ, first adapter.
         Losses are means over 20 steps, perplexity is that of held-out answers. Takes half an hour.
 """
@@ -38,12 +38,13 @@ from common import Variant, compiled_facts, cross_entropy, machine, markdown, me
 from decoder import abstract, mega, tokens
 
 import jpeft
-from jpeft import chat, conversations, instruct
-from jpeft.assets import resolve_conversations, resolve_model
-from jpeft.losses import chunked_cross_entropy
+from jpeft.core.quantized import SCHEMES, Quantized, dequantize_leaf, quantize_array
+from jpeft.core.tree import flatten, join, size_bytes
 from jpeft.models.decoder import Decoder
-from jpeft.quantization import SCHEMES, Quantized, dequantize_leaf, quantize_array
-from jpeft.tree import flatten, join, size_bytes
+from jpeft.recipes.assets import resolve_conversations, resolve_model
+from jpeft.recipes.tasks import chat
+from jpeft.text import chat_template, conversations
+from jpeft.training.losses import chunked_cross_entropy
 
 BLOCK, RANK, ALPHA, TX = 64, 8, 16.0, optax.adamw(1e-4)
 LORA = jpeft.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear", init_weights="random")  # B is not zero: it matters
@@ -56,7 +57,7 @@ PACKAGES = ("jax", "flax", "optax")
 def as_text(path: Any, batch: int, length: int) -> np.ndarray:
     """Ids of questions and answers, one more than what is read."""
     pairs = [json.loads(line) for line in resolve_conversations("gsm8k")[1].read_text().splitlines()[:200]]
-    ids = chat.read(path).encode("\n\n".join(f"{p['question']}\n{p['answer']}" for p in pairs))
+    ids = chat_template.read(path).encode("\n\n".join(f"{p['question']}\n{p['answer']}" for p in pairs))
     return np.asarray(ids[: batch * (length + 1)], np.int32).reshape(batch, length + 1)
 
 
@@ -65,7 +66,7 @@ def as_batch(ids: np.ndarray) -> conversations.Batch:
     inputs = ids[:, :-1]
     places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
     weight = np.ones(inputs.shape, np.float32)
-    return instruct.balanced(conversations.Batch(inputs, np.ones_like(inputs), places, ids[:, 1:], weight))
+    return chat.balanced(conversations.Batch(inputs, np.ones_like(inputs), places, ids[:, 1:], weight))
 
 
 def first_layers(model: Any, params: Any, layers: int) -> tuple[Any, Any]:
@@ -95,11 +96,11 @@ def title(text: str) -> None:
 
 def lowered_step(model: Any, params: Any, batch: Any, plain: Any = None) -> tuple[Any, Any]:
     """jpeft's training step and its state. Abstract parameters make both abstract; `plain` are those before they were
-    quantised, for `bind`, which refuses abstract codes."""
-    peft = LORA.bind(model, params if plain is None else plain, *instruct.example_inputs())
+    quantized, for `bind`, which refuses abstract codes."""
+    peft = LORA.bind(model, params if plain is None else plain, *chat.example_inputs())
     adapter = peft.init(jax.random.key(0), params)
     state = jpeft.TrainState.create(peft, adapter, TX, jax.random.key(1))
-    return jpeft.train_step(peft, instruct.loss_fn(peft), TX).lower(state, params, batch), state
+    return jpeft.train_step(peft, chat.loss_fn(peft), TX).lower(state, params, batch), state
 
 
 def step_over(name: str, model: Any, params: Any, batch: Any) -> Variant:
@@ -151,8 +152,8 @@ def bits(args: argparse.Namespace, path: Path) -> Any:
                 "tree_bytes_bf16_rest": own + other * 2,
             })  # fmt: skip
             assert rows[-1]["tree_bytes"] == own + other * 4
-    title(f"Bits: {count:,} quantised weights of {count + other:,} (the tied embedding and the norms are not)")
-    head = ["", "bits / weight", "quantised leaves", "/ bfloat16", "/ float32"]
+    title(f"Bits: {count:,} quantized weights of {count + other:,} (the tied embedding and the norms are not)")
+    head = ["", "bits / weight", "quantized leaves", "/ bfloat16", "/ float32"]
     head += ["whole tree, rest float32", "/ float32 tree", "whole tree, rest bfloat16", "/ bfloat16 tree"]
     wide, narrow = rows[:2]
     body = []
@@ -184,7 +185,7 @@ def inputs_of_layers(model: Any, params: Any, ids: np.ndarray) -> dict[str, jax.
         return seen
 
     seen = run(jpeft.models.unstack(params), ids)
-    tree = jpeft.models.stack(jpeft.tree.unflatten({(*path, "kernel"): x for path, x in seen.items()}))
+    tree = jpeft.models.stack(jpeft.core.tree.unflatten({(*path, "kernel"): x for path, x in seen.items()}))
     return {join(path): x for path, x in flatten(tree).items()}
 
 
@@ -223,7 +224,7 @@ def error(args: argparse.Namespace, path: Path) -> Any:
 
     base_loss = float(loss(params))
     rounded = {p: x.astype(BF16).astype(jnp.float32) if join(p) in names else x for p, x in flatten(params).items()}
-    rows = [row("bfloat16", jpeft.tree.unflatten(rounded), jnp.asarray(random).astype(BF16))]
+    rows = [row("bfloat16", jpeft.core.tree.unflatten(rounded), jnp.asarray(random).astype(BF16))]
     for scheme in SCHEMES:
         for double in (False, True):
             base = jpeft.quantize(params, scheme, block=BLOCK, double=double)
@@ -280,7 +281,7 @@ def step(args: argparse.Namespace, path: Path) -> Any:
     measure(variants, args.rounds, warm_up=1)
     rows, base = table(variants), variants[0]
     shape = f"{args.batch} x {args.length} tokens"
-    title(f"Training step, LoRA rank {RANK}, {shape}, the first {args.layers} of 30 layers (double quantisation)")
+    title(f"Training step, LoRA rank {RANK}, {shape}, the first {args.layers} of 30 layers (double quantization)")
     head = ["", "median ms", "time / float32", "temporaries", "- float32's", "arguments", "GFLOP", "/ float32"]
     head += ["loss", "after a step"]
     body = []
@@ -336,7 +337,7 @@ def losses(args: argparse.Namespace, model: Any, params: Any, path: Path) -> Any
     rows, length = 4, 512
     model, params = first_layers(model, params, 2)
     batch = as_batch(as_text(path, rows, length))
-    peft = LORA.bind(model, params, *instruct.example_inputs())
+    peft = LORA.bind(model, params, *chat.example_inputs())
     adapter = peft.init(jax.random.key(0), params)
     options = {"position_ids": batch.position_ids, "segment_ids": batch.segment_ids}
 
@@ -351,7 +352,7 @@ def losses(args: argparse.Namespace, model: Any, params: Any, path: Path) -> Any
         return chunked_cross_entropy(head, states, batch.targets, batch.weight, chunk)[0] / rows
 
     def own(adapter: Any, params: Any) -> jax.Array:
-        return instruct.loss_fn(peft)(adapter, params, batch, jax.random.key(0))[0]
+        return chat.loss_fn(peft)(adapter, params, batch, jax.random.key(0))[0]
 
     kinds = {"whole logits": whole, "instruct.loss_fn": own}
     kinds |= {f"chunks of {n}": functools.partial(chunked, chunk=n) for n in (512, 256)}
@@ -386,7 +387,7 @@ def losses(args: argparse.Namespace, model: Any, params: Any, path: Path) -> Any
 
 
 def their_base(model: Any, params: Any, ids: np.ndarray) -> tuple[Any, Any]:
-    """qwix's model and its quantised tree. It reads `tiled_axes` by position, so layers are quantised one by one."""
+    """qwix's model and its quantized tree. It reads `tiled_axes` by position, so layers are quantized one by one."""
     import qwix
 
     provider = qwix.LoraProvider(
@@ -415,7 +416,7 @@ def plain_loss(logits: jax.Array, ids: Any) -> jax.Array:
 
 def our_step(name: str, model: Any, params: Any, ids: np.ndarray) -> tuple[Variant, Any]:
     """jpeft, with a plain loss; and the adapter that it began with."""
-    peft = LORA.bind(model, params, *instruct.example_inputs())
+    peft = LORA.bind(model, params, *chat.example_inputs())
     adapter = peft.init(jax.random.key(0), params)
 
     def loss_fn(adapter: Any, params: Any, ids: Any, rng: jax.Array) -> Any:
@@ -437,7 +438,7 @@ def their_step(name: str, model: Any, params: Any, ids: np.ndarray, adapter: Any
     """qwix, from the same adapter."""
     lora, base = their_base(model, params, ids[:, :-1])
     own = {(*p[:-1], f"kernel_{p[-1]}"): jnp.copy(x) for p, x in flatten(adapter).items()}
-    own = jpeft.tree.unflatten(own)
+    own = jpeft.core.tree.unflatten(own)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step_fn(own: Any, slots: Any, base: Any, ids: Any) -> Any:
@@ -479,7 +480,7 @@ def qwix(args: argparse.Namespace, path: Path) -> Any:
     rows, by = table(variants), {v.name: t for v, t in pairs}
     shape = f"{args.batch} x {args.length} tokens"
     title(f"qwix's QLoRA and jpeft's, NF4, rank {RANK}, {shape}, the first {args.layers} of 30 layers")
-    head = ["", "median ms", "time / qwix", "temporaries", "/ qwix", "quantised leaves", "/ qwix", "whole base"]
+    head = ["", "median ms", "time / qwix", "temporaries", "/ qwix", "quantized leaves", "/ qwix", "whole base"]
     head += ["arguments", "loss", "after two steps"]
     body = []
     for r, v in zip(rows, variants, strict=True):
@@ -504,7 +505,7 @@ def checksums(params: Any) -> list[int]:
 def loss(args: argparse.Namespace, path: Path) -> Any:
     """How training over each base goes."""
     model, full = jpeft.models.load(path)
-    codec, (train_file, test_file) = chat.read(path), resolve_conversations("gsm8k")
+    codec, (train_file, test_file) = chat_template.read(path), resolve_conversations("gsm8k")
     assert test_file is not None
     some = lambda file, n: conversations.read(file).take(range(n), str(file))  # noqa: E731
     train, test = (
@@ -513,7 +514,7 @@ def loss(args: argparse.Namespace, path: Path) -> Any:
     batches = conversations.Batches(train, 1, args.length, seed=0)
     held_out = list(conversations.Batches(test, 1, args.length))
     lora = dataclasses.replace(LORA, rank=args.rank, alpha=2.0 * args.rank, init_weights="kaiming")
-    peft = lora.bind(model, full, *instruct.example_inputs())
+    peft = lora.bind(model, full, *chat.example_inputs())
     first = peft.init(jax.random.key(0), full)
     loftq = lambda block: jpeft.loftq(peft, full, jax.random.key(0), "nf4", block=block, iterations=5)  # noqa: E731
     kinds = {
@@ -524,20 +525,20 @@ def loss(args: argparse.Namespace, path: Path) -> Any:
         "int8": lambda: (jpeft.quantize(full, "int8", block=BLOCK), first),
     }
     bases = {name: kinds[name]() for name in args.bases.split(",")}
-    score, tx = instruct.scorer(peft), optax.adamw(optax.linear_schedule(5e-4, 0, args.steps))
-    step = jpeft.train_step(peft, instruct.loss_fn(peft), tx, clip=1.0)
+    score, tx = chat.scorer(peft), optax.adamw(optax.linear_schedule(5e-4, 0, args.steps))
+    step = jpeft.train_step(peft, chat.loss_fn(peft), tx, clip=1.0)
     runs, states = {}, {}
     for name, (base, adapter) in bases.items():
-        before = instruct.evaluate(score, base, adapter, held_out).perplexity
+        before = chat.evaluate(score, base, adapter, held_out).perplexity
         runs[name] = {"name": name, "before": before, "losses": [], "checksums": checksums(base)}
         states[name] = jpeft.TrainState.create(peft, jax.tree.map(jnp.copy, adapter), tx, jax.random.key(1))
     for i in range(args.steps):
-        batch = instruct.balanced(batches[i])
+        batch = chat.balanced(batches[i])
         for name, (base, _) in bases.items():
             states[name], metrics = step(states[name], base, batch)
             runs[name]["losses"].append(float(metrics["loss"]))
     for name, (base, _) in bases.items():
-        runs[name]["after"] = instruct.evaluate(score, base, states[name].adapter, held_out).perplexity
+        runs[name]["after"] = chat.evaluate(score, base, states[name].adapter, held_out).perplexity
         runs[name]["untouched"] = runs[name].pop("checksums") == checksums(base)
     window = min(20, args.steps)
     ends = sorted({window, args.steps // 4, args.steps // 2, args.steps})

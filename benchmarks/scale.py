@@ -3,25 +3,25 @@
     python benchmarks/scale.py [--only devices,checkpoint,levers,gpu] [--rounds 8] [--layers 4] [--width 512]
 
 LoRA of rank 8 (alpha 16, no dropout) on all linear layers of a Llama with random weights, AdamW, jpeft's own loss.
-Three steps are compared. "base" has no adapter and no optimiser: the loss and its gradient with respect to the
+Three steps are compared. "base" has no adapter and no optimizer: the loss and its gradient with respect to the
 embeddings' output, which goes as far back as LoRA's and belongs to no weight. "lora" and "full" are `jpeft.train_step`.
 
 devices     meshes of 1, 2, 4 and 8 CPU devices. Bytes are a device's share, as XLA says of the compiled program. On
             shapes of 1B and 8B the programs are compiled and nothing is allocated: in float16, as XLA CPU sends
-            bfloat16 as float32. Collectives are read out of the optimised HLO; those in a loop's body count as often as
+            bfloat16 as float32. Collectives are read out of the optimized HLO; those in a loop's body count as often as
             it runs. Their bytes are, for a device, its operands ("operands") and the whole arrays, twice where they are
             added up, as that scatters and gathers ("moved", of which a device receives 1 - 1/n): the adapter's are what
             "lora" has more than "base". "On weights" are those that gather no weight, yet send an array of the shape of
             one, or of a device's piece: gradients of weights; "full" shows that they are seen. The tokens are one
             chunk of the loss: for each, a sharded head is gathered, in "base" too, next to which an adapter is nothing.
             Devices share this machine's cores: times only show that nothing goes wrong.
-checkpoint  bytes on disk over those of trainable leaves and optimiser, and how long training stands still for a save:
+checkpoint  bytes on disk over those of trainable leaves and optimizer, and how long training stands still for a save:
             "blocked" until `save` returns, "slowed" is what the steps beside the write take longer than others do. What
             a file adds is measured on random bits, without a base: it grows with the number of leaves.
 levers      what each way to need less does to the compiled LoRA step: temporaries and weights of scanned layers, the
             state that is trained and saved, and FLOPs, of layers one by one (of a scan XLA counts the body once).
 gpu         steps at 1B and 8B in bfloat16 and over NF4, each library in a process of its own, one after the other.
-            Model FLOPs are those of `jpeft.utilisation.step_flops`: what remat computes again and what dequantising
+            Model FLOPs are those of `jpeft.utilization.step_flops`: what remat computes again and what dequantizing
             takes are not counted. MFU is over the chip's dense bfloat16 peak. Memory is XLA's
             figure for the program, and what torch's allocator held at most.
 """
@@ -58,10 +58,14 @@ import optax
 from common import COLLECTIVES, Variant, collectives, compiled_facts, machine, markdown, measure, ratio
 
 import jpeft
-from jpeft import checkpoint, conversations, instruct, models, utilisation
+from jpeft import models
+from jpeft.core.tree import flatten, size_bytes
+from jpeft.hardware import utilization
 from jpeft.models.decoder import Decoder, DecoderConfig
-from jpeft.sharding import constrained, layout_of
-from jpeft.tree import flatten, size_bytes
+from jpeft.parallel.batches import constrained, layout_of
+from jpeft.recipes.tasks import chat
+from jpeft.text import conversations
+from jpeft.training import checkpoint
 
 RANK, ALPHA, TX, INTERVAL = 8, 16.0, optax.adamw(1e-4), 100
 LORA = jpeft.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
@@ -94,7 +98,7 @@ def batch_of(rows: int, length: int, vocabulary: int) -> conversations.Batch:
     ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     ones = np.ones((rows, length), np.int32)
-    return instruct.balanced(conversations.Batch(ids[:, :-1], ones, places, ids[:, 1:], ones.astype(np.float32)))
+    return chat.balanced(conversations.Batch(ids[:, :-1], ones, places, ids[:, 1:], ones.astype(np.float32)))
 
 
 def small_model(args: argparse.Namespace, **options: Any) -> Decoder:
@@ -120,9 +124,9 @@ def random_params(model: Decoder) -> Any:
 
 def train_step(method: Any, model: Any, params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
     """The compiled step and the state before it, abstract where the parameters are."""
-    peft = method.bind(model, params, *instruct.example_inputs())
+    peft = method.bind(model, params, *chat.example_inputs())
     state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), params), TX, jax.random.key(1))
-    step = jpeft.train_step(peft, instruct.loss_fn(peft), TX, **options)
+    step = jpeft.train_step(peft, chat.loss_fn(peft), TX, **options)
     return step.lower(state, params, batch).compile(), state
 
 
@@ -137,7 +141,7 @@ def base_step(model: Any, params: Any, batch: Any) -> tuple[Any, Any]:
         with nn.intercept_methods(add):
             return model.apply({"params": params}, *inputs, **options)
 
-    loss = instruct.loss_fn(types.SimpleNamespace(apply=apply))  # type: ignore[arg-type]
+    loss = chat.loss_fn(types.SimpleNamespace(apply=apply))  # type: ignore[arg-type]
 
     def step(shift: Any, params: Any, batch: Any) -> Any:
         with constrained(layout_of(batch)):
@@ -262,7 +266,7 @@ def saved(args: argparse.Namespace) -> Any:
         body.append([name, *cells])
     head = [
         "",
-        "trainable and optimiser",
+        "trainable and optimizer",
         "on disk",
         "/ full",
         "step",
@@ -277,7 +281,7 @@ def saved(args: argparse.Namespace) -> Any:
     title("Checkpoints of LoRA of random bits, which do not compress")
     body = [[name, str(r["leaves"]), mega(r["state"]), mega(r["disk"]), f"{(r['disk'] - r['state']) / 1024:+,.1f} KiB"]
             for name, r in sizes.items()]  # fmt: skip
-    markdown(["", "leaves", "trainable and optimiser", "on disk", "more"], body)
+    markdown(["", "leaves", "trainable and optimizer", "on disk", "more"], body)
     return {"timed": timed, "sizes": sizes}
 
 
@@ -304,7 +308,7 @@ def waits(method: Any, model: Decoder, rounds: int) -> dict[str, float]:
 def incompressible(model: Decoder) -> dict[str, int]:
     """Bytes of a checkpoint of LoRA; the base is not needed and stays abstract."""
     params = abstract_params(model)
-    peft = LORA.bind(model, params, *instruct.example_inputs())
+    peft = LORA.bind(model, params, *chat.example_inputs())
     state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), params), TX, jax.random.key(1))
     rng = np.random.default_rng(0)
 
@@ -374,7 +378,7 @@ def levers(args: argparse.Namespace) -> Any:
         body.append([name, show(row["temporaries"], mega), mega(row["weights"]), mega(row["state"]),
                      show(row["flops"], "{:.2f}".format)])  # fmt: skip
     title(f"{args.layers} layers of {args.width}, 8 x {4 * LENGTH} tokens, on {jax.default_backend()}")
-    markdown(["", "temporaries", "weights", "adapter and optimiser", "FLOPs / LoRA's"], body)
+    markdown(["", "temporaries", "weights", "adapter and optimizer", "FLOPs / LoRA's"], body)
     return rows
 
 
@@ -386,7 +390,7 @@ def gpu(args: argparse.Namespace) -> Any:
     if jax.default_backend() != "gpu":
         return print(f"\ngpu: there is none, JAX runs on {jax.default_backend()}")
     kind, rows = jax.devices()[0].device_kind, []
-    peak = utilisation.peak_flops(kind)
+    peak = utilization.peak_flops(kind)
     for name in args.shapes:
         shape = ROWS[name], 2048
         flops = model_flops(LLAMA[name], shape)
@@ -417,9 +421,9 @@ def model_flops(config: DecoderConfig, shape: tuple[int, int]) -> float:
     """Of a step: the same for both libraries and both bases."""
     model = Decoder(config)
     params = abstract_params(model)
-    adapter = LORA.bind(model, params, *instruct.example_inputs()).init(jax.random.key(0), params)
-    trained = jpeft.tree.count(adapter)
-    return utilisation.step_flops(model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
+    adapter = LORA.bind(model, params, *chat.example_inputs()).init(jax.random.key(0), params)
+    trained = jpeft.core.tree.count(adapter)
+    return utilization.step_flops(model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
 
 
 def median_of(run: Any, rounds: int) -> float:
@@ -436,7 +440,7 @@ def jpeft_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int) -> d
             params = jpeft.quantize(params, "nf4")
         compiled, state = train_step(LORA, model, params, batch)
         time_of = median_of(functools.partial(run_step, compiled, [state], params, batch, False), rounds)
-        # XLA's own figure: the allocator's high-water mark would be that of making and quantising the weights.
+        # XLA's own figure: the allocator's high-water mark would be that of making and quantizing the weights.
         facts = compiled_facts(compiled)
         held = facts["argument_bytes"] + facts["temporary_bytes"] + facts["fresh_bytes"]
         out[name] = {"seconds": time_of, "tokens": math.prod(shape), "peak_bytes": held}

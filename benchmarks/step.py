@@ -5,7 +5,7 @@
 Every variant trains the same thing: a two-class head on mean-pooled states and, as named, all weights or LoRA of rank 8
 (alpha 16, no dropout), under AdamW, in float32. Rounds are interleaved, a step of each variant in a shuffled order, so
 that what else the machine does falls on all alike. Ratios compare the medians and, for machines that are shared, the
-fastest steps, which neighbours disturbed least. FLOPs, temporary and optimiser bytes are the compiled step's own.
+fastest steps, which neighbors disturbed least. FLOPs, temporary and optimizer bytes are the compiled step's own.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import optax
 from common import Variant, compiled_facts, cross_entropy, measure, table
 
 import jpeft
-from jpeft.assets import resolve_model
-from jpeft.classify import Classifier, load_classifier
-from jpeft.tree import size_bytes
+from jpeft.core.tree import size_bytes
+from jpeft.recipes.assets import resolve_model
+from jpeft.recipes.tasks.classification import Classifier, load_classifier
 
 BATCH, LENGTH, RANK, ALPHA = 32, 64, 8, 16
 QV, ALL = r".*/(query|value)", "all-linear"
@@ -63,15 +63,15 @@ def jax_variant(name: str, model: Any, params: Any, method: jpeft.methods.Method
 
 
 def qwix_variant(name: str, model: Any, params: Any, pattern: str, data: Any) -> Variant:
-    """qwix's LoRA on the same Linen model: the same loss, optimiser and trainable head."""
+    """qwix's LoRA on the same Linen model: the same loss, optimizer and trainable head."""
     import qwix
 
     provider = qwix.LoraProvider(module_path=pattern, rank=RANK, alpha=ALPHA)
     lora = qwix.apply_lora_to_model(model, provider)
     full = jax.jit(lora.init)(jax.random.key(0), data["ids"], data["mask"])["params"]
     mine = lambda p: "lora" in p[-1] or p[0] == "classifier"  # noqa: E731
-    own = jpeft.tree.unflatten({p: x for p, x in jpeft.tree.flatten(full).items() if mine(p)})
-    base = jpeft.tree.unflatten({p: x for p, x in jpeft.tree.flatten(params).items() if not mine(p)})
+    own = jpeft.core.tree.unflatten({p: x for p, x in jpeft.core.tree.flatten(full).items() if mine(p)})
+    base = jpeft.core.tree.unflatten({p: x for p, x in jpeft.core.tree.flatten(params).items() if not mine(p)})
     tx = optax.adamw(1e-4)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

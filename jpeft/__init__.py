@@ -2,38 +2,38 @@
 
 from typing import Any
 
-from jpeft.geometry import register_geometry as register_geometry
+from jpeft.core.peft import Peft as Peft
+from jpeft.core.targets import TargetError as TargetError
+from jpeft.core.tree import combine as combine
+from jpeft.core.tree import masked as masked
+from jpeft.core.tree import partition as partition
 from jpeft.io import load as load
 from jpeft.io import save as save
-from jpeft.loftq import loftq as loftq
-from jpeft.methods import IA3 as IA3
-from jpeft.methods import BitFit as BitFit
-from jpeft.methods import Bottleneck as Bottleneck
-from jpeft.methods import Chain as Chain
-from jpeft.methods import LoRA as LoRA
-from jpeft.methods import PrefixTuning as PrefixTuning
-from jpeft.methods import Train as Train
-from jpeft.peft import Peft as Peft
-from jpeft.quantization import dequantize as dequantize
-from jpeft.quantization import quantize as quantize
-from jpeft.sharding import shard as shard
-from jpeft.sharding import shard_batch as shard_batch
-from jpeft.targets import TargetError as TargetError
-from jpeft.train import TrainState as TrainState
-from jpeft.train import train_step as train_step
-from jpeft.tree import combine as combine
-from jpeft.tree import masked as masked
-from jpeft.tree import partition as partition
+from jpeft.linen.registry import register_geometry as register_geometry
+from jpeft.methods.bitfit import BitFit as BitFit
+from jpeft.methods.bottleneck import Bottleneck as Bottleneck
+from jpeft.methods.chain import Chain as Chain
+from jpeft.methods.ia3 import IA3 as IA3
+from jpeft.methods.lora import LoRA as LoRA
+from jpeft.methods.prefix import PrefixTuning as PrefixTuning
+from jpeft.methods.train import Train as Train
+from jpeft.parallel.batches import shard_batch as shard_batch
+from jpeft.parallel.rules import shard as shard
+from jpeft.quantization.loftq import loftq as loftq
+from jpeft.quantization.tree import dequantize as dequantize
+from jpeft.quantization.tree import quantize as quantize
+from jpeft.training.step import TrainState as TrainState
+from jpeft.training.step import train_step as train_step
 
 
 def __getattr__(name: str) -> Any:
     """`jpeft.hf`, `jpeft.models` and what runs them are imported when first used: `import jpeft` stays light."""
     import importlib
 
-    if name in ("hf", "models", "losses"):
+    if name in ("hf", "models"):
         return importlib.import_module(f"jpeft.{name}")
     if name == "plan":
         return importlib.import_module("jpeft.planning").plan
     if name in ("generate", "stream"):
-        return getattr(importlib.import_module("jpeft.generation"), name)
+        return getattr(importlib.import_module("jpeft.serving.generation"), name)
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

@@ -7,15 +7,13 @@ after it, `load` finds the new tensors beside.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,21 +22,18 @@ import numpy as np
 from flax.core import meta
 
 from jpeft import methods
-from jpeft.fingerprint import difference, fingerprint
-from jpeft.hosts import leads, on_host, together
-from jpeft.methods.base import Method
-from jpeft.peft import Peft, split_variables
-from jpeft.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
+from jpeft.core.fingerprint import difference, fingerprint
+from jpeft.core.peft import Peft, split_variables
+from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
+from jpeft.errors import AdapterError
+from jpeft.files import read_safetensors, serialize, sync_folder, write_atomically
+from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
 CONFIG = "config.json"
 _PENDING = TENSORS + ".new"
 _FIELDS = {"format", "jpeft", "method", "sites", "base", "sha256"}
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read, or does not belong to this model. The message says what, and what to do."""
 
 
 def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) -> None:
@@ -60,17 +55,17 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     config = {
         "format": FORMAT,
         "jpeft": _version(),
-        "method": _serialisable(peft).to_dict(),
+        "method": _serializable(peft).to_dict(),
         "sites": [site.name for site in peft.sites],
         "base": fingerprint(tree),
     }
-    together(lambda: _write(FilePath(path), config, tensors) if leads() else None)
+    on_all_hosts(lambda: _write(FilePath(path), config, tensors) if is_main_process() else None)
 
 
 def _write(folder: FilePath, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
-    blob = _serialise(tensors)
+    blob = serialize(tensors)
     config["sha256"] = hashlib.sha256(blob).hexdigest()
     try:
         write_atomically(folder / _PENDING, blob)
@@ -188,7 +183,7 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
     if hashlib.sha256(file.read_bytes()).hexdigest() != config["sha256"]:
         raise AdapterError(f"{file} is not the file that {CONFIG} was written with: its SHA-256 differs; save it again")
     leaves = {path: jnp.asarray(tensors[name]) for name, (path, _, _) in expected.items()}
-    return like(unflatten(peft.dress(leaves, flatten(params))), params)
+    return like(unflatten(peft.place_like_base(leaves, flatten(params))), params)
 
 
 def _tensor_file(folder: FilePath, sha256: str) -> FilePath:
@@ -199,10 +194,10 @@ def _tensor_file(folder: FilePath, sha256: str) -> FilePath:
     return folder / TENSORS
 
 
-def _serialisable(peft: Peft) -> Method:
+def _serializable(peft: Peft) -> Any:
     """The method with functions among its targets replaced by the sites that they chose."""
 
-    def fixed(index: int, member: Method) -> Method:
+    def fixed(index: int, member: Any) -> Any:
         if not (callable(member.targets) or callable(member.exclude)):
             return member
         names = [a.site.name for a in peft.actions if a.member == index]
@@ -219,85 +214,3 @@ def _version() -> str:
         return version("jpeft")
     except PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-# --- files, shared with jpeft.hf and jpeft.models ---------------------------------------------------------------------
-
-
-def _serialise(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    from safetensors.numpy import save as serialise
-
-    # safetensors writes an array's buffer as it lies, so a transposed view would be scrambled.
-    return serialise({k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}, metadata=metadata)
-
-
-def write_safetensors(
-    file: FilePath, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file atomically. Inverse of `read_safetensors`."""
-    write_atomically(file, _serialise(tensors, metadata))
-
-
-def read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file. Inverse of `write_safetensors`.
-
-    Raises:
-      AdapterError: no such file, a pickle, or a truncated or malformed one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with file.open("rb") as f:
-            magic = f.read(2)
-    except FileNotFoundError:
-        raise AdapterError(f"{file} does not exist") from None
-    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise AdapterError(f"{file} is a pickle, which may run code when opened and is refused; save it as safetensors")
-    try:
-        # Not safetensors.numpy.load, which does not know bfloat16.
-        with safe_open(file, framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise AdapterError(f"{file} is no complete safetensors file ({e}): truncated, or of another kind") from e
-
-
-def write_atomically(file: FilePath, data: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part.
-
-    Raises:
-      OSError: it cannot be written, e.g. a full disk; the old one is intact and no temporary file is left.
-    """
-    with _temporary(file) as (descriptor, temporary):
-        with os.fdopen(descriptor, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-
-
-@contextlib.contextmanager
-def _temporary(file: FilePath) -> Iterator[tuple[int, str]]:
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would keep the file from everyone else
-        yield descriptor, name
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sync_folder(folder: FilePath) -> None:
-    """Makes renames in a folder durable, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,7 +3,7 @@
 import os
 
 # Before jax is imported: a flag that comes later is ignored. Nearly all time goes into compiling what runs once, and
-# half of that is LLVM's optimiser (what is compiled, its FLOPs and its bytes are XLA's and the same).
+# half of that is LLVM's optimizer (what is compiled, its FLOPs and its bytes are XLA's and the same).
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
 ])  # fmt: skip
@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jpeft import attention, geometry
+from jpeft.linen import attention, registry
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -27,17 +27,18 @@ def pytest_addoption(parser):
 @pytest.fixture
 def registries():
     """Lets a test register geometries and attentions, and forgets them afterwards."""
-    saved = dict(geometry.REGISTRY), dict(attention._REGISTRY)
+    tables = registry.REGISTRY, attention._REGISTRY
+    saved = [dict(table) for table in tables]
     yield
-    for registry, before in zip((geometry.REGISTRY, attention._REGISTRY), saved, strict=True):
-        registry.clear()
-        registry.update(before)
+    for table, before in zip(tables, saved, strict=True):
+        table.clear()
+        table.update(before)
 
 
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     """The HuggingFace folder of all-MiniLM-L6-v2: ``$JPEFT_MINILM``, or fetched once into jpeft's own cache."""
-    from jpeft import assets
+    from jpeft.recipes import assets
 
     given = os.environ.get("JPEFT_MINILM")
     return Path(given) if given else assets.resolve_model("minilm")
@@ -46,7 +47,7 @@ def minilm_folder() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """SmolLM2-135M-Instruct as a `.gguf` file: fetched once (93 MB)."""
-    from jpeft import assets
+    from jpeft.recipes import assets
 
     return assets.resolve_model("smollm2")
 

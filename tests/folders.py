@@ -35,7 +35,7 @@ def write_tokenizer(folder, template=TEMPLATE):
 
 
 def write_llama(folder, hidden_size, intermediate_size, scale=1):
-    """Two layers, weights as they are initialised times `scale`; returns the model and them."""
+    """Two layers, weights as they are initialized times `scale`; returns the model and them."""
     config = DecoderConfig(
         vocab_size=VOCABULARY, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256,

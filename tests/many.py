@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax  # what the forks will need
-
-import jpeft.cli
 import jpeft.distributed
 import jpeft.finetune
+
+import jpeft.cli
 
 
 @dataclass

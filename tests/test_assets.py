@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from jpeft import assets
-from jpeft.assets import Asset, UserError
+from jpeft.errors import UserError
+from jpeft.recipes import assets
+from jpeft.recipes.assets import Asset
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ MEMBERS = {
     "tiny_model/__init__.py": "raise SystemExit('imported')",
     "tiny_model/model/config.json": "{}",
     "tiny_model/model/1_Pooling/config.json": '{"mean": true}',
-    "tiny_model/modelling.py": "",
+    "tiny_model/modeling.py": "",
 }
 
 

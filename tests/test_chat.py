@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jpeft import chat
-from jpeft.assets import UserError
-from jpeft.chat import ChatError, Codec, Stream
+from jpeft.errors import UserError
+from jpeft.text import chat_template
+from jpeft.text import chat_template as chat
+from jpeft.text.chat_template import ChatError, ChatTokenizer, Stream
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -88,7 +89,7 @@ TOKENIZERS = {
 
 
 def codec_of(name, template=CHATML, special=None, stop_ids=()):
-    return Codec(TOKENIZERS[name], template, special or {}, stop_ids, "./tiny")
+    return ChatTokenizer(TOKENIZERS[name], template, special or {}, stop_ids, "./tiny")
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_encode_and_decode(codec):
 
 
 def test_encode_chat_gives_the_special_tokens_once(folder):
-    codec = chat.read(folder)
+    codec = chat_template.read(folder)
     ids = codec.encode_chat(ASK)
     assert codec.tokenizer.decode(ids, skip_special_tokens=False) == codec.render(ASK)
     assert ids[0] == 1 and ids[1] != 1 and ids.count(1) == 3
@@ -142,7 +143,7 @@ def test_a_prompt_without_text_is_an_error(codec):
     stripped = word_piece(None)
     stripped.normalizer = normalizers.Strip()
     with pytest.raises(ChatError, match="the prompt '  ' is empty, or nothing to the tokenizer"):
-        Codec(stripped, None, {}, (), "./tiny").encode("  ")
+        ChatTokenizer(stripped, None, {}, (), "./tiny").encode("  ")
 
 
 @pytest.mark.parametrize("id", [-1, 321, 1 << 40])
@@ -155,16 +156,16 @@ def test_an_id_that_the_tokenizer_does_not_have_is_an_error(codec, id):
 
 def test_an_id_in_a_gap_is_an_error():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
-    codec = Codec(tokenizer, None, {}, (), "./tiny")
+    codec = ChatTokenizer(tokenizer, None, {}, (), "./tiny")
     assert codec.size == 8 and codec.decode([7]) == "b"
     with pytest.raises(ChatError, match="no id 5"):
         codec.decode([5])
 
 
 def test_check_vocabulary(codec):
-    chat.check_vocabulary(codec, 321)
+    chat_template.check_vocabulary(codec, 321)
     with pytest.raises(ChatError, match="gives '<think>' the id 320, but the embedding has 320 rows"):
-        chat.check_vocabulary(codec, 320)
+        chat_template.check_vocabulary(codec, 320)
 
 
 # -------------------------------------------------------------------------------------------------------- templates
@@ -376,8 +377,8 @@ def test_a_stream_begins_anew_after_finish():
 
 def test_a_long_stream_decodes_few_ids_each_time(codec, monkeypatch):
     lengths = []
-    decode = Codec.decode
-    monkeypatch.setattr(Codec, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
+    decode = ChatTokenizer.decode
+    monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
     stream = Stream(codec)
     for id in codec.encode("the tea is hot " * 50):
         stream.push(id)
@@ -388,7 +389,7 @@ def test_a_long_stream_decodes_few_ids_each_time(codec, monkeypatch):
 
 
 def test_read_a_folder(folder):
-    codec = chat.read(str(folder))
+    codec = chat_template.read(str(folder))
     assert (codec.template, codec.special, codec.stop_ids, codec.where) == (
         CHATML,
         {"bos_token": "<|im_start|>"},
@@ -413,22 +414,22 @@ def test_stop_ids(folder, generation, config, eos, stop_ids):
     write(folder, "generation_config.json", generation)
     write(folder, "config.json", config)
     write(folder, "tokenizer_config.json", {"eos_token": eos})
-    assert chat.read(folder).stop_ids == stop_ids
+    assert chat_template.read(folder).stop_ids == stop_ids
 
 
 def test_special_tokens(folder):
     tokens = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "pad_token": None, "add_bos_token": True}
     write(folder, "tokenizer_config.json", tokens)
-    assert chat.read(folder).special == {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    assert chat_template.read(folder).special == {"bos_token": "<s>", "eos_token": "<|im_end|>"}
     write(folder, "special_tokens_map.json", {"bos_token": {"content": "<S>"}, "additional_special_tokens": ["<a>"]})
-    assert chat.read(folder).special == {"bos_token": "<S>", "eos_token": "<|im_end|>"}
+    assert chat_template.read(folder).special == {"bos_token": "<S>", "eos_token": "<|im_end|>"}
     write(folder, "tokenizer_config.json", tokens | {"added_tokens_decoder": {}})
-    assert chat.read(folder).special["bos_token"] == "<s>"
+    assert chat_template.read(folder).special["bos_token"] == "<s>"
 
 
 def test_a_token_that_is_special_only_by_the_config_is_one_token(folder):
     write(folder, "tokenizer_config.json", {"eos_token": "<think>", "unk_token": "the", "pad_token": "<new>"})
-    codec = chat.read(folder)
+    codec = chat_template.read(folder)
     the = codec.tokenizer.token_to_id("the")
     assert the is not None and codec.size == 321
     assert codec.decode([320, the, codec.encode("a")[1]]) == "a" and codec.stop_ids == (0, 320)
@@ -448,7 +449,7 @@ def test_a_token_that_is_special_only_by_the_config_is_one_token(folder):
 def test_where_a_template_is_found(folder, files, template):
     for name, content in files.items():
         write(folder, name, content)
-    assert chat.read(folder).template == template
+    assert chat_template.read(folder).template == template
 
 
 @pytest.mark.parametrize(
@@ -472,20 +473,20 @@ def test_files_that_cannot_be_understood(folder, name, content, error):
     else:
         write(folder, name, content)
     with pytest.raises(UserError, match=error) as raised:
-        chat.read(folder)
+        chat_template.read(folder)
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_paths_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        chat.read(tmp_path)
+        chat_template.read(tmp_path)
     with pytest.raises(ChatError, match=r"x: no such path; expected a HuggingFace folder or a \.gguf file"):
-        chat.read(tmp_path / "x")
+        chat_template.read(tmp_path / "x")
     with pytest.raises(ChatError, match=r"x\.gguf: no such path"):
-        chat.read(tmp_path / "x.gguf")
+        chat_template.read(tmp_path / "x.gguf")
     write(tmp_path, "x.bin", "")
     with pytest.raises(ChatError, match=r"x\.bin: is another file"):
-        chat.read(tmp_path / "x.bin")
+        chat_template.read(tmp_path / "x.bin")
 
 
 def test_a_missing_package_is_named(codec, folder, monkeypatch):
@@ -495,5 +496,5 @@ def test_a_missing_package_is_named(codec, folder, monkeypatch):
     assert raised.value.name == "jinja2"
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError) as raised:
-        chat.read(folder)
+        chat_template.read(folder)
     assert raised.value.name == "tokenizers"

@@ -19,8 +19,8 @@ from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jpeft import checkpoint
-from jpeft.checkpoint import CheckpointError, open_checkpoints, restore, restore_newest, save
+from jpeft.training import checkpoint
+from jpeft.training.checkpoint import CheckpointError, open_checkpoints, restore, restore_newest, save
 
 
 @pytest.fixture(autouse=True)

@@ -23,10 +23,15 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 import jpeft
-from jpeft import assets, checkpoint, classify, finetune, jobs, models, runs
-from jpeft.cli import main
-from jpeft.config import Config, parse_targets
+from jpeft import models
+from jpeft.cli.main import main
 from jpeft.models.bert import Bert, BertConfig
+from jpeft.recipes import assets, finetune, prepare, run_folder
+from jpeft.recipes import run_folder as runs
+from jpeft.recipes.config import Config, parse_targets
+from jpeft.recipes.tasks import classification
+from jpeft.recipes.tasks import classification as classify
+from jpeft.training import checkpoint
 from tests.folders import link
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
@@ -106,7 +111,9 @@ def finished(home, tmp_path_factory):
 def trained(run):
     """What must not depend on interruptions: the adapter to the bit, and the log but for its clock."""
     clock = {"seconds", "compiled", "tokens_per_second"}
-    log = [{k: v for k, v in line.items() if k not in clock} for line in runs.read_lines(Path(run) / "metrics.jsonl")]
+    log = [
+        {k: v for k, v in line.items() if k not in clock} for line in run_folder.read_lines(Path(run) / "metrics.jsonl")
+    ]
     return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
 
 
@@ -125,7 +132,7 @@ def failure(capsys, *arguments):
 def test_a_run_folder_holds_what_it_should(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {".lock", "adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "result.json"}
-    lines = runs.read_lines(finished / "metrics.jsonl")
+    lines = run_folder.read_lines(finished / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 10, 20, 30, 40]
     rates = [line["lr"] for line in lines if "lr" in line]
@@ -180,7 +187,7 @@ def test_without_an_out_runs_are_numbered_and_without_an_eval_some_are_held_out(
     assert sorted(path.name for path in Path("runs").iterdir()) == ["bert-lora-1", "bert-lora-2"]
     assert "8 of the examples are held out" in capsys.readouterr().out
     assert trained("runs/bert-lora-1") == trained("runs/bert-lora-2")
-    assert runs.latest_run() == Path("runs/bert-lora-2")
+    assert run_folder.latest_run() == Path("runs/bert-lora-2")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,7 @@ def test_every_method_trains_with_the_head(method, more, leaf, capsys):
     tensors = load_file("run/adapter/adapter.safetensors")
     assert any(name.startswith(leaf) for name in tensors)
     assert {"classifier/kernel", "classifier/bias"} <= tensors.keys()
-    fresh = finetune.prepare(Config(**json.loads(Path("run/config.json").read_text())["config"]), finetune.Silent())
+    fresh = prepare.prepare(Config(**json.loads(Path("run/config.json").read_text())["config"]), prepare.NullReporter())
     assert not np.array_equal(tensors["classifier/kernel"], fresh.params["classifier"]["kernel"])
     if method == "prefix":  # no change of weights
         assert "cannot be merged" in failure(capsys, "merge", "run", "merged")
@@ -214,21 +221,23 @@ def test_every_method_trains_with_the_head(method, more, leaf, capsys):
 
 def test_the_loss_and_the_scores_promote_nothing():
     config = Config(model="bert", data="train.csv", batch_size=4, max_length=24, targets="query", dropout=0.1)
-    made = finetune.prepare(config, finetune.Silent())
+    made = prepare.prepare(config, prepare.NullReporter())
     adapter = made.peft.init(jax.random.key(0), made.params)
     batch = next(iter(made.train))
     with jax.numpy_dtype_promotion("strict"):
-        score = jax.eval_shape(classify.scorer(made.peft), made.params, adapter, batch.input_ids, batch.attention_mask)
-        loss = jax.value_and_grad(classify.loss_fn(made.peft), has_aux=True)
+        score = jax.eval_shape(
+            classification.scorer(made.peft), made.params, adapter, batch.input_ids, batch.attention_mask
+        )
+        loss = jax.value_and_grad(classification.loss_fn(made.peft), has_aux=True)
         (value, metrics), _ = jax.eval_shape(loss, adapter, made.params, batch, jax.random.key(1))
     assert value.dtype == metrics["accuracy"].dtype == score.dtype == jnp.float32
 
 
 def test_the_default_is_lora_on_all_linear_layers_and_the_head():
-    method = jobs.build_method(Config())
+    method = prepare.build_method(Config())
     assert method == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
-    assert jobs.build_method(Config(rank=4)).members[0].alpha == 8
-    assert jobs.build_method(Config(method="full")) == jpeft.Train(".*")
+    assert prepare.build_method(Config(rank=4)).members[0].alpha == 8
+    assert prepare.build_method(Config(method="full")) == jpeft.Train(".*")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +261,7 @@ def start(arguments):
 
 def wait_for_lines(run, count, process):
     """Until the log of a run has so many lines."""
-    while process.poll() is None and len(runs.read_lines(run / "metrics.jsonl")) < count:
+    while process.poll() is None and len(run_folder.read_lines(run / "metrics.jsonl")) < count:
         time.sleep(0.002)
 
 
@@ -276,7 +285,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(finished):
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     (line,) = err.strip().splitlines()
-    step = runs.read_lines(run / "metrics.jsonl")[-1]["step"]
+    step = run_folder.read_lines(run / "metrics.jsonl")[-1]["step"]
     assert line == f"jpeft: error: stopped, saved up to step {step}; continue with: jpeft finetune --out run --resume"
     assert 4 <= step < 40 and (run / "checkpoints" / str(step)).is_dir()
     assert main([*job(run), "--resume"]) == 0
@@ -303,7 +312,7 @@ def test_a_crash_resumes_to_the_same_adapter(finished, monkeypatch, where, call)
         patch.setattr(owner, name, crash)
         with pytest.raises(Crash):
             main(job("run"))
-    assert runs.read_result(Path("run")) is None
+    assert run_folder.read_result(Path("run")) is None
     assert main(["finetune", "--out", "run", "--resume"]) == 0
     assert trained("run") == trained(finished)
 
@@ -496,7 +505,9 @@ def test_bad_data_is_one_line_and_makes_no_run(capsys, content, message):
 
 def test_a_long_text_is_cut():
     Path("long.csv").write_text("text,label\ngood,up\n" + "bad " * 25_000 + ",down\n")
-    made = finetune.prepare(Config(model="bert", data="long.csv", eval="long.csv", max_length=24), finetune.Silent())
+    made = prepare.prepare(
+        Config(model="bert", data="long.csv", eval="long.csv", max_length=24), prepare.NullReporter()
+    )
     assert sorted(map(len, made.train.encoded.ids)) == [3, 24]
 
 
@@ -581,7 +592,7 @@ def test_predict_from_arguments_files_and_stdin(finished, capsys, monkeypatch):
 
 def test_predict_agrees_with_the_evaluation(finished):
     rows = [json.loads(line) for line in Path("test.jsonl").read_text().splitlines()]
-    found = runs.open_run(finished).predict([row["text"] for row in rows], batch_size=7)
+    found = run_folder.open_run(finished).predict([row["text"] for row in rows], batch_size=7)
     hits = np.mean([label == row["label"] for (label, _), row in zip(found, rows, strict=True)])
     assert hits == json.loads((finished / "result.json").read_text())["accuracy_after"]
 
@@ -599,7 +610,7 @@ def test_mistakes_in_predicting(finished, stopped, capsys, monkeypatch):
 
 def test_merge_writes_a_folder_that_computes_the_same(finished, capsys):
     assert main(["merge", str(finished), "merged"]) == 0
-    run, (encoder, params) = runs.open_run(finished), models.load("merged")
+    run, (encoder, params) = run_folder.open_run(finished), models.load("merged")
     head = load_file("merged/classifier.safetensors")
     ids = jnp.asarray([[2, 4, 10, 3], [2, 7, 3, 0]])
     mask = jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0]])

@@ -9,9 +9,9 @@ from flax.core import FrozenDict, freeze
 from jax.sharding import PartitionSpec
 
 import jpeft
-from jpeft import geometry
-from jpeft.peft import bind_seen, look
-from jpeft.tree import flatten, unflatten
+from jpeft.binding import bind_survey, survey_model
+from jpeft.core import backend, geometry
+from jpeft.core.tree import flatten, unflatten
 from tests.zoo import LAYERS, METHODS, MODES, USES, Model, moved, numbers, parameters
 
 # The law: every method on every use of a weight, in these modes and dtypes; with --whole-product, in all.
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def quick_compiles():
-    """These models are tiny: XLA's optimisations cost more than they give."""
+    """These models are tiny: XLA's optimizations cost more than they give."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -64,12 +64,12 @@ def differ(a, b) -> bool:
 @pytest.mark.parametrize("use", USES)
 def test_running_under_an_adapter_is_running_the_unmodified_model_on_the_merged_tree(use, mode, dtype, monkeypatch):
     if dtype == "bfloat16":  # on an accelerator's layout
-        monkeypatch.setattr(geometry.base, "flatten_tokens", lambda: False)
+        monkeypatch.setattr(backend, "flatten_tokens", lambda: False)
     case = USES[use]
     model, x = Model(case.op(jnp.dtype(dtype)), mode), case.input(jnp.dtype(dtype))
     params = parameters(model, x)
-    seen = look(model, params, (x,), {})
-    pefts = {n: bind_seen(e.make(case), model, params, seen) for n, e in METHODS.items() if use in e.uses}
+    seen = survey_model(model, params, (x,), {})
+    pefts = {n: bind_survey(e.make(case), model, params, seen) for n, e in METHODS.items() if use in e.uses}
     pefts = {name: made for name, made in pefts.items() if mergeable(made)}
     assert {"LoRA", "IA3", "IA3 feedforward", "LoRA + IA3"} <= set(pefts)
     assert {s.via for s in pefts["LoRA"].sites} == {case.via}
@@ -149,7 +149,9 @@ def test_a_peft_is_functions_of_trees(method):
 
     labels = peft.labels(full)
     assert jax.tree.structure(labels) == jax.tree.structure(full)
-    assert {p for p, v in flatten(labels).items() if v == "trainable"} == set(flatten(adapter)) - peft.fixed_paths
+    assert {p for p, v in flatten(labels).items() if v == "trainable"} == set(
+        flatten(adapter)
+    ) - peft.non_trainable_paths
     assert set(jax.tree.leaves(peft.labels(adapter))) == {"trainable"}
 
     trainable, frozen = jpeft.partition(full, labels)

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from jpeft import conversations as talks
-from jpeft.assets import UserError
-from jpeft.chat import Codec
-from jpeft.conversations import Batch, Batches, Conversations, Encoded
+from jpeft.errors import UserError
+from jpeft.text import conversations as talks
+from jpeft.text import scoring
+from jpeft.text.chat_template import ChatTokenizer
+from jpeft.text.conversations import Batch, Batches, Conversations, Encoded
 from tests.test_chat import ASK, CHATML, GEMMA, LLAMA_2, TALK, byte_level, codec_of, sentencepiece
 
 TEA = ({"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes, hot."})
@@ -28,8 +29,8 @@ TURNS = (
 )
 CODECS = {
     "byte-level": codec_of("byte-level", stop_ids=(2,)),
-    "llama-2": Codec(sentencepiece(LLAMA_2), INST, {}, (2,), "./tiny"),
-    "gemma": Codec(sentencepiece(GEMMA), TURNS, {}, (2,), "./tiny"),
+    "llama-2": ChatTokenizer(sentencepiece(LLAMA_2), INST, {}, (2,), "./tiny"),
+    "gemma": ChatTokenizer(sentencepiece(GEMMA), TURNS, {}, (2,), "./tiny"),
 }
 
 
@@ -128,12 +129,12 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, message):
 
 def test_held_out_examples_are_of_no_training():
     whole = of(*[TEA] * 30)
-    train, test = talks.hold_out(whole, seed=3)
+    train, test = talks.train_test_split(whole, seed=3)
     assert len(test) == 3 and sorted(train.lines + test.lines) == list(whole.lines)
-    assert talks.hold_out(whole, seed=3)[1] == test != talks.hold_out(whole, seed=4)[1]
-    assert [len(part) for part in talks.hold_out(whole.take([0, 1], "two"), seed=0, share=1.0)] == [1, 1]
+    assert talks.train_test_split(whole, seed=3)[1] == test != talks.train_test_split(whole, seed=4)[1]
+    assert [len(part) for part in talks.train_test_split(whole.take([0, 1], "two"), seed=0, share=1.0)] == [1, 1]
     with pytest.raises(UserError, match=r"train\.jsonl: too few examples to hold some out"):
-        talks.hold_out(of(TEA), seed=0)
+        talks.train_test_split(of(TEA), seed=0)
 
 
 def test_prompts_end_before_the_last_answer():
@@ -143,7 +144,7 @@ def test_prompts_end_before_the_last_answer():
         talks.prompts(of(TEA, TEA[1:]))
 
 
-# ------------------------------------------------------------------------------------------------------- tokenising
+# ------------------------------------------------------------------------------------------------------- tokenizing
 
 
 def answers(encoded, codec, row):
@@ -177,7 +178,7 @@ def test_a_token_that_begins_before_an_answer_is_not_of_it():
     assert "Ġho" in tokenizer.get_vocab()
     for trim in (False, True):  # `trim_offsets`, the default, would have " ho" begin at its `h`
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-        codec = Codec(tokenizer, template, {}, (2,), "./tiny")
+        codec = ChatTokenizer(tokenizer, template, {}, (2,), "./tiny")
         messages = [*ASK, {"role": "assistant", "content": "hot"}]
         encoded = talks.encode(of(messages), codec, 99)
         assert answers(encoded, codec, 0) == ["t<|im_end|>"]
@@ -400,4 +401,4 @@ def test_an_example_longer_than_a_row():
     ],
 )
 def test_final_number(text, number):
-    assert talks.final_number(text) == number
+    assert scoring.final_number(text) == number

@@ -1,4 +1,4 @@
-"""Reading, labels, tokenising and the order of batches."""
+"""Reading, labels, tokenizing and the order of batches."""
 
 import json
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from jpeft import data
-from jpeft.assets import UserError
+from jpeft.errors import UserError
+from jpeft.text import batching, labeled, reading
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def encoded(lengths, max_length=128):
     ids = tuple(np.full(length, 10 + row, np.int32) for row, length in enumerate(lengths))
-    return data.Encoded(ids, np.arange(len(lengths), dtype=np.int32) % 3, max_length, 0)
+    return labeled.Encoded(ids, np.arange(len(lengths), dtype=np.int32) % 3, max_length, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -39,7 +39,7 @@ def test_csv_and_jsonl_give_the_same_examples(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + f"review,id,stars\r\n{quoted}".encode())
     lines = [json.dumps({"review": text, "id": 7, "stars": label}, ensure_ascii=False) for text, label in rows]
     (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
-    from_csv, from_jsonl = (data.read(tmp_path / name, "review", "stars") for name in ("a.csv", "a.jsonl"))
+    from_csv, from_jsonl = (labeled.read(tmp_path / name, "review", "stars") for name in ("a.csv", "a.jsonl"))
     assert from_csv.texts == from_jsonl.texts == tuple(text for text, _ in rows)
     assert from_csv.labels == from_jsonl.labels == ("up", "down", "up")
     assert from_csv.lines == (3, 4, 5) and from_jsonl.lines == (1, 3, 5)
@@ -48,13 +48,13 @@ def test_csv_and_jsonl_give_the_same_examples(tmp_path):
 def test_labels_that_are_numbers_in_json_are_those_of_csv(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": true}\n')
     (tmp_path / "a.csv").write_text("text,label\na,1\nb, true\n")
-    found = [data.read(tmp_path / name, "text", "label").labels for name in ("a.jsonl", "a.csv")]
+    found = [labeled.read(tmp_path / name, "text", "label").labels for name in ("a.jsonl", "a.csv")]
     assert found == [("1", "true"), ("1", "true")]
 
 
 def test_a_long_text_is_read_whole(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n" + "good tea " * 50_000 + ",up\n")
-    assert len(data.read(tmp_path / "a.csv", "text", "label").texts[0]) == 450_000
+    assert len(labeled.read(tmp_path / "a.csv", "text", "label").texts[0]) == 450_000
 
 
 @pytest.mark.parametrize(
@@ -89,73 +89,75 @@ def test_a_long_text_is_read_whole(tmp_path):
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        data.read(tmp_path / name, "text", "label")
+        labeled.read(tmp_path / name, "text", "label")
     assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"none\.csv: No such file"):
-        data.read(tmp_path / "none.csv", "text")
+        labeled.read(tmp_path / "none.csv", "text")
 
 
 # ----------------------------------------------------------------------------------------------------------- labels
 
 
 def examples(labels, source="train.csv"):
-    return data.Examples(source, tuple(map(str, range(len(labels)))), tuple(labels), tuple(range(2, len(labels) + 2)))
+    return labeled.Examples(
+        source, tuple(map(str, range(len(labels)))), tuple(labels), tuple(range(2, len(labels) + 2))
+    )
 
 
 def test_classes_are_sorted_numbers_by_value():
-    assert data.label_names(examples(["10", "9", "b", "9", "-1"])) == ("9", "10", "-1", "b")
-    assert data.label_ids(examples(["b", "a"]), ("a", "b")).tolist() == [1, 0]
+    assert labeled.label_names(examples(["10", "9", "b", "9", "-1"])) == ("9", "10", "-1", "b")
+    assert labeled.label_ids(examples(["b", "a"]), ("a", "b")).tolist() == [1, 0]
 
 
 def test_one_class_only():
     with pytest.raises(UserError, match=r"train\.csv: every example has the label 'up'; two classes or more"):
-        data.label_names(examples(["up", "up"]))
+        labeled.label_names(examples(["up", "up"]))
 
 
 def test_a_label_of_its_own_for_every_example_is_no_class():
     with pytest.raises(UserError, match="30 examples, each with a label of its own"):
-        data.label_names(examples([str(n) for n in range(30)]))
+        labeled.label_names(examples([str(n) for n in range(30)]))
 
 
 def test_labels_unseen_in_training():
     with pytest.raises(UserError, match=r"test\.csv: 3 of 4 .*: 'meh', 'new' \(first 'meh' at line 3"):
-        data.label_ids(examples(["up", "meh", "new", "meh"], "test.csv"), ("down", "up"))
+        labeled.label_ids(examples(["up", "meh", "new", "meh"], "test.csv"), ("down", "up"))
 
 
 def test_held_out_examples_are_of_every_class_and_of_no_training():
     whole = examples(["a"] * 40 + ["b"] * 11 + ["c"])
-    train, test = data.hold_out(whole, seed=3)
+    train, test = labeled.train_test_split(whole, seed=3)
     assert sorted(train.texts + test.texts) == sorted(whole.texts)
     assert (test.labels.count("a"), test.labels.count("b"), test.labels.count("c")) == (4, 1, 0)
-    assert data.hold_out(whole, seed=3)[1] == test != data.hold_out(whole, seed=4)[1]
+    assert labeled.train_test_split(whole, seed=3)[1] == test != labeled.train_test_split(whole, seed=4)[1]
 
 
 def test_too_few_to_hold_out():
     with pytest.raises(UserError, match="too few examples to hold some out"):
-        data.hold_out(examples(["a", "b"]), seed=0)
+        labeled.train_test_split(examples(["a", "b"]), seed=0)
 
 
-# ------------------------------------------------------------------------------------------------------- tokenising
+# ------------------------------------------------------------------------------------------------------- tokenizing
 
 
 def test_texts_become_ids_cut_but_not_padded(folder):
-    tokenizer = data.load_tokenizer(folder, 5)
-    found = data.encode(["good tea", "good tea stale tea good", "green"], tokenizer, 5)
+    tokenizer = reading.load_tokenizer(folder, 5)
+    found = labeled.encode(["good tea", "good tea stale tea good", "green"], tokenizer, 5)
     assert [ids.tolist() for ids in found.ids] == [[2, 4, 5, 3], [2, 4, 5, 6, 3], [2, 1, 3]]
 
 
 def test_a_text_of_100_000_characters_costs_what_is_kept_of_it(folder):
-    tokenizer, seen = data.load_tokenizer(folder, 16), []
+    tokenizer, seen = reading.load_tokenizer(folder, 16), []
 
     class Watched:
         def encode_batch(self, texts):
             seen.extend(map(len, texts))
             return tokenizer.encode_batch(texts)
 
-    (ids,) = data.encode(["good tea " * 12_000], Watched(), 16).ids
+    (ids,) = labeled.encode(["good tea " * 12_000], Watched(), 16).ids
     assert ids.tolist() == [2, *([4, 5] * 7), 3]
     assert seen == [16 * 64]
 
@@ -167,20 +169,20 @@ def test_a_folder_without_a_tokenizer(tmp_path, content, message):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        data.load_tokenizer(tmp_path, 16)
+        reading.load_tokenizer(tmp_path, 16)
 
 
 def test_no_room_for_text(folder):
     with pytest.raises(UserError, match="--max-length 1 leaves no room"):
-        data.load_tokenizer(folder, 1)
+        reading.load_tokenizer(folder, 1)
 
 
 def test_roberta_counts_positions_from_behind_the_padding():
     class Config:
         max_position_embeddings, model_type, pad_token_id = 514, "xlm-roberta", 1
 
-    assert data.length_limit(Config) == 512
-    assert data.length_limit(object()) == 512
+    assert labeled.length_limit(Config) == 512
+    assert labeled.length_limit(object()) == 512
 
 
 # --------------------------------------------------------------------------------------------------------- batching
@@ -191,7 +193,7 @@ lengths = st.lists(st.integers(1, 128), min_size=1, max_size=90)
 @settings(deadline=None, max_examples=60)
 @given(lengths, st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_every_epoch_shows_every_example_once(lengths, size, seed, epochs):
-    batches = data.Batches(encoded(lengths), size, seed, epochs)
+    batches = labeled.Batches(encoded(lengths), size, seed, epochs)
     made = list(batches)
     assert len(made) == len(batches) == epochs * batches.per_epoch
     for epoch in range(epochs):
@@ -202,7 +204,7 @@ def test_every_epoch_shows_every_example_once(lengths, size, seed, epochs):
 @settings(deadline=None, max_examples=60)
 @given(lengths, st.integers(1, 9), st.data())
 def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, draw):
-    batches = data.Batches(encoded(lengths), size, seed=5, epochs=3)
+    batches = labeled.Batches(encoded(lengths), size, seed=5, epochs=3)
     step = draw.draw(st.integers(0, len(batches)))
     resumed, whole = list(batches.start(step)), list(batches)[step:]
     assert len(resumed) == len(whole)
@@ -214,7 +216,7 @@ def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, d
 @given(lengths, st.integers(1, 9))
 def test_rows_are_padded_and_fillers_weigh_nothing(lengths, size):
     source = encoded(lengths)
-    for batch in data.Batches(source, size, seed=0):
+    for batch in labeled.Batches(source, size, seed=0):
         assert batch.input_ids.shape == batch.attention_mask.shape == (size, batch.input_ids.shape[1])
         assert batch.input_ids.shape[1] in (48, 80, 128)
         for slot, row in enumerate(batch.rows):
@@ -229,7 +231,7 @@ def test_rows_are_padded_and_fillers_weigh_nothing(lengths, size):
 
 def test_order_differs_by_epoch_and_by_seed():
     def rows(seed):
-        return [batch.rows.tolist() for batch in data.Batches(encoded([9] * 64), 8, seed, epochs=2)]
+        return [batch.rows.tolist() for batch in labeled.Batches(encoded([9] * 64), 8, seed, epochs=2)]
 
     assert rows(0) == rows(0) != rows(1)
     assert rows(0)[:8] != rows(0)[8:]
@@ -237,17 +239,17 @@ def test_order_differs_by_epoch_and_by_seed():
 
 def test_sorting_saves_most_of_the_padding():
     lengths = np.random.default_rng(0).integers(5, 128, 2000)
-    batches = list(data.Batches(encoded(lengths), 16, seed=0))
+    batches = list(labeled.Batches(encoded(lengths), 16, seed=0))
     padded = sum(batch.input_ids.size for batch in batches)
     assert padded < 1.35 * lengths.sum() < 0.75 * 2000 * 128
 
 
 def test_evaluation_goes_by_length_once():
-    batches = data.Batches(encoded([50, 3, 70, 4]), 2)
+    batches = labeled.Batches(encoded([50, 3, 70, 4]), 2)
     assert [batch.rows.tolist() for batch in batches] == [[1, 3], [0, 2]]
     assert [batch.input_ids.shape for batch in batches] == [(2, 48), (2, 80)]
 
 
 @pytest.mark.parametrize(("length", "limit", "padded"), [(1, 128, 48), (49, 128, 80), (81, 100, 100), (32, 32, 32)])
 def test_buckets(length, limit, padded):
-    assert data.bucket(length, limit) == padded
+    assert batching.bucket(length, limit) == padded

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import jpeft
-from jpeft import models, tree
-from jpeft.models import decoder, ops
+from jpeft import models
+from jpeft.core import tree
+from jpeft.models import decoder, decoder_hf, ops
 from jpeft.models.decoder import FULL, SLIDING, init_cache
 from jpeft.models.rotary import Rotary
 from tests.zoo import save_tensors
@@ -25,7 +26,7 @@ from tests.zoo import save_tensors
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
-# Between them: full, sliding and mixed layers, soft-caps, normalised queries and keys, biases, a tied head.
+# Between them: full, sliding and mixed layers, soft-caps, normalized queries and keys, biases, a tied head.
 KINDS = {
     "llama": {"model_type": "llama", "rope_theta": 500.0},
     "mistral": {"model_type": "mistral", "sliding_window": 4},
@@ -39,7 +40,7 @@ ROWS = [np.random.default_rng(n).integers(0, 60, n) for n in LENGTHS]
 
 
 def build(config, **options):
-    return decoder.from_config({**SIZES, **config}, **options)
+    return decoder_hf.from_config({**SIZES, **config}, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -387,7 +388,7 @@ def test_attention_dropout_is_right_on_average():
 def path(request, monkeypatch):
     """Our attention as CPUs run it, and `jax.nn.dot_product_attention` as others do."""
     if request.param == "jax":
-        monkeypatch.setattr("jpeft.geometry.base.flatten_tokens", lambda: False)
+        monkeypatch.setattr("jpeft.core.backend.flatten_tokens", lambda: False)
     return request.param
 
 
@@ -707,7 +708,7 @@ BAD_TENSORS = {
     "misshapen": (with_tensor(UP, np.ones((48, 31), np.float32)),
                   r"model/layers/1/mlp/up_proj/kernel has shape \(31, 48\), the model needs \(32, 48\)"),
     "another rank": (with_tensor(UP, np.ones((48, 32, 1), np.float32)), r"up_proj/kernel has shape \(1, 32, 48\)"),
-    "quantised": (with_tensor(UP, np.ones((48, 32), np.int8)), f"{UP} is int8; quantised"),
+    "quantized": (with_tensor(UP, np.ones((48, 32), np.int8)), f"{UP} is int8; quantized"),
 }  # fmt: skip
 
 
@@ -759,9 +760,9 @@ BAD_CONFIGS = {
     "bidirectional": ("gemma3", {"use_bidirectional_attention": True},
                       "use_bidirectional_attention=True is not supported, only False"),
     "partial rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0"),
-    "quantised": ("llama", {"quantization_config": {"bits": 4}}, "its weights are quantised"),
-    "quantised outside": ("gemma3", {"model_type": "gemma3", "text_config": SIZES, "quantization_config": {"bits": 4}},
-                          "quantised"),
+    "quantized": ("llama", {"quantization_config": {"bits": 4}}, "its weights are quantized"),
+    "quantized outside": ("gemma3", {"model_type": "gemma3", "text_config": SIZES, "quantization_config": {"bits": 4}},
+                          "quantized"),
     "text_config": ("gemma3", {"model_type": "gemma3", "text_config": None}, "text_config=None is not an object"),
     "rope type": ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2}},
                   "rope_type 'longrope' is not supported, only default, linear"),
@@ -841,8 +842,8 @@ def test_nulls_are_the_defaults_of_the_family():
     fields = ("vocab_size", "head_dim", "num_key_value_heads", "rms_norm_eps", "hidden_act", "tie_word_embeddings",
               "rope_scaling", "rope_theta", "layer_types", "quantization_config", "attention_bias")  # fmt: skip
     for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
-        plain = decoder.from_config({"model_type": kind})
-        assert decoder.from_config({"model_type": kind, **dict.fromkeys(fields)}) == plain
+        plain = decoder_hf.from_config({"model_type": kind})
+        assert decoder_hf.from_config({"model_type": kind, **dict.fromkeys(fields)}) == plain
 
 
 MORE_CONFIGS = {
@@ -865,7 +866,7 @@ def test_the_config_written_is_the_inverse_of_the_config_read(name):
     config = {**KINDS, **MORE_CONFIGS}[name]
     model = build(config)
     assert model != build({"model_type": config["model_type"], "sliding_window": 7, "rope_theta": 3.0})
-    written = json.loads(json.dumps(decoder.to_config(model)))
-    assert decoder.from_config(written) == model
-    assert decoder.to_config(decoder.from_config(written)) == written
+    written = json.loads(json.dumps(decoder_hf.to_config(model)))
+    assert decoder_hf.from_config(written) == model
+    assert decoder_hf.to_config(decoder_hf.from_config(written)) == written
     assert written["architectures"] and written["model_type"] == config["model_type"]

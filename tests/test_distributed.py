@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jpeft.cli import main
+from jpeft.cli.main import main
 from tests.folders import link, write_bert, write_llama
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
 WORDS = ["red", "green", "blue", "one", "two", "three", "tea", "sun", "rain"]
 CHAT = """finetune --task chat --model llama --data train.jsonl --eval test.jsonl --quantize none --samples 0 --rank 2
  --max-length 64 --batch-size 8 --steps 6 --checkpoint-every 3 --lr 1e-3"""
-LABELS = """finetune --model bert --data labelled.jsonl --eval labelled_test.jsonl --batch-size 8 --epochs 1 --lr 1e-2
+LABELS = """finetune --model bert --data labeled.jsonl --eval labelled_test.jsonl --batch-size 8 --epochs 1 --lr 1e-2
  --max-length 32"""
 
 
@@ -32,7 +32,7 @@ def talks(first, last):
     return [{"prompt": f"say {WORDS[i % 9]} {i}", "completion": f"{WORDS[i * 7 % 9]} {i}"} for i in range(first, last)]
 
 
-def labelled(first, last):
+def labeled(first, last):
     return [{"text": f"{WORDS[i % 9]} {WORDS[i * 7 % 9]}", "label": "ab"[i % 2]} for i in range(first, last)]
 
 
@@ -47,8 +47,8 @@ def home(tmp_path_factory):
     write_bert(folder / "bert")
     write(folder / "train.jsonl", talks(0, 48))
     write(folder / "test.jsonl", talks(48, 60))
-    write(folder / "labelled.jsonl", labelled(0, 44))
-    write(folder / "labelled_test.jsonl", labelled(44, 60))
+    write(folder / "labeled.jsonl", labeled(0, 44))
+    write(folder / "labelled_test.jsonl", labeled(44, 60))
     return folder
 
 

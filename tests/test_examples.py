@@ -68,7 +68,7 @@ def test_language_models(tmp_path, monkeypatch):
     assert (tmp_path / "hf" / "adapter_config.json").is_file()
 
 
-def test_quantised_bases(tmp_path, monkeypatch):
+def test_quantized_bases(tmp_path, monkeypatch):
     code = readme("path/to/qwen")
     monkeypatch.chdir(tmp_path)
     model = Decoder(DecoderConfig(vocab_size=30, hidden_size=64, intermediate_size=128,

@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import Mesh
 
 import jpeft
-from jpeft import generation, models, tree
-from jpeft.generation import GenerationError, _decode, _likeliest, _prefill, generate, stream
+from jpeft import models
+from jpeft.core import tree
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig
+from jpeft.serving import generation
+from jpeft.serving.generation import GenerationError, _decode, _likeliest, _prefill, generate, stream
 
 # A layer that sees all and one that sees a window, shorter than the prompts.
 CONFIG = DecoderConfig(
@@ -131,7 +133,7 @@ def test_up_to_the_last_position_of_the_model():
 
 
 def test_a_longer_bucket_gives_the_same_tokens():
-    assert run(shortest=32) == greedy()
+    assert run(min_prompt_length=32) == greedy()
 
 
 def test_only_ids_of_the_tokenizer_are_drawn():
@@ -205,7 +207,7 @@ def test_a_rows_draws_depend_on_nothing_but_itself():
     assert run(others, **settings)[0] == want[0]  # the other rows
     assert run([*others[:2], PROMPTS[2]], **settings)[2] == want[2]
     assert run([PROMPTS[0]], **settings)[0] == want[0]  # how many there are
-    assert run(shortest=32, **settings) == want  # padding
+    assert run(min_prompt_length=32, **settings) == want  # padding
     assert [row[:4] for row in run(max_new_tokens=4, **settings)] == [row[:4] for row in want]  # how far it goes
     stop = want[1][0]
     assert run(stop_ids=[stop], **settings) == cut(want, [stop])  # where another ends

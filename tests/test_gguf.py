@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jpeft import chat
-from jpeft.models.files import ModelError
+from jpeft.errors import ModelError
 from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special, read_tokenizer, stop_ids
+from jpeft.text import chat_template
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, ROWS, LAYERS = 32, 4, 2, 8, 64, 20, 2
 TYPE = gguf.TokenType
@@ -205,9 +205,9 @@ def test_tensors_are_those_of_huggingface(file, arch):
         np.testing.assert_allclose(values[names[name]], value, rtol=0, atol=3e-7 if arch.startswith("gemma") else 0)
 
 
-@pytest.mark.parametrize("quantised", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantised_weights_are_permuted_and_dequantised(file, quantised):
-    kind = gguf.GGMLQuantizationType[quantised]
+@pytest.mark.parametrize("quantized", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantized_weights_are_permuted_and_dequantized(file, quantized):
+    kind = gguf.GGMLQuantizationType[quantized]
     weight = tensors_of("llama")["blk.0.attn_q.weight"]
     packed = gguf.quantize(permuted(weight, HEADS), kind)
     with open_tensors(write(file, "llama", tensors_of("llama") | {"blk.0.attn_q.weight": (packed, kind)})) as tensors:
@@ -327,7 +327,7 @@ def spm_keys(user_defined=(), **more):
 
 
 def sentencepiece(keys, text):
-    """SentencePiece's BPE, by its definition: join the best neighbours, leftmost first, until none are a piece."""
+    """SentencePiece's BPE, by its definition: join the best neighbors, leftmost first, until none are a piece."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     score = {t: s for t, s, kind in zip(tokens, keys["tokenizer.ggml.scores"], types, strict=True) if kind == 1}
     symbols = list(text.replace(" ", "▁"))
@@ -385,7 +385,7 @@ def test_special_tokens_chat_template_and_stop_ids(file):
 
 def test_a_codec_of_the_file(file):
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    codec = chat.read(vocabulary(file, gpt2_keys(eot_token_id=0) | {"tokenizer.chat_template": template}))
+    codec = chat_template.read(vocabulary(file, gpt2_keys(eot_token_id=0) | {"tokenizer.chat_template": template}))
     ids = codec.encode_chat([{"role": "user", "content": "I go"}])
     assert (ids[0], ids[-1]) == (1, 2) and codec.decode(ids) == "I go"
     assert codec.stop_ids == (2, 0) and codec.where == str(file)
@@ -498,7 +498,7 @@ def test_tensors_that_cannot_be_read(file):
     with open_tensors(write(file, tensors=tensors_of("llama") | unknown)) as tensors:
         tensor = tensors["model.layers.0.self_attn.v_proj.weight"]
         assert tensor.shape == (4, block)
-        with pytest.raises(ModelError, match=r"blk\.0\.attn_v\.weight is of type Q8_K, which gguf does not dequantise"):
+        with pytest.raises(ModelError, match=r"blk\.0\.attn_v\.weight is of type Q8_K, which gguf does not dequantize"):
             tensor.read()
     odd = tensors_of("llama") | {"blk.1.attn_k.weight": np.zeros((6, HIDDEN), np.float32)}
     with (

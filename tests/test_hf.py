@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jpeft
+from jpeft.errors import AdapterError
 from jpeft.hf import config as hf_config
 from jpeft.hf.names import Names
-from jpeft.io import AdapterError
 from tests.zoo import same
 
 

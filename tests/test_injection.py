@@ -13,7 +13,7 @@ import pytest
 from flax import struct
 
 import jpeft
-from jpeft.tree import flatten
+from jpeft.core.tree import flatten
 from tests.zoo import moved, parameters
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 4)), jnp.float32)
@@ -23,7 +23,7 @@ BOTTLENECK = jpeft.Bottleneck(size=2, targets=r".*op")
 
 @pytest.fixture(autouse=True)
 def quick_compiles():
-    """These models are tiny: XLA's optimisations cost more than they give."""
+    """These models are tiny: XLA's optimizations cost more than they give."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -478,7 +478,7 @@ def test_the_base_takes_no_gradient_and_a_stack_of_adapters_serves_a_batch():
 
 
 class Decoder(nn.Module):
-    """A causal transformer as people write them: scanned, rematerialised layers, one table for both ends.
+    """A causal transformer as people write them: scanned, rematerialized layers, one table for both ends.
 
     The bias of its keys is left out below: it shifts every score of a query alike, which softmax does not see.
     """

@@ -14,13 +14,16 @@ import optax
 import pytest
 
 import jpeft
-from jpeft import chat, conversations, instruct, models, runs
-from jpeft.cli import main
-from jpeft.config import Config
-from jpeft.conversations import Batches
-from jpeft.jobs import Silent, build_method, prepare
-from jpeft.quantization import Quantized
-from jpeft.tree import flatten
+from jpeft import models
+from jpeft.cli.main import main
+from jpeft.core.quantized import Quantized
+from jpeft.core.tree import flatten
+from jpeft.recipes import run_folder
+from jpeft.recipes.config import Config
+from jpeft.recipes.prepare import NullReporter, build_method, prepare
+from jpeft.recipes.tasks import chat
+from jpeft.text import chat_template, conversations
+from jpeft.text.conversations import Batches
 from tests.folders import link, write_bert, write_llama
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
@@ -74,7 +77,7 @@ def finished(home, tmp_path_factory):
 
 def ready(packed=True, **config):
     options = {"task": "chat", "model": "llama", "data": "train.jsonl", "eval": "test.jsonl", "batch_size": 2}
-    return prepare(Config(**options, max_length=WIDTH * 2, packed=packed, **config), Silent())
+    return prepare(Config(**options, max_length=WIDTH * 2, packed=packed, **config), NullReporter())
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -104,19 +107,19 @@ def test_packed_loss_is_that_of_every_example_alone(quantize):
     for packed in (True, False):
         batches = Batches(made.train.encoded, 2, WIDTH * 2, seed=3, packed=packed)
         assert batches.count.answer_tokens == count
-        score = instruct.scorer(made.peft)
-        assert instruct.evaluate(score, made.params, adapter, batches).loss == pytest.approx(wanted, abs=1e-5)
+        score = chat.scorer(made.peft)
+        assert chat.evaluate(score, made.params, adapter, batches).loss == pytest.approx(wanted, abs=1e-5)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     made = ready(quantize="none")
-    adapter, batch = noisy(made), instruct.balanced(next(iter(made.train)))
+    adapter, batch = noisy(made), chat.balanced(next(iter(made.train)))
     batch = jax.tree.map(lambda x: np.concatenate([x, np.roll(x, 3, 0)[::-1]]), batch)
     batch.weight[0, :50] = 0  # rows that weigh differently
-    batch, tx = instruct.balanced(batch), optax.sgd(1.0)
+    batch, tx = chat.balanced(batch), optax.sgd(1.0)
     found = []
     for accumulate in (1, 2, 4):
-        step = jpeft.train_step(made.peft, instruct.loss_fn(made.peft), tx, accumulate=accumulate, donate=False)
+        step = jpeft.train_step(made.peft, chat.loss_fn(made.peft), tx, accumulate=accumulate, donate=False)
         state = jpeft.TrainState.create(made.peft, adapter, tx, jax.random.key(0))
         state, metrics = step(state, made.params, batch)
         found.append((metrics, state.adapter))
@@ -129,18 +132,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 def test_the_loss_promotes_nothing():
     made = ready()
-    batch = instruct.balanced(next(iter(made.train)))
+    batch = chat.balanced(next(iter(made.train)))
     adapter = jax.eval_shape(made.peft.init, jax.random.key(0), made.params)
     with jax.numpy_dtype_promotion("strict"):
-        loss = jax.value_and_grad(instruct.loss_fn(made.peft), has_aux=True)
+        loss = jax.value_and_grad(chat.loss_fn(made.peft), has_aux=True)
         jax.eval_shape(loss, adapter, made.params, batch, jax.random.key(0))
 
 
 def test_no_array_of_all_logits_is_made():
     made = ready(quantize="none")
-    batch = instruct.balanced(next(iter(Batches(made.train.encoded, 40, WIDTH * 2))))
+    batch = chat.balanced(next(iter(Batches(made.train.encoded, 40, WIDTH * 2))))
     adapter = made.peft.init(jax.random.key(0), made.params)
-    grad = jax.grad(instruct.loss_fn(made.peft), has_aux=True)
+    grad = jax.grad(chat.loss_fn(made.peft), has_aux=True)
     text = jax.jit(grad).lower(adapter, made.params, batch, jax.random.key(0)).as_text()
     assert f"{40 * WIDTH * 2}x260x" not in text and f"40x{WIDTH * 2}x260x" not in text and "x260xf32" in text
 
@@ -154,7 +157,9 @@ def test_the_default_is_lora_on_all_linear_layers():
 
 def trained(run):
     clock = {"seconds", "compiled", "tokens_per_second"}
-    log = [{k: v for k, v in line.items() if k not in clock} for line in runs.read_lines(Path(run) / "metrics.jsonl")]
+    log = [
+        {k: v for k, v in line.items() if k not in clock} for line in run_folder.read_lines(Path(run) / "metrics.jsonl")
+    ]
     return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
 
 
@@ -176,9 +181,9 @@ def test_the_best_adapter_events_and_a_trace(capsys):
     more = ["--epochs", "1", "--samples", "0", "--eval-every", "3", "--keep", "best", "--tensorboard"]
     write(Path("other.jsonl"), [{"question": "1+1?", "answer": "QXZ~^{}|"}] * 2)  # likelier before than after
     assert main([*job("run"), *more, "--profile", "2:2", "--eval", "other.jsonl"]) == 0
-    lines = runs.read_lines(Path("run/metrics.jsonl"))
+    lines = run_folder.read_lines(Path("run/metrics.jsonl"))
     found = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
-    result, best = runs.read_result(Path("run")), min(found, key=found.get)
+    result, best = run_folder.read_result(Path("run")), min(found, key=found.get)
     assert best != max(found), "the last is the best: nothing is tested"
     assert result["step_kept"] == best and result["loss_after"] == found[best]
     assert f"the adapter of step {best} is kept" in capsys.readouterr().out
@@ -189,10 +194,12 @@ def test_the_best_adapter_events_and_a_trace(capsys):
 
 
 def test_it_learns_and_says_so(finished):
-    result = runs.read_result(finished)
+    result = run_folder.read_result(finished)
     assert result["perplexity_after"] < 0.7 * result["perplexity_before"]
     assert result["perplexity_before"] == pytest.approx(math.exp(result["loss_before"]))
-    assert result["steps"] == len([line for line in runs.read_lines(finished / "metrics.jsonl") if "loss" in line])
+    assert result["steps"] == len(
+        [line for line in run_folder.read_lines(finished / "metrics.jsonl") if "loss" in line]
+    )
     assert result["shapes"] == [[2, WIDTH * 2]] and 0 < result["padding"] < 0.3
     assert (result["train_examples"], result["eval_examples"], result["left_out"]) == (40, 6, 0)
     assert [sample["prompt"] for sample in result["samples"]] == [row["question"] for row in sums(2, 1)]
@@ -212,11 +219,11 @@ def test_the_last_word_is_a_table_with_samples(finished, capsys):
 
 
 def test_a_stopped_run_resumes_to_the_same_adapter(finished, capsys, monkeypatch):
-    told = Silent.progress
+    told = NullReporter.progress
     count = itertools.count(1)
 
     def progress(self, *arguments):
-        told(self, *arguments) if isinstance(self, Silent) else None
+        told(self, *arguments) if isinstance(self, NullReporter) else None
         if next(count) == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -225,20 +232,20 @@ def test_a_stopped_run_resumes_to_the_same_adapter(finished, capsys, monkeypatch
     assert "saved up to step 7" in capsys.readouterr().err
     assert main(job("run", "--resume")) == 0
     assert trained("run") == trained(finished)
-    mine, other = (runs.read_result(run)["samples"] for run in (Path("run"), finished))
+    mine, other = (run_folder.read_result(run)["samples"] for run in (Path("run"), finished))
     assert mine == other
 
 
 def test_a_budget_of_steps(capsys):
     assert main(job("run", "--steps", "3", "--samples", "0")) == 0
-    assert runs.read_result(Path("run"))["steps"] == 3 and "--- prompt" not in capsys.readouterr().out
+    assert run_folder.read_result(Path("run"))["steps"] == 3 and "--- prompt" not in capsys.readouterr().out
     assert main(["finetune", "--out", "run", "--resume", "--steps", "4"]) == 1
     assert "--steps 4 conflicts with the run's 3" in capsys.readouterr().err
 
 
 def test_a_run_talks_and_is_merged(finished, capsys, monkeypatch, tmp_path):
     question = sums(1, 1)[0]["question"]
-    wanted = runs.read_result(finished)["samples"][0]["after"]
+    wanted = run_folder.read_result(finished)["samples"][0]["after"]
 
     def said(*arguments):
         assert main([*arguments]) == 0
@@ -259,12 +266,12 @@ def test_a_run_talks_and_is_merged(finished, capsys, monkeypatch, tmp_path):
     assert small < 0.5 * whole
 
 
-def test_over_a_folder_that_is_quantised_already(capsys):
+def test_over_a_folder_that_is_quantized_already(capsys):
     assert main(["quantize", "llama", "codes", "--scheme", "int8", "--block", "32", "--no-double"]) == 0
     few = ("--steps", "1", "--samples", "0", "--model", "codes")
     capsys.readouterr()
     assert main(job("run", *few)) == 1
-    assert "--quantize nf4: codes is quantised already; give --quantize int8" in capsys.readouterr().err
+    assert "--quantize nf4: codes is quantized already; give --quantize int8" in capsys.readouterr().err
     assert main(job("run", *few, "--quantize", "int8")) == 0
     assert main(["merge", "run", "again", "--requantize"]) == 0
     kinds = {(leaf.scheme, leaf.block, leaf.groups is None) for leaf in flatten(models.load("again")[1]).values()
@@ -274,7 +281,7 @@ def test_over_a_folder_that_is_quantised_already(capsys):
 
 def test_the_adapter_goes_to_huggingface_and_onto_the_full_base(finished):
     model, params = models.load("llama")
-    ids = instruct.example_inputs()
+    ids = chat.example_inputs()
     peft, adapter = jpeft.load(finished / "adapter", model, params, *ids)  # the fingerprint is that of the weights
     jpeft.hf.save(Path("hf"), peft, adapter, params)
     assert (Path("hf") / "adapter_model.safetensors").is_file()
@@ -289,7 +296,7 @@ def test_every_method_trains_over_codes(capsys):
     for method in ("ia3", "prefix", "bottleneck"):
         assert main(job(f"run-{method}", "--steps", "1", "--method", method, "--samples", "1", "--lr", "1e-3",
                         *([] if method != "ia3" else ["--targets", "k_proj,v_proj"]))) == 0  # fmt: skip
-        assert jpeft.config.Config(**runs.read_record(Path(f"run-{method}"))["config"]).quantize == "nf4"
+        assert jpeft.config.Config(**run_folder.read_record(Path(f"run-{method}"))["config"]).quantize == "nf4"
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -300,11 +307,11 @@ MISTAKES = {
     "encoder": (["--model", "bert"], "bert: not a language model, but an encoder"),
     "data": (["--data", "none.jsonl"], "--data none.jsonl: no such file; expected 'gsm8k', or a .jsonl file"),
     "reviews": (["--data", "food-reviews"], "--data food-reviews: no such file; expected 'gsm8k'"),
-    "column": (["--text", "question"], "--text names a column of labelled texts"),
+    "column": (["--text", "question"], "--text names a column of labeled texts"),
     "length": (["--max-length", "4096"], "--max-length 4096: the model takes at most 128 tokens"),
     "short": (["--max-length", "8"], "none of the 40 examples fits into 8 tokens"),
     "full": (["--method", "full"], "--method full: codes have no gradient; it needs --quantize none"),
-    "train": (["--method", "train", "--targets", ".*/kernel"], "which is quantised (nf4)"),
+    "train": (["--method", "train", "--targets", ".*/kernel"], "which is quantized (nf4)"),
     "accumulate": (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 2"),
     "steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
 }
@@ -338,7 +345,7 @@ def test_answers_cut_by_the_context_are_left_out_and_counted(capsys):
     assert main(job("run", "--data", "long.jsonl", "--samples", "0", "--steps", "1")) == 0
     said = capsys.readouterr().out
     assert "1 of 9 examples are longer than 128 tokens and left out (at line 9" in said
-    assert runs.read_result(Path("run"))["left_out"] == 1
+    assert run_folder.read_result(Path("run"))["left_out"] == 1
 
 
 def test_a_codec_without_template(home, tmp_path, capsys):
@@ -349,4 +356,4 @@ def test_a_codec_without_template(home, tmp_path, capsys):
             (bare / file.name).symlink_to(file)
     assert main(job("run", "--model", "bare")) == 1
     assert "no chat template" in capsys.readouterr().err
-    assert chat.read("llama").template and conversations.read("test.jsonl")
+    assert chat_template.read("llama").template and conversations.read("test.jsonl")

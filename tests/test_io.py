@@ -16,9 +16,10 @@ from flax.core import freeze
 from safetensors.numpy import load_file, save_file
 
 import jpeft
-from jpeft.fingerprint import _on_host, checksum, difference, fingerprint
-from jpeft.io import AdapterError, read_config
-from jpeft.tree import flatten, join
+from jpeft.core.fingerprint import _on_host, checksum, difference, fingerprint
+from jpeft.core.tree import flatten, join
+from jpeft.errors import AdapterError
+from jpeft.io import read_config
 
 
 class Model(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jpeft.losses import chunked_cross_entropy
+from jpeft.training.losses import chunked_cross_entropy
 
 HIDDEN, VOCABULARY = 8, 40
 

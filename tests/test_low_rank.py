@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft import geometry
-from jpeft.tree import flatten
+from jpeft.core import backend
+from jpeft.core.tree import flatten
 
 IN, OUT, SCALE = 24, 16, 2.0
 FEW, MANY = 4, 96  # tokens for which x w + (x a) b is less work, and x (w + a b)
@@ -21,7 +21,7 @@ def numbers(shape, seed):
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
-    monkeypatch.setattr(geometry.base, "flatten_tokens", lambda: True)
+    monkeypatch.setattr(backend, "flatten_tokens", lambda: True)
 
 
 def bound(tokens, dense=None, method=None):
@@ -109,7 +109,7 @@ def test_the_sum_of_weights_is_taken_only_where_it_is_less_work_and_rounds_no_wo
     assert not summed(tokens=MANY, dense=nn.Dense(OUT, precision="highest"))
     after = jpeft.Chain(jpeft.IA3(targets="layers_0"), jpeft.LoRA(rank=4, targets="layers_0"))
     assert not summed(tokens=MANY, method=after)
-    monkeypatch.setattr(geometry.base, "flatten_tokens", lambda: False)
+    monkeypatch.setattr(backend, "flatten_tokens", lambda: False)
     assert not summed(tokens=MANY)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jpeft import models, tree
+from jpeft import models
+from jpeft.core import tree
 from jpeft.models import bert, ops
 from tests.zoo import save_tensors
 
@@ -193,7 +194,7 @@ BAD = {
     "extra": (add("encoder.layer.7.x", np.ones(3, np.float32)), "not part of the model: encoder.layer.7.x"),
     "shape": (add(QUERY, np.ones((16, 8), np.float32)),
               r"query/kernel has shape \(8, 16\), the model needs \(16, 16\)"),
-    "quantised": (add(QUERY, np.ones((16, 16), np.int8)), "query.weight is int8; quantised"),
+    "quantized": (add(QUERY, np.ones((16, 16), np.int8)), "query.weight is int8; quantized"),
 }  # fmt: skip
 
 

@@ -24,19 +24,26 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft import cli, conversations, instruct, models
-from jpeft.assets import UserError
-from jpeft.backend import compiling_for
-from jpeft.config import Config
+from jpeft import models
+from jpeft.cli import main
+from jpeft.cli.plan import command_of
+from jpeft.core.backend import compiling_for
+from jpeft.errors import UserError
+from jpeft.hardware import topologies
+from jpeft.hardware.topologies import parse
 from jpeft.models import ops
 from jpeft.models.decoder import DecoderConfig
-from jpeft.planning import compiling, hlo, sweep, topologies
-from jpeft.planning.command import command_of
-from jpeft.planning.compiling import PlanError, read_mesh
+from jpeft.parallel.batches import Layout, constrained
+from jpeft.parallel.mesh import read_mesh
+from jpeft.planning import compiling, hlo
+from jpeft.planning.compiling import PlanError
 from jpeft.planning.plan import prepare
-from jpeft.planning.sweep import Choice
-from jpeft.planning.topologies import parse
-from jpeft.sharding import Layout, constrained
+from jpeft.recipes import plan_sweep
+from jpeft.recipes import plan_sweep as sweep
+from jpeft.recipes.config import Config
+from jpeft.recipes.plan_sweep import Choice
+from jpeft.recipes.tasks import chat
+from jpeft.text import conversations
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick")
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -67,8 +74,8 @@ def quick(tmp_path_factory):
 def job(quantize=None, accumulate=1, **options):
     """A LoRA step on a small Llama, its abstract weights, and the names of their axes."""
     model, params = models.abstract(LLAMA, quantize=quantize, remat="full", **options)
-    peft = jpeft.LoRA(rank=RANK, targets="all-linear").bind(model, params, *instruct.example_inputs())
-    step = jpeft.train_step(peft, instruct.loss_fn(peft), TX, accumulate=accumulate)
+    peft = jpeft.LoRA(rank=RANK, targets="all-linear").bind(model, params, *chat.example_inputs())
+    step = jpeft.train_step(peft, chat.loss_fn(peft), TX, accumulate=accumulate)
     return step, params, models.logical_names(model)
 
 
@@ -130,7 +137,7 @@ def test_arguments_are_the_bytes_that_a_device_holds(llama):
     plan, _, _, (state, base, batch) = llama
     counters = (state.step, state.rng, state.skipped)
     assert plan.memory.arguments == {
-        "base": held(base), "adapter": held(state.adapter), "optimiser": held(state.opt_state, counters),
+        "base": held(base), "adapter": held(state.adapter), "optimizer": held(state.opt_state, counters),
         "batch": held(batch),
     }  # fmt: skip
 
@@ -191,7 +198,7 @@ def test_the_share_is_not_told_of_one_device_or_where_it_is_not_asked_for():
         assert not found.beside
 
 
-def test_a_quantised_base_on_another_mesh_in_micro_batches(llama):
+def test_a_quantized_base_on_another_mesh_in_micro_batches(llama):
     """Real arrays on eight devices; planned for four, on axes of the same names."""
     step, params, names = job(quantize="nf4", accumulate=2)
     there, four = mesh_of((2, 4), ("data", "fsdp")), mesh_of((2, 2), ("data", "fsdp"))
@@ -346,12 +353,12 @@ LABELS = "plan --task classify --model bert --topology cpu:4 --batch 8 --seq 32"
 
 
 def run(text):
-    return cli.main(shlex.split(text))
+    return main.main(shlex.split(text))
 
 
 def config_of(command):
     """As `jpeft finetune` reads it."""
-    args = cli._parser().parse_args(shlex.split(command)[1:])
+    args = main._parser().parse_args(shlex.split(command)[1:])
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     return Config(**{**given, "settings": dict(given.get("settings", {}))}), args
 
@@ -361,7 +368,7 @@ def test_the_command_says_what_a_step_needs_and_how_to_run_it(there, capsys):
     assert run(f"{CHAT} --targets '{targets}' --dtype float32 --picture memory.png") == 0
     out, err = capsys.readouterr()
     assert "cpu:4: 4 devices, mesh fsdp=4; 512 tokens a step" in out and err == ""
-    assert all(name in out for name in ("base", "adapter", "optimiser", "batch", "temporaries", "total", "products"))
+    assert all(name in out for name in ("base", "adapter", "optimizer", "batch", "temporaries", "total", "products"))
     assert (there / "memory.png").read_bytes().startswith(b"\x89PNG") and not (there / "plan.png").exists()
     line = next(line for line in out.splitlines() if "to run it" in line)
     config, args = config_of(line.partition(": ")[2].removesuffix(" --data …"))
@@ -389,13 +396,13 @@ def test_a_classifier_as_json(there, capsys):
     assert found["remat"] is None and found["fits"] is None and found["adapter_share"] is None
     memory = found["memory"]
     parts = [*memory["arguments"].values(), *(memory[name] for name in ("temporaries", "outputs", "program"))]
-    assert memory["total"] == sum(parts) and set(memory["arguments"]) == {"base", "adapter", "optimiser", "batch"}
+    assert memory["total"] == sum(parts) and set(memory["arguments"]) == {"base", "adapter", "optimizer", "batch"}
 
 
 @pytest.fixture
 def remembered(monkeypatch):
     """Compiles once what is planned for twice."""
-    real, known = sweep.run, {}
+    real, known = plan_sweep.run, {}
 
     def once(wanted, *args, **options):
         key = repr(wanted)
@@ -427,12 +434,12 @@ def test_a_sweep_is_a_table_of_what_can_be_and_why_the_rest_cannot(there, capsys
 
 def test_what_is_not_given_is_swept():
     config = Config(task="chat", batch_size=8, quantize="int8")
-    found = sweep.choices(config, ["cpu:4"], [], [], [], [], widen=True)
+    found = plan_sweep.choices(config, ["cpu:4"], [], [], [], [], widen=True)
     assert {(c.mesh, c.remat, c.config.quantize) for c in found} == {
         (mesh, remat, scheme) for mesh in ("fsdp=4", "fsdp=2,tensor=2", "data=2,fsdp=2")
         for remat in ("full", "dots") for scheme in ("none", "nf4")
     }  # fmt: skip
-    (only,) = sweep.choices(config, ["cpu:4"], [], [], [], [], widen=False)
+    (only,) = plan_sweep.choices(config, ["cpu:4"], [], [], [], [], widen=False)
     assert (only.config, only.mesh, only.remat) == (config, None, "full")
 
 
@@ -448,7 +455,7 @@ def test_what_is_not_given_is_swept():
     ("--model bert", "--model bert: an encoder; it is planned for with --task classify"),
     ("--task classify", "--model llama.json: a language model; it is planned for with --task chat"),
     ("--task classify --model bert --remat full", "--remat full: is for language models"),
-    ("--task classify --model bert --quantize nf4", "--model bert: cannot quantise 'encoder/layer/0/"),
+    ("--task classify --model bert --quantize nf4", "--model bert: cannot quantize 'encoder/layer/0/"),
     ("--seq 129", "--seq 129: the model takes at most 128 tokens"),
     ("--seq 0", "at least 1"),
     ("--targets nothing", "nothing"),
@@ -548,7 +555,7 @@ def test_one_that_is_stopped_ends_those_that_compile_for_it(there, number, statu
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        if process.poll() is None:  # Python loses an interrupt that falls into a finaliser; people press again
+        if process.poll() is None:  # Python loses an interrupt that falls into a finalizer; people press again
             process.send_signal(number)
         assert process.wait(60) == status
         assert "interrupted" in process.stderr.read()

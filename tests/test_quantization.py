@@ -1,4 +1,4 @@
-"""Quantised bases: what codes stand for, that models and methods run on them unchanged, and what they cost."""
+"""Quantized bases: what codes stand for, that models and methods run on them unchanged, and what they cost."""
 
 import dataclasses
 import functools
@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jpeft
-from jpeft.fingerprint import difference, fingerprint
+from jpeft.core.fingerprint import difference, fingerprint
+from jpeft.core.quantized import NF4, SCHEMES, Quantized, block_axis, dequantize_leaf, quantize_array
+from jpeft.core.stacking import unstack
 from jpeft.models.decoder import Decoder, DecoderConfig
-from jpeft.models.stacking import unstack
-from jpeft.quantization import NF4, SCHEMES, Quantized, block_axis, dequantize_leaf, is_quantized, quantize_array
+from jpeft.quantization.tree import is_quantized
 
 # The furthest that a scheme moves a weight, as a share of the largest in its block: half its widest gap.
 BOUND = {"nf4": max(np.diff(NF4)) / 2, "int4": 1 / 14, "int8": 1 / 254, "fp8": 1 / 28}
@@ -31,7 +32,7 @@ def normal(*shape, seed=0, dtype=np.float32):
 
 
 def reckoned(w, scheme, block):
-    """What quantisation without double quantisation gives, one block at a time in float64."""
+    """What quantization without double quantization gives, one block at a time in float64."""
     axis = block_axis(w.shape, block)
     moved = np.moveaxis(np.asarray(w, np.float64), axis, -1)
     out = np.empty_like(moved)
@@ -78,7 +79,7 @@ def test_no_weight_moves_further_than_the_bound(case, scale, seed):
     blocks = np.moveaxis(np.abs(w), axis, -1).reshape(-1, block)
     moved = np.moveaxis(np.abs(np.asarray(q.unbox()) - w), axis, -1).reshape(-1, block)
     largest = blocks.max(-1, keepdims=True)
-    # A quantised scale is off by at most half its code's widest gap, 0.8 % of the furthest scale from their mean.
+    # A quantized scale is off by at most half its code's widest gap, 0.8 % of the furthest scale from their mean.
     slack = 0.008 * (largest.max() - largest.min() + 1e-38) if double else 0
     assert (moved <= BOUND[scheme] * largest * (1 + 1e-5) + slack).all()
 
@@ -116,7 +117,7 @@ def test_the_dtype_is_kept(dtype):
     assert (q.unbox() == wide.astype(dtype)).all()  # rounded once, at the end
 
 
-def test_each_matrix_of_a_stack_is_quantised_alone():
+def test_each_matrix_of_a_stack_is_quantized_alone():
     w = normal(3, 128, 4) * np.array([1.0, 50.0, 0.01], np.float32)[:, None, None]
     together = quantize_array(w)
     for i in range(3):
@@ -158,25 +159,25 @@ def arrays(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-def quantised_paths(tree):
-    return {jpeft.tree.join(p) for p, leaf in jpeft.tree.flatten(tree).items() if isinstance(leaf, Quantized)}
+def quantized_paths(tree):
+    return {jpeft.core.tree.join(p) for p, leaf in jpeft.core.tree.flatten(tree).items() if isinstance(leaf, Quantized)}
 
 
 def test_default_targets_are_the_linear_layers_but_the_head():
     _, params = decoder()
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     wanted = {f"model/layers/self_attn/{n}/kernel" for n in attention} | {f"model/layers/mlp/{n}/kernel" for n in mlp}
-    assert quantised_paths(jpeft.quantize(params)) == wanted
-    assert quantised_paths(jpeft.quantize(params, targets=["q_proj"])) == {"model/layers/self_attn/q_proj/kernel"}
-    assert quantised_paths(jpeft.quantize(params, targets=r".*/q_proj/kernel")) == {
+    assert quantized_paths(jpeft.quantize(params)) == wanted
+    assert quantized_paths(jpeft.quantize(params, targets=["q_proj"])) == {"model/layers/self_attn/q_proj/kernel"}
+    assert quantized_paths(jpeft.quantize(params, targets=r".*/q_proj/kernel")) == {
         "model/layers/self_attn/q_proj/kernel"
     }
-    assert "model/layers/self_attn/k_proj/kernel" not in quantised_paths(jpeft.quantize(params, exclude=["k_proj"]))
-    assert quantised_paths(jpeft.quantize(params, targets=["lm_head"])) == {"lm_head/kernel"}
+    assert "model/layers/self_attn/k_proj/kernel" not in quantized_paths(jpeft.quantize(params, exclude=["k_proj"]))
+    assert quantized_paths(jpeft.quantize(params, targets=["lm_head"])) == {"lm_head/kernel"}
     assert is_quantized(jpeft.quantize(params)) and not is_quantized(params)
 
 
-def test_the_tree_given_is_left_alone_and_what_is_not_quantised_is_shared():
+def test_the_tree_given_is_left_alone_and_what_is_not_quantized_is_shared():
     _, params = decoder()
     before = arrays(params)
     q = jpeft.quantize({"params": params, "cache": {"x": jnp.ones(2)}})
@@ -188,7 +189,7 @@ OPTIONS = {"scan": {}, "layers": {"scan_layers": False}, "remat": {"remat": "ful
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [*((s, "scan") for s in SCHEMES), *(("nf4", kind) for kind in OPTIONS)])
-def test_the_model_runs_as_on_the_dequantised_weights(scheme, kind):
+def test_the_model_runs_as_on_the_dequantized_weights(scheme, kind):
     options = OPTIONS[kind]
     model, params = decoder(**options)
     base = jpeft.quantize(params, scheme)
@@ -218,7 +219,7 @@ def noisy(tree, seed=3):
 
 
 @pytest.mark.parametrize(("name", "scan"), [*((name, True) for name in METHODS), ("lora", False)])
-def test_every_method_trains_over_it_with_the_gradients_of_the_dequantised_base(name, scan):
+def test_every_method_trains_over_it_with_the_gradients_of_the_dequantized_base(name, scan):
     model, params = decoder(scan_layers=scan)
     base = jpeft.quantize(params)
     peft = METHODS[name].bind(model, base, IDS)
@@ -268,7 +269,7 @@ def test_a_step_in_low_precision_rounds_weights_not_scales():
     state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), base), tx, jax.random.key(1))
     state, metrics = step(state, base, IDS)
     assert seen[0].dtype == jnp.bfloat16 and seen[0].groups.dtype == jnp.float32
-    assert np.isfinite(float(metrics["loss"])) and jpeft.tree.count(base) == jpeft.tree.count(params)
+    assert np.isfinite(float(metrics["loss"])) and jpeft.core.tree.count(base) == jpeft.core.tree.count(params)
 
 
 def temporaries(peft, base, adapter, ids, wrap=lambda f: f):
@@ -296,7 +297,7 @@ def test_a_step_never_holds_the_weights_of_more_than_a_layer(monkeypatch, scheme
     base = jpeft.quantize(params, scheme)
     peft = jpeft.LoRA(rank=2, targets="all-linear").bind(model, base, ids)
     adapter = peft.init(jax.random.key(0), base)
-    layer = 4 * sum(leaf.size for leaf in jpeft.tree.flatten(base).values() if isinstance(leaf, Quantized)) / 8
+    layer = 4 * sum(leaf.size for leaf in jpeft.core.tree.flatten(base).values() if isinstance(leaf, Quantized)) / 8
     over_float, over_codes = temporaries(peft, params, adapter, ids), temporaries(peft, base, adapter, ids)
     assert over_codes - over_float < layer
     monkeypatch.setattr(jpeft.inject, "_recomputed", lambda run, own: run())
@@ -309,19 +310,19 @@ def test_merging_gives_plain_weights_that_equal_the_adapter():
     peft = jpeft.LoRA(rank=4, targets=["q_proj", "up_proj"]).bind(model, base, IDS)
     adapter = noisy(peft.init(jax.random.key(0), base))
     merged = peft.merge(base, adapter)
-    assert not any("q_proj" in path for path in quantised_paths(merged))
-    assert any("k_proj" in path for path in quantised_paths(merged))
+    assert not any("q_proj" in path for path in quantized_paths(merged))
+    assert any("k_proj" in path for path in quantized_paths(merged))
     want = peft.apply(base, adapter, IDS)
     np.testing.assert_allclose(model.apply({"params": merged}, IDS), want, rtol=0, atol=2e-6)
     again = peft.merge(base, adapter, requantize=True)
-    assert quantised_paths(again) == quantised_paths(base)
-    for path, leaf in jpeft.tree.flatten(again).items():
+    assert quantized_paths(again) == quantized_paths(base)
+    for path, leaf in jpeft.core.tree.flatten(again).items():
         if isinstance(leaf, Quantized) and "q_proj" in path:
-            whole = jpeft.tree.flatten(merged)[path]
+            whole = jpeft.core.tree.flatten(merged)[path]
             blocks = np.abs(np.asarray(whole)).reshape(-1, 64, whole.shape[-1])
             moved = np.abs(np.asarray(leaf.unbox()) - whole).reshape(-1, 64, whole.shape[-1])
             assert (moved <= 1.02 * BOUND["nf4"] * blocks.max(1, keepdims=True)).all() and moved.max() > 0
-    with pytest.raises(ValueError, match="no weight that the adapter changes is quantised"):
+    with pytest.raises(ValueError, match="no weight that the adapter changes is quantized"):
         peft.merge(params, adapter, requantize=True)
 
 
@@ -334,7 +335,7 @@ class Raw(nn.Module):
         return nn.Dense(3)(jnp.tanh(x @ w))
 
 
-def test_a_raw_weight_that_is_quantised_is_adapted_too():
+def test_a_raw_weight_that_is_quantized_is_adapted_too():
     x = jnp.asarray(normal(5, 64))
     params = Raw().init(jax.random.key(0), x)["params"]
     base = jpeft.quantize(params, targets=["w"])
@@ -355,7 +356,7 @@ def test_attention_of_flax_and_convolutions():
     x = jnp.asarray(normal(2, 8, 256))
     params = Net().init(jax.random.key(0), x)["params"]
     base = jpeft.quantize(params)
-    assert len(quantised_paths(base)) == 5
+    assert len(quantized_paths(base)) == 5
     peft = jpeft.LoRA(rank=2, targets="all-linear").bind(Net(), base, x)
     adapter = noisy(peft.init(jax.random.key(0), base))
     for p, q in zip(*(jax.tree.leaves(jax.jit(jax.grad(lambda a, b: (peft.apply(b, a, x) ** 2).sum()))(adapter, b))
@@ -385,7 +386,7 @@ def test_generation_over_codes_is_that_over_the_weights():
 # --- which base it is -----------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_that_of_what_was_quantised(tmp_path):
+def test_the_fingerprint_is_that_of_what_was_quantized(tmp_path):
     model, params = decoder()
     base = jpeft.quantize(params)
     assert fingerprint(base) == fingerprint(params) == fingerprint(jax.jit(jpeft.quantize)(params))
@@ -414,7 +415,7 @@ def test_shardings_follow_the_weight():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
     model, params = decoder()
     spec = {"q_proj": PartitionSpec(None, "fsdp", "tensor"), "down_proj": PartitionSpec(None, "tensor", "fsdp")}
-    placed = jpeft.tree.map_with_path(
+    placed = jpeft.core.tree.map_with_path(
         lambda p, x: jax.device_put(x, NamedSharding(mesh, spec.get(p[-2], PartitionSpec()))), params
     )
     base = jpeft.quantize(placed, block=16)
@@ -478,7 +479,7 @@ def one_of(value):
         ({"kernel": one_of(np.nan)}, {}, "'a/kernel': it holds NaN or infinity"),
         ({"kernel": one_of(np.nan)}, {"double": False}, "'a/kernel': it holds NaN or infinity"),
         ({"kernel": one_of(-np.inf)}, {"scheme": "fp8"}, "'a/kernel': it holds NaN or infinity"),
-        ({"kernel": quantize_array(np.ones((64, 64), np.float32))}, {}, "'a/kernel': it is quantised already, as nf4"),
+        ({"kernel": quantize_array(np.ones((64, 64), np.float32))}, {}, "'a/kernel': it is quantized already, as nf4"),
         ({"kernel": np.ones((64, 0), np.float32)}, {}, r"'a/kernel': it has shape \(64, 0\), with nothing in it"),
         ({}, {"scheme": ["nf4"]}, "unknown scheme"),
     ],
@@ -507,7 +508,7 @@ def test_flax_finds_the_names_of_axes():
     assert specs.codes == specs.scales == PartitionSpec("embed", "mlp") and specs.groups == PartitionSpec()
 
 
-def test_a_quantised_weight_cannot_train():
+def test_a_quantized_weight_cannot_train():
     model, params = decoder()
     base = jpeft.quantize(params)
     with pytest.raises(ValueError, match=re.escape("would train 'model/layers/mlp/down_proj/kernel', which is quant")):
@@ -523,8 +524,8 @@ def test_loftq_comes_nearer_to_the_weights_with_every_iteration(scan):
     peft = jpeft.LoRA(rank=8, alpha=16, targets=["q_proj", "down_proj"]).bind(model, params, IDS)
 
     def gap(base, adapter):
-        merged, total = jpeft.tree.flatten(jpeft.dequantize(peft.merge(base, adapter))), 0.0
-        for path, leaf in jpeft.tree.flatten(params).items():
+        merged, total = jpeft.core.tree.flatten(jpeft.dequantize(peft.merge(base, adapter))), 0.0
+        for path, leaf in jpeft.core.tree.flatten(params).items():
             if path[-2] in ("q_proj", "down_proj"):
                 total += float(((np.asarray(merged[path]) - leaf) ** 2).sum())
         return math.sqrt(total)
@@ -533,13 +534,13 @@ def test_loftq_comes_nearer_to_the_weights_with_every_iteration(scan):
     gaps = [gap(*jpeft.loftq(peft, params, jax.random.key(0), iterations=n)) for n in (1, 3)]
     assert gaps[1] < gaps[0] < 0.9 * plain
     base, adapter = jpeft.loftq(peft, params, jax.random.key(0))
-    for path, leaf in jpeft.tree.flatten(base).items():
+    for path, leaf in jpeft.core.tree.flatten(base).items():
         assert isinstance(leaf, Quantized) == (path[-1] == "kernel" and path[0] != "lm_head")
     # One iteration, by numpy: the best approximation of what the codes leave over.
     layer = (lambda x: x[0]) if scan else (lambda x: x)
     at = ("model", "layers", *(() if scan else ("0",)), "self_attn", "q_proj")
-    w, q = (layer(np.asarray(jpeft.tree.flatten(t)[*at, "kernel"])) for t in (params, jpeft.dequantize(base)))
-    a, b = (layer(np.asarray(jpeft.tree.flatten(adapter)[*at, name])) for name in ("lora_a", "lora_b"))
+    w, q = (layer(np.asarray(jpeft.core.tree.flatten(t)[*at, "kernel"])) for t in (params, jpeft.dequantize(base)))
+    a, b = (layer(np.asarray(jpeft.core.tree.flatten(adapter)[*at, name])) for name in ("lora_a", "lora_b"))
     u, s, vt = np.linalg.svd((w - q).astype(np.float64))
     np.testing.assert_allclose(2 * a @ b, (u[:, :8] * s[:8]) @ vt[:8], atol=1e-5)
     run = jax.jit(lambda p: model.apply({"params": p}, IDS))

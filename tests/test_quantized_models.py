@@ -1,4 +1,4 @@
-"""Model folders with quantised weights: written, read, quantised as they are read, and what is wrong with some."""
+"""Model folders with quantized weights: written, read, quantized as they are read, and what is wrong with some."""
 
 import functools
 import json
@@ -14,13 +14,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jpeft
-from jpeft import models, tree
-from jpeft.cli import main
-from jpeft.fingerprint import difference, fingerprint
+from jpeft import models
+from jpeft.cli.main import main
+from jpeft.core import tree
+from jpeft.core.fingerprint import difference, fingerprint
+from jpeft.core.quantized import Quantized, dequantize_leaf, quantize_array
 from jpeft.models import ModelError, quantized
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
-from jpeft.quantization import Quantized, dequantize_leaf, is_quantized, quantize_array
+from jpeft.quantization.tree import is_quantized
 from tests.folders import write_tokenizer
 
 # Square kernels: one shape to compile for.
@@ -55,7 +57,7 @@ def plain(llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nf4(llama, plain):
-    """A folder with it quantised."""
+    """A folder with it quantized."""
     folder = plain.with_name("nf4")
     models.save(folder, llama[0], jpeft.quantize(llama[1]), source=plain)
     return folder
@@ -96,7 +98,7 @@ CASES = {  # and whether bitsandbytes has a form for it
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_gives_back_what_was_saved_and_what_quantising_on_the_way_gives(llama, plain, tmp_path, case):
+def test_a_folder_gives_back_what_was_saved_and_what_quantizing_on_the_way_gives(llama, plain, tmp_path, case):
     model, params = llama
     options, foreign = CASES[case]
     want = jpeft.quantize(params, **options)
@@ -153,7 +155,7 @@ def test_what_is_written(nf4, llama):
     assert (nf4 / "tokenizer.json").is_file()
 
 
-def test_saved_from_a_quantised_source(nf4, llama, tmp_path):
+def test_saved_from_a_quantized_source(nf4, llama, tmp_path):
     model, params = llama
     models.save(tmp_path / "plain", model, params, source=nf4)
     assert about(tmp_path / "plain") is None
@@ -163,7 +165,7 @@ def test_saved_from_a_quantised_source(nf4, llama, tmp_path):
     same(models.load(tmp_path / "mixed")[1], mixed)
 
 
-def test_an_encoder_keeps_its_quantised_pooler(tmp_path):
+def test_an_encoder_keeps_its_quantized_pooler(tmp_path):
     model = Bert(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                             intermediate_size=64, max_position_embeddings=24))  # fmt: skip
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
@@ -177,7 +179,7 @@ def test_an_encoder_keeps_its_quantised_pooler(tmp_path):
     same(models.load(tmp_path / "out")[1], base)
     assert (load_file(tmp_path / "out" / "model.safetensors").keys()
             == load_file(source / "model.safetensors").keys())  # fmt: skip
-    models.save(tmp_path / "plain", model, params, source=source)  # what stays quantised is told still
+    models.save(tmp_path / "plain", model, params, source=source)  # what stays quantized is told still
     assert "encoder.layer.0.output.dense" in about(tmp_path / "plain")["llm_int8_skip_modules"]
     same(models.load(tmp_path / "plain")[1], params)
 
@@ -195,12 +197,12 @@ def test_sharded(nf4, llama):
     assert jax.jit(model.apply)({"params": got}, IDS).shape == (2, 5, 260)
 
 
-def test_an_adapter_of_the_plain_model_fits_its_quantised_folder(nf4, llama):
+def test_an_adapter_of_the_plain_model_fits_its_quantized_folder(nf4, llama):
     assert difference(fingerprint(llama[1]), models.load(nf4)[1]) is None
 
 
-def test_a_folder_that_does_not_tell_what_was_quantised(nf4, tmp_path):
-    """Then its weights are what its codes stand for, the same stacked as in one file of the dequantised."""
+def test_a_folder_that_does_not_tell_what_was_quantized(nf4, tmp_path):
+    """Then its weights are what its codes stand for, the same stacked as in one file of the dequantized."""
     folder = rewrite(nf4, tmp_path / "bnb", lambda t: None)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
     for options in ({}, {"scan_layers": False}):
@@ -221,7 +223,7 @@ def test_bytes_of_bitsandbytes_may_be_stored_as_another_dtype(nf4, tmp_path):
 # --- layers one by one ----------------------------------------------------------------------------------------------
 
 
-def test_stacks_stay_quantised(llama):
+def test_stacks_stay_quantized(llama):
     base = jpeft.quantize(llama[1])
     one_by_one = models.unstack(base)
     layer = one_by_one["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"]
@@ -237,7 +239,7 @@ def test_stacks_stay_quantised(llama):
     assert opened.codes.shape == (32, 64)
 
 
-def test_layers_that_were_quantised_alone_make_a_stack_with_a_checksum_of_its_own(llama, tmp_path):
+def test_layers_that_were_quantized_alone_make_a_stack_with_a_checksum_of_its_own(llama, tmp_path):
     alone = jpeft.quantize(models.unstack(llama[1]))
     stacked = models.stack(alone)
     models.save(tmp_path / "alone", llama[0].clone(scan_layers=False), alone)
@@ -245,13 +247,13 @@ def test_layers_that_were_quantised_alone_make_a_stack_with_a_checksum_of_its_ow
     same(models.load(tmp_path / "alone")[1], stacked)
 
 
-def test_layers_that_are_quantised_differently_are_not_stacked(llama, tmp_path):
+def test_layers_that_are_quantized_differently_are_not_stacked(llama, tmp_path):
     mixed = models.unstack(llama[1])
     mixed["model"]["layers"]["0"] = jpeft.quantize(mixed["model"]["layers"]["0"])
-    with pytest.raises(ValueError, match=r"kernel has different quantisation .*\(nf4 in blocks of 64 along -2"):
+    with pytest.raises(ValueError, match=r"kernel has different quantization .*\(nf4 in blocks of 64 along -2"):
         models.stack(mixed)
     models.save(tmp_path / "mixed", llama[0].clone(scan_layers=False), mixed)
-    with pytest.raises(ModelError, match=r"kernel is not quantised alike in all layers: .*scan_layers=False"):
+    with pytest.raises(ModelError, match=r"kernel is not quantized alike in all layers: .*scan_layers=False"):
         models.load(tmp_path / "mixed")
     same(models.load(tmp_path / "mixed", scan_layers=False)[1], mixed)
 
@@ -295,13 +297,13 @@ MISTAKES = {
     "no codes": (drop(UP), f"{UP} is missing"),
     "no quant_map": (drop(f"{UP}.quant_map"), f"{UP}.quant_map is missing"),
     "no nested_quant_map": (drop(f"{UP}.nested_quant_map"), f"{UP}.nested_quant_map is missing"),
-    "no state": (drop(STATE), f"{UP}: it is quantised, but has no quant_state"),
-    "two states": (put(f"{UP}.quant_state.jpeft__int8", u8(3)), f"{UP}: it is quantised, but has 2 quant_state"),
+    "no state": (drop(STATE), f"{UP}: it is quantized, but has no quant_state"),
+    "two states": (put(f"{UP}.quant_state.jpeft__int8", u8(3)), f"{UP}: it is quantized, but has 2 quant_state"),
     "fp4": (
         renamed("bitsandbytes__fp4"),
-        f"{UP}: it is quantised as bitsandbytes fp4, which is not read",
+        f"{UP}: it is quantized as bitsandbytes fp4, which is not read",
     ),
-    "another scheme": (renamed("jpeft__int2"), f"{UP}: it is quantised as jpeft int2"),
+    "another scheme": (renamed("jpeft__int2"), f"{UP}: it is quantized as jpeft int2"),
     "name and state": (renamed("jpeft__int8"), "says 'nf4', its name 'int8'"),
     "no JSON": (put(STATE, np.frombuffer(b'{"quant_type', np.uint8)), f"{UP}: its quant_state is not JSON"),
     "no text": (put(STATE, np.full(9, 255, np.uint8)), f"{UP}: its quant_state is not JSON"),
@@ -367,8 +369,8 @@ def test_other_quantisations(nf4, tmp_path, found, message):
     assert str(folder / "config.json") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_quantising_on_the_way(plain, nf4, tmp_path):
-    with pytest.raises(ModelError, match=r"model\.safetensors: .*proj\.weight is quantised already, as nf4"):
+def test_quantizing_on_the_way(plain, nf4, tmp_path):
+    with pytest.raises(ModelError, match=r"model\.safetensors: .*proj\.weight is quantized already, as nf4"):
         models.load(nf4, quantize="int8")
     with pytest.raises(ValueError, match="unknown scheme 'int3'"):
         models.load(plain, quantize="int3")
@@ -377,7 +379,7 @@ def test_quantising_on_the_way(plain, nf4, tmp_path):
     weight = np.ones((64, 64), np.float32)
     weight[3, 5] = np.nan
     nan = rewrite(plain, tmp_path / "nan", put(UP, weight))
-    with pytest.raises(ModelError, match=rf"cannot quantise {UP}: it holds NaN"):
+    with pytest.raises(ModelError, match=rf"cannot quantize {UP}: it holds NaN"):
         models.load(nan, quantize="nf4")
 
 
@@ -397,7 +399,7 @@ def test_the_command_writes_what_generate_reads(plain, nf4, tmp_path, capsys, mo
     told = json.loads(capsys.readouterr().out)
     kernels = 2 * 7 * 64 * 64
     whole = sum(leaf.size for leaf in jax.tree.leaves(models.load(plain)[1]))
-    assert told["quantised"] == kernels and told["bytes_before"] == 4 * whole and told["folder"] == str(out)
+    assert told["quantized"] == kernels and told["bytes_before"] == 4 * whole and told["folder"] == str(out)
     assert told["bits"] == pytest.approx(4 + 8 / 64 + 64 / 4096) and told["bytes_after"] < 0.6 * told["bytes_before"]
     same(models.load(out)[1], models.load(nf4)[1])
     assert main(["generate", "--model", str(out), "--max-new-tokens", "4", "--json", "ab"]) == 0
@@ -405,7 +407,7 @@ def test_the_command_writes_what_generate_reads(plain, nf4, tmp_path, capsys, mo
     more = ["--scheme", "int8", "--block", "32", "--no-double", "--targets", "q_proj,v_proj", "--dtype", "bfloat16"]
     assert main(["quantize", str(plain), str(tmp_path / "int8"), *more]) == 0
     line = capsys.readouterr().out
-    assert re.fullmatch(rf"int8, 9\.000 bits a quantised weight: .* in bfloat16 -> .*, {tmp_path}/int8\n", line), line
+    assert re.fullmatch(rf"int8, 9\.000 bits a quantized weight: .* in bfloat16 -> .*, {tmp_path}/int8\n", line), line
 
 
 def test_mistakes_at_the_command_are_one_line_and_leave_nothing(plain, nf4, tmp_path, capsys, lenient):
@@ -415,7 +417,7 @@ def test_mistakes_at_the_command_are_one_line_and_leave_nothing(plain, nf4, tmp_
         ([str(plain), out, "--targets", "q_prj"], "'q_prj' matches nothing"),
         ([str(plain), out, "--block", "63"], "block must be an even number"),
         ([str(plain), out, "--block", "128"], "a block of 128 divides neither"),
-        ([str(nf4), out], "is quantised already, as nf4"),
+        ([str(nf4), out], "is quantized already, as nf4"),
         (["no-such-model", out], "no such folder"),
     ):
         assert main(["quantize", *arguments]) == 1

@@ -12,11 +12,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft import classify, conversations, instruct, models
+from jpeft import models
+from jpeft.core.tree import flatten, join
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
-from jpeft.sharding import batch_shardings, param_shardings
-from jpeft.tree import flatten, join
+from jpeft.parallel.batches import batch_shardings
+from jpeft.parallel.rules import param_shardings
+from jpeft.recipes.tasks import chat, classification
+from jpeft.text import conversations
 
 MESHES = [(data, fsdp, tensor) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) for tensor in (1, 2, 4, 8)
           if data * fsdp * tensor == 8]  # fmt: skip
@@ -156,7 +159,7 @@ def decoder():
     ids = RNG.integers(0, 64, (8, 17)).astype(np.int32)
     inputs, places = ids[:, :-1], np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16))
     batch = conversations.Batch(inputs, np.ones_like(inputs), places, ids[:, 1:], np.ones((8, 16), np.float32))
-    return model, instruct.example_inputs(), instruct.balanced(batch), instruct.loss_fn, models.logical_names(model)
+    return model, chat.example_inputs(), chat.balanced(batch), chat.loss_fn, models.logical_names(model)
 
 
 def bert():
@@ -172,7 +175,7 @@ def bert():
         return loss
 
     names = {"encoder": models.logical_names(encoder)}
-    return classify.Classifier(encoder, 3), classify.example_inputs(), batch, loss_fn, names
+    return classification.Classifier(encoder, 3), classification.example_inputs(), batch, loss_fn, names
 
 
 def foreign():
@@ -251,7 +254,7 @@ def test_the_more_devices_share_a_chunk_of_the_loss_the_more_tokens_it_has():
 
     def chunks(mesh):
         batch = conversations.Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
-        jaxpr = jax.make_jaxpr(instruct.loss_fn(peft, mesh=mesh))(adapter, base, batch, jax.random.key(0))
+        jaxpr = jax.make_jaxpr(chat.loss_fn(peft, mesh=mesh))(adapter, base, batch, jax.random.key(0))
         return [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"][-1]
 
     assert [chunks(None), chunks(mesh_of((1, 2, 4))), chunks(mesh_of((2, 2, 2)))] == [4, 2, 1]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jpeft.assets import UserError
-from jpeft.models import decoder
+from jpeft.errors import UserError
+from jpeft.models import decoder_hf
 from jpeft.planning import sizes
 
 VISION = 416_866_032  # Gemma 3's tower; what projects from its 1152 to the text's width, and a norm, come on top
@@ -55,7 +55,7 @@ def test_every_known_model_is_checked():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_as_many_as_published(name):
-    model = decoder.from_config(sizes.config(name))
+    model = decoder_hf.from_config(sizes.config(name))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == PUBLISHED[name]
@@ -78,7 +78,7 @@ def test_names_are_read_forgivingly(name, meant):
 
 
 def test_windows_are_those_of_the_models():
-    window = {name: decoder.from_config(sizes.config(name)).config.sliding_window for name in PUBLISHED}
+    window = {name: decoder_hf.from_config(sizes.config(name)).config.sliding_window for name in PUBLISHED}
     assert window["mistral-7b-v0.1"] == 4096 and window["mistral-7b-v0.3"] is None and window["gemma-3-4b"] == 1024
 
 

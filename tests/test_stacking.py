@@ -11,10 +11,12 @@ from flax.core import FrozenDict, freeze
 from safetensors.numpy import load_file, save_file
 
 import jpeft
-from jpeft.io import AdapterError
-from jpeft.models import stack, stacking, unroll, unstack
-from jpeft.models.decoder import Decoder, from_config
-from jpeft.tree import flatten, join
+from jpeft.core import stacking
+from jpeft.core.tree import flatten, join
+from jpeft.errors import AdapterError
+from jpeft.models import stack, unroll, unstack
+from jpeft.models.decoder import Decoder
+from jpeft.models.decoder_hf import from_config
 
 TINY = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 4}  # fmt: skip
@@ -157,7 +159,7 @@ def unrolled_alike(model, params, method):
     got = jax.jit(peft1.apply)(params1, adapter1, IDS, attention_mask=MASK)
     np.testing.assert_allclose(got[MASK == 1], want[MASK == 1], atol=2e-5)
     same(stack(adapter1), adapter)
-    # It is what a method would be bound to there: the same leaves in the same shapes, labelled alike.
+    # It is what a method would be bound to there: the same leaves in the same shapes, labeled alike.
     assert {join(p): s for p, s in peft1.structure} == {
         join(p): (tuple(x.shape), x.dtype.name) for p, x in flatten(adapter1).items()
     }

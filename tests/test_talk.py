@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft import chat, models, talk
-from jpeft.cli import main
+from jpeft import models
+from jpeft.cli.main import main
+from jpeft.recipes import finished
+from jpeft.recipes import finished as talk
+from jpeft.text import chat_template
 from tests.folders import byte_tokenizer, link, write_bert, write_llama
 
 SMALL = ["--max-new-tokens", "6"]
@@ -58,7 +61,7 @@ def say(capsys, *arguments, stdin=None, monkeypatch=None):
 def expected(prompt, new=6, **settings):
     """The same by hand: `jpeft.generate` on what `models.load` gives."""
     model, params = models.load("llama")
-    codec = chat.read("llama")
+    codec = chat_template.read("llama")
     ids = codec.encode_chat(prompt) if isinstance(prompt, list) else codec.encode(prompt)
     (tokens,) = jpeft.generate(
         model, params, [ids], max_new_tokens=new, stop_ids=codec.stop_ids, vocabulary=codec.size, **settings
@@ -97,7 +100,7 @@ def test_several_prompts_are_one_batch(capsys):
 def test_json_tells_the_speed(capsys):
     found = json.loads(say(capsys, "generate", "--model", "llama", *SMALL, "--json", "hi"))
     assert found["text"] == expected(user("hi")) and found["new_tokens"] == 6
-    assert found["prompt_tokens"] == len(chat.read("llama").encode_chat(user("hi")))
+    assert found["prompt_tokens"] == len(chat_template.read("llama").encode_chat(user("hi")))
     assert found["tokens_per_second"] > 0
 
 
@@ -122,9 +125,9 @@ def test_under_an_adapter(capsys, folder):
 
 
 def test_half_precision(capsys):
-    speaker = talk.open_speaker("llama", dtype="bfloat16")
+    speaker = finished.open_text_generator("llama", dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(speaker.params)} == {jnp.dtype("bfloat16")}
-    assert "".join(speaker.answer(speaker.codec.encode("hi"), talk.Settings(max_new_tokens=3)))
+    assert "".join(speaker.answer(speaker.codec.encode("hi"), speaker.Settings(max_new_tokens=3)))
 
 
 def test_a_chat_remembers_what_was_said(capsys, monkeypatch):
@@ -154,7 +157,7 @@ MISTAKES = {
     "no template for a system message": (["plain", "hi", "--system", "x"], "template"),
     "a truncated shard": (["short", "hi"], "model.safetensors: not a whole safetensors file"),
     "a gguf that is none": (["none.gguf", "hi"], "none.gguf"),
-    "a quantisation that is not read": (["quant.gguf", "hi"], "not.*(supported|dequantise)"),
+    "a quantization that is not read": (["quant.gguf", "hi"], "not.*(supported|dequantize)"),
     "another model's tokenizer": (["larger", "hi"], "the tokenizer belongs to another model"),
     "no tokenizer": (["bare", "hi"], "no tokenizer.json"),
     "an encoder": (["bert", "hi"], "not a language model"),
@@ -200,7 +203,7 @@ def mistakes(home, tmp_path):
 
 
 def write_unreadable(path):
-    """A whole GGUF file, with its matrices in a type that nobody dequantises."""
+    """A whole GGUF file, with its matrices in a type that nobody dequantizes."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jpeft
-from jpeft.targets import TargetError, matches_entry, select
+from jpeft.core.targets import TargetError, matches_entry, select
 from tests.zoo import parameters
 
 

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from jpeft.assets import UserError
-from jpeft.planning import topologies
-from jpeft.planning.topologies import chip, chips, describe, libtpu_options, parse
-from jpeft.utilisation import peak_flops
+from jpeft.errors import UserError
+from jpeft.hardware import topologies
+from jpeft.hardware.topologies import chip, chips, describe, libtpu_options, parse
+from jpeft.hardware.utilization import peak_flops
 
 
 @pytest.mark.parametrize(

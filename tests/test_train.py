@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jpeft
-from jpeft.sharding import adapter_shardings
-from jpeft.train import lora_plus
-from jpeft.tree import flatten, join, map_with_path
+from jpeft.core.peft import adapter_shardings
+from jpeft.core.tree import flatten, join, map_with_path
+from jpeft.methods.lora_plus import lora_plus
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -89,7 +89,7 @@ def test_every_adapter_leaf_trains_and_the_base_stays_bit_identical(setup):
     assert step.compiled == 1  # no recompilation across steps
 
 
-def test_the_step_is_the_optimiser_on_the_gradient_of_the_adapter(setup):
+def test_the_step_is_the_optimizer_on_the_gradient_of_the_adapter(setup):
     peft, params, batch, loss_fn = setup
     tx = optax.adamw(1e-2)
     adapter = peft.init(jax.random.key(3), params)
@@ -101,7 +101,7 @@ def test_the_step_is_the_optimiser_on_the_gradient_of_the_adapter(setup):
     assert_close(run(setup, tx)[0].adapter, adapter)
 
 
-def test_masked_optimiser_over_the_full_tree_serves_the_adapter_alone(setup):
+def test_masked_optimizer_over_the_full_tree_serves_the_adapter_alone(setup):
     peft, params, _, _ = setup
     full = jpeft.combine(params, peft.init(jax.random.key(3), params))
     masked = jpeft.masked(optax.adam(1e-2), peft.labels(full))
@@ -225,7 +225,7 @@ SPECS = {
 }
 
 
-def test_sharded_step_equals_single_device_and_shards_adapter_and_optimiser(setup):
+def test_sharded_step_equals_single_device_and_shards_adapter_and_optimizer(setup):
     peft, params, batch, _ = setup
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
 
@@ -279,7 +279,7 @@ def test_abstract_params_give_an_abstract_state_that_lowers(setup):
     assert lowered.compile().memory_analysis() is not None
 
 
-def test_gradient_and_optimiser_bytes_scale_with_the_adapter(setup):
+def test_gradient_and_optimizer_bytes_scale_with_the_adapter(setup):
     _, params, batch, _ = setup
     model = Model()
     for rank in (1, 4):

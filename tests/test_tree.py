@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jpeft
-from jpeft.tree import all_finite, count, flatten, join, map_with_path, nearest, size_bytes, unflatten
+from jpeft.core.tree import all_finite, count, flatten, join, map_with_path, nearest, size_bytes, unflatten
 
 KEYS = st.text(alphabet="abc", min_size=1, max_size=2)
 LEAVES = st.integers(0, 99).map(np.int64)  # a leaf of its own each time: identity tells a copy from the original

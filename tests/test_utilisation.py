@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 import jpeft
+from jpeft.core.tree import size_bytes
+from jpeft.hardware.utilization import peak_flops, step_flops
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
-from jpeft.tree import size_bytes
-from jpeft.utilisation import peak_flops, step_flops
 
 ROWS, LENGTH = 2, 128
 SIZES = {

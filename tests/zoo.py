@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import jpeft
-from jpeft.tree import flatten
+from jpeft.core.tree import flatten
 
 # --- owners that stand for other people's modules: matched by class name, as theirs are ----------------------------
 
@@ -218,7 +218,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A block once, scanned over layers, or rematerialised; the output of every layer is the model's."""
+    """A block once, scanned over layers, or rematerialized; the output of every layer is the model's."""
 
     op: Callable[[Any], Any]
     mode: str = "plain"

@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpeft.io import AdapterError
+from jpeft.core.targets import ALL_LINEAR
+from jpeft.errors import AdapterError
 from jpeft.methods.base import positive_int
-from jpeft.targets import ALL_LINEAR
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-# HuggingFace's initialisations, and ours where there is one. The adapter is read from the file, so that they matter to
+# HuggingFace's initializations, and ours where there is one. The adapter is read from the file, so that they matter to
 # a new one only, unless they moved a part of the base weight into it.
 INITS = {True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal"}
 _BASE_KEPT = {"eva", "mica"}
 _BASE_CHANGED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-# What says nothing about the function that is computed: provenance, the settings of an initialisation, and
+# What says nothing about the function that is computed: provenance, the settings of an initialization, and
 # fan_in_fan_out, which HuggingFace itself sets from the module's type.
 _NO_MATHS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",

@@ -16,16 +16,16 @@ import jax
 import numpy as np
 from flax.core import meta
 
+from jpeft.core import stacking
+from jpeft.core.actions import Action
+from jpeft.core.peft import Peft, split_variables
+from jpeft.core.sites import FUSED, Site
+from jpeft.core.tree import Path, Tree, flatten, join, peek, unflatten
+from jpeft.files import sync_folder, write_atomically, write_safetensors
 from jpeft.hf import config as hf
 from jpeft.hf import layout, tied
 from jpeft.hf.names import ROOT, Names, Prefix
-from jpeft.inject import Action
-from jpeft.io import sync_folder, write_atomically, write_safetensors
 from jpeft.methods import BitFit, LoRA, Train
-from jpeft.models import stacking
-from jpeft.peft import Peft, split_variables
-from jpeft.sites import FUSED, Site
-from jpeft.tree import Path, Tree, flatten, join, peek, unflatten
 
 _README = "README.md"
 

@@ -13,21 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.geometry import Contraction, Raw
+from jpeft.binding import bind_survey, survey_model
+from jpeft.core import stacking
+from jpeft.core.actions import Action
+from jpeft.core.geometry import Contraction, Raw
+from jpeft.core.peft import Peft, split_variables
+from jpeft.core.quantized import Quantized
+from jpeft.core.sites import FUSED, Site, Survey
+from jpeft.core.targets import matches_entry
+from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
+from jpeft.errors import AdapterError
+from jpeft.files import read_safetensors
 from jpeft.hf import config as hf
 from jpeft.hf import layout, tied
 from jpeft.hf.exporting import leaf_suffix
 from jpeft.hf.names import ROOT, Names, Prefix, find
-from jpeft.inject import Action
-from jpeft.io import AdapterError, read_safetensors
 from jpeft.methods import BitFit, Chain, LoRA, Method, Train
-from jpeft.models import stacking
-from jpeft.peft import Peft, bind_seen, look, split_variables
-from jpeft.quantization import Quantized
-from jpeft.sites import FUSED, Site
-from jpeft.survey import Survey
-from jpeft.targets import matches_entry
-from jpeft.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 
 
 def load(
@@ -68,7 +69,7 @@ def load(
     tied.merge_head(model, config, file.path, file.lora, file.others)
     tree, _ = split_variables(params)
     base = flatten(tree)
-    seen, at = look(model, params, inputs, kwargs), stacking.stacked_at(model)
+    seen, at = survey_model(model, params, inputs, kwargs), stacking.stacked_at(model)
     each = stacking.unroll_survey(seen, at)  # with the layers one by one, as the file has them
     names = find(folder, file.modules, {s.path[:-1] for s in each.leaves}) if prefix is None else Names.of(prefix)
     found = _Found(file, config, names, each, tuple(ignore))
@@ -78,11 +79,11 @@ def load(
     method = _method(
         file, config, seen, whole.lora(sites, seen.weights), whole.leaves(biases, seen), whole.leaves(saved, seen)
     )
-    peft = bind_seen(method, model, params, seen)
+    peft = bind_survey(method, model, params, seen)
     leaves = {p: jnp.asarray(x) for p, x in _leaves(peft, file, config, names, sites, at).items()}
     _check_rest(file, names, seen, {s.path for s in (*biases, *saved)}, base, at)
     leaves = {p: leaves[p].astype(dtype) for p, (_, dtype) in peft.structure}
-    return peft, like(unflatten(peft.dress(leaves, base)), tree)
+    return peft, like(unflatten(peft.place_like_base(leaves, base)), tree)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

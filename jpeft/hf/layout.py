@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jpeft.geometry import Convolution, Parts, Raw
-from jpeft.sites import MERGE, Site
+from jpeft.core.geometry import Convolution, Parts, Raw
+from jpeft.core.sites import MERGE, Site
 
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")

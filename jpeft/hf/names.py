@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from jpeft.io import AdapterError
-from jpeft.tree import Path, join, nearest
+from jpeft.core.tree import Path, join, nearest
+from jpeft.errors import AdapterError
 
 Prefix = str | Mapping[str, str]
 

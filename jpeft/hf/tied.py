@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from jpeft.errors import AdapterError
 from jpeft.hf import config as hf
 from jpeft.hf.names import ROOT, Names
-from jpeft.io import AdapterError
 from jpeft.models.decoder import Decoder
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"

@@ -1,23 +1,21 @@
 """The methods, by name. To add one: a file here, and a line in the table."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jpeft.methods.base import AttentionMethod as AttentionMethod
 from jpeft.methods.base import LeafMethod as LeafMethod
-from jpeft.methods.base import Method as Method
+from jpeft.methods.base import Method
 from jpeft.methods.base import OutputMethod as OutputMethod
 from jpeft.methods.base import WeightMethod as WeightMethod
-from jpeft.methods.bottleneck import Bottleneck as Bottleneck
-from jpeft.methods.chain import Chain as Chain
-from jpeft.methods.ia3 import IA3 as IA3
-from jpeft.methods.lora import LoRA as LoRA
-from jpeft.methods.prefix import PrefixTuning as PrefixTuning
-from jpeft.methods.selective import BitFit as BitFit
-from jpeft.methods.selective import Train as Train
+from jpeft.methods.bitfit import BitFit
+from jpeft.methods.bottleneck import Bottleneck
+from jpeft.methods.chain import Chain
+from jpeft.methods.ia3 import IA3
+from jpeft.methods.lora import LoRA
+from jpeft.methods.prefix import PrefixTuning
+from jpeft.methods.train import Train
 
 METHODS: dict[str, type[Method]] = {
     cls.__name__: cls

@@ -9,48 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-from jpeft.sites import Site
-from jpeft.survey import Survey
-from jpeft.targets import ALL_LINEAR, TargetError, Targets, compile_pattern, matches_entry, select
+from jpeft.core.method import Leaves, Linear, widened
+from jpeft.core.sites import Site, Survey
+from jpeft.core.targets import ALL_LINEAR, TargetError, Targets, compile_pattern, matches_entry, select
 
 if TYPE_CHECKING:
-    from jpeft.peft import Peft
-
-Leaves = Mapping[str, Any]
-
-
-class Linear(Protocol):
-    """The original operation at a site, as a weight method sees it: ``base(x)`` is ``x @ weight + bias``."""
-
-    def __call__(self, x: Any) -> Float[Array, "*tokens out"]: ...
-
-    @property
-    def weight(self) -> Float[Array, "in out"]:
-        """The weight as a matrix, read (and paid for) only where it is used."""
-        ...
-
-    @property
-    def bias(self) -> Float[Array, " out"] | None: ...
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is ``x @ weight + bias`` to the letter, with the model's own weight: neither changed by a method
-        before, nor multiplied in a way of the module's own. Then ``x @ changed + bias`` may stand in for it."""
-        ...
-
-    def dropout(self, x: Any, rate: float) -> Any:
-        """Drops entries of x, where the caller trains and gave a "dropout" rng; otherwise x itself."""
-        ...
+    from jpeft.core.peft import Peft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +45,7 @@ class Method:
     # What each axis of a leaf is ("in", "out" or None), for leaves that take a base weight's sharding.
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {}
     # Leaves that the adapter holds but that never train.
-    fixed: ClassVar[frozenset[str]] = frozenset()
+    non_trainable: ClassVar[frozenset[str]] = frozenset()
     # Fields that may be given per site.
     per_site: ClassVar[tuple[str, ...]] = ()
 
@@ -116,11 +90,36 @@ class Method:
         """The leaves that `apply` and `merge` take, from those that are stored. The identity unless overridden."""
         return leaves
 
+    def columns(self) -> Mapping[str, str]:
+        """Columns of its own in `Peft.summary`, such as ``{"rank": "8"}``."""
+        return {}
+
+    @property
+    def input_dropout(self) -> float:
+        """The rate at which ``apply`` drops entries of its input; 0.0 for none."""
+        return 0.0
+
     # --- what the core calls ------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
+        """The class's name, which messages and configurations use."""
         return type(self).__name__
+
+    @property
+    def slug(self) -> str:
+        """The key of shared leaves in the adapter: the name in snake case."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.name).lower()
+
+    @property
+    def expands(self) -> bool:
+        """Whether `expand` computes anything: whether a subclass overrides it."""
+        return type(self).expand is not Method.expand
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it changes the bias beside a weight."""
+        return False
 
     def sites(self, survey: Survey) -> list[Site]:
         """The sites that ``targets`` names in a model."""
@@ -142,7 +141,7 @@ class Method:
     def _replaced(self, fields: dict[str, Any]) -> Any:
         return dataclasses.replace(self, **{**fields, "overrides": FrozenDict()})
 
-    def bind(self, model: nn.Module, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
+    def bind(self, model: Any, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
         """Finds this method's sites in a model by one abstract call, and returns the bound `Peft`.
 
         Args:
@@ -160,7 +159,7 @@ class Method:
         >>> [site.name for site in peft.sites]
         ['layers_0']
         """
-        from jpeft.peft import bind
+        from jpeft.binding import bind
 
         return bind(self, model, params, *inputs, **kwargs)
 
@@ -212,6 +211,11 @@ class WeightMethod(Method):
                 f"leave it out with exclude=[{site.name!r}]"
             )
         return site.split(self.parts)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether a subclass overrides `merge_bias`."""
+        return type(self).merge_bias is not WeightMethod.merge_bias
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         """The changed operation on ``x: [tokens..., in]``. By default it follows from `merge`."""
@@ -273,14 +277,6 @@ class LeafMethod(Method):
         wide = widened(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
         # A copy, not the base's own buffer: a donated training state must not take the base away.
         return {"": jnp.array(w, wide, copy=True)}
-
-
-# --- dtypes and initialisers that methods share -----------------------------------------------------------------------
-
-
-def widened(dtype: Any) -> Any:
-    """At least float32; asked so that strict promotion, which knows no common type of two, has nothing to say."""
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def dtype_name(dtype: Any) -> str:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.methods.base import POSITIVE_INT, Leaves, OutputMethod, check_fields, dtype_name, normal
-from jpeft.methods.low_rank import narrow
-from jpeft.sites import Site
-from jpeft.targets import Targets
+from jpeft.core.method import Leaves
+from jpeft.core.sites import Site
+from jpeft.core.targets import Targets
+from jpeft.methods.base import POSITIVE_INT, OutputMethod, check_fields, dtype_name, normal
+from jpeft.methods.families.low_rank import narrow
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,

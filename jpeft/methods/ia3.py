@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.methods.base import POSITIVE_INT, Leaves, Linear, WeightMethod, check_fields, dtype_name
-from jpeft.sites import Site
-from jpeft.targets import ALL_LINEAR, Targets, compile_pattern, matches_entry, select
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.sites import Site
+from jpeft.core.targets import ALL_LINEAR, Targets, compile_pattern, matches_entry, select
+from jpeft.methods.base import POSITIVE_INT, WeightMethod, check_fields, dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)

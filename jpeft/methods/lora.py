@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.methods.base import POSITIVE_INT, RATE, Leaves, Linear, WeightMethod, check_fields, dtype_name, normal
-from jpeft.methods.low_rank import low_rank
-from jpeft.sites import BOX, MERGE, Site
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.sites import BOX, MERGE, Site
+from jpeft.methods.base import POSITIVE_INT, RATE, WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.families.low_rank import low_rank
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "random")
 
@@ -64,7 +65,7 @@ class LoRA(WeightMethod):
         if self.alpha == 0:
             raise ValueError("LoRA.alpha is 0: the update would be 0 whatever it learns; None is scale 1")
         if self.init_weights == "orthogonal" and self.rank % 2:
-            raise ValueError(f"LoRA: orthogonal initialisation needs an even rank, got {self.rank}")
+            raise ValueError(f"LoRA: orthogonal initialization needs an even rank, got {self.rank}")
         super().__post_init__()
 
     @property
@@ -72,6 +73,15 @@ class LoRA(WeightMethod):
         """s, the factor on A B."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def input_dropout(self) -> float:
+        """The rate ``dropout``."""
+        return self.dropout
+
+    def columns(self) -> Mapping[str, str]:
+        """The rank."""
+        return {"rank": str(self.rank)}
 
     def prepare(self, site: Site) -> Site:
         if self.dropout and site.via in (BOX, MERGE):

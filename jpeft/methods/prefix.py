@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from jpeft.attention import pad_left
-from jpeft.methods.base import POSITIVE_INT, AttentionMethod, Leaves, check_fields, dtype_name, normal
-from jpeft.sites import Site
+from jpeft.core.method import Leaves, pad_left
+from jpeft.core.sites import Site
+from jpeft.methods.base import POSITIVE_INT, AttentionMethod, check_fields, dtype_name, normal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class PrefixTuning(AttentionMethod):
       init_std: of what is learned. dtype: of the leaves.
       targets: paths of attention modules; by default all.
 
-    Leaves at a site: ``prefix_key [length, kv_heads, head_dim]`` and ``prefix_value``; reparametrised,
+    Leaves at a site: ``prefix_key [length, kv_heads, head_dim]`` and ``prefix_value``; reparametrized,
     ``prefix_kernel [hidden, kv]``, ``prefix_key_bias``, ``prefix_value_bias`` and, shared by all sites,
     ``embedding [length, embedding]``, ``kernel [embedding, hidden]``, ``bias [hidden]``.
     The model changes at once: there is no prefix that does nothing.

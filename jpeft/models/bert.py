@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jpeft.attention import register_attention
+from jpeft.core.tree import Path, join
+from jpeft.linen.attention import register_attention
 from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
-from jpeft.tree import Path, join
 
 Flat = Float[Array, "tokens hidden"]
 
@@ -82,7 +82,7 @@ class _Module(nn.Module):
 
 
 class Embeddings(_Module):
-    """The sum of word, position and token-type embeddings, normalised."""
+    """The sum of word, position and token-type embeddings, normalized."""
 
     @nn.compact
     def __call__(

@@ -13,7 +13,6 @@ that sees a window and one that sees everything differ in their mask and rotary 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jpeft.attention import register_attention
+from jpeft.linen.attention import register_attention
 from jpeft.models import ops
 from jpeft.models.rotary import Rotary, rotate
-from jpeft.models.rotary import from_config as rotary_from_config
-from jpeft.models.rotary import to_config as rotary_to_config
-from jpeft.tree import Path
 
 States = Float[Array, "*tokens hidden"]  # [batch, length, hidden], or with the two in one (`ops.tokens_in_one`)
 Heads = Float[Array, "batch length heads head_dim"]
@@ -79,7 +75,7 @@ class DecoderConfig:
     attention_bias: bool = False  # of queries, keys and values
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False  # queries and keys are normalised, head by head, before they are turned
+    qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
     gemma: bool = False  # norms scale by 1 + w and stand after sublayers too; embeddings scale by sqrt(hidden_size)
     query_pre_attn_scalar: float = 0.0  # scores scale by its -1/2th power; 0: head_dim
     attn_logit_softcapping: float | None = None
@@ -234,14 +230,14 @@ class SelfAttention(_Module):
         )
 
 
-def _known_remat(name: Any) -> str:
+def known_remat(name: Any) -> str:
     if not isinstance(name, str) or name not in REMAT:
         raise ValueError(f"remat={name!r} is none of {', '.join(REMAT)}")
     return name
 
 
 def _policy(name: str) -> Any:
-    policy = getattr(jax.checkpoint_policies, REMAT[_known_remat(name)])
+    policy = getattr(jax.checkpoint_policies, REMAT[known_remat(name)])
     if name != "offload":
         return policy
     return policy(names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
@@ -320,7 +316,7 @@ class Layers(_Module):
 
 
 class Model(_Module):
-    """Token ids to the normalised states of the last layer."""
+    """Token ids to the normalized states of the last layer."""
 
     scan_layers: bool = True
     remat: str | None = None
@@ -565,267 +561,3 @@ def grow_cache(cache: Mapping[str, jax.Array], capacity: int) -> dict[str, jax.A
         "seen": jnp.pad(cache["seen"], ((0, 0), free)),
         "index": cache["index"],
     }
-
-
-# --- HuggingFace's side: a `jpeft.models.loading.Family` --------------------------------------------------------------
-
-_GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 4, "vocab_size": 256000,
-          "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
-          "query_pre_attn_scalar": 256.0, "sliding_window": 4096, "tie_word_embeddings": True,
-          "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
-_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
-         "sliding_window": 4096}  # fmt: skip
-_DEFAULTS: dict[str, dict[str, Any]] = {  # where HuggingFace's config class departs from DecoderConfig
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-                "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-    "gemma2": {**_GEMMA, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0,
-               "final_logit_softcapping": 30.0},
-    "gemma3_text": {**_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072},
-}  # fmt: skip
-_ARCHITECTURE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-_THETA = {"gemma3_text": 1e6}
-# Fields that change the maths in a way this decoder does not follow, each with the one value that is accepted.
-_FIXED = {"use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
-
-OPTIONS = frozenset({"scan_layers", "remat"})
-
-
-def from_config(
-    config: Mapping[str, Any], *, dtype: Any = None, param_dtype: Any = jnp.float32, **options: Any
-) -> Decoder:
-    """The decoder that a `config.json` describes. `options`: `scan_layers`, `remat`. Inverse of `to_config`.
-
-    Raises:
-      ValueError: a field has a value that the decoder does not follow.
-
-    >>> from_config({"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 8}).config.num_key_value_heads
-    8
-    """
-    if config["model_type"] == "gemma3":  # the text part of a model that also sees
-        config = _text_config(config)
-    kind = config["model_type"]
-    for name, accepted in _FIXED.items():
-        if config.get(name) not in (None, accepted):
-            raise ValueError(f"{name}={config[name]!r} is not supported, only {accepted!r}")
-    if config.get("quantization_config"):
-        raise ValueError("its weights are quantised (quantization_config), which is not read here; load the original")
-    given = _given(kind, config)
-    _check_fields(given)
-    given |= _attention_kinds(kind, config, given)
-    cfg = DecoderConfig(model_type=kind, **given, **_rotary(kind, config))
-    _check(cfg)
-    if options.get("remat") is not None:
-        _known_remat(options["remat"])
-    return Decoder(cfg, dtype=dtype, param_dtype=param_dtype, **options)
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model that also sees: its text part, with what it says of both."""
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        raise ValueError(f"text_config={text!r} is not an object")
-    both = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
-    return {**{name: config[name] for name in both if name in config}, **text, "model_type": "gemma3_text"}
-
-
-def _given(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that carry over by name."""
-    gemma = kind.startswith("gemma")
-    given = dict(_DEFAULTS[kind])
-    special = {"model_type", "layer_types", "rotary", "rotary_sliding", "qk_norm", "gemma", "output_bias"}
-    for field in dataclasses.fields(DecoderConfig):
-        name = {"hidden_act": "hidden_activation"}.get(field.name, field.name) if gemma else field.name
-        null_means_none = field.name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-                                         "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-        if field.name not in special and name in config and (config[name] is not None or null_means_none):
-            given[field.name] = config[name]
-    if isinstance(given.get("eos_token_id"), list):
-        given["eos_token_id"] = tuple(given["eos_token_id"])
-    given["gemma"] = gemma
-    given["qk_norm"] = kind in ("qwen3", "gemma3_text")
-    given["output_bias"] = bool(given.get("attention_bias"))
-    if kind == "qwen2":  # biases are fixed there, in these places
-        given |= {"attention_bias": True, "output_bias": False}
-    if kind == "mistral":
-        given |= {"attention_bias": False, "output_bias": False}
-    if kind != "llama":
-        given["mlp_bias"] = False
-    if not gemma:
-        given["query_pre_attn_scalar"] = 0.0
-    if kind != "gemma2":  # transformers' gemma 3 has the field and does not use it
-        given["attn_logit_softcapping"] = None
-    if not gemma:
-        given["final_logit_softcapping"] = None
-    return given
-
-
-def _attention_kinds(kind: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`sliding_window` and `layer_types`."""
-    layers, window = given.get("num_hidden_layers", DecoderConfig.num_hidden_layers), given.get("sliding_window")
-    if layers > 10_000:
-        raise ValueError(f"num_hidden_layers={layers} is not a number of layers")
-    if kind == "llama" or (kind.startswith("qwen") and not config.get("use_sliding_window")):
-        window = None
-    listed = config.get("layer_types") if kind != "llama" else None
-    if listed is not None:
-        known = isinstance(listed, list | tuple) and all(entry in (SLIDING, FULL) for entry in listed)
-        if not known or len(listed) != layers:
-            raise ValueError(f"layer_types={listed!r} does not say {SLIDING} or {FULL} for each of {layers} layers")
-        if kind == "mistral" and len(set(listed)) > 1:
-            raise ValueError("mistral with layers of both kinds is another model (ministral), which is not supported")
-        types = tuple(listed)
-    elif kind.startswith("gemma"):
-        every = 2 if kind == "gemma2" else _whole(config, "sliding_window_pattern", 6, at_least=1)
-        types = tuple(SLIDING if (i + 1) % every else FULL for i in range(layers))
-    elif kind.startswith("qwen"):
-        first = _whole(config, "max_window_layers", 28)
-        types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(layers))
-    else:
-        types = ((FULL if window is None else SLIDING),) * layers
-    if SLIDING in types and window is None:
-        raise ValueError(f"there are layers with {SLIDING}, but there is no sliding_window")
-    return {"layer_types": types, "sliding_window": window if SLIDING in types else None}
-
-
-def _whole(config: Mapping[str, Any], name: str, default: int, at_least: int = 0) -> int:
-    value = default if config.get(name) is None else config[name]
-    if not _is_whole(value) or value < at_least:
-        raise ValueError(f"{name}={value!r} is not a whole number that is at least {at_least}")
-    return value
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    theta = _THETA.get(kind, 10000.0) if config.get("rope_theta") is None else config["rope_theta"]
-    scaling = next((config[k] for k in ("rope_parameters", "rope_scaling") if config.get(k) is not None), {})
-    if not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling={scaling!r} is not an object")
-    if kind != "gemma3_text":
-        return {"rotary": rotary_from_config(scaling, theta)}
-    local = config.get("rope_local_base_freq") or 10000.0
-    if FULL in scaling or SLIDING in scaling:  # transformers 5 has one for each kind of layer
-        return {
-            "rotary": rotary_from_config(scaling.get(FULL), theta),
-            "rotary_sliding": rotary_from_config(scaling.get(SLIDING), local),
-        }
-    return {"rotary": rotary_from_config(scaling, theta), "rotary_sliding": rotary_from_config(None, local)}
-
-
-def _check_fields(given: Mapping[str, Any]) -> None:
-    for field in dataclasses.fields(DecoderConfig):
-        name, kind = field.name, str(field.type)
-        if name not in given or (given[name] is None and kind.endswith("None")):
-            continue
-        value = given[name]
-        if name.endswith("_token_id"):
-            ids = value if isinstance(value, tuple) and "tuple" in kind else (value,)
-            if not all(map(_is_whole, ids)):
-                raise ValueError(f"{name}={value!r} is not a token id")
-        elif "int" in kind and not (_is_whole(value) and 0 < value < 1 << 31):
-            raise ValueError(f"{name}={value!r:.40} is not a positive whole number of a size that can be")
-        elif kind == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is neither true nor false")
-        elif "float" in kind:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 <= value < 1e30):
-                raise ValueError(f"{name}={value!r:.40} is not a number that is at least 0")
-            if value == 0 and name.endswith("_softcapping"):
-                raise ValueError(f"{name}={value!r} leaves nothing of what it caps; null caps nothing")
-
-
-def _check(cfg: DecoderConfig) -> None:
-    if not isinstance(cfg.hidden_act, str) or cfg.hidden_act not in ops.ACTIVATIONS:
-        raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported, only {', '.join(ops.ACTIVATIONS)}")
-    if cfg.num_attention_heads % cfg.num_key_value_heads:
-        raise ValueError(
-            f"{cfg.num_attention_heads} query heads do not split over {cfg.num_key_value_heads} key and value heads"
-        )
-    if cfg.head_dim > 1 << 16:
-        raise ValueError(f"head_dim={cfg.head_dim} is more than any model's")
-    if cfg.head_dim < 2 or cfg.head_dim % 2:
-        raise ValueError(f"head_dim={cfg.head_dim} is no even number, but rotary positions turn pairs")
-
-
-def to_config(model: Decoder) -> dict[str, Any]:
-    """The `config.json` of a decoder. Inverse of `from_config`.
-
-    >>> to_config(from_config({"model_type": "gemma2"}))["hidden_activation"]
-    'gelu_pytorch_tanh'
-    """
-    cfg, kind = model.config, model.config.model_type
-    fields = dataclasses.asdict(cfg)
-    for name in ("gemma", "qk_norm", "output_bias", "rotary", "rotary_sliding"):
-        del fields[name]
-    fields |= {"rope_theta": cfg.rotary.theta, "rope_scaling": rotary_to_config(cfg.rotary)}
-    fields["layer_types"] = list(cfg.layer_types)
-    if isinstance(cfg.eos_token_id, tuple):
-        fields["eos_token_id"] = list(cfg.eos_token_id)
-    if cfg.gemma:
-        fields["hidden_activation"] = fields.pop("hidden_act")
-    else:
-        del fields["query_pre_attn_scalar"], fields["attn_logit_softcapping"], fields["final_logit_softcapping"]
-    if kind in ("llama", "mistral"):
-        del fields["layer_types"]
-    if kind == "llama":
-        del fields["sliding_window"]
-    else:
-        del fields["mlp_bias"]
-    if kind in ("mistral", "qwen2"):
-        del fields["attention_bias"]
-    if kind.startswith("qwen"):
-        fields["use_sliding_window"] = cfg.sliding_window is not None
-    if cfg.rotary_sliding is not None:
-        fields["rope_local_base_freq"] = cfg.rotary_sliding.theta
-        if (scaling := rotary_to_config(cfg.rotary_sliding)) is not None:  # which only transformers 5 can say
-            fields["rope_parameters"] = {FULL: fields.pop("rope_scaling"), SLIDING: scaling}
-    return {"architectures": [_ARCHITECTURE[kind]], **fields}
-
-
-def prefix(model: Decoder) -> str:
-    """What stands before the text model's tensor names in a checkpoint that also sees.
-
-    >>> prefix(Decoder(DecoderConfig()))
-    'language_model.'
-    """
-    return "language_model."
-
-
-def extras(model: Decoder) -> re.Pattern[str]:
-    """The tensors that may stand beside the decoder: buffers of old checkpoints, and a tied head.
-
-    >>> bool(extras(Decoder(DecoderConfig(tie_word_embeddings=True))).fullmatch("lm_head.weight"))
-    True
-    """
-    buffers = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-    return re.compile(rf"{buffers}|lm_head\.weight" if model.config.tie_word_embeddings else buffers)
-
-
-def axis_names(path: Path) -> tuple[str | None, ...]:
-    """None beside those that the parameters' boxes tell.
-
-    >>> axis_names(("model", "norm", "scale"))
-    ()
-    """
-    return ()
-
-
-def example_inputs(model: Decoder) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The smallest inputs that the model takes, abstract.
-
-    >>> example_inputs(Decoder(DecoderConfig()))
-    (ShapeDtypeStruct(shape=(1, 1), dtype=int32),)
-    """
-    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from jpeft.errors import ModelError
+from jpeft.files import read_json
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class ModelError(ValueError):
-    """A model folder or tree that cannot be used; the message is one line that names what is wrong."""
 
 
 class Tensor(Protocol):
@@ -42,7 +40,7 @@ class Tensor(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _SafeTensor:
+class SafeTensor:
     path: Path
     name: str
     shape: tuple[int, ...]
@@ -50,73 +48,15 @@ class _SafeTensor:
 
     def read(self) -> np.ndarray:
         # The file is mapped for one tensor at a time: pages of it that were read count as ours until it is unmapped.
-        with _open(self.path) as file:
+        with open_safetensors(self.path) as file:
             try:
                 return file.get_tensor(self.name)
             except (AttributeError, TypeError) as error:  # a dtype that numpy does not have, such as float8
                 raise ModelError(f"{self.path}: {self.name} has a dtype that is not read here ({error})") from None
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether this is a GGUF file, by its name.
-
-    >>> is_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    True
-    """
-    return path.suffix.lower() == ".gguf"
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The `config.json` of a folder, or what the metadata of a `.gguf` file say in its words."""
-    if is_gguf(path):
-        from jpeft.models import gguf
-
-        _need_file(path)
-        return gguf.read_config(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
-    if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{path}: no {CONFIG} (is this a HuggingFace model folder?)")
-    return read_json(path / CONFIG)
-
-
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of a folder or a `.gguf` file by name, readable inside the `with`."""
-    if is_gguf(path):
-        from jpeft.models import gguf
-
-        _need_file(path)
-        with gguf.open_tensors(path) as found:
-            yield found
-        return
-    tensors: dict[str, Tensor] = {}
-    for file_path in _weight_files(path):
-        with _open(file_path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        tensors |= {name: _SafeTensor(file_path, name, shape, metadata) for name, shape in shapes.items()}
-    yield tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # json's and UTF-8's errors alike
-        raise ModelError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return value
-
-
-def _need_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     import safetensors
 
     try:
@@ -126,7 +66,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jpeft.models.files import ModelError
+from jpeft.errors import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from jpeft.models.gguf import File
+    from jpeft.models.gguf_file import File
 
 # The split of each `tokenizer.ggml.pre`, as the models' own tokenizer.json has it; llama.cpp quotes them where its own
 # differ (src/llama-vocab.cpp).
@@ -26,7 +26,7 @@ _TEKKEN = (
 )
 _SPLITS = {
     "gpt-2": _GPT2,
-    "default": _GPT2,  # of a converter that did not recognise the tokenizer; transformers goes by GPT-2's as well
+    "default": _GPT2,  # of a converter that did not recognize the tokenizer; transformers goes by GPT-2's as well
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,
@@ -154,7 +154,7 @@ def _sentencepiece(file: File, tokens: list[str], types: Sequence[int]) -> Token
 
 
 def _merges_by_score(file: File, tokens: list[str], types: Sequence[int]) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose union scores highest: every way to split a piece in two, best first."""
+    """SentencePiece joins the neighbors whose union scores highest: every way to split a piece in two, best first."""
     scores = _of_each_token(file, "tokenizer.ggml.scores", file.get("tokenizer.ggml.scores", list))
     pieces = {t: score for t, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
     if len(pieces) > 1 and len(set(pieces.values())) == 1:  # placeholders, which some converters write

@@ -8,7 +8,6 @@ line of `FAMILIES`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -16,9 +15,8 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
@@ -28,13 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jpeft import fingerprint, quantization, tree
-from jpeft.io import write_safetensors
+from jpeft.core import fingerprint, tree
+from jpeft.core.quantized import Quantized, open_boxes, origin_of_stack, quantize_part, shardings_like
+from jpeft.core.stacking import DIFFER, stacked_at
+from jpeft.errors import ModelError
+from jpeft.files import new_folder, read_json, write_safetensors
 from jpeft.models import quantized
-from jpeft.models.files import CONFIG, WEIGHTS, ModelError, Tensor, is_gguf, open_tensors, read_config, read_json
-from jpeft.models.stacking import DIFFER, stacked_at
-from jpeft.quantization import Quantized
-from jpeft.sharding import Rules, param_shardings
+from jpeft.models.files import CONFIG, WEIGHTS, Tensor
+from jpeft.models.sources import is_gguf, open_tensors, read_config
+from jpeft.parallel.rules import Rules, param_shardings
+from jpeft.quantization.tree import quantize
 
 #: `model_type` of a `config.json` → the module that builds it (see `Family`), imported when asked for.
 FAMILIES: dict[str, str] = {
@@ -44,13 +45,13 @@ FAMILIES: dict[str, str] = {
     "camembert": "jpeft.models.bert",
     "electra": "jpeft.models.bert",
     "distilbert": "jpeft.models.bert",
-    "llama": "jpeft.models.decoder",
-    "mistral": "jpeft.models.decoder",
-    "qwen2": "jpeft.models.decoder",
-    "qwen3": "jpeft.models.decoder",
-    "gemma2": "jpeft.models.decoder",
-    "gemma3": "jpeft.models.decoder",
-    "gemma3_text": "jpeft.models.decoder",
+    "llama": "jpeft.models.decoder_hf",
+    "mistral": "jpeft.models.decoder_hf",
+    "qwen2": "jpeft.models.decoder_hf",
+    "qwen3": "jpeft.models.decoder_hf",
+    "gemma2": "jpeft.models.decoder_hf",
+    "gemma3": "jpeft.models.decoder_hf",
+    "gemma3_text": "jpeft.models.decoder_hf",
 }
 
 _Leaf: TypeAlias = np.ndarray | jax.Array | Quantized
@@ -106,13 +107,13 @@ def load(
     """Reads a HuggingFace folder (`config.json` and safetensors, sharded or not) or a `.gguf` file.
 
     Each tensor goes straight to its place, dtype and sharding: beside the model itself, host memory holds one tensor or
-    two. Weights that bitsandbytes (4-bit NF4) or `save` quantised are read as they are, as `jpeft.quantize` gives them.
+    two. Weights that bitsandbytes (4-bit NF4) or `save` quantized are read as they are, as `jpeft.quantize` gives them.
 
     Args:
         path: the folder or file. Nothing is downloaded, and no pickle is opened.
         dtype: what the model computes in; None follows the parameters.
-        param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16); quantised ones
-            are dequantised into it where they are used, those of a `.gguf` file as they are read.
+        param_dtype: what the parameters are held in, whatever the file's (float32, bfloat16, float16); quantized ones
+            are dequantized into it where they are used, those of a `.gguf` file as they are read.
         shardings: where the parameters go: a `jax.sharding.Sharding` for all, a tree of them like the parameters, or
             a function from the model to one of these, such as `lambda m: logical_shardings(m, mesh, rules)`. None is
             the default device.
@@ -127,7 +128,7 @@ def load(
     Raises:
         FileNotFoundError: there is no such folder or file, or no `config.json`, weights or shard in it.
         ModelError: a model type or a config field that is not supported, a file that cannot be read, or tensors that
-            are missing, unexpected, misshapen or, where quantised, torn; it names them.
+            are missing, unexpected, misshapen or, where quantized, torn; it names them.
         ValueError: `quantize` does not fit the model, as `jpeft.quantize` says.
 
     >>> import tempfile
@@ -232,13 +233,13 @@ def save(
 ) -> None:
     """Writes a HuggingFace folder that transformers loads. Inverse of `load`, bit for bit.
 
-    Quantised leaves are written as bitsandbytes does, and transformers loads them, if all are NF4 with blocks along the
+    Quantized leaves are written as bitsandbytes does, and transformers loads them, if all are NF4 with blocks along the
     inputs of linear layers (`jpeft.quantize`'s, for inputs that 64 divides); others only jpeft reads.
 
     Args:
         path: the folder to write; it appears whole or not at all.
         model: as `load` gave it.
-        params: its whole tree (merge an adapter first), each leaf written in its own dtype or as it is quantised.
+        params: its whole tree (merge an adapter first), each leaf written in its own dtype or as it is quantized.
         source: the folder or `.gguf` file the model came from. What it holds beside the model is kept: tokenizer,
             pooling, other fields of its `config.json`, the tensors of poolers and heads.
         extra_files: name → content, written beside the rest.
@@ -279,7 +280,7 @@ def save(
     if (about := quantized.config_for(tensors, embeddings, _dtype_name(leaves))) is not None:
         config["quantization_config"] = about
     config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(leaves)
-    with _new_folder(path) as new:
+    with new_folder(path) as new:
         if source is not None:
             _copy_companions(Path(source), new)
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -305,7 +306,7 @@ def is_decoder(path: str | os.PathLike[str]) -> bool:
     >>> is_decoder("all-MiniLM-L6-v2")  # doctest: +SKIP
     False
     """
-    return _read_family(Path(path))[2].__name__ == "jpeft.models.decoder"
+    return _read_family(Path(path))[2].__name__ == "jpeft.models.decoder_hf"
 
 
 def _read_family(path: Path) -> tuple[dict[str, Any], Path, Any]:
@@ -402,7 +403,7 @@ def _abstract(family: Family, model: nn.Module) -> dict[str, Any]:
 
 
 def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {tree.join(path): quantization.open_boxes(leaf) for path, leaf in tree.flatten(params).items()}
+    return {tree.join(path): open_boxes(leaf) for path, leaf in tree.flatten(params).items()}
 
 
 def _used_prefix(prefix: str, names: Mapping[str, Any]) -> str:
@@ -457,18 +458,18 @@ def _shardings_by_path(shardings: Any, model: nn.Module, abstract: Mapping[str, 
 
 
 def _planned(abstract: Mapping[str, Any], asked: str | Mapping[str, Any] | None) -> dict[str, Quantized]:
-    """What `jpeft.quantize` would make of the leaves that it would quantise, abstract. Its mistakes are told here."""
+    """What `jpeft.quantize` would make of the leaves that it would quantize, abstract. Its mistakes are told here."""
     if asked is None:
         return {}
     options = {"scheme": asked} if isinstance(asked, str) else asked
     if not isinstance(options, Mapping):
         raise TypeError(f"quantize is a scheme, or a dict of jpeft.quantize's arguments, got {asked!r}")
-    planned = quantization.quantize(tree.unflatten({tuple(p.split("/")): x for p, x in abstract.items()}), **options)
+    planned = quantize(tree.unflatten({tuple(p.split("/")): x for p, x in abstract.items()}), **options)
     return {name: leaf for name, leaf in _leaves(planned).items() if isinstance(leaf, Quantized)}
 
 
 class _Reader(NamedTuple):
-    """How a tensor becomes what the model has: its layout and dtype, quantised if it is or shall be."""
+    """How a tensor becomes what the model has: its layout and dtype, quantized if it is or shall be."""
 
     names: Mapping[_Slot, str]
     tensors: Mapping[str, Tensor]
@@ -476,23 +477,23 @@ class _Reader(NamedTuple):
     planned: Mapping[str, Quantized]
 
     def read(self, slot: _Slot) -> tuple[np.ndarray | Quantized, np.ndarray | None]:
-        """The tensor; and, of a quantised one, the checksum that its file tells."""
+        """The tensor; and, of a quantized one, the checksum that its file tells."""
         tensor = self.tensors[self.names[slot]]
-        value: Any = tensor.read()  # quantised for a QuantizedTensor
+        value: Any = tensor.read()  # quantized for a QuantizedTensor
         if isinstance(value, Quantized):
             if slot.path in self.planned:
-                raise ModelError(f"{tensor.path}: {tensor.name} is quantised already, as {value.scheme}")
+                raise ModelError(f"{tensor.path}: {tensor.name} is quantized already, as {value.scheme}")
             value = dataclasses.replace(_swapped(slot, value), dtype=np.dtype(self.dtype))
             return (value, value.origin) if value.origin is not None else (_with_origin(slot, value), None)
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ModelError(f"{tensor.path}: {tensor.name} is {value.dtype}; quantised weights are not read here")
+            raise ModelError(f"{tensor.path}: {tensor.name} is {value.dtype}; quantized weights are not read here")
         value = _swapped(slot, value).astype(self.dtype, copy=False)
         if (like := self.planned.get(slot.path)) is None:
             return value, None
         try:
-            return quantization.quantize_part(like, value, _start(slot)), None
+            return quantize_part(like, value, _start(slot)), None
         except ValueError as error:
-            raise ModelError(f"{tensor.path}: cannot quantise {tensor.name}: it {error}") from None
+            raise ModelError(f"{tensor.path}: cannot quantize {tensor.name}: it {error}") from None
 
 
 def _start(slot: _Slot) -> int:
@@ -503,7 +504,7 @@ def _start(slot: _Slot) -> int:
 def _with_origin(slot: _Slot, value: Quantized) -> Quantized:
     """With the checksum of what the codes stand for, in a folder that does not tell of what: these are its weights.
 
-    Dequantised outside of jit, an operation at a time: no device may fuse a product with a sum, so all agree.
+    Dequantized outside of jit, an operation at a time: no device may fuse a product with a sum, so all agree.
     """
     weight = np.asarray(jax.tree.map(jnp.asarray, value).unbox())
     return dataclasses.replace(value, origin=fingerprint.sums_of(weight, _start(slot)))
@@ -531,7 +532,7 @@ def _place(
             placed[slot.path] = _map(lambda x, way: _empty(x.shape, x.dtype, way), stacked, ways)
         stack = placed[slot.path]
         if jax.tree.structure(stack) != jax.tree.structure(value):
-            raise ModelError(f"{reader.tensors[reader.names[slot]].path}: {slot.path} is not quantised alike in all "
+            raise ModelError(f"{reader.tensors[reader.names[slot]].path}: {slot.path} is not quantized alike in all "
                              f"layers: {DIFFER}")  # fmt: skip
         layer = _map(_put, value, [_of_a_layer(way) for way in ways])
         del value  # not there any more when the next is read
@@ -553,7 +554,7 @@ def _with_stacks_origin(
     if all(origin is None for origin in told):
         origin = np.sum(sums, axis=0, dtype=np.uint32)
     else:
-        origin = quantization.origin_of_stack(sums)
+        origin = origin_of_stack(sums)
     rows = np.broadcast_to(origin, leaf.origin.shape)
     return dataclasses.replace(leaf, origin=_put(rows, _ways(leaf, sharding)[-1]))
 
@@ -561,7 +562,7 @@ def _with_stacks_origin(
 def _ways(value: Any, sharding: Any) -> list[Any]:
     """The shardings of a leaf's arrays: of a plain one it is the only one."""
     if isinstance(value, Quantized) and isinstance(sharding, NamedSharding):
-        return jax.tree.leaves(quantization.shardings_like(value, sharding))
+        return jax.tree.leaves(shardings_like(value, sharding))
     return [sharding] * len(jax.tree.leaves(value))
 
 
@@ -604,7 +605,7 @@ def _read_source(
     source: Path, family: Family, model: Any, slots: Sequence[_Slot]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], str, dict[str, Any]]:
     """The source's config, the tensors it holds beside the model, the prefix of those inside, and the checksums of the
-    quantised ones beside."""
+    quantized ones beside."""
     if _build(source, model.dtype, model.param_dtype, {})[1].config != model.config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
     if is_gguf(source):
@@ -636,17 +637,3 @@ def _copy_companions(source: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         elif path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that is filled inside the `with` and then takes its name in one step, or is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    new.mkdir()
-    try:
-        yield new
-        new.rename(path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise

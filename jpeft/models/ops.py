@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jpeft.backend import backend
-from jpeft.geometry import base
-from jpeft.sharding import tokens_are_spread
+from jpeft.core import backend
+from jpeft.parallel.batches import tokens_are_spread
 
 Mask = Bool[Array, "*#scores"] | None
 
@@ -92,7 +91,7 @@ def tokens_in_one(x: Float[Array, "*batch features"]) -> Float[Array, "*tokens f
     >>> tokens_in_one(jnp.ones((4, 5, 3))).shape
     (20, 3)
     """
-    return x.reshape(-1, x.shape[-1]) if base.flatten_tokens() else x
+    return x.reshape(-1, x.shape[-1]) if backend.flatten_tokens() else x
 
 
 def causal_mask(queries: int, keys: int, window: int | None = None, offset: Any = None) -> Bool[Array, "queries keys"]:
@@ -141,7 +140,7 @@ def attention(
     (1, 3, 4, 8)
     """
     queries, keys = query.shape[1], key.shape[1]
-    if softcap is not None or dropout is not None or base.flatten_tokens():
+    if softcap is not None or dropout is not None or backend.flatten_tokens():
         mask = causal_mask(queries, keys, window) if mask is None else mask
         # Checkpointed: the weights are quadratic in the length, and kept for every layer they would outweigh all else.
         plain = _plain_attention if dropout else jax.checkpoint(_plain_attention, static_argnums=(4, 5, 6))
@@ -191,7 +190,9 @@ def _cudnn_can(query: jax.Array, queries: int, keys: int, mask: Mask) -> Any:
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     even = mask is None or (queries % 2 == 0 and keys % 2 == 0)
-    cuda = backend() == jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
+    cuda = (
+        backend.backend() == jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
+    )
     return "cudnn" if half and fits and even and cuda else "xla"
 
 

@@ -1,12 +1,12 @@
-"""Quantised tensors of a model's files, in the form of bitsandbytes and transformers, to trade 4-bit folders with them.
+"""Quantized tensors of a model's files, in the form of bitsandbytes and transformers, to trade 4-bit folders with them.
 
 A linear layer's NF4 weight is `X.weight`, two codes to a byte in torch's order `[out, in]`, `X.weight.absmax`, its
 scales, `X.weight.quant_map`, the codebook, and `X.weight.quant_state.bitsandbytes__nf4`, the rest as JSON in bytes.
-Double quantisation adds `X.weight.nested_absmax` and `X.weight.nested_quant_map`. Of what bitsandbytes has no form for
+Double quantization adds `X.weight.nested_absmax` and `X.weight.nested_quant_map`. Of what bitsandbytes has no form for
 (other schemes, embeddings, blocks along the outputs) codes and scales keep their axes, and the state is called
 `X.weight.quant_state.jpeft__<scheme>`.
 
-The checksum of what was quantised stands in the files' own metadata: a state with a key that bitsandbytes does not know
+The checksum of what was quantized stands in the files' own metadata: a state with a key that bitsandbytes does not know
 is refused by it.
 """
 
@@ -23,10 +23,11 @@ from typing import Any, TypeGuard
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft import fingerprint
-from jpeft.models.files import ModelError, Tensor
-from jpeft.quantization import GROUP, NF4, SCALE_CODES, SCHEMES, Quantized
-from jpeft.survey import HEAD_NAMES
+from jpeft.core import fingerprint
+from jpeft.core.quantized import GROUP, NF4, SCALE_CODES, SCHEMES, Quantized
+from jpeft.core.sites import HEAD_NAMES
+from jpeft.errors import ModelError
+from jpeft.models.files import Tensor
 
 METADATA = "jpeft.origin"  # of a safetensors file: JSON, the checksum in hexadecimal digits by tensor name
 READ = "bitsandbytes' 4-bit NF4 and jpeft's own"
@@ -36,12 +37,12 @@ _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quan
 _STATE = re.compile(r"quant_state\.(\w+?)__(\w+)")
 _INT8 = ".SCB"  # the scales of LLM.int8()
 # Linear layers that a model may have beside those that are written: without weights of theirs, transformers would take
-# them for quantised ones.
+# them for quantized ones.
 _HEADS = HEAD_NAMES | {"pooler"}
 
 
 def transposed(weight: Quantized) -> Quantized:
-    """A quantised matrix with its axes swapped, from a kernel's `[in, out]` to torch's `[out, in]` and back. The order
+    """A quantized matrix with its axes swapped, from a kernel's `[in, out]` to torch's `[out, in]` and back. The order
     of its scales, in which they are grouped, is the same in both.
 
     >>> from jpeft.quantization import quantize_array
@@ -85,13 +86,13 @@ def _check_config(found: Any, where: Path) -> None:
     if method == "bitsandbytes":
         method = "bitsandbytes LLM.int8()" if eight else f"bitsandbytes {kind}"
     raise ModelError(
-        f"{where}: its weights are quantised (quantization_config: {method}), which is not read here, only {READ}; "
+        f"{where}: its weights are quantized (quantization_config: {method}), which is not read here, only {READ}; "
         "load the original"
     )
 
 
 def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], dtype: str) -> dict[str, Any] | None:
-    """The `quantization_config` for tensors to write, as transformers wants it; None where none is quantised.
+    """The `quantization_config` for tensors to write, as transformers wants it; None where none is quantized.
 
     `embeddings` are tensors that are no linear layer's; `dtype` is what to compute in.
     """
@@ -103,7 +104,7 @@ def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], d
         return {"quant_method": "jpeft"}
     matrices = {name for name, value in tensors.items() if name.endswith(".weight") and value.ndim == 2}
     plain = {name.removesuffix(".weight") for name in matrices - states.keys() - set(embeddings)}
-    quantised = {name.removesuffix(".weight") for name in states}
+    quantized = {name.removesuffix(".weight") for name in states}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -112,7 +113,7 @@ def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], d
         "bnb_4bit_use_double_quant": nested.pop(),
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted((plain | _HEADS) - quantised),
+        "llm_int8_skip_modules": sorted((plain | _HEADS) - quantized),
     }
 
 
@@ -120,7 +121,7 @@ def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], d
 
 
 def to_tensors(name: str, weight: Quantized, linear: bool) -> dict[str, np.ndarray]:
-    """A quantised matrix in torch's layout as the tensors of a file. Inverse of `QuantizedTensor.read`, but for the
+    """A quantized matrix in torch's layout as the tensors of a file. Inverse of `QuantizedTensor.read`, but for the
     checksum, which goes into the `metadata`."""
     codes, scales = np.asarray(weight.codes), np.asarray(weight.scales)
     state: dict[str, Any] = {
@@ -145,7 +146,7 @@ def to_tensors(name: str, weight: Quantized, linear: bool) -> dict[str, np.ndarr
 
 
 def metadata(origins: Mapping[str, Any]) -> dict[str, str]:
-    """What a file says of the checksums of its quantised tensors. Inverse of `read_metadata`."""
+    """What a file says of the checksums of its quantized tensors. Inverse of `read_metadata`."""
     lines = {name: fingerprint.in_hex(origin) for name, origin in origins.items() if origin is not None}
     return {METADATA: json.dumps(lines)} if lines else {}
 
@@ -155,7 +156,7 @@ def metadata(origins: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantised matrix in a file, its state checked: a `Tensor` whose `read` gives a `Quantized` in torch's layout,
+    """A quantized matrix in a file, its state checked: a `Tensor` whose `read` gives a `Quantized` in torch's layout,
     on the host; its `origin` is None where the file does not tell it."""
 
     path: Path
@@ -216,7 +217,7 @@ class QuantizedTensor:
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model's files, with those that make up a quantised one as that one. The codes are not read.
+    """The tensors of a model's files, with those that make up a quantized one as that one. The codes are not read.
 
     Raises:
         ModelError: parts are missing or do not fit together, or the form is not read here; it names the tensor.
@@ -245,16 +246,16 @@ def _group(name: str, parts: dict[str, Tensor]) -> QuantizedTensor:
     where = f"{next(iter(parts.values())).path}: {name}"
     states = {part: found for part in parts if (found := _STATE.fullmatch(part))}
     if len(states) != 1:
-        raise ModelError(f"{where}: it is quantised, but has {len(states) or 'no'} quant_state")
+        raise ModelError(f"{where}: it is quantized, but has {len(states) or 'no'} quant_state")
     ((key, found),) = states.items()
     form, scheme = found[1], found[2]
     if form not in ("bitsandbytes", "jpeft") or scheme not in SCHEMES or (form == "bitsandbytes" and scheme != "nf4"):
-        raise ModelError(f"{where}: it is quantised as {form} {scheme}, which is not read here, only {READ}")
+        raise ModelError(f"{where}: it is quantized as {form} {scheme}, which is not read here, only {READ}")
     maps = {"quant_map"} if form == "bitsandbytes" else set()
     nested = {"nested_absmax", "nested_quant_map"}
     needed = {"", "absmax"} | maps | (nested if nested & parts.keys() else set())
     if lacking := sorted(needed - parts.keys()):
-        raise ModelError(f"{where}: it is quantised, but {f'{name}.{lacking[0]}'.rstrip('.')} is missing")
+        raise ModelError(f"{where}: it is quantized, but {f'{name}.{lacking[0]}'.rstrip('.')} is missing")
     state = _state(parts[key], where)
     if problem := _problem(state, form, scheme, bool(nested & parts.keys())):
         raise ModelError(f"{where}: its quant_state {problem}")

@@ -4,5 +4,5 @@ print(jpeft.plan(step, state, params, batch, topology="v5e:4x4", mesh="fsdp=16")
 """
 
 from jpeft.planning.compiling import PlanError as PlanError
-from jpeft.planning.plan import Plan as Plan
 from jpeft.planning.plan import plan as plan
+from jpeft.planning.result import Plan as Plan

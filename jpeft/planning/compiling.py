@@ -1,6 +1,6 @@
 """From a step to a compiled program, in a process of its own.
 
-A step is traced here, on a mesh without devices, and serialised by `jax.export`; `jpeft.planning.worker` compiles it.
+A step is traced here, on a mesh without devices, and serialized by `jax.export`; `jpeft.planning.worker` compiles it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
@@ -25,15 +24,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from jpeft import inject
-from jpeft.assets import UserError
-from jpeft.backend import compiling_for
-from jpeft.planning.topologies import QUIET, Topology
-from jpeft.sharding import adapter_shardings, batch_shardings, constrained, layout_of, param_shardings, place
-from jpeft.train import Step, TrainState, as_laid_out, cast_floating
-from jpeft.tree import flatten, like, named_sharding, unflatten
+from jpeft.core.backend import compiling_for
+from jpeft.core.frontend import bypassed
+from jpeft.core.peft import adapter_shardings
+from jpeft.core.placement import place
+from jpeft.core.tree import flatten, like, named_sharding, unflatten
+from jpeft.errors import UserError
+from jpeft.hardware.topologies import QUIET, Topology
+from jpeft.parallel.batches import batch_shardings, constrained, layout_of
+from jpeft.parallel.rules import param_shardings
+from jpeft.training.step import Step, TrainState, as_laid_out, cast_floating
 
 #: Names a Python that has jpeft and libtpu, where the one that plans shall not have libtpu.
 PYTHON = "JPEFT_PLAN_PYTHON"
@@ -43,42 +45,6 @@ _POLL = 0.1
 
 class PlanError(UserError):
     """What stands against a plan: in one line."""
-
-
-# -------------------------------------------------------------------------------------------------------------- meshes
-
-
-def read_mesh(asked: Any, topology: Topology) -> AbstractMesh:
-    """The mesh that is asked for, as `fsdp=8,tensor=2`, a mapping or a mesh of any kind; None is one axis, `fsdp`.
-
-    >>> from jpeft.planning.topologies import parse
-    >>> read_mesh({"fsdp": 8, "tensor": 2}, parse("cpu:16")).shape_tuple
-    (('fsdp', 8), ('tensor', 2))
-    """
-    count = topology.devices
-    if asked is None:
-        sizes: dict[str, Any] = {"fsdp": count}
-    elif isinstance(asked, str):
-        sizes = {}
-        for part in asked.split(","):
-            name, _, size = (x.strip() for x in part.partition("="))
-            if not name or name in sizes or not size.isdecimal():
-                raise PlanError(f"--mesh {asked}: expected axes such as data=2,fsdp=8, each once")
-            sizes[name] = int(size)
-    else:
-        try:
-            sizes = dict(getattr(asked, "shape", asked))
-        except TypeError:
-            raise PlanError(f"mesh={asked!r}: expected axes such as 'data=2,fsdp=8', a mapping or a mesh") from None
-    if not sizes or min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
-        product = " x ".join(map(str, sizes.values()))
-        product += f" is {math.prod(sizes.values())}" if len(sizes) > 1 else ""
-        raise PlanError(
-            f"--mesh {','.join(f'{name}={size}' for name, size in sizes.items())}: {product}, but {topology.name} has "
-            f"{count} devices"
-        )
-    kinds = (AxisType.Auto,) * len(sizes)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 # ---------------------------------------------------------------------------------------------------- abstract inputs
@@ -137,10 +103,10 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """What is to be compiled: serialised, and how many of its arguments are of what."""
+    """What is to be compiled: serialized, and how many of its arguments are of what."""
 
     data: bytes
-    groups: Mapping[str, int]  # arguments in order: so many of the adapter, the optimiser, …
+    groups: Mapping[str, int]  # arguments in order: so many of the adapter, the optimizer, …
     specs: tuple[PartitionSpec, ...] = ()  # of the arguments: an exported program forgets those of what it never reads
     donated: tuple[int, ...] = ()  # of the arguments
     times: int = 1  # that a step runs it
@@ -171,7 +137,7 @@ def trace_step(step: Any, state: Any, params: Any, batch: Any, platform: str) ->
 
 
 def trace_base(step: Step, state: Any, params: Any, batch: Any, platform: str) -> Program | None:
-    """The same loss and backward pass without an adapter and an optimiser: what the step costs is seen against it.
+    """The same loss and backward pass without an adapter and an optimizer: what the step costs is seen against it.
 
     It is differentiated by something of the size of the embeddings' output that is added there and is zero, so that the
     backward pass goes as far back as an adapter's in the lowest layer. It is of one micro-batch, where the step
@@ -226,7 +192,7 @@ def _run_base(step: Step, state: Any, found: list[Any]) -> Any:
             return y if shift is None else y + shift
 
         adapter = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.adapter)  # which nothing reads
-        with inject.bypassed(), nn.intercept_methods(add):
+        with bypassed(), nn.intercept_methods(add):
             params = cast_floating(params, step.compute_dtype)
             return step.loss_fn(adapter, params, batch, jax.random.key(0))[0].astype(jnp.float32)
 
@@ -256,7 +222,7 @@ def _groups(state: Any, params: Any, batch: Any) -> dict[str, int]:
     count = lambda tree: len(jax.tree.leaves(tree))  # noqa: E731
     groups = {"base": count(params), "batch": count(batch)}
     if isinstance(state, TrainState):  # in the order of its fields
-        own = {"step": 1, "adapter": count(state.adapter), "optimiser": count(state.opt_state)}
+        own = {"step": 1, "adapter": count(state.adapter), "optimizer": count(state.opt_state)}
         return {**own, "rest": count(state) - sum(own.values()), **groups}
     return {"state": count(state), **groups} if state is not None else groups
 
@@ -353,7 +319,7 @@ def _environment(topology: Topology) -> dict[str, str]:
         return {**own, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     own["JAX_PLATFORMS"] = "cpu"
     if topology.kind == "cpu":
-        # LLVM's optimiser changes neither FLOPs nor bytes.
+        # LLVM's optimizer changes neither FLOPs nor bytes.
         own["XLA_FLAGS"] = (
             f"--xla_force_host_platform_device_count={topology.devices} --xla_backend_optimization_level=0"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,131 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from jpeft import utilisation
+from jpeft.core.tree import Tree, named_sharding
+from jpeft.hardware import utilization
+from jpeft.hardware.topologies import Topology, parse
+from jpeft.parallel.mesh import abstract_mesh
 from jpeft.planning import hlo
-from jpeft.planning.compiling import Compilation, Program, compiling, laid_out, read_mesh, trace_base, trace_step
-from jpeft.planning.topologies import Chip, Topology, interconnect, parse
-from jpeft.train import Step
-from jpeft.tree import Tree, named_sharding
+from jpeft.planning.compiling import Compilation, Program, compiling, laid_out, trace_base, trace_step
+from jpeft.planning.result import Memory, Plan, Traffic
+from jpeft.training.step import Step
 
 _LARGEST = 8  # buffers that are told where a step does not fit
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device.
-
-    Attributes:
-        arguments: by what they are: base, adapter, optimiser, batch; padded as the device pads them.
-        temporaries: what XLA reserves for activations, gradients and whatever else lives within a step.
-        alive: of these, what lives at once at the most: XLA reserves more where there are loops.
-        outputs: those that do not lie in an argument's place.
-        program: the compiled code.
-        host: of the host's memory, for each device (`remat="offload"`).
-    """
-
-    arguments: Mapping[str, int]
-    temporaries: int
-    outputs: int
-    program: int
-    host: int = 0
-    alive: int = 0
-
-    @property
-    def total(self) -> int:
-        """At the peak, on the device."""
-        return sum(self.arguments.values()) + self.temporaries + self.outputs + self.program
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind over the same axes of the mesh, in one step.
-
-    Attributes:
-        kind: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, …
-        axes: what they cross, as `fsdp` or `data+fsdp`.
-        count: how many run. bytes: what a device receives in all.
-    """
-
-    kind: str
-    axes: str
-    count: int
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` found. Figures are of one device and one step, unless they say otherwise.
-
-    Attributes:
-        topology: as `v5e:4x4`. chip: what is known of its chips. devices: how many. mesh: their axes.
-        memory: see `Memory`. capacity: bytes that a program may use of a device; None where it is not known.
-        refused: the compiler found that it cannot fit, and made no program: `memory` is what it said it would take.
-        largest: where it does not fit, the largest buffers that live at the peak, and what made them.
-        flops: of all products, those included that are computed again. hbm_bytes: read from and written to memory.
-        model_flops: that the model needs for these tokens (`jpeft.utilisation.step_flops`), where its size is known.
-        collectives: see `Traffic`. adapter_share: of their bytes, what there is of them more than without an adapter.
-        tokens: of all devices together, in a step.
-        compile_seconds, host_bytes: what compiling took on this machine.
-        seen_on: where the largest buffers are those of the same step compiled for other chips, which have more room.
-    """
-
-    topology: str
-    chip: Chip | None
-    devices: int
-    mesh: Mapping[str, int]
-    memory: Memory
-    capacity: int | None
-    refused: bool
-    largest: Sequence[hlo.Buffer]
-    flops: float
-    hbm_bytes: float
-    model_flops: float | None
-    collectives: Sequence[Traffic]
-    adapter_share: float | None
-    tokens: int
-    compile_seconds: float
-    host_bytes: int
-    seen_on: str = ""
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether a device has room for it; None where its memory is not known."""
-        return None if self.capacity is None else self.memory.total <= self.capacity
-
-    @property
-    def floor(self) -> dict[str, float]:
-        """Seconds that a step takes at least: `matmul`, `memory` and `interconnect`, each at its chip's peak rate."""
-        if self.chip is None or self.refused:
-            return {}
-        sent = sum(traffic.bytes for traffic in self.collectives)
-        rates = {"matmul": (self.flops, self.chip.peak_flops), "memory": (self.hbm_bytes, self.chip.hbm_bandwidth),
-                 "interconnect": (sent, interconnect(parse(self.topology)))}  # fmt: skip
-        return {name: amount / rate for name, (amount, rate) in rates.items() if rate}
-
-    @property
-    def seconds(self) -> float | None:
-        """Of a step, at least: whatever takes longest, with all else beside it."""
-        return max(self.floor.values(), default=None)
-
-    def chip_seconds_per_token(self) -> float | None:
-        """Chip-seconds that a token costs, at least."""
-        if self.seconds is None or self.chip is None:
-            return None
-        return self.seconds * self.devices / self.chip.devices_per_chip / self.tokens
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        out = dataclasses.asdict(self)
-        out |= {"fits": self.fits, "floor_seconds": self.floor, "seconds": self.seconds}
-        out["memory"]["total"] = self.memory.total
-        out["mesh"] = dict(self.mesh)
-        return out
-
-    def __str__(self) -> str:
-        from jpeft.planning.report import describe
-
-        return describe(self)
 
 
 def plan(
@@ -180,7 +64,7 @@ def plan(
     True
     """
     found = parse(topology)
-    prepared = prepare(step, state, params, batch, found, read_mesh(mesh, found), rules=rules, names=names,
+    prepared = prepare(step, state, params, batch, found, abstract_mesh(mesh, found.devices, found.name), rules=rules, names=names,
                        against_base=against_base)  # fmt: skip
     with prepared.compiling(python) as compilations:
         return prepared.conclude(*compilations)
@@ -240,7 +124,7 @@ def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None
     shape = batch_shape(batch)
     if not isinstance(step, Step) or len(shape) < 2:
         return None
-    return utilisation.peft_flops(step.peft, params, state.adapter, tokens=math.prod(shape), length=shape[1])
+    return utilization.peft_flops(step.peft, params, state.adapter, tokens=math.prod(shape), length=shape[1])
 
 
 def batch_shape(batch: Any) -> tuple[int, ...]:
@@ -289,10 +173,10 @@ def _sent(program: hlo.Program) -> float:
 
 
 def _in_words(groups: Mapping[str, int]) -> dict[str, int]:
-    """Arguments by what they are; counters and keys are of the optimiser."""
-    out = {name: groups[name] for name in ("base", "adapter", "optimiser", "state", "batch") if name in groups}
-    if "optimiser" in out:
-        out["optimiser"] += groups.get("step", 0) + groups.get("rest", 0)
+    """Arguments by what they are; counters and keys are of the optimizer."""
+    out = {name: groups[name] for name in ("base", "adapter", "optimizer", "state", "batch") if name in groups}
+    if "optimizer" in out:
+        out["optimizer"] += groups.get("step", 0) + groups.get("rest", 0)
     return out
 
 

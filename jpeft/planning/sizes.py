@@ -13,7 +13,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from jpeft.assets import UserError
+from jpeft.errors import UserError
 
 _ALIASES = {"llama-3-405b": "llama-3.1-405b", "mistral-7b": "mistral-7b-v0.1", "mistral-small": "mistral-small-24b"}
 

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft.assets import UserError
-from jpeft.planning import topologies
-from jpeft.planning.topologies import Topology
-from jpeft.sharding import make_mesh
+from jpeft.errors import UserError
+from jpeft.hardware import topologies
+from jpeft.hardware.topologies import Topology
+from jpeft.parallel.mesh import make_mesh
 
 
 def compile_program(folder: Path) -> dict[str, Any]:

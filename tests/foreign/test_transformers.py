@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jpeft
-from jpeft.tree import flatten, unflatten
+from jpeft.core.tree import flatten, unflatten
 from tests.zoo import moved, numbers
 
 with warnings.catch_warnings():
@@ -146,7 +146,7 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def _as_transformers_runs():
-    """transformers adds integers to booleans; and its tiny models are quicker run than optimised."""
+    """transformers adds integers to booleans; and its tiny models are quicker run than optimized."""
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -13,9 +13,9 @@ import transformers
 
 import jpeft
 from jpeft import models
-from jpeft.fingerprint import fingerprint
-from jpeft.quantization import NF4, SCALE_CODES, Quantized, quantize_array
-from jpeft.tree import flatten
+from jpeft.core.fingerprint import fingerprint
+from jpeft.core.quantized import NF4, SCALE_CODES, Quantized, quantize_array
+from jpeft.core.tree import flatten
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
@@ -24,7 +24,7 @@ IDS = np.random.default_rng(0).integers(3, 97, (2, 9))
 
 
 def pair(shape, block, double, seed=0):
-    """A weight as both quantise it: bitsandbytes' codes and state, and ours in torch's layout and order."""
+    """A weight as both quantize it: bitsandbytes' codes and state, and ours in torch's layout and order."""
     weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     if shape[0] > 1:
         weight[1, :block] = 0
@@ -51,7 +51,7 @@ def test_codes_and_scales_are_the_same_to_the_bit(shape, block):
 
 
 @pytest.mark.parametrize(("shape", "block"), SHAPES)
-def test_quantised_scales(shape, block):
+def test_quantized_scales(shape, block):
     """The mean is a sum, whose order is everyone's own. bitsandbytes on a CPU finds codes through a coarse table, and
     where a scale lies near the middle of two takes the further one at times; here it is always the nearest."""
     codes, state, ours, flat = pair(shape, block, double=True)

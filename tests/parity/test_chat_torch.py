@@ -9,7 +9,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jpeft import chat
+from jpeft.text import chat_template
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -299,14 +299,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def both(folder):
-    return chat.read(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    return chat_template.read(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_renders_as_in_transformers(folder, name, conversation):
     ours, theirs = both(folder)
-    ours = chat.Codec(ours.tokenizer, TEMPLATES[name], ours.special, ours.stop_ids, ours.where)
+    ours = chat_template.ChatTokenizer(ours.tokenizer, TEMPLATES[name], ours.special, ours.stop_ids, ours.where)
     messages, texts = CONVERSATIONS[conversation], 0
     tools = [TOOL] if conversation == "tools" else None
     for prompt in (True, False):
@@ -321,7 +321,7 @@ def test_a_template_renders_as_in_transformers(folder, name, conversation):
                     messages, chat_template=TEMPLATES[name], tokenize=False, **options
                 )
             except Exception as error:
-                with pytest.raises(chat.ChatError) as raised:
+                with pytest.raises(chat_template.ChatError) as raised:
                     ours.render(messages, **options)
                 assert " ".join(str(error).split()) in str(raised.value)
                 continue
@@ -336,7 +336,7 @@ def test_a_template_renders_as_in_transformers(folder, name, conversation):
 @pytest.mark.parametrize("conversation", ["question", "talk", "system"])
 def test_generation_blocks_mark_what_transformers_marks(folder, conversation):
     ours, theirs = both(folder)
-    ours = chat.Codec(ours.tokenizer, GENERATION, ours.special, ours.stop_ids, ours.where)
+    ours = chat_template.ChatTokenizer(ours.tokenizer, GENERATION, ours.special, ours.stop_ids, ours.where)
     text, spans = ours.render_with_spans(CONVERSATIONS[conversation])
     encoded = theirs.apply_chat_template(
         CONVERSATIONS[conversation], chat_template=GENERATION, return_dict=True, return_assistant_tokens_mask=True
@@ -360,10 +360,10 @@ def test_generation_blocks_mark_what_transformers_marks(folder, conversation):
 def test_where_published_templates_put_answers(folder, name, answers):
     special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
     template = TEMPLATES[name].replace("<|eot_id|>", "<|im_end|>").replace("<end_of_turn>", "<|im_end|>")
-    ours = chat.Codec(chat.read(folder).tokenizer, template, special, (4,), "./tiny")
+    ours = chat_template.ChatTokenizer(chat_template.read(folder).tokenizer, template, special, (4,), "./tiny")
     talk = [USER, ANSWER, {"role": "user", "content": "Hot?"}, {"role": "assistant", "content": "Hot."}]
     if answers is None:
-        with pytest.raises(chat.ChatError, match=r"message 1: .* once more messages follow"):
+        with pytest.raises(chat_template.ChatError, match=r"message 1: .* once more messages follow"):
             ours.render_with_spans(talk)
         talk, answers = talk[:2], ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>"]
     text, spans = ours.render_with_spans(talk)
@@ -391,7 +391,10 @@ def test_a_token_that_only_the_config_calls_special(folder, tmp_path):
 
 def test_smollm2_reads_as_in_transformers(smollm2_file):
     path = smollm2_file
-    ours, theirs = chat.read(path), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours, theirs = (
+        chat_template.read(path),
+        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name),
+    )
     assert ours.template == CHATML and 2 in ours.stop_ids
     for messages in CONVERSATIONS.values():
         expected = theirs.apply_chat_template(
@@ -400,5 +403,5 @@ def test_smollm2_reads_as_in_transformers(smollm2_file):
         assert ours.render(messages) == expected
         assert ours.encode_chat(messages) == theirs(expected, add_special_tokens=False)["input_ids"]
     for ids in np.random.default_rng(0).integers(0, ours.size, (50, 60)):
-        stream = chat.Stream(ours)
+        stream = chat_template.Stream(ours)
         assert "".join(map(stream.push, ids)) + stream.finish() == theirs.decode(ids, skip_special_tokens=True)

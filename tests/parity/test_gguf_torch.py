@@ -205,7 +205,7 @@ def test_a_tiny_model_comes_back(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "BF16", "F16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
-def test_a_quantised_tiny_model_is_read_as_transformers_reads_it(name, kind, tmp_path):
+def test_a_quantized_tiny_model_is_read_as_transformers_reads_it(name, kind, tmp_path):
     path = write(tmp_path / "model.gguf", tiny(name), gguf.GGMLQuantizationType[kind])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).state_dict()
     with open_tensors(path) as tensors:

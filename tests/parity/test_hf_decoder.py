@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jpeft
-from jpeft.io import AdapterError
+from jpeft.errors import AdapterError
 from tests.zoo import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, transformers' and peft's own

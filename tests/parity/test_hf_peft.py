@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.t5 import modeling_flax_t5
 
 import jpeft
-from jpeft.tree import flatten
+from jpeft.core.tree import flatten
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, transformers' and peft's own
 TOLERANCE = 1e-5

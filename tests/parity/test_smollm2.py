@@ -8,7 +8,8 @@ import torch
 import transformers
 
 import jpeft
-from jpeft import chat, models
+from jpeft import models
+from jpeft.text import chat_template
 
 TEXT = (
     "Adapters are small. A language model has some hundred million weights or some hundred billion, and what a new "
@@ -38,7 +39,7 @@ def smollm2(smollm2_file):
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    return models.load(path, scan_layers=False), chat.read(path), torch_model.eval()
+    return models.load(path, scan_layers=False), chat_template.read(path), torch_model.eval()
 
 
 def test_logits_on_real_text(smollm2):
@@ -66,7 +67,7 @@ def test_greedy_generation_token_for_token(smollm2):
         want.append(out[0, len(ids) :].tolist())
     settings = {"max_new_tokens": NEW, "stop_ids": codec.stop_ids}
     batch = jpeft.generate(model, params, prompts, **settings)
-    alone = [jpeft.generate(model, params, [ids], **settings, shortest=64)[0] for ids in prompts[:3]]
+    alone = [jpeft.generate(model, params, [ids], **settings, min_prompt_length=64)[0] for ids in prompts[:3]]
     assert batch == want
     assert alone == want[:3]
     forward = jax.jit(model.apply)
@@ -82,11 +83,11 @@ def test_export_to_transformers(smollm2, smollm2_file, tmp_path):
     (model, params), codec, torch_model = smollm2
     models.save(tmp_path / "hf", model, params, source=smollm2_file)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer(TEXT)["input_ids"] == codec.encode(TEXT) == chat.read(tmp_path / "hf").encode(TEXT)
+    assert tokenizer(TEXT)["input_ids"] == codec.encode(TEXT) == chat_template.read(tmp_path / "hf").encode(TEXT)
     turn = [{"role": "user", "content": "Who are you?"}]
     rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    assert rendered == codec.encode_chat(turn) == chat.read(tmp_path / "hf").encode_chat(turn)
-    assert chat.read(tmp_path / "hf").stop_ids == codec.stop_ids
+    assert rendered == codec.encode_chat(turn) == chat_template.read(tmp_path / "hf").encode_chat(turn)
+    assert chat_template.read(tmp_path / "hf").stop_ids == codec.stop_ids
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, value in torch_model.state_dict().items():

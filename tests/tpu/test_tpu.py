@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from jpeft import cli
-from jpeft.config import CHAT, Config
-from jpeft.planning import sweep
+from jpeft.cli import main
 from jpeft.planning.compiling import PYTHON
-from jpeft.planning.plan import Memory
-from jpeft.planning.sweep import Choice
+from jpeft.planning.result import Memory
+from jpeft.recipes import plan_sweep
+from jpeft.recipes.config import CHAT, Config
+from jpeft.recipes.plan_sweep import Choice
 
 pytestmark = pytest.mark.usefixtures("libtpu", "standard_promotion")
 LLAMA = {"model_type": "llama", "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1536,
@@ -42,7 +42,7 @@ def planned(tmp_path_factory):
             path.write_text(json.dumps({**LLAMA, **sizes.get("model", {})}))
             config = Config(task=CHAT, model=str(path), batch_size=sizes.get("rows", 16), rank=8, dtype="bfloat16",
                             max_length=sizes.get("length", 512), quantize="none", targets="q_proj,v_proj")  # fmt: skip
-            prepared = sweep.traced(Choice(config, topology, remat=sizes.get("remat")), against_base=False)
+            prepared = plan_sweep.traced(Choice(config, topology, remat=sizes.get("remat")), against_base=False)
             with prepared.compiling() as (compilation,):
                 known[key] = prepared.conclude(compilation), compilation.result()
         return known[key]
@@ -80,7 +80,7 @@ def test_what_is_too_large_is_refused_and_its_buffers_are_named(planned):
 
 def test_lora_on_8b_fits_four_v5e(capsys):
     asked = "plan --model llama-3-8b --topology v5e:2x2 --batch 16 --seq 2048 --rank 16 --no-base --json"
-    assert cli.main(asked.split()) == 0
+    assert main.main(asked.split()) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["capacity"] > found["memory"]["total"] > 8 * 2**30
     assert found["memory"]["arguments"]["base"] == pytest.approx(2 * 8_030_261_248 / 4, rel=0.01)

@@ -1,0 +1,126 @@
+"""The command line: `jpeft finetune | plan | predict | merge | inspect | generate | chat | quantize`.
+
+Results go to stdout, errors to stderr as one line. A command imports what it runs on only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from jpeft.cli import chat, finetune, generate, inspect, merge, plan, predict, quantize
+from jpeft.cli.terminal import fail
+from jpeft.recipes.config import Interrupted
+
+# Modules of the extra [demo], whose absence is told with the command that installs them.
+_EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers"}
+_COMMANDS = (finetune, plan, predict, merge, generate, chat, quantize, inspect)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    >>> main(["inspect", "runs/minilm-lora-1"])  # doctest: +SKIP
+    """
+    status = _run(_parser().parse_args(arguments))
+    if status and (distributed := sys.modules.get("jpeft.parallel.distributed")) is not None:
+        distributed.leave(status)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        with _terminable():
+            args.run_command(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt as stop:
+        return fail("interrupted; nothing was left half-written", 128 + (stop.args[0] if stop.args else signal.SIGINT))
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        message, status = _explain(error)
+        return status if _told_elsewhere(error) else fail(message, status)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill is a Ctrl-C that says which signal it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _told_elsewhere(error: Exception) -> bool:
+    """Whether process 0 of several says what this process would."""
+    hosts = sys.modules.get("jpeft.parallel.hosts")
+    if hosts is None or hosts.is_main_process():
+        return False
+    return isinstance(error, (Interrupted, hosts.HostError)) or getattr(error, "told", False)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """An error in words, and the exit status for it."""
+    if isinstance(error, Interrupted):
+        saved = f"saved up to step {error.step}" if error.step else "before its first checkpoint"
+        return f"stopped, {saved}; continue with: jpeft finetune --out {error.run} --resume", 128 + error.number
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
+        return f'this command needs {error.name}: pip install "jpeft[demo]"', 1
+    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboardX":
+        return '--tensorboard needs tensorboardX: pip install "jpeft[tensorboard]"', 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):
+        return str(error), 1
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+        return f"out of memory ({str(error)[:120]}); a smaller --batch-size, --max-length or --rank needs less", 1
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
+
+
+# --- arguments ---
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, where argparse would print the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"jpeft: error: {message} ({self.prog} --help lists what there is)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jpeft", description="Parameter-efficient fine-tuning for JAX and Flax.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--json", action="store_true", help="print one JSON object to stdout, everything else to stderr"
+    )
+    common.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    for command in _COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        made = commands.add_parser(name, parents=[common], help=command.SUMMARY, description=command.SUMMARY)
+        made.set_defaults(run_command=command.run)
+        command.add_arguments(made)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The engine: trees, sites, geometries and the bound method, in JAX alone."""

@@ -1,0 +1,137 @@
+"""Weights whose use is an einsum: dense layers, projections to heads, experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core import backend
+from jpeft.core.geometry.base import Call, Geometry
+
+
+def labels_of(spec: str) -> tuple[str, str, str]:
+    """The axes of input, weight and output in an einsum of the two; a ValueError where it is none of a matrix."""
+    try:
+        operands, y = spec.replace(" ", "").split("->")
+        x, w = operands.split(",")
+    except ValueError:
+        raise ValueError(f"geometry {spec!r}: expected an einsum of two operands, such as '...i,io->...o'") from None
+    used = set(w.replace("...", ""))
+    if "." in w or not used <= set(x) | set(y) or len(used) != len(w):
+        raise ValueError(f"geometry {spec!r}: every axis of the weight (second operand) must be in the input or output")
+    return x, w, y
+
+
+@dataclass(frozen=True)
+class Contraction(Geometry):
+    """A weight used as ``y = einsum(spec, x, w)``, e.g. ``...i,io->...o`` for a dense layer.
+
+    Axes of the weight in x but not in y are its inputs, in y but not in x its outputs, in both its batch.
+    ``shape`` is the weight's shape in the einsum; a weight that is stored flattened (T5X) is reshaped to it.
+    """
+
+    spec: str = "...i,io->...o"
+    shape: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
+
+    @property
+    def _roles(self) -> tuple[str, str, str]:
+        x, w, y = labels_of(self.spec)
+        both = "".join(c for c in w if c in x and c in y)
+        return both, "".join(c for c in w if c in x and c not in y), "".join(c for c in w if c not in x)
+
+    def _size(self, labels: str) -> int:
+        w = labels_of(self.spec)[1]
+        return math.prod(self.shape[w.index(c)] for c in labels)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        both = self._roles[0]
+        return (self._size(both),) if both else ()
+
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        w = labels_of(self.spec)[1]
+        if self.stored and self.stored != self.shape:  # stored as [in, out]
+            return (), (0,), (1,)
+        both, ins, outs = (tuple(w.index(c) for c in role) for role in self._roles)
+        return both, ins, outs
+
+    def view(self, w: jax.Array) -> jax.Array:
+        _, labels, _ = labels_of(self.spec)
+        both, ins, outs = self._roles
+        w = _transpose(w.reshape(self.shape), labels, both + ins + outs)
+        return w.reshape(*self.batch, self._size(ins), self._size(outs))
+
+    def unview(self, m: jax.Array) -> jax.Array:
+        _, labels, _ = labels_of(self.spec)
+        order = "".join(self._roles)
+        m = m.reshape([self._size(c) for c in order])
+        return _transpose(m, order, labels).reshape(self.stored or self.shape)
+
+    def _bias_labels(self) -> str:
+        _, w, y = labels_of(self.spec)
+        return "".join(c for c in y if c in w)  # a bias is added to the output, so it has the output's order
+
+    def view_bias(self, b: jax.Array) -> jax.Array:
+        labels = self._bias_labels()
+        both, _, outs = self._roles
+        b = _transpose(b.reshape([self._size(c) for c in labels]), labels, both + outs)
+        return b.reshape(*self.batch, self._size(outs))
+
+    def unview_bias(self, m: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        both, _, outs = self._roles
+        m = m.reshape([self._size(c) for c in both + outs])
+        return _transpose(m, both + outs, self._bias_labels()).reshape(shape)
+
+    def _layout(self, call: Call) -> tuple[str, str, str, dict[str, int]]:
+        """Labels of a call's x and y, the ellipsis written out for its rank; those of its tokens; and x's sizes."""
+        x, w, y = labels_of(self.spec)
+        shape = call.args[self.argument].shape
+        if "..." in x:
+            free = [chr(0x4E00 + i) for i in range(len(shape) - len(x.replace("...", "")))]
+            x, y = x.replace("...", "".join(free)), y.replace("...", "".join(free))
+        if len(x) != len(shape):
+            raise ValueError(
+                f"geometry {self.spec!r} was bound to inputs of rank {len(x)}; this call has rank {len(shape)}"
+            )
+        return x, y, "".join(c for c in x if c not in w), dict(zip(x, shape, strict=True))
+
+    def _flat(self, x: jax.Array, labels: str, tokens: str, features: str, sizes: dict[str, int]) -> jax.Array:
+        """An input or output as ``[batch..., tokens..., features]``."""
+        x = _transpose(x, labels, self._roles[0] + tokens + features)
+        middle = [math.prod(sizes[c] for c in tokens)] if backend.flatten_tokens() else [sizes[c] for c in tokens]
+        return x.reshape(*self.batch, *middle, self._size(features))
+
+    def operand(self, call: Call, dtype: Any) -> jax.Array:
+        """The input as ``[batch..., tokens..., in]``. Inverse of `restore`."""
+        labels, _, tokens, sizes = self._layout(call)
+        return self._flat(call.args[self.argument].astype(dtype), labels, tokens, self._roles[1], sizes)
+
+    def restore(self, call: Call, x: jax.Array) -> jax.Array:
+        """Inverse of `operand`."""
+        labels, _, tokens, sizes = self._layout(call)
+        order = self._roles[0] + tokens + self._roles[1]
+        return _transpose(x.reshape([sizes[c] for c in order]), order, labels)
+
+    def result(self, call: Call, y: jax.Array) -> jax.Array:
+        """The module's output as ``[batch..., tokens..., out]``. Inverse of `output`."""
+        _, labels, tokens, sizes = self._layout(call)
+        return self._flat(y, labels, tokens, self._roles[2], sizes)
+
+    def output(self, call: Call, y: jax.Array) -> jax.Array:
+        """Inverse of `result`."""
+        _, labels, tokens, sizes = self._layout(call)
+        order = self._roles[0] + tokens + self._roles[2]
+        return _transpose(y.reshape([sizes[c] if c in sizes else self._size(c) for c in order]), order, labels)
+
+    def flat_call(self, call: Call) -> bool:
+        """Whether the module itself may be called on the flattened operand, its output then being the result."""
+        return self.spec == "...i,io->...o"
+
+
+def _transpose(x: jax.Array, labels: str, order: str) -> jax.Array:
+    return x if labels == order else jnp.transpose(x, [labels.index(c) for c in order])

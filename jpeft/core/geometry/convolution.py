@@ -1,0 +1,118 @@
+"""Convolutions: the weight is a matrix over the windows of the input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core import backend
+from jpeft.core.geometry.base import Call, Geometry
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass
+class Patches:
+    """The matrix ``[tokens..., window * channels]`` of a convolution's input windows, never materialized."""
+
+    image: jax.Array
+    convolve: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.image,), self.convolve
+
+    @classmethod
+    def tree_unflatten(cls, convolve: Any, children: Any) -> Patches:
+        return cls(children[0], convolve)
+
+    @property
+    def dtype(self) -> Any:
+        return self.image.dtype
+
+    def __matmul__(self, a: jax.Array) -> jax.Array:
+        y = self.convolve(self.image, a)
+        return y.reshape(-1, y.shape[-1]) if backend.flatten_tokens() else y
+
+    def __mul__(self, scale: jax.Array) -> Patches:
+        """Scales each input channel: ``scale`` has one entry a channel, the same at every place in the window."""
+        return Patches(self.image * scale.astype(self.dtype), self.convolve)
+
+    def map(self, fn: Callable[[jax.Array], jax.Array]) -> Patches:
+        return Patches(fn(self.image), self.convolve)
+
+
+@dataclass(frozen=True)
+class Convolution(Geometry):
+    """A kernel ``[window..., in / groups, out]``: rows of the matrix are (place in the window, channel)."""
+
+    shape: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False  # ConvTranspose(transpose_kernel=True) stores [window..., out, in]
+    masked: bool = False  # a masked kernel is not linear in the view
+
+    @property
+    def fused(self) -> bool:  # type: ignore[override]
+        return not self.masked
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return (self.groups,) if self.groups > 1 else ()
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return self.shape[-1 if self.transposed else -2]
+
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return (), (), (len(self.shape) - (2 if self.transposed else 1),) if self.groups == 1 else ()
+
+    def view(self, w: jax.Array) -> jax.Array:
+        w = jnp.swapaxes(w, -1, -2) if self.transposed else w
+        m = w.reshape(-1, w.shape[-1])
+        return m if self.groups == 1 else jnp.moveaxis(m.reshape(m.shape[0], self.groups, -1), 1, 0)
+
+    def unview(self, m: jax.Array) -> jax.Array:
+        m = m if self.groups == 1 else jnp.moveaxis(m, 0, 1).reshape(m.shape[1], -1)
+        w = m.reshape(*self.shape[:-2], self.channels, -1)
+        return jnp.swapaxes(w, -1, -2) if self.transposed else w
+
+    def _convolve(self, call: Call) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The module's own convolution by another kernel ``[window * channels, k]``."""
+
+        def convolve(image: jax.Array, a: jax.Array) -> jax.Array:
+            assert call.convolve is not None
+            kernel = a.reshape(*self.shape[:-2], self.channels, a.shape[-1])
+            return call.convolve(image, jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel)
+
+        return convolve
+
+    def operand(self, call: Call, dtype: Any) -> Patches:
+        image = call.args[0].astype(dtype)
+        if self.groups > 1:
+            image = jnp.moveaxis(image.reshape(*image.shape[:-1], self.groups, -1), -2, 0)
+        return Patches(image, self._convolve(call))
+
+    def restore(self, call: Call, x: Patches) -> jax.Array:
+        image = x.image if self.groups == 1 else jnp.moveaxis(x.image, 0, -2)
+        return image.reshape(call.args[0].shape)
+
+    def result(self, call: Call, y: jax.Array) -> jax.Array:
+        if self.groups > 1:
+            y = jnp.moveaxis(y.reshape(*y.shape[:-1], self.groups, -1), -2, 0)
+        return y.reshape(*self.batch, -1, y.shape[-1]) if backend.flatten_tokens() else y
+
+    def output(self, call: Call, y: jax.Array) -> jax.Array:
+        spatial = jax.eval_shape(self._convolve(call), self._first(call), self._one(call)).shape[:-1]
+        if self.groups > 1:
+            return jnp.moveaxis(y.reshape(self.groups, *spatial, -1), 0, -2).reshape(*spatial, -1)
+        return y.reshape(*spatial, -1)
+
+    def _first(self, call: Call) -> jax.ShapeDtypeStruct:
+        x = call.args[0]
+        return jax.ShapeDtypeStruct((*x.shape[:-1], self.channels), x.dtype)
+
+    def _one(self, call: Call) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((math.prod(self.shape[:-2]) * self.channels, 1), call.args[0].dtype)

@@ -1,0 +1,77 @@
+"""Embedding tables: looked up by id, and used transposed as an output head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core.geometry.base import Call, Geometry
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass
+class Lookup:
+    """The one-hot matrix ``[tokens..., vocabulary]`` that an embedding's ids stand for, never materialized."""
+
+    ids: jax.Array
+    weight: jax.Array | None
+    dtype: Any
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.ids, self.weight), self.dtype
+
+    @classmethod
+    def tree_unflatten(cls, dtype: Any, children: Any) -> Lookup:
+        ids, weight = children
+        return cls(ids, weight, dtype)
+
+    def __matmul__(self, a: jax.Array) -> jax.Array:
+        rows = jnp.take(a.astype(self.dtype), self.ids, axis=0)
+        return rows if self.weight is None else rows * self.weight[..., None]
+
+    def __mul__(self, scale: jax.Array) -> Lookup:
+        picked = jnp.take(scale.astype(self.dtype), self.ids, axis=0)
+        return Lookup(self.ids, picked if self.weight is None else picked * self.weight, self.dtype)
+
+
+@dataclass(frozen=True)
+class Embedding(Geometry):
+    """A table ``[vocabulary, features]``: looked up by id, and by ``attend`` used transposed as an output head."""
+
+    leaf: str = "embedding"
+    bias: str | None = None
+
+    linear = False
+    lookup = True
+
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return (), (0,), (1,)
+
+    def view(self, w: jax.Array) -> jax.Array:
+        return w
+
+    def unview(self, m: jax.Array) -> jax.Array:
+        return m
+
+    def operand(self, call: Call, dtype: Any) -> Any:
+        return Lookup(jnp.asarray(call.args[0]), None, dtype)
+
+    def restore(self, call: Call, x: Any) -> None:
+        return None  # a changed one-hot matrix is no longer an id: multiply by the weight instead
+
+    def result(self, call: Call, y: jax.Array) -> jax.Array:
+        return y
+
+    def output(self, call: Call, y: jax.Array) -> jax.Array:
+        return y
+
+
+def attend(view: Callable[[Any], jax.Array], query: jax.Array, vocabulary: int) -> jax.Array:
+    """``query @ W.T`` for a linear map ``x -> x @ W``, by transposing the map rather than building ``W``."""
+    x = jax.ShapeDtypeStruct((*query.shape[:-1], vocabulary), query.dtype)
+    (y,) = jax.linear_transpose(view, x)(query)
+    return y

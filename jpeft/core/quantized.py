@@ -1,0 +1,444 @@
+"""Quantized weights: leaves that hold codes and scales, and dequantize when a module asks for the parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jpeft.core import fingerprint
+from jpeft.core.tree import named_sharding, peek
+
+# bitsandbytes 0.50, `functional.get_4bit_type("nf4")`: quantiles of the normal distribution, the largest set to 1.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+GROUP = 256  # scales that share one scale of their own, where they are quantized too
+
+
+def _dynamic_map() -> np.ndarray:
+    """The 256 values of bitsandbytes' `create_dynamic_map()`, sorted: the code of quantized scales."""
+    f32 = np.float32
+    first, last, values = f32(0.1), f32(1), []
+    for exponent in range(7):
+        # torch.linspace(0.1, 1): from both ends to the middle, with one rounding for a product and its sum.
+        pieces = 2**exponent
+        step, i = np.float64((last - first) / f32(pieces)), np.arange(pieces + 1)
+        ends = np.where(2 * i < pieces, first + step * i, last - step * (pieces - i)).astype(f32)
+        values.append(f32(10.0 ** (exponent - 6)) * ((ends[1:] + ends[:-1]) / f32(2)))
+    positive = np.concatenate(values)
+    return np.sort(np.concatenate([-positive, [f32(0)], positive, [f32(1)]]))
+
+
+SCALE_CODES = _dynamic_map()
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights in [-1, 1] become codes and come back. `bits` of a code, two of four bits to a byte."""
+
+    bits: int
+    encode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+
+
+def _encode_nf4(x: jax.Array) -> jax.Array:
+    levels = np.asarray(NF4, np.float32)
+    middles = (levels[1:] + levels[:-1]) / 2
+    return functools.reduce(jnp.add, [(x > m).astype(jnp.uint8) for m in middles])
+
+
+def _decode_nf4(codes: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(codes, tpu=_selected, default=_looked_up)
+
+
+def _looked_up(codes: jax.Array) -> jax.Array:
+    return jnp.asarray(NF4, jnp.float32).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _selected(codes: jax.Array) -> jax.Array:
+    # A tree of selections, a bit at a time: TPUs are slow at looking up. XLA CPU would keep each level as an array of
+    # the weight's size outside the scan.
+    values: list[Any] = [jnp.float32(level) for level in NF4]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _rounded(largest: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: jnp.clip(jnp.round(x * largest), -largest, largest)
+
+
+_FP8_MAX = 448.0  # of float8_e4m3fn
+
+
+def _encode_fp8(x: jax.Array) -> jax.Array:
+    # As bytes: XLA CPU would hold a stack of float8 in float16, outside the scan that slices it.
+    return jax.lax.bitcast_convert_type((x * _FP8_MAX).astype(jnp.float8_e4m3fn), jnp.uint8)
+
+
+def _decode_fp8(codes: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32) / _FP8_MAX
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "nf4": Scheme(4, _encode_nf4, _decode_nf4),
+    "int4": Scheme(
+        4,
+        lambda x: (_rounded(7)(x) + 8).astype(jnp.uint8),
+        lambda codes: (codes.astype(jnp.float32) - 8) / 7,
+    ),
+    "int8": Scheme(
+        8, lambda x: _rounded(127)(x).astype(jnp.int8), lambda codes: codes.astype(jnp.float32) / 127
+    ),
+    "fp8": Scheme(8, _encode_fp8, _decode_fp8),
+}  # fmt: skip
+
+
+# --- one leaf -------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class Quantized(meta.AxisMetadata):
+    """A weight as codes and scales. `unbox`, which Flax calls when a module asks for the parameter, dequantizes it.
+
+    Attributes:
+      codes: `[..., in, out]`, uint8 with two 4-bit codes to a byte (the first in the high half) along `axis`, or int8,
+        or the bytes of float8_e4m3fn.
+      scales: `[..., in / block, out]` (for `axis` -2), float32, or uint8 codes of `SCALE_CODES` beside
+        `groups`.
+      groups: the scales of 256 scales each, float32 `[..., n]`, in bitsandbytes' order of scales; or None.
+      offset: the mean that was taken off the scales, float32 `[...]`; or None.
+      origin: the checksum of what was quantized, uint32 `[..., 2]`, repeated for each matrix of a stack: the base's
+        fingerprint is that of the weights, quantized or not.
+      scheme, block, axis, dtype: as `quantize` was asked; `dtype` is that of the weight.
+
+    >>> q = quantize_array(jnp.ones((64, 2)), "nf4")
+    >>> q.shape, q.codes.shape, q.scales.shape, float(q.unbox()[0, 0])
+    ((64, 2), (32, 2), (1, 2), 1.0)
+    """
+
+    codes: Any
+    scales: Any
+    groups: Any
+    offset: Any
+    origin: Any
+    scheme: str
+    block: int
+    axis: int
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        shape = list(np.shape(meta.unbox(self.codes)))
+        if shape:
+            shape[self.axis] *= 8 // SCHEMES[self.scheme].bits
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Weights, not codes."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits(self) -> float:
+        """Stored for each weight, but for the checksum."""
+        return 8 * (self.nbytes - meta.unbox(self.origin).size * 4) / self.size
+
+    @property
+    def sharding(self) -> Any:
+        """That of the codes, which have the weight's axes."""
+        return getattr(meta.unbox(self.codes), "sharding", None)
+
+    def unbox(self) -> Float[Array, "*shape"]:
+        """The weight, dequantized in float32 and then rounded to its dtype."""
+        codes, scales = meta.unbox(self.codes), self.scales_in_float()
+        scheme = SCHEMES[self.scheme]
+        if scheme.bits == 4:
+            pair = jnp.stack([codes >> 4, codes & 15], axis=self.axis)  # behind the axis, for -1; before out, for -2
+            codes = pair.reshape(self.shape)
+        values = _in_blocks(scheme.decode(codes), self.block, self.axis) * jnp.expand_dims(scales, self.axis)
+        return values.reshape(self.shape).astype(self.dtype)
+
+    def scales_in_float(self) -> Float[Array, "*scales"]:
+        """A scale for each block."""
+        scales = meta.unbox(self.scales)
+        if self.groups is None:
+            return scales
+        assert self.offset is not None
+        flat = _flat(jnp.asarray(SCALE_CODES).at[scales.astype(jnp.int32)].get(mode="promise_in_bounds"), self.axis)
+        wide = jnp.repeat(self.groups, GROUP, axis=-1)[..., : flat.shape[-1]]
+        return _unflat(flat * wide + self.offset[..., None], scales.shape, self.axis)
+
+    # --- for Flax and JAX ---
+
+    def replace_boxed(self, val: Any) -> Any:
+        """A weight in the place of this one: as it is, in the box of logical names that the codes are in."""
+        return meta.replace_boxed(self.codes, val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
+        return self._boxes(lambda box: box.add_axis(index, params))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
+        return self._boxes(lambda box: box.remove_axis(index, params))
+
+    def get_partition_spec(self) -> Quantized:
+        """For ``nn.get_partition_spec``: codes and scales have the weight's names, the rest is replicated."""
+        spec = meta.get_partition_spec(self.codes)
+        return dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), self), codes=spec, scales=spec)
+
+    def _boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
+        named = lambda x: fn(x) if isinstance(x, meta.AxisMetadata) else x  # noqa: E731
+        return dataclasses.replace(self, codes=named(self.codes), scales=named(self.scales))
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        aux = (self.scheme, self.block, self.axis, self.dtype)
+        return (self.codes, self.scales, self.groups, self.offset, self.origin), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Quantized:
+        return cls(*children, *aux)
+
+
+def _in_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """The axis as two: blocks, and places in a block."""
+    shape = list(x.shape)
+    at = x.ndim + axis
+    return x.reshape(*shape[:at], shape[at] // block, block, *shape[at + 1 :])
+
+
+def _flat(scales: jax.Array, axis: int) -> jax.Array:
+    """The scales of each matrix in one axis, as bitsandbytes orders them: those of one output together."""
+    ordered = jnp.swapaxes(scales, -1, -2) if axis == -2 else scales
+    return ordered.reshape(*scales.shape[:-2], -1)
+
+
+def _unflat(flat: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Inverse of `_flat`."""
+    if axis == -1:
+        return flat.reshape(shape)
+    return jnp.swapaxes(flat.reshape(*shape[:-2], shape[-1], shape[-2]), -1, -2)
+
+
+def block_axis(shape: tuple[int, ...], block: int) -> int | None:
+    """Along which axis blocks run: the second to last or, where they do not divide it, the last; None for neither.
+
+    >>> block_axis((576, 192), 64), block_axis((576, 9, 64), 64), block_axis((10, 7), 64)
+    (-2, -1, None)
+    """
+    return next((axis for axis in (-2, -1) if len(shape) >= 2 and shape[axis] % block == 0 and shape[axis]), None)
+
+
+def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
+    """One weight, `[..., in, out]`, as codes and scales. Every matrix of a stack has scales of its own.
+
+    Args and errors as for `quantize`. Traceable: abstract weights give an abstract result.
+
+    >>> quantize_array(jnp.ones((2, 128, 8)), "int8").codes.dtype
+    dtype('int8')
+    """
+    return _quantize_part(weight, scheme, block, double, 0)
+
+
+def quantize_part(like: Quantized, weight: Any, start: int) -> Quantized:
+    """A matrix of a stack, quantized as `like` is; its `origin` is what it adds to the stack's, where it begins at
+    element `start`.
+
+    >>> stack = jnp.ones((2, 64, 2)) * jnp.arange(2.0)[:, None, None]
+    >>> whole = quantize_array(stack)
+    >>> sum(quantize_part(whole, w, i * 128).origin for i, w in enumerate(stack)) == whole.origin[0]
+    Array([ True,  True], dtype=bool)
+    """
+    return _quantize_part(weight, like.scheme, like.block, like.groups is not None, start)
+
+
+def _quantize_part(weight: Any, scheme: str, block: int, double: bool, start: int) -> Quantized:
+    check_scheme(scheme, block)
+    shape, dtype = np.shape(weight), np.dtype(weight.dtype)
+    if isinstance(weight, Quantized):
+        raise ValueError(f"is quantized already, as {weight.scheme}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"is {dtype}, not floating")
+    if not math.prod(shape):
+        raise ValueError(f"has shape {shape}, with nothing in it")
+    axis = block_axis(shape, block)
+    if axis is None:
+        raise ValueError(f"has shape {shape}: a block of {block} divides neither of its last two axes, another may")
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis, np.uint32(0)), weight)
+    # Of the weight itself: the largest of a block with a NaN in it is a number on XLA CPU.
+    if not isinstance(weight, Tracer) and not bool(jnp.isfinite(weight).all()):
+        raise ValueError("holds NaN or infinity, which no code stands for")
+    return _quantize(weight, scheme, block, double, axis, np.uint32(start % 2**32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int, start: Any) -> Quantized:
+    scheme, shape = SCHEMES[name], weight.shape
+    wide = _in_blocks(weight.astype(jnp.float32), block, axis)
+    scales = jnp.abs(wide).max(axis=axis)
+    # A block of zeros has no scale to divide by, and needs none.
+    codes = scheme.encode(wide / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), axis)).reshape(shape)
+    if scheme.bits == 4:
+        pair = _in_blocks(codes, 2, axis)
+        high, low = (jax.lax.index_in_dim(pair, i, axis, keepdims=False) for i in range(2))
+        codes = (high << 4) | low
+    sums = jnp.broadcast_to(fingerprint.checksum(weight, start), (*shape[:-2], 2))
+    box = functools.partial(Quantized, origin=sums, scheme=name, block=block, axis=axis, dtype=weight.dtype)
+    return box(codes, *_quantize_scales(scales, axis)) if double else box(codes, scales, None, None)
+
+
+def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scales as codes, group scales and offset: the double quantization of QLoRA."""
+    flat = _flat(scales, axis)
+    offset = _mean(flat)
+    moved = flat - offset[..., None]
+    padding = -flat.shape[-1] % GROUP
+    grouped = jnp.pad(moved, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
+    grouped = grouped.reshape(*flat.shape[:-1], -1, GROUP)
+    groups = jnp.abs(grouped).max(axis=-1)
+    unit = grouped / jnp.where(groups == 0, 1.0, groups)[..., None]
+    middles = jnp.asarray((SCALE_CODES[1:] + SCALE_CODES[:-1]) / 2)
+    codes = jnp.searchsorted(middles, unit.reshape(-1)).astype(jnp.uint8).reshape(*flat.shape[:-1], -1)
+    return _unflat(codes[..., : flat.shape[-1]], scales.shape, axis), groups, offset
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Over the last axis, by halves. XLA's own sum has an order that differs with the shape and the device, so that a
+    stack would have other scales than its layers one by one."""
+    size = x.shape[-1]
+    unit = jnp.where(x.max() > 2.0**96, jnp.float32(2.0**-32), jnp.float32(1))  # a sum that does not overflow
+    total = jnp.pad(x * unit, [(0, 0)] * (x.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
+    while total.shape[-1] > 1:
+        low, high = jnp.split(total, 2, axis=-1)
+        total = low + high
+    return total[..., 0] / size / unit
+
+
+def dequantize_leaf(leaf: Any) -> Any:
+    """What a leaf holds, its box opened; abstract where it is.
+
+    >>> dequantize_leaf(quantize_array(jnp.ones((64, 2)))).shape
+    (64, 2)
+    """
+    if not isinstance(leaf, Quantized):
+        return meta.unbox(leaf)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
+        return jax.eval_shape(Quantized.unbox, leaf)
+    return _unbox_jitted(leaf)
+
+
+def open_boxes(leaf: Any) -> Any:
+    """A leaf without the boxes that name its axes; quantized still, where it is.
+
+    >>> open_boxes(quantize_array(jnp.ones((64, 2)))).scheme
+    'nf4'
+    """
+    if not isinstance(leaf, Quantized):
+        return meta.unbox(leaf)
+    return dataclasses.replace(leaf, codes=meta.unbox(leaf.codes), scales=meta.unbox(leaf.scales))
+
+
+def origin_of_stack(rows: Any) -> np.ndarray:
+    """The checksum of a stack from those of its layers: the one that all have, if they are out of one stack; else a
+    checksum of them, since that of the stacked weights is not known.
+
+    >>> origin_of_stack([[1, 2], [1, 2]]), origin_of_stack([[1, 2], [3, 4]]).shape
+    (array([1, 2], dtype=uint32), (2,))
+    """
+    rows = np.asarray(rows, np.uint32)
+    return rows[0] if (rows == rows[0]).all() else fingerprint.sums_of(rows)
+
+
+def requantize_leaf(like: Quantized, weight: Any) -> Quantized:
+    """Another weight, quantized as one is, in the same boxes and with the same shardings.
+
+    >>> requantize_leaf(quantize_array(jnp.ones((64, 2)), "int8"), jnp.zeros((64, 2))).scheme
+    'int8'
+    """
+    return quantize_leaf(weight, like.scheme, like.block, like.groups is not None)
+
+
+@jax.jit
+def _unbox_jitted(leaf: Quantized) -> jax.Array:
+    return leaf.unbox()
+
+
+def check_scheme(scheme: str, block: int) -> None:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 2 or block % 2:
+        raise ValueError(f"block must be an even number of weights, got {block!r}")
+
+
+def quantize_leaf(leaf: Any, scheme: str, block: int, double: bool) -> Quantized:
+    """A leaf of a tree, in the same box and with the same sharding."""
+    held = peek(leaf)
+    new = quantize_array(held, scheme, block, double)
+    if (sharding := named_sharding(held)) is not None:
+        new = jax.tree.map(_with_sharding, new, shardings_like(new, sharding))
+    if isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Quantized):
+        new = dataclasses.replace(
+            new, codes=meta.replace_boxed(leaf, new.codes), scales=meta.replace_boxed(leaf, new.scales)
+        )
+    return new
+
+
+def _with_sharding(x: Any, sharding: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.device_put(x, sharding)
+
+
+def shardings_like(leaf: Quantized, sharding: NamedSharding) -> Quantized:
+    """The shardings of a quantized weight's arrays, from that of the weight.
+
+    Codes and scales follow it, but on axes that have become too short for the mesh; the rest is as good as nothing and
+    is replicated.
+    """
+    spec = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+
+    def fitting(shape: tuple[int, ...]) -> NamedSharding:
+        entries = [entry if size % _ways(sharding.mesh, entry) == 0 else None
+                   for size, entry in zip(shape, spec, strict=True)]  # fmt: skip
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    codes, scales = meta.unbox(leaf.codes), meta.unbox(leaf.scales)
+    rest = jax.tree.map(lambda _: everywhere, leaf)
+    return dataclasses.replace(rest, codes=fitting(codes.shape), scales=fitting(scales.shape))
+
+
+def _ways(mesh: Any, entry: Any) -> int:
+    """Into how many pieces a spec's entry cuts an axis."""
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)

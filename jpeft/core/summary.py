@@ -1,0 +1,72 @@
+"""The table of what a bound method trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jpeft.core.sites import Site
+from jpeft.core.tree import Path, join
+
+Leaf = tuple[tuple[int, ...], str]  # shape and dtype
+
+
+class Row(NamedTuple):
+    """A method at a site: its name, its own columns (such as rank), and its leaves there."""
+
+    site: Site
+    method: str
+    columns: Mapping[str, str]
+    leaves: Sequence[Leaf]
+
+
+def summary(
+    rows: Sequence[Row],
+    shared: Sequence[tuple[Path, Leaf]],
+    non_trainable: Iterable[Leaf],
+    base_size: int,
+) -> str:
+    """One line per site (path, owner, shape, parameters, bytes, path taken), then totals.
+
+    Args:
+      shared: leaves that belong to no single site.
+      non_trainable: those of all leaves that never train.
+      base_size: number of parameters of the base.
+    """
+    own = list(dict.fromkeys(name for row in rows for name in row.columns))
+    table = [("site", "owner", "weight", *own, "parameters", "bytes", "method", "via")]
+    for site, method, values, leaves in rows:
+        weight = "×".join(map(str, site.stored)) or (str(site.outputs or "×".join(map(str, site.heads))))
+        cells = (site.name, site.owner, weight, *(values.get(name, "") for name in own))
+        table.append((*cells, f"{_count(leaves):,}", f"{_bytes(leaves):,}", method, site.via))
+    for path, leaf in shared:
+        blank = ("",) * len(own)
+        table.append((join(path), "shared", "", *blank, f"{_count([leaf]):,}", f"{_bytes([leaf]):,}", "", ""))
+    widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
+    numbers = range(3, 5 + len(own))
+    lines = [
+        "  ".join(c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in table
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    every = [leaf for row in rows for leaf in row.leaves] + [leaf for _, leaf in shared]
+    fixed = _count(non_trainable)
+    trainable = _count(every) - fixed
+    lines.append("")
+    lines.append(
+        f"{len(rows)} sites; {trainable:,} trainable of {base_size:,} base parameters "
+        f"({100 * trainable / max(1, base_size):.3f} %){f', {fixed:,} not trainable' if fixed else ''}; "
+        f"adapter {_bytes(every):,} bytes"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _count(leaves: Iterable[Leaf]) -> int:
+    return sum(math.prod(shape) for shape, _ in leaves)
+
+
+def _bytes(leaves: Iterable[Leaf]) -> int:
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in leaves)

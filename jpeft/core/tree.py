@@ -1,0 +1,236 @@
+"""Parameter trees: paths, overlay, partition, labels and optimizer masking.
+
+A *tree* is nested mappings (``dict`` or ``FrozenDict``) whose leaves are arrays, shapes, labels, boxes
+(``nn.Partitioned``) or ``None``, a hole. Paths are tuples of keys, printed with ``/``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import FrozenDict, freeze, meta
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+Tree = Any
+Path = tuple[str, ...]
+
+TRAINABLE = "trainable"
+FROZEN = "frozen"
+
+
+def join(path: Iterable[str]) -> str:
+    """A path as text: ``("encoder", "kernel")`` -> ``"encoder/kernel"``; the root is ``"."``."""
+    return "/".join(path) or "."
+
+
+def flatten(tree: Tree) -> dict[Path, Any]:
+    """The leaves of a tree by path, holes left out. Inverse of `unflatten`.
+
+    >>> flatten({"a": {"b": 1, "c": None}})
+    {('a', 'b'): 1}
+    """
+    out: dict[Path, Any] = {}
+
+    def walk(node: Any, path: Path) -> None:
+        if isinstance(node, Mapping):
+            for key, child in node.items():
+                walk(child, (*path, key))
+        elif node is not None:
+            out[path] = node
+
+    walk(tree, ())
+    return out
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """A nested dict from leaves by path. Inverse of `flatten`.
+
+    >>> unflatten({("a", "b"): 1})
+    {'a': {'b': 1}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def like(tree: Any, reference: Tree) -> Any:
+    """``tree`` in the container type of ``reference``: frozen if that is frozen."""
+    return freeze(tree) if isinstance(reference, FrozenDict) else tree
+
+
+def peek(leaf: Any) -> Any:
+    """What a leaf holds, for its shape, dtype and sharding: a box that has these itself, and would compute to give
+    more (a quantized weight), stays closed.
+
+    >>> import flax.linen as nn
+    >>> peek(nn.Partitioned(jnp.ones(3), names=("embed",))).shape
+    (3,)
+    """
+    return leaf if hasattr(leaf, "shape") else meta.unbox(leaf)
+
+
+def box_as(leaf: Any, value: Any) -> Any:
+    """A value in the box that a leaf is in, if it is in one. `flax.core.meta.replace_boxed` would open the box first,
+    which dequantizes a quantized weight.
+
+    >>> import flax.linen as nn
+    >>> box_as(nn.Partitioned(jnp.ones(3), names=("embed",)), jnp.zeros(2)).names
+    ('embed',)
+    """
+    return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
+
+
+def split_variables(params: Tree) -> tuple[Tree, dict[str, Any]]:
+    """The parameters, and the other collections where all of a model's variables were given."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a tree of mappings, got {type(params).__name__}")
+    if isinstance(params.get("params"), Mapping) and all(isinstance(v, Mapping) for v in params.values()):
+        return params["params"], {k: v for k, v in params.items() if k != "params"}
+    return params, {}
+
+
+def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = ()) -> Any:
+    """Maps ``fn(path, leaf)`` over the leaves; containers and holes stay as they are."""
+    if isinstance(tree, Mapping):
+        return like({k: map_with_path(fn, v, (*path, k)) for k, v in tree.items()}, tree)
+    return None if tree is None else fn(path, tree)
+
+
+def combine(base: Tree, overlay: Tree) -> Any:
+    """Lays ``overlay`` over ``base``: its leaves are added or take the place of base leaves; holes give way.
+
+    Neither argument is changed and no array is copied. Inverse of `partition`.
+
+    Args:
+      base: e.g. the pretrained ``params``, or the ``trainable`` half of a partition.
+      overlay: e.g. an adapter, or the ``frozen`` half.
+
+    Returns:
+      A new tree in ``base``'s container type.
+
+    Raises:
+      ValueError: a leaf on one side is a subtree on the other.
+
+    >>> combine({"dense": {"kernel": 1, "bias": 2}}, {"dense": {"bias": 3, "lora_a": 4}})
+    {'dense': {'kernel': 1, 'bias': 3, 'lora_a': 4}}
+    """
+
+    def walk(a: Any, b: Any, path: Path) -> Any:
+        if b is None:
+            return a
+        if a is None:
+            return b
+        a_node, b_node = isinstance(a, Mapping), isinstance(b, Mapping)
+        if a_node != b_node:
+            raise ValueError(
+                f"cannot combine at {join(path)!r}: one tree has a leaf where the other has a subtree. "
+                "Was this adapter made for another model?"
+            )
+        if not a_node:
+            return b
+        merged = {k: walk(v, b.get(k), (*path, k)) for k, v in a.items()}
+        merged.update({k: v for k, v in b.items() if k not in a})
+        return like(merged, a)
+
+    return walk(base, overlay, ())
+
+
+def partition(tree: Tree, labels: Tree) -> tuple[Any, Any]:
+    """Splits a tree by its labels into ``(trainable, frozen)``: the same structure twice, holes are None.
+
+    Inverse of `combine`: ``combine(*partition(tree, labels))`` is ``tree``.
+
+    Args:
+      tree: any tree, e.g. ``combine(params, adapter)``.
+      labels: "trainable" or "frozen" for every leaf, e.g. ``peft.labels(tree)``. It may cover more than ``tree``.
+
+    Raises:
+      ValueError: a leaf without a label, or a label that is neither word.
+
+    >>> partition({"w": 1, "b": 2}, {"w": "frozen", "b": "trainable"})
+    ({'w': None, 'b': 2}, {'w': 1, 'b': None})
+    """
+    found = _labels_for(tree, labels)
+    keep = {
+        which: map_with_path(lambda p, x, which=which: x if found[p] == which else None, tree)
+        for which in (TRAINABLE, FROZEN)
+    }
+    return keep[TRAINABLE], keep[FROZEN]
+
+
+def masked(tx: optax.GradientTransformation, labels: Tree) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that keeps state for and updates the trainable leaves alone; frozen leaves get zero updates.
+
+    For loops that carry the full tree. It also takes a part of that tree, e.g. the adapter by itself, because
+    labels are looked up by path.
+
+    >>> import optax, jax.numpy as jnp
+    >>> tx = masked(optax.adam(1e-3), {"w": "frozen", "lora_a": "trainable"})
+    >>> state = tx.init({"w": jnp.ones(3), "lora_a": jnp.ones(2)})
+    >>> sum(x.size for x in jax.tree.leaves(state))     # count, mu and nu of lora_a
+    5
+    """
+
+    def of(tree: Tree) -> Any:
+        found = _labels_for(tree, labels)
+        return map_with_path(lambda p, _: found[p], tree)
+
+    return optax.multi_transform({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, of)
+
+
+def _labels_for(tree: Tree, labels: Tree) -> dict[Path, str]:
+    """Label by path for every leaf of ``tree``; every way in which they do not fit is an error."""
+    known = flatten(labels)
+    for path in flatten(tree):
+        if path not in known:
+            raise ValueError(f"no label for {join(path)!r}{nearest(join(path), map(join, known))}")
+        if known[path] not in (TRAINABLE, FROZEN):
+            raise ValueError(f"label at {join(path)!r} is {known[path]!r}; expected {TRAINABLE!r} or {FROZEN!r}")
+    return known
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
+    """The end of an error message: the names closest to one that was not found, or nothing."""
+    depth = name.count("/") + 1
+
+    def likeness(other: str) -> float:
+        # A suffix such as `query` is far from `encoder/layer/0/attention/self/query` by edit distance alone.
+        tail = "/".join(other.split("/")[-depth:])
+        return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (other, tail))
+
+    scores = {other: likeness(other) for other in names}
+    close = sorted((x for x in scores if scores[x] >= 0.4), key=lambda x: -scores[x])
+    return f"; nearest: {', '.join(close[:n])}" if close else ""
+
+
+def size_bytes(tree: Tree) -> int:
+    """Bytes that the leaves of a tree take, from their shapes and dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """A leaf's ``NamedSharding`` on more than nothing, or None: traced and single-device leaves have none."""
+    leaf = peek(leaf)
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def count(tree: Tree) -> int:
+    """How many numbers a tree holds: of a quantized weight those that it stands for."""
+    return sum(peek(leaf).size for leaf in flatten(tree).values())
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """True where no floating leaf holds a NaN or an infinity. A scalar boolean."""
+    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)

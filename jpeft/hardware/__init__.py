@@ -1,0 +1,1 @@
+"""Accelerators: topologies, peak rates, utilization."""

@@ -1,0 +1,1 @@
+"""The front end for Flax Linen models."""

@@ -1,0 +1,72 @@
+"""The front end for Flax Linen: `jpeft.core.frontend.FrontEnd` for ``flax.linen.Module``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+from flax import errors
+
+from jpeft.core.frontend import is_bypassed
+from jpeft.core.peft import Peft
+from jpeft.core.sites import Survey
+from jpeft.core.tree import Tree, flatten, like, split_variables, unflatten
+from jpeft.linen import inject
+from jpeft.linen.box import Changed, overlay
+from jpeft.linen.module import PeftModule
+from jpeft.linen.survey import survey
+
+
+@dataclass(frozen=True)
+class LinenFrontEnd:
+    """Runs Linen modules under the interceptor and boxes of `jpeft.linen.inject`."""
+
+    def accepts(self, model: Any) -> bool:
+        """Whether ``model`` is a Linen module."""
+        return isinstance(model, nn.Module)
+
+    def survey(self, model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
+        """The sites of a model, found in one abstract ``model.apply``."""
+        tree, others = split_variables(params)
+        try:
+            return survey(model, {"params": tree, **others}, inputs, kwargs)
+        except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError, errors.ScopeCollectionNotFound) as e:
+            raise ValueError(f"params do not fit {type(model).__name__}: {e}") from e
+
+    def run(self, peft: Peft, params: Tree, adapter: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """``model.apply`` under the adapter."""
+        tree, others = split_variables(params)
+        if is_bypassed():
+            return peft.model.apply({**others, "params": tree}, *inputs, **kwargs)
+        laid = self.overlay(peft, tree, adapter)
+        with self.intercept(peft):
+            out = peft.model.apply({**others, "params": laid}, *inputs, **kwargs)
+        return _without_adapter(out, tree) if kwargs.get("mutable") else out
+
+    def overlay(self, peft: Peft, params: Tree, adapter: Tree) -> Any:
+        """See `Peft.overlay`."""
+        return overlay(peft, params, adapter)
+
+    def intercept(self, peft: Peft) -> AbstractContextManager[None]:
+        """See `Peft.intercept`."""
+        return inject.intercept(peft.by_owner())
+
+    def module(self, peft: Peft) -> PeftModule:
+        """See `Peft.module`."""
+        return PeftModule(peft)
+
+
+LINEN = LinenFrontEnd()
+
+
+def _without_adapter(out: Any, params: Tree) -> Any:
+    """``(y, state)`` with no trace of the adapter in ``state["params"]``."""
+    y, state = out
+    if "params" not in state:
+        return out
+    found = flatten(state["params"])
+    kept = {p: x.value if isinstance(x := found[p], Changed) else x for p in flatten(params) if p in found}
+    return y, like({**{k: v for k, v in state.items() if k != "params"}, "params": unflatten(kept)}, state)

@@ -1,0 +1,27 @@
+"""Selective methods: the adapter holds copies of base leaves, which train in their place.
+
+`Train` names any leaves; `BitFit` (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199) trains the biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jpeft.core.targets import Targets
+from jpeft.methods.base import LeafMethod
+
+
+@dataclass(frozen=True)
+class Train(LeafMethod):
+    """Trains base leaves: all below an owner that ``targets`` names, or leaves by their full path.
+
+    >>> import jpeft
+    >>> head, norms = jpeft.Train(r"classifier"), jpeft.Train(r".*/LayerNorm/(scale|bias)")
+    """
+
+    targets: Targets = field(default=None, kw_only=False)
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            raise ValueError('Train needs a target, e.g. Train(r"classifier") or Train(r".*/bias")')
+        super().__post_init__()

@@ -1,0 +1,1 @@
+"""Meshes, shardings, batches and several processes."""

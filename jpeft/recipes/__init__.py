@@ -1,0 +1,1 @@
+"""Recipes: fine-tuning runs from configuration to result."""

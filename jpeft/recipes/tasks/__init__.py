@@ -1,0 +1,1 @@
+"""Tasks: each owns everything that differs by task."""

@@ -1,0 +1,1 @@
+"""Text data: reading, tokenizing, batching, chat templates."""

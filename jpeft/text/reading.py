@@ -1,0 +1,139 @@
+"""Reading text files: CSV, JSONL, tokenizers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jpeft.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def decode(path: Path) -> str:
+    """The content of a file in UTF-8, without a byte-order mark. One that is missing, empty or otherwise encoded is a
+    `UserError`.
+
+    >>> decode(Path("reviews.csv"))  # doctest: +SKIP
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: is UTF-16; convert the file: iconv -f utf-16 -t utf-8")
+    try:
+        content = raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}, line {line}; "
+            "convert the file, e.g. iconv -f latin1 -t utf-8"
+        ) from error
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty; expected a row for each example")
+    return content
+
+
+Row = tuple[int, Mapping[str, Any]]
+
+
+def csv_rows(path: Path, content: str) -> Iterator[Row]:
+    limit = csv.field_size_limit(max(len(content), 131072))  # the default refuses a text over 128 KiB
+    try:
+        reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+        header = next(reader)
+        if not header:
+            raise UserError(f"{path}: the first line should name the columns, it is empty")
+        if len(set(header)) < len(header):
+            twice = next(name for name, count in Counter(header).items() if count > 1)
+            raise UserError(f"{path}: the header names the column {twice!r} twice")
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}: line {reader.line_num} has {len(row)} fields, the header has {len(header)}; "
+                    "a text that holds commas, quotes or line breaks needs double quotes around it"
+                )
+            yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: malformed CSV near line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def jsonl_rows(path: Path, content: str) -> Iterator[Row]:
+    """The objects of a JSONL file's content, each with the number of its line; `path` is for errors.
+
+    >>> list(jsonl_rows(Path("a.jsonl"), '{"text": "tea"}\\n\\n{"text": "stale"}'))
+    [(1, {'text': 'tea'}), (3, {'text': 'stale'})]
+    """
+    for number, line in enumerate(content.split("\n"), start=1):  # JSON may hold U+2028, which splitlines would split
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
+        yield number, row
+
+
+def check_text(path: str | Path, line: int, column: str, value: Any) -> str:
+    """The value, if it is a text that is not blank; else a `UserError` that names its place.
+
+    >>> check_text("a.jsonl", 3, "review", "tea")
+    'tea'
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{path}: line {line}: {column!r} should be a text, found {json.dumps(value)[:40]}")
+    if not value.strip():
+        raise UserError(f"{path}: line {line}: the text in {column!r} is empty")
+    return check_unicode(path, line, column, value)
+
+
+def check_unicode(path: str | Path, line: int, column: str, value: str) -> str:
+    """The value, if every character of it is one; JSON may hold half a surrogate pair, which no tokenizer takes.
+
+    >>> check_unicode("a.jsonl", 3, "review", "tea")
+    'tea'
+    """
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{path}: line {line}: {column!r} holds half a surrogate pair, which is no Unicode text")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizing
+
+
+def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
+    """The tokenizer of a HuggingFace folder, set to cut at `max_length` tokens and to pad nothing.
+
+    >>> load_tokenizer(folder, 128).encode("good tea").ids  # doctest: +SKIP
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no tokenizer.json; transformers writes one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:120]}") from error
+    if tokenizer.num_special_tokens_to_add(is_pair=False) >= max_length:
+        raise UserError(f"--max-length {max_length} leaves no room for text beside the special tokens")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Training: the step, losses, checkpoints."""
