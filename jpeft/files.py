@@ -1,4 +1,4 @@
-"""Files written atomically, safetensors, JSON and checksums."""
+"""Files and folders: written atomically, read with errors that name the path; safetensors, JSON and checksums."""
 
 from __future__ import annotations
 
@@ -11,76 +11,37 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
-from jpeft.errors import AdapterError, ModelError
+from jpeft.errors import AdapterError
 
-# --- files, shared with jpeft.hf and jpeft.models ---------------------------------------------------------------------
-
-
-def serialize(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    from safetensors.numpy import save as serialize
-
-    # safetensors writes an array's buffer as it lies, so a transposed view would be scrambled.
-    return serialize({k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}, metadata=metadata)
+# ------------------------------------------------------------------------------------------------- files and folders
 
 
-def write_safetensors(
-    file: FilePath, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file atomically. Inverse of `read_safetensors`."""
-    write_atomically(file, serialize(tensors, metadata))
-
-
-def read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file. Inverse of `write_safetensors`.
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that a crash leaves the old content or the new one, never a part of it.
 
     Raises:
-      AdapterError: no such file, a pickle, or a truncated or malformed one.
+        OSError: the file cannot be written, e.g. the disk is full. The old file is intact and no temporary file stays.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_atomically(folder / "notes.txt", b"tea")
+    >>> (folder / "notes.txt").read_bytes()
+    b'tea'
     """
-    from safetensors import SafetensorError, safe_open
-
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with file.open("rb") as f:
-            magic = f.read(2)
-    except FileNotFoundError:
-        raise AdapterError(f"{file} does not exist") from None
-    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise AdapterError(f"{file} is a pickle, which may run code when opened and is refused; save it as safetensors")
-    try:
-        # Not safetensors.numpy.load, which does not know bfloat16.
-        with safe_open(file, framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise AdapterError(f"{file} is no complete safetensors file ({e}): truncated, or of another kind") from e
-
-
-def write_atomically(file: FilePath, data: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part.
-
-    Raises:
-      OSError: it cannot be written, e.g. a full disk; the old one is intact and no temporary file is left.
-    """
-    with _temporary(file) as (descriptor, temporary):
-        with os.fdopen(descriptor, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-
-
-@contextlib.contextmanager
-def _temporary(file: FilePath) -> Iterator[tuple[int, str]]:
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would keep the file from everyone else
-        yield descriptor, name
+        with os.fdopen(descriptor, "wb") as file:
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from other users
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(temporary)
         raise
 
 
@@ -90,8 +51,48 @@ def _umask() -> int:
     return mask
 
 
-def sync_folder(folder: FilePath) -> None:
-    """Makes renames in a folder durable, where the system can."""
+@contextlib.contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that is filled inside the `with` and then takes its name in one step, or leaves nothing behind.
+
+    Args:
+        path: the folder to make; its parents are made too. An empty folder of this name is replaced.
+        replace: also replace a folder that holds files. It is deleted only after the new one has its name.
+
+    Raises:
+        OSError: the folder cannot be made, or `path` is taken and `replace` is False. What was there is intact.
+
+    >>> path = Path(tempfile.mkdtemp()) / "run"
+    >>> with new_folder(path) as folder:
+    ...     write_json(folder / "result.json", {"loss": 0.5})
+    >>> [file.name for file in path.iterdir()]
+    ['result.json']
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        sync_folder(new)
+        if replace and path.exists():
+            path.rename(old)
+        new.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable, on systems that can.
+
+    >>> sync_folder(Path(tempfile.mkdtemp()))
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -100,43 +101,99 @@ def sync_folder(folder: FilePath) -> None:
             os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # json's and UTF-8's errors alike
-        raise ModelError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return value
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that is filled inside the `with` and then takes its name in one step, or is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    new.mkdir()
-    try:
-        yield new
-        new.rename(path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-
-
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal.
 
-    >>> file_sha256(run / "config.json")  # doctest: +SKIP
+    >>> path = Path(tempfile.mkdtemp()) / "empty"
+    >>> path.touch()
+    >>> file_sha256(path)[:12]
+    'e3b0c44298fc'
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all.
+# -------------------------------------------------------------------------------------------------------------- JSON
 
-    >>> write_json(run / "result.json", result)  # doctest: +SKIP
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Writes a JSON file atomically. Inverse of `read_json`.
+
+    >>> write_json(Path(tempfile.mkdtemp()) / "result.json", {"loss": 0.5})
     """
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
+    """The object in a JSON file. Inverse of `write_json`.
+
+    Args:
+        error: the class of the error for a file that does not hold a JSON object.
+
+    Raises:
+        OSError: the file cannot be read, e.g. it does not exist.
+
+    >>> path = Path(tempfile.mkdtemp()) / "result.json"
+    >>> write_json(path, {"loss": 0.5})
+    >>> read_json(path, ValueError)
+    {'loss': 0.5}
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as cause:  # malformed JSON, malformed UTF-8, or JSON nested too deeply
+        raise error(f"{path}: not JSON: {cause}") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------- safetensors
+
+
+def serialize(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a safetensors file.
+
+    >>> len(serialize({"bias": np.zeros(2, np.float32)}))
+    80
+    """
+    from safetensors.numpy import save
+
+    # safetensors writes an array's buffer as it lies in memory, so a transposed view would be scrambled.
+    return save({k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}, metadata=metadata)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically. Inverse of `read_safetensors`.
+
+    >>> write_safetensors(Path(tempfile.mkdtemp()) / "a.safetensors", {"bias": np.zeros(2, np.float32)})
+    """
+    write_atomically(path, serialize(tensors, metadata))
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's safetensors file. Inverse of `write_safetensors`.
+
+    Raises:
+        AdapterError: the file does not exist, is a pickle, or is truncated or malformed.
+
+    >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+    >>> write_safetensors(path, {"bias": np.zeros(2, np.float32)})
+    >>> read_safetensors(path)
+    {'bias': array([0., 0.], dtype=float32)}
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} does not exist") from None
+    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise AdapterError(f"{path} is a pickle, which may run code when opened and is refused; save it as safetensors")
+    try:
+        # Not safetensors.numpy.load, which does not know bfloat16.
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{path} is not a complete safetensors file: {error}") from error

@@ -26,7 +26,7 @@ from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.peft import Peft, split_variables
 from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
-from jpeft.files import read_safetensors, serialize, sync_folder, write_atomically
+from jpeft.files import file_sha256, read_json, read_safetensors, serialize, sync_folder, write_atomically
 from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
 
 FORMAT = 1
@@ -150,11 +150,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise AdapterError(f"{folder} {what}: expected an adapter written by jpeft.save")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise AdapterError(f"{file} is not JSON: {e}") from e
-    if not isinstance(config, dict) or "format" not in config:
+    config = read_json(file, AdapterError)
+    if "format" not in config:
         raise AdapterError(f"{file} has no 'format': it was not written by jpeft.save")
     if type(config["format"]) is not int or config["format"] != FORMAT:
         raise AdapterError(f"{file} has format {config['format']!r}; this jpeft reads {FORMAT}: upgrade jpeft")
@@ -180,7 +177,7 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
         got = tensors[name]
         if (got.shape, got.dtype.name) != (shape, dtype):
             raise AdapterError(f"{file}: {name!r} is {got.dtype.name}{list(got.shape)}, expected {dtype}{list(shape)}")
-    if hashlib.sha256(file.read_bytes()).hexdigest() != config["sha256"]:
+    if file_sha256(file) != config["sha256"]:
         raise AdapterError(f"{file} is not the file that {CONFIG} was written with: its SHA-256 differs; save it again")
     leaves = {path: jnp.asarray(tensors[name]) for name, (path, _, _) in expected.items()}
     return like(unflatten(peft.place_like_base(leaves, flatten(params))), params)
@@ -189,7 +186,7 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
 def _tensor_file(folder: FilePath, sha256: str) -> FilePath:
     """The tensors that the configuration belongs to: under their name, or beside it after a save that was killed."""
     pending = folder / _PENDING
-    if pending.is_file() and hashlib.sha256(pending.read_bytes()).hexdigest() == sha256:
+    if pending.is_file() and file_sha256(pending) == sha256:
         return pending
     return folder / TENSORS
 

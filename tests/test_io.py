@@ -156,7 +156,7 @@ def test_what_is_not_there_is_said(saved, tmp_path):
     with pytest.raises(AdapterError, match=r"adapter\.safetensors does not exist"):
         jpeft.load(path, MODEL, params, X)
     (path / "config.json").write_text("{")
-    with pytest.raises(AdapterError, match="is not JSON"):
+    with pytest.raises(AdapterError, match="config.json: not JSON"):
         read_config(path)
     (path / "config.json").unlink()
     with pytest.raises(AdapterError, match=r"has no config\.json"):

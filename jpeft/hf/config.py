@@ -7,7 +7,6 @@ The rules for names are those of peft 0.21 (``tuners/tuners_utils.py: check_targ
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 
 from jpeft.core.targets import ALL_LINEAR
 from jpeft.errors import AdapterError
+from jpeft.files import read_json
 from jpeft.methods.base import positive_int
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -184,14 +184,10 @@ def read(file: Path) -> LoraConfig:
         jpeft does not follow, by name.
     """
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = read_json(file, AdapterError)
     except FileNotFoundError:
         what = f"has no {CONFIG}" if file.parent.is_dir() else "is not a folder"
         raise AdapterError(f"{file.parent} {what}: expected an adapter saved by HuggingFace PEFT") from None
-    except ValueError as e:  # json's and UTF-8's errors alike
-        raise AdapterError(f"{file} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file} must be a JSON object, got {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read")
     fields = {f.name for f in dataclasses.fields(LoraConfig)}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import secrets
-import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any
@@ -21,7 +18,7 @@ from jpeft.core.actions import Action
 from jpeft.core.peft import Peft, split_variables
 from jpeft.core.sites import FUSED, Site
 from jpeft.core.tree import Path, Tree, flatten, join, peek, unflatten
-from jpeft.files import sync_folder, write_atomically, write_safetensors
+from jpeft.files import new_folder, write_atomically, write_safetensors
 from jpeft.hf import config as hf
 from jpeft.hf import layout, tied
 from jpeft.hf.names import ROOT, Names, Prefix
@@ -91,7 +88,8 @@ def save(
     }
     if head:
         config["ensure_weight_tying"] = True
-    with _new_folder(FilePath(path)) as folder:
+    _check_free(FilePath(path))
+    with new_folder(FilePath(path), replace=True) as folder:
         write_safetensors(folder / hf.TENSORS, tensors | head, {"format": "pt"})
         write_atomically(folder / hf.CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         write_atomically(folder / _README, _card(config).encode())
@@ -230,31 +228,6 @@ def _whole(leaf: Path, base: Collection[Path], trained: Collection[Path]) -> Pat
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _new_folder(path: FilePath) -> Iterator[FilePath]:
-    """A folder that is filled inside the ``with`` and then takes its name, in the place of an adapter that had it."""
-    path = path.resolve()
-    _check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        sync_folder(new)
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-        sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _check_free(path: FilePath) -> None:

@@ -180,7 +180,7 @@ def abstract(
     if isinstance(config, Mapping):
         found: tuple[Any, Any, Family] = (dict(config), "config", _family(config.get("model_type")))
     elif (path := Path(config)).is_file() and not is_gguf(path):
-        held = read_json(path)
+        held = read_json(path, ModelError)
         found = (held, path, _family(held.get("model_type"), f"{path}: "))
     else:
         found = _read_family(path)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jpeft.errors import ModelError
 from jpeft.files import read_json
 from jpeft.models.files import CONFIG, SafeTensor, Tensor, open_safetensors, weight_files
 
@@ -31,7 +32,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such folder")
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path}: no {CONFIG} (is this a HuggingFace model folder?)")
-    return read_json(path / CONFIG)
+    return read_json(path / CONFIG, ModelError)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jpeft import models
-from jpeft.errors import UserError
+from jpeft.errors import ModelError, UserError
 from jpeft.files import read_json
 from jpeft.models.loading import FAMILIES
 from jpeft.models.sources import is_gguf, read_config
@@ -71,7 +71,7 @@ def unsaid(name: str) -> list[str]:
     if isinstance(found, Path):
         if is_gguf(found):
             return []
-        found = read_json(found) if found.is_file() else read_config(found)
+        found = read_json(found, ModelError) if found.is_file() else read_config(found)
     if FAMILIES.get(str(found.get("model_type"))) != FAMILIES["llama"]:
         return []
     found = found.get("text_config", found)

@@ -13,14 +13,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import itertools
 import json
 import math
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +27,7 @@ import numpy as np
 
 from jpeft.core.peft import Peft
 from jpeft.errors import UserError
-from jpeft.files import file_sha256, write_atomically, write_json
+from jpeft.files import file_sha256, new_folder, read_json, write_atomically, write_json
 from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import TENSORS, load, read_config
 from jpeft.parallel.hosts import is_main_process, on_all_hosts
@@ -57,20 +54,13 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
     for run in [out] if out is not None else numbered:
         if run.exists():
             continue
-        scratch = run.with_name(f".{run.name}.{secrets.token_hex(4)}")
         try:
-            scratch.mkdir(parents=True)
-        except OSError as error:  # told with the name that was asked for
-            raise UserError(f"{run}: cannot be made: {error.strerror}") from error
-        try:
-            write_json(scratch / "config.json", dict(record))
-            scratch.rename(run)
+            with new_folder(run) as folder:
+                write_json(folder / "config.json", dict(record))
             return run
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process took the name
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if not run.exists():  # else another process took the name
+                raise UserError(f"{run}: cannot be made: {error.strerror}") from error
     raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
 
 
@@ -91,12 +81,12 @@ def read_record(run: Path) -> dict[str, Any]:
     """
     path = run / "config.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, UserError)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: no run here (no config.json); `jpeft finetune --out {run}` makes one") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: unreadable: {error}") from error
-    if not isinstance(record, dict) or "config" not in record:
+    if "config" not in record:
         raise UserError(f"{run}: not a run of `jpeft finetune` (its config.json says something else)")
     if record.get("format") != FORMAT:
         raise UserError(f"{run}: written in format {record.get('format')}; this version reads format {FORMAT}")
@@ -114,7 +104,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
     True
     """
     try:
-        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+        return read_json(run / "result.json", UserError)
     except FileNotFoundError:
         return None
 

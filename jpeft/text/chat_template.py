@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from jpeft.errors import UserError
+from jpeft.files import read_json
 from jpeft.text import reading
 
 if TYPE_CHECKING:
@@ -353,10 +354,10 @@ def _read_gguf(path: Path) -> ChatTokenizer:
 
 def _read_folder(folder: Path) -> ChatTokenizer:
     tokenizer = reading.load_tokenizer(folder, max_length=1 << 31)  # any: the cut is taken off again
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_optional_json(folder / "tokenizer_config.json")
     special = _special(config)
     if "added_tokens_decoder" not in config:  # before transformers 4.34 the map had the last word, now none
-        special |= _special(_read_json(folder / "special_tokens_map.json"))
+        special |= _special(_read_optional_json(folder / "special_tokens_map.json"))
     stop_ids = _stop_ids(folder)
     if (eos := tokenizer.token_to_id(special.get("eos_token", ""))) is not None and eos not in stop_ids:
         stop_ids.append(eos)
@@ -374,7 +375,7 @@ def _stop_ids(folder: Path) -> list[int]:
     """`eos_token_id`, one or a list, of all the configs: a chat model's turn often ends otherwise than a document."""
     stop_ids = []
     for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
+        config = _read_optional_json(folder / name)
         inner = config.get("text_config")  # of a model that also takes images
         for owner in (config, inner if isinstance(inner, dict) else {}):
             value = owner.get("eos_token_id")
@@ -395,7 +396,7 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path, template = folder / "tokenizer_config.json", config.get("chat_template")
     if template is None:  # of a processor, which the tokenizer shares
         path = folder / "chat_template.json"
-        template = _read_json(path).get("chat_template")
+        template = _read_optional_json(path).get("chat_template")
     if isinstance(template, list) and all(isinstance(each, dict) for each in template):
         named = {str(each.get("name")): each.get("template") for each in template}
         if "default" not in named:
@@ -406,14 +407,6 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ChatError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ChatError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    return read_json(path, ChatError) if path.is_file() else {}

@@ -408,14 +408,14 @@ def test_files_that_are_no_adapter(saved, tmp_path):
     blob = file.read_bytes()
     for broken in (blob[:-1], blob[:20], b"", b"\xff" * 64):
         file.write_bytes(broken)
-        refused("no complete safetensors file")
+        refused("is not a complete safetensors file")
     file.write_bytes(b"PK\x03\x04")
     refused("is a pickle")
     file.rename(folder / "adapter_model.bin")
     refused("only adapter_model.bin, a pickle.*safe_serialization=True")
     (folder / "adapter_model.bin").unlink()
     refused("adapter_model.safetensors does not exist")
-    for text, match in (("[1]", "must be a JSON object"), ("{", "is not JSON"), ("\udcff", "is not JSON")):
+    for text, match in (("[1]", "expected a JSON object"), ("{", "adapter_config.json: not JSON"), ("\udcff", ": not JSON")):
         (folder / "adapter_config.json").write_text(text, "utf-8", "surrogateescape")
         refused(match)
     (folder / "adapter_config.json").unlink()

@@ -458,7 +458,7 @@ def test_where_a_template_is_found(folder, files, template):
         ("tokenizer.json", "{", r"tokenizer\.json: not a tokenizer: "),
         ("tokenizer.json", {}, r"tokenizer\.json: not a tokenizer: "),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json: not JSON: "),
-        ("config.json", "[]", r"config\.json: expected a JSON object, found list"),
+        ("config.json", "[]", r"config\.json: expected a JSON object, got list"),
         ("config.json", {"eos_token_id": "</s>"}, r"config\.json: eos_token_id should be an id .* found '</s>'"),
         ("generation_config.json", {"eos_token_id": [True]}, r"generation_config\.json: eos_token_id should be"),
         ("tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "R"}]}, "the chat templates are rag"),

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from jpeft import models
 from jpeft.core.placement import replicated
 from jpeft.errors import UserError
+from jpeft.files import new_folder, read_json, write_json
 from jpeft.parallel.batches import constrained, layout_on, shard_batch
 from jpeft.parallel.rules import shard
 from jpeft.text import labeled, reading
@@ -233,8 +232,6 @@ def export(
 
     if out.exists():
         raise UserError(f"{out} exists; choose another folder, nothing was written")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
     where = json.dumps(str(out.absolute()))
     readme = _README.format(about=about, labels=", ".join(labels), folder=where, max_length=max_length)
@@ -242,16 +239,12 @@ def export(
         "README.md": readme.encode(),
         "classifier.safetensors": save({"weight": np.ascontiguousarray(kernel.T), "bias": bias}, {"format": "pt"}),
     }
-    try:
-        whole = scratch / "folder"
-        models.save(whole, encoder, merged["encoder"], source=source, extra_files=extra)
-        config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
+    with new_folder(out) as folder:
+        models.save(folder, encoder, merged["encoder"], source=source, extra_files=extra)
+        config = read_json(folder / "config.json", UserError)
         config["id2label"] = {str(index): name for index, name in enumerate(labels)}
         config["label2id"] = {name: index for index, name in enumerate(labels)}
-        (whole / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        whole.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_json(folder / "config.json", config)
 
 
 _README = """\
