@@ -1,0 +1,49 @@
+"""Rules for the fields of a configuration: a predicate, and the words for what it accepts.
+
+The caller raises the error, since only it knows the name of the field: "LoRA.rank must be a positive integer, got 0".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from numbers import Real
+from typing import Any
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an int; booleans are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive_int(value: Any) -> bool:
+    """Whether a value is an int above 0."""
+    return is_int(value) and value > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number; booleans are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_rate(value: Any) -> bool:
+    """Whether a value is a number in [0, 1)."""
+    return is_number(value) and 0 <= value < 1
+
+
+POSITIVE_INT: Rule = (is_positive_int, "a positive integer")
+NUMBER: Rule = (is_number, "a finite number")
+RATE: Rule = (is_rate, "a rate in [0, 1)")
+
+
+def one_of(names: Collection[str]) -> Rule:
+    """The rule that a value is one of some names."""
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+
+
+def or_none(rule: Rule) -> Rule:
+    """The rule that a value is None or follows another rule."""
+    accepts, expected = rule
+    return lambda value: value is None or accepts(value), f"{expected} or None"
