@@ -196,4 +196,6 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path} is not a complete safetensors file: {error}") from error
+        raise AdapterError(
+            f"{path} is not a complete safetensors file ({error}): truncated, or of another format"
+        ) from error

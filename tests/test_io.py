@@ -135,7 +135,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(saved, damage, message):
     [
         (lambda b: b[: len(b) // 2], "truncated"),
         (lambda b: b"", "truncated"),
-        (lambda b: b"\xff" * 8 + b, "truncated, or of another kind"),
+        (lambda b: b"\xff" * 8 + b, "truncated, or of another format"),
         (lambda b: b"\x80\x04\x95" + b, "is a pickle"),
         (lambda b: b"PK\x03\x04" + b, "is a pickle"),
     ],
