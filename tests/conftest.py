@@ -20,8 +20,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="also run what is slow and exhaustive, as .ci/run does")
     parser.addoption("--all-meshes", action="store_true", help="a step on every mesh of 8 devices: half an hour")
-    parser.addoption("--whole-product", action="store_true", help="the law in every mode and dtype: as .ci/run does")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --exhaustive, what is marked so is deselected: each such family has a cheap representative that runs."""
+    if config.getoption("exhaustive"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The tables that the contract is run over: the methods, and the ways in which a module uses a weight.
 
-To hold a new method to the contract, add a line to `METHODS`; a new geometry, a line to `USES`.
+Every method of `jpeft.methods.METHODS` is tried by itself. Another configuration of one is a line of `VARIANTS`,
+another geometry a line of `USES`.
 """
 
 import json
@@ -239,11 +240,10 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A method under the contract: how to make it for a use, and what it declares."""
+    """A method under the contract: how to make it for a use, and the uses that it is tried on."""
 
     make: Callable[[Use], jpeft.methods.Method]
-    identity: bool = True  # changes nothing at first
-    uses: tuple[str, ...] = tuple(USES)  # a method that changes weights goes with all
+    uses: tuple[str, ...] = tuple(USES)  # a method that changes weights is tried on all
 
 
 def _parts(use: Use) -> dict[str, Any]:
@@ -252,26 +252,34 @@ def _parts(use: Use) -> dict[str, Any]:
 
 _SOME = ("dense", "attention", "conv 2-D strided")
 
-METHODS: dict[str, Entry] = {
+
+def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
+    """A method's default configuration, on the uses that its kind can act on."""
+    if issubclass(cls, jpeft.methods.WeightMethod):
+        return Entry(lambda use: cls(**_parts(use)))
+    if issubclass(cls, jpeft.methods.OutputMethod):
+        return Entry(lambda use: cls(targets=r".*/op"), (*_SOME, "raw", "embed"))
+    if issubclass(cls, jpeft.methods.AttentionMethod):
+        return Entry(lambda use: cls(), ("attention",))
+    return Entry(lambda use: cls(targets=r".*/op(/.*)?"), _SOME)
+
+
+# Other configurations of methods that jpeft has, beside each one's default.
+VARIANTS: dict[str, Entry] = {
     "LoRA": Entry(lambda u: jpeft.LoRA(rank=2, alpha=3, **_parts(u))),
-    "LoRA random": Entry(
-        lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), identity=False, uses=_SOME
-    ),
-    "IA3": Entry(lambda u: jpeft.IA3(**_parts(u))),
+    "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), _SOME),
     "IA3 feedforward": Entry(lambda u: jpeft.IA3(feedforward=u.targets, **_parts(u))),
-    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), uses=(*_SOME, "raw")),
+    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), (*_SOME, "raw")),
     "LoRA + IA3": Entry(
         lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u)))
     ),
-    "BitFit": Entry(lambda u: jpeft.BitFit(), uses=_SOME),
-    "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), uses=(*_SOME, "raw", "embed")),
-    "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), uses=("attention",), identity=False),
+    "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*_SOME, "raw", "embed")),
+    "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
     "PrefixTuning, MLP": Entry(
-        lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3),
-        uses=("attention",),
-        identity=False,
+        lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3), ("attention",)
     ),
 }
+METHODS: dict[str, Entry] = {name: entry_of(cls) for name, cls in jpeft.methods.METHODS.items()} | VARIANTS
 
 
 def numbers(shapes: Any, scale: float = 0.5, seed: int = 0) -> Any:

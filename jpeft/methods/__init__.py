@@ -1,33 +1,66 @@
-"""The methods, by name. To add one: a file here, and a line in the table."""
+"""The methods. To add one: a file in this folder, and its line among the imports below.
+
+`METHODS` is made of those lines; saving and loading, HuggingFace interchange, `jpeft finetune --method` and the contract
+suite in ``tests/core`` read it. `register` adds a method from outside of jpeft.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from jpeft.methods.base import AttentionMethod as AttentionMethod
 from jpeft.methods.base import LeafMethod as LeafMethod
-from jpeft.methods.base import Method
+from jpeft.methods.base import Method as Method
 from jpeft.methods.base import OutputMethod as OutputMethod
 from jpeft.methods.base import WeightMethod as WeightMethod
-from jpeft.methods.bitfit import BitFit
-from jpeft.methods.bottleneck import Bottleneck
-from jpeft.methods.chain import Chain
-from jpeft.methods.ia3 import IA3
-from jpeft.methods.lora import LoRA
-from jpeft.methods.prefix import PrefixTuning
-from jpeft.methods.train import Train
+from jpeft.methods.bitfit import BitFit as BitFit
+from jpeft.methods.bottleneck import Bottleneck as Bottleneck
+from jpeft.methods.chain import Chain as Chain
+from jpeft.methods.ia3 import IA3 as IA3
+from jpeft.methods.lora import LoRA as LoRA
+from jpeft.methods.prefix import PrefixTuning as PrefixTuning
+from jpeft.methods.train import Train as Train
 
+_BASES = (Method, WeightMethod, OutputMethod, AttentionMethod, LeafMethod, Chain)
 METHODS: dict[str, type[Method]] = {
-    cls.__name__: cls
-    for cls in (
-        LoRA,
-        IA3,
-        PrefixTuning,
-        Bottleneck,
-        BitFit,
-        Train,
-    )
+    name: value
+    for name, value in dict(globals()).items()
+    if isinstance(value, type) and issubclass(value, Method) and value not in _BASES
 }
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Adds a method to `METHODS` under its class's name, so that adapters trained with it load by configuration.
+
+    Usable as a decorator. A method that is only bound and trained needs no registration.
+
+    Raises:
+      TypeError: not a subclass of a method's base class.
+      ValueError: the name belongs to another class.
+
+    >>> from dataclasses import dataclass
+    >>> import jax.numpy as jnp
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Shift(WeightMethod):
+    ...     def init(self, key, site, w):
+    ...         return {"shift": jnp.zeros((site.outputs,))}
+    ...
+    ...     def merge(self, leaves, w):
+    ...         return w + leaves["shift"]
+    >>> METHODS[register(Shift).__name__] is Shift
+    True
+    >>> del METHODS["Shift"]
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)) or cls in _BASES:
+        raise TypeError(f"expected a subclass of WeightMethod, OutputMethod, AttentionMethod or LeafMethod, got {cls!r}")
+    if METHODS.get(cls.__name__, cls) is not cls or cls.__name__ == Chain.__name__:
+        raise ValueError(f"there is another method called {cls.__name__}; rename the class")
+    METHODS[cls.__name__] = cls
+    return cls
 
 
 def from_dict(config: Mapping[str, Any]) -> Method:
@@ -42,15 +75,15 @@ def from_dict(config: Mapping[str, Any]) -> Method:
     if not isinstance(config, Mapping) or not isinstance(config.get("method"), str):
         raise ValueError(f"a method's configuration must be an object with a name under 'method', got {config!r}")
     name = config["method"]
-    if name == "Chain":
+    if name == Chain.__name__:
         unknown = sorted(set(config) - {"method", "methods"})
         if unknown or not isinstance(config.get("methods"), list):
             raise ValueError(f"Chain takes 'methods', a list; got {sorted(config)}")
         return Chain(*(from_dict(m) for m in config["methods"]))
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; there are {', '.join([*METHODS, 'Chain'])}")
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join([*METHODS, Chain.__name__])}")
     fields = {f.name for f in dataclasses.fields(METHODS[name])}
     unknown = sorted(set(config) - fields - {"method"})
     if unknown:
-        raise ValueError(f"{name} has no field {unknown[0]!r}; there are {', '.join(sorted(fields))}")
+        raise ValueError(f"{name} has no field {unknown[0]!r}; its fields are {', '.join(sorted(fields))}")
     return METHODS[name](**{k: v for k, v in config.items() if k != "method"})

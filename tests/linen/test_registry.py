@@ -1,0 +1,81 @@
+"""Geometries that are registered from outside."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jpeft
+from jpeft.core import geometry
+from tests import contract
+from tests.contract import close, differ
+from tests.zoo import METHODS, USES, Model, moved, parameters
+
+
+@pytest.fixture(autouse=True)
+def quick_compiles():
+    """These models are tiny: XLA's optimizations cost more than they give."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def bound(use: str, mode: str, method: str):
+    return contract.bound(METHODS[method], use, mode)
+
+
+# --- geometries from outside ------------------------------------------------------------------------------------------
+
+
+class Flipped(nn.Module):
+    """A linear layer of somebody else's, its weight ``w`` stored ``(out, in)``."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(), (self.features, x.shape[-1]))
+        return x @ w.T + self.param("bias", nn.initializers.normal(), (self.features,))
+
+
+def _of_call(call: geometry.Call) -> geometry.Geometry:
+    return geometry.Contraction(leaf="w", spec="...i,oi->...o", shape=call.shapes["w"], stored=call.shapes["w"])
+
+
+@pytest.mark.parametrize("owner", [Flipped, "Flipped"])
+@pytest.mark.parametrize("how", [
+    "...i,oi->...o",
+    geometry.Contraction(leaf="w", spec="...i,oi->...o", shape=(6, 4), stored=(6, 4)),
+    _of_call,
+], ids=["einsum", "geometry", "function"])  # fmt: skip
+@pytest.mark.parametrize("method", ["LoRA", "IA3", "IA3 feedforward"])
+def test_register_geometry_puts_a_foreign_weight_on_the_fused_path(owner, how, method, registries):
+    model, x = Model(lambda x: Flipped(6, name="op")(x), "scan"), jnp.arange(24.0).reshape(2, 3, 4) / 24
+    params = parameters(model, x)
+    make = METHODS[method].make
+    raw = make(USES["raw"]).bind(model, params, x)
+    assert [(s.name, s.via) for s in raw.sites] == [("block/op/w", "box")]
+
+    jpeft.register_geometry(owner, how)
+    peft = make(USES["dense"]).bind(model, params, x)
+    (site,) = peft.sites
+    assert (site.name, site.via, site.inputs, site.outputs) == ("block/op", "fused", 4, 6)
+    adapter = moved(peft, params)
+    y = peft.apply(params, adapter, x)
+    close(y, model.apply({"params": peft.merge(params, adapter)}, x))
+    assert differ(y, model.apply({"params": params}, x))
+
+
+def test_register_geometry_refuses_what_is_no_geometry():
+    with pytest.raises(ValueError, match="expected an einsum of two operands"):
+        jpeft.register_geometry("Mine", "io")
+    with pytest.raises(ValueError, match="every axis of the weight"):
+        jpeft.register_geometry("Mine", "bi,iz->b")
+    with pytest.raises(TypeError, match="geometry must be an einsum, a Geometry or a function"):
+        jpeft.register_geometry("Mine", 3)
+
+
+def test_a_fused_weight_that_does_not_divide_is_refused():
+    _, model, params, x = bound("dense", "plain", "LoRA")
+    with pytest.raises(ValueError, match="6 outputs, which do not divide into 4 parts"):
+        jpeft.LoRA(targets=["op"], parts=4).bind(model, params, x)
