@@ -279,7 +279,14 @@ VARIANTS: dict[str, Entry] = {
         lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3), ("attention",)
     ),
 }
-METHODS: dict[str, Entry] = {name: entry_of(cls) for name, cls in jpeft.methods.METHODS.items()} | VARIANTS
+
+
+def table() -> dict[str, Entry]:
+    """Every method that jpeft has or that was registered, and the variants."""
+    return {name: entry_of(cls) for name, cls in jpeft.methods.METHODS.items()} | VARIANTS
+
+
+METHODS = table()
 
 
 def numbers(shapes: Any, scale: float = 0.5, seed: int = 0) -> Any:
