@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jpeft._moved import find as _find_moved
 from jpeft.core.peft import Peft as Peft
 from jpeft.core.targets import TargetError as TargetError
 from jpeft.core.tree import combine as combine
@@ -27,7 +28,7 @@ from jpeft.training.step import train_step as train_step
 
 
 def __getattr__(name: str) -> Any:
-    """`jpeft.hf`, `jpeft.models` and what runs them are imported when first used: `import jpeft` stays light."""
+    """Imports `jpeft.hf`, `jpeft.models` and what runs them when they are first used: `import jpeft` stays light."""
     import importlib
 
     if name in ("hf", "models"):
@@ -36,4 +37,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("jpeft.planning").plan
     if name in ("generate", "stream"):
         return getattr(importlib.import_module("jpeft.serving.generation"), name)
+    if (module := _find_moved(name)) is not None:
+        return module
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

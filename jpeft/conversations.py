@@ -1,0 +1,3 @@
+"""The old name of `jpeft.text.conversations`."""
+
+from jpeft.text.conversations import *  # noqa: F403
