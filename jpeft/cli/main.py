@@ -75,7 +75,7 @@ def _told_elsewhere(error: Exception) -> bool:
     hosts = sys.modules.get("jpeft.parallel.hosts")
     if hosts is None or hosts.is_main_process():
         return False
-    return isinstance(error, (Interrupted, hosts.HostError)) or getattr(error, "told", False)
+    return isinstance(error, (Interrupted, hosts.HostError)) or getattr(error, "reported", False)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

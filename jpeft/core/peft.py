@@ -16,9 +16,10 @@ from flax.core import meta
 from jax.core import Tracer
 
 from jpeft.core.actions import Action, by_weight, expand_leaves, init_leaves, merge_leaf
+from jpeft.core.adapter_placement import box_like, leaf_sharding
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Method, slugs
-from jpeft.core.placement import box_like, everywhere, leaf_sharding, place
+from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import BOX, FUSED, MERGE, Site
 from jpeft.core.summary import Row, summary
@@ -130,7 +131,7 @@ class Peft:
 
     def place_like_base(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
         """Leaves with the shardings and boxes that follow from the base's."""
-        out, replicated = {}, everywhere(base.values())
+        out, replicated = {}, replicated_like(base.values())
         for path, (site, roles) in self.leaf_sites().items():
             leaf, sharding = leaves[path], leaf_sharding(base, site, roles) or replicated
             if sharding is not None and not isinstance(leaf, Tracer):
@@ -317,7 +318,7 @@ def adapter_shardings(peft: Peft, params: Tree) -> Any:
       ValueError: no base leaf carries a ``NamedSharding``.
     """
     base = flatten(params)
-    replicated = everywhere(base.values())
+    replicated = replicated_like(base.values())
     if replicated is None:
         raise ValueError("no leaf of params carries a NamedSharding: jpeft.shard puts it on a mesh")
     out = {path: leaf_sharding(base, site, roles) or replicated for path, (site, roles) in peft.leaf_sites().items()}

@@ -1,27 +1,27 @@
-"""Where leaves lie on a mesh: placing arrays, and the shardings of adapter leaves."""
+"""Arrays on device meshes: mesh axes, partition specs, and placing an array with a sharding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jpeft.core.sites import Site, derive_entries
-from jpeft.core.tree import Path, named_sharding
+from jpeft.core.tree import named_sharding
 
-AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
+AnyMesh = Mesh | AbstractMesh
 
 
 def automatic(mesh: AnyMesh) -> Any:
-    """The mesh with axes of the kind where XLA finds how what is computed is laid out.
+    """The mesh with automatic axes, along which XLA propagates shardings.
 
-    ``jax.make_mesh`` makes explicit ones, where ambiguous products must say it, which Flax's modules do not.
+    ``jax.make_mesh`` makes explicit axes, where the user must give the sharding of every ambiguous product. Flax
+    modules do not.
 
     >>> automatic(jax.make_mesh((1,), ("data",))).axis_types
     (Auto,)
@@ -34,24 +34,43 @@ def automatic(mesh: AnyMesh) -> Any:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
-def axes_of(where: Any) -> set[str]:
-    """The mesh axes that a rule, or an entry of one, speaks of."""
-    if isinstance(where, str):
-        return {where}
-    entries = where if isinstance(where, PartitionSpec | tuple | list) else ()
-    return {name for entry in entries for name in axes_of(entry)}
+def axes_of(entries: Any) -> set[str]:
+    """The mesh axes that a partition spec, or one entry of it, names.
+
+    >>> sorted(axes_of(PartitionSpec(("data", "fsdp"), None, "tensor")))
+    ['data', 'fsdp', 'tensor']
+    """
+    if isinstance(entries, str):
+        return {entries}
+    nested = entries if isinstance(entries, PartitionSpec | tuple | list) else ()
+    return {name for entry in nested for name in axes_of(entry)}
 
 
-def trimmed(entries: Iterable[Any]) -> list[Any]:
-    """Without the empty entries at the end: as XLA spells its outputs; jit takes another spelling for another input."""
+def num_shards(mesh: Any, entry: Any) -> int:
+    """The number of shards that one entry of a partition spec cuts an axis into.
+
+    >>> num_shards(AbstractMesh((2, 4), ("data", "fsdp")), ("data", "fsdp"))
+    8
+    """
+    return math.prod(mesh.shape[name] for name in axes_of(entry))
+
+
+def trimmed(entries: Iterable[Any]) -> PartitionSpec:
+    """The partition spec of entries without trailing Nones.
+
+    XLA's outputs have specs of this form; jit would compile again for an input whose spec is written otherwise.
+
+    >>> trimmed(["data", None])
+    P('data',)
+    """
     kept = list(entries)
     while kept and kept[-1] is None:
         kept.pop()
-    return kept
+    return PartitionSpec(*kept)
 
 
 def place(value: Any, sharding: Any) -> Any:
-    """One array with a sharding. Of a NumPy array, each device gets its piece, and each host moves its own alone."""
+    """An array with a sharding. Of a NumPy array, every process moves only the shards of its own devices."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     if isinstance(value, Tracer):
@@ -68,38 +87,11 @@ def place(value: Any, sharding: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device of a mesh."""
+    """The sharding of an array that every device of a mesh holds whole."""
     return NamedSharding(automatic(mesh), PartitionSpec())
 
 
-def everywhere(leaves: Iterable[Any]) -> NamedSharding | None:
-    """Replicated over the mesh that the leaves are on, if they are on one."""
+def replicated_like(leaves: Iterable[Any]) -> NamedSharding | None:
+    """Replicated over the mesh that the leaves are on; None if they are on none."""
     mesh = next((s.mesh for leaf in leaves if (s := named_sharding(leaf)) is not None), None)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
-
-
-def leaf_sharding(base: Mapping[Path, Any], site: Site | None, roles: Sequence[str | None] | None) -> Any:
-    """The sharding of one adapter leaf, or None where the base says nothing about it."""
-    if site is None or roles is None:
-        return None
-    sharding = named_sharding(base[site.weight_path])
-    if sharding is None:
-        return None
-    if site.kind == "leaf":
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*trimmed(derive_entries(site, roles, tuple(sharding.spec)))))
-
-
-def box_like(base: Mapping[Path, Any], site: Site | None, roles: Sequence[str | None] | None, value: Any) -> Any:
-    """An adapter leaf in the same kind of box as the base weight, with logical names derived from the weight's."""
-    if site is None or roles is None:
-        return value
-    box = base[site.weight_path]
-    box = getattr(box, "codes", box)  # of a quantized weight, these are in the box
-    if not isinstance(box, meta.AxisMetadata):
-        return value
-    if site.kind == "leaf":
-        return meta.replace_boxed(box, value)
-    if not isinstance(box, meta.Partitioned):
-        return value
-    return box.replace(value=value, names=derive_entries(site, roles, box.names))

@@ -1,4 +1,7 @@
-"""Quantized weights: leaves that hold codes and scales, and dequantize when a module asks for the parameter."""
+"""The quantized weight: a box of codes and scales that dequantizes itself, its schemes, and quantizing one array.
+
+`jpeft.quantization` quantizes whole parameter trees.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +21,37 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.core import fingerprint
+from jpeft.core.placement import num_shards, place, trimmed
 from jpeft.core.tree import named_sharding, peek
 
-# bitsandbytes 0.50, `functional.get_4bit_type("nf4")`: quantiles of the normal distribution, the largest set to 1.
+# bitsandbytes 0.50, `functional.get_4bit_type("nf4")`: quantiles of the normal distribution, scaled to a largest of 1.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-GROUP = 256  # scales that share one scale of their own, where they are quantized too
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+GROUP = 256  # the number of scales that share a group scale in double quantization
 
 
 def _dynamic_map() -> np.ndarray:
-    """The 256 values of bitsandbytes' `create_dynamic_map()`, sorted: the code of quantized scales."""
+    """The codebook of quantized scales: the 256 values of bitsandbytes' `create_dynamic_map()`, sorted."""
     f32 = np.float32
     first, last, values = f32(0.1), f32(1), []
     for exponent in range(7):
-        # torch.linspace(0.1, 1): from both ends to the middle, with one rounding for a product and its sum.
+        # As torch.linspace(0.1, 1) computes it: from both ends to the middle, each product and sum rounded once.
         pieces = 2**exponent
         step, i = np.float64((last - first) / f32(pieces)), np.arange(pieces + 1)
         ends = np.where(2 * i < pieces, first + step * i, last - step * (pieces - i)).astype(f32)
@@ -50,7 +65,13 @@ SCALE_CODES = _dynamic_map()
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights in [-1, 1] become codes and come back. `bits` of a code, two of four bits to a byte."""
+    """A code for weights in [-1, 1].
+
+    Attributes:
+      bits: bits of a code; two 4-bit codes share a byte.
+      encode: weights to codes.
+      decode: codes to weights in float32.
+    """
 
     bits: int
     encode: Callable[[jax.Array], jax.Array]
@@ -64,16 +85,16 @@ def _encode_nf4(x: jax.Array) -> jax.Array:
 
 
 def _decode_nf4(codes: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(codes, tpu=_selected, default=_looked_up)
+    return jax.lax.platform_dependent(codes, tpu=_decode_nf4_by_bits, default=_decode_nf4_by_lookup)
 
 
-def _looked_up(codes: jax.Array) -> jax.Array:
+def _decode_nf4_by_lookup(codes: jax.Array) -> jax.Array:
     return jnp.asarray(NF4, jnp.float32).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def _selected(codes: jax.Array) -> jax.Array:
-    # A tree of selections, a bit at a time: TPUs are slow at looking up. XLA CPU would keep each level as an array of
-    # the weight's size outside the scan.
+def _decode_nf4_by_bits(codes: jax.Array) -> jax.Array:
+    # A tree of selects, one level for each bit, because gathers are slow on TPUs. On CPU, XLA would hoist every level
+    # out of the scan as an array of the weight's size.
     values: list[Any] = [jnp.float32(level) for level in NF4]
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
@@ -81,15 +102,31 @@ def _selected(codes: jax.Array) -> jax.Array:
     return values[0]
 
 
-def _rounded(largest: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda x: jnp.clip(jnp.round(x * largest), -largest, largest)
+def _encode_int(x: jax.Array, largest: int) -> jax.Array:
+    return jnp.clip(jnp.round(x * largest), -largest, largest)
 
 
-_FP8_MAX = 448.0  # of float8_e4m3fn
+def _encode_int4(x: jax.Array) -> jax.Array:
+    return (_encode_int(x, 7) + 8).astype(jnp.uint8)
+
+
+def _decode_int4(codes: jax.Array) -> jax.Array:
+    return (codes.astype(jnp.float32) - 8) / 7
+
+
+def _encode_int8(x: jax.Array) -> jax.Array:
+    return _encode_int(x, 127).astype(jnp.int8)
+
+
+def _decode_int8(codes: jax.Array) -> jax.Array:
+    return codes.astype(jnp.float32) / 127
+
+
+_FP8_MAX = 448.0  # the largest float8_e4m3fn
 
 
 def _encode_fp8(x: jax.Array) -> jax.Array:
-    # As bytes: XLA CPU would hold a stack of float8 in float16, outside the scan that slices it.
+    # Stored as bytes: XLA CPU would convert a stack of float8 to float16 outside the scan that slices it.
     return jax.lax.bitcast_convert_type((x * _FP8_MAX).astype(jnp.float8_e4m3fn), jnp.uint8)
 
 
@@ -99,36 +136,33 @@ def _decode_fp8(codes: jax.Array) -> jax.Array:
 
 SCHEMES: Mapping[str, Scheme] = {
     "nf4": Scheme(4, _encode_nf4, _decode_nf4),
-    "int4": Scheme(
-        4,
-        lambda x: (_rounded(7)(x) + 8).astype(jnp.uint8),
-        lambda codes: (codes.astype(jnp.float32) - 8) / 7,
-    ),
-    "int8": Scheme(
-        8, lambda x: _rounded(127)(x).astype(jnp.int8), lambda codes: codes.astype(jnp.float32) / 127
-    ),
+    "int4": Scheme(4, _encode_int4, _decode_int4),
+    "int8": Scheme(8, _encode_int8, _decode_int8),
     "fp8": Scheme(8, _encode_fp8, _decode_fp8),
-}  # fmt: skip
+}
 
 
-# --- one leaf -------------------------------------------------------------------------------------------------------
+# --- the box --------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Quantized(meta.AxisMetadata):
-    """A weight as codes and scales. `unbox`, which Flax calls when a module asks for the parameter, dequantizes it.
+    """A weight as codes and scales. `unbox`, which Flax calls when a module reads the parameter, dequantizes it.
 
     Attributes:
-      codes: `[..., in, out]`, uint8 with two 4-bit codes to a byte (the first in the high half) along `axis`, or int8,
-        or the bytes of float8_e4m3fn.
-      scales: `[..., in / block, out]` (for `axis` -2), float32, or uint8 codes of `SCALE_CODES` beside
-        `groups`.
-      groups: the scales of 256 scales each, float32 `[..., n]`, in bitsandbytes' order of scales; or None.
-      offset: the mean that was taken off the scales, float32 `[...]`; or None.
-      origin: the checksum of what was quantized, uint32 `[..., 2]`, repeated for each matrix of a stack: the base's
-        fingerprint is that of the weights, quantized or not.
-      scheme, block, axis, dtype: as `quantize` was asked; `dtype` is that of the weight.
+      codes: `[..., in, out]`. int8 for "int8"; for "fp8", uint8 with the bytes of float8_e4m3fn; for 4-bit schemes,
+        uint8 with two codes to a byte along `axis`, the first in the high half.
+      scales: one for each block, `[..., in / block, out]` for `axis` -2. float32, or uint8 codes of `SCALE_CODES` if
+        `groups` is given.
+      groups: the scales of `GROUP` scales each, float32 `[..., n]`, in bitsandbytes' order of scales; or None.
+      offset: the mean that was subtracted from the scales before their quantization, float32 `[...]`; or None.
+      origin: the checksum of the original weight, uint32 `[..., 2]`, repeated for each matrix of a stack. It gives a
+        quantized base the same fingerprint as the original one.
+      scheme: a key of `SCHEMES`.
+      block: the number of weights that share a scale.
+      axis: the axis along which blocks run, -2 or -1.
+      dtype: the dtype of the weight.
 
     >>> q = quantize_array(jnp.ones((64, 2)), "nf4")
     >>> q.shape, q.codes.shape, q.scales.shape, float(q.unbox()[0, 0])
@@ -147,7 +181,7 @@ class Quantized(meta.AxisMetadata):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
+        """The shape of the weight."""
         shape = list(np.shape(meta.unbox(self.codes)))
         if shape:
             shape[self.axis] *= 8 // SCHEMES[self.scheme].bits
@@ -159,64 +193,66 @@ class Quantized(meta.AxisMetadata):
 
     @property
     def size(self) -> int:
-        """Weights, not codes."""
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Of all arrays."""
+        """The bytes of all arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def bits(self) -> float:
-        """Stored for each weight, but for the checksum."""
+        """Stored bits per weight, the checksum not counted."""
         return 8 * (self.nbytes - meta.unbox(self.origin).size * 4) / self.size
 
     @property
     def sharding(self) -> Any:
-        """That of the codes, which have the weight's axes."""
+        """The sharding of the codes, which have the weight's axes."""
         return getattr(meta.unbox(self.codes), "sharding", None)
 
     def unbox(self) -> Float[Array, "*shape"]:
-        """The weight, dequantized in float32 and then rounded to its dtype."""
-        codes, scales = meta.unbox(self.codes), self.scales_in_float()
+        """The weight, dequantized in float32 and then cast to its dtype."""
+        codes, scales = meta.unbox(self.codes), self.float_scales()
         scheme = SCHEMES[self.scheme]
         if scheme.bits == 4:
-            pair = jnp.stack([codes >> 4, codes & 15], axis=self.axis)  # behind the axis, for -1; before out, for -2
+            # The new axis comes right after `axis`, so that the reshape restores the order of the weights.
+            pair = jnp.stack([codes >> 4, codes & 15], axis=self.axis)
             codes = pair.reshape(self.shape)
-        values = _in_blocks(scheme.decode(codes), self.block, self.axis) * jnp.expand_dims(scales, self.axis)
+        values = _split_blocks(scheme.decode(codes), self.block, self.axis) * jnp.expand_dims(scales, self.axis)
         return values.reshape(self.shape).astype(self.dtype)
 
-    def scales_in_float(self) -> Float[Array, "*scales"]:
-        """A scale for each block."""
+    def float_scales(self) -> Float[Array, "*scales"]:
+        """The scale of each block in float32."""
         scales = meta.unbox(self.scales)
         if self.groups is None:
             return scales
         assert self.offset is not None
-        flat = _flat(jnp.asarray(SCALE_CODES).at[scales.astype(jnp.int32)].get(mode="promise_in_bounds"), self.axis)
+        unit = jnp.asarray(SCALE_CODES).at[scales.astype(jnp.int32)].get(mode="promise_in_bounds")
+        flat = _flatten_scales(unit, self.axis)
         wide = jnp.repeat(self.groups, GROUP, axis=-1)[..., : flat.shape[-1]]
-        return _unflat(flat * wide + self.offset[..., None], scales.shape, self.axis)
+        return _unflatten_scales(flat * wide + self.offset[..., None], scales.shape, self.axis)
 
-    # --- for Flax and JAX ---
+    # --- the interface that Flax and JAX call ---
 
     def replace_boxed(self, val: Any) -> Any:
-        """A weight in the place of this one: as it is, in the box of logical names that the codes are in."""
+        """An unquantized weight in the box of logical names that the codes are in."""
         return meta.replace_boxed(self.codes, val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        return self._boxes(lambda box: box.add_axis(index, params))
+        return self._map_boxes(lambda box: box.add_axis(index, params))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        return self._boxes(lambda box: box.remove_axis(index, params))
+        return self._map_boxes(lambda box: box.remove_axis(index, params))
 
     def get_partition_spec(self) -> Quantized:
-        """For ``nn.get_partition_spec``: codes and scales have the weight's names, the rest is replicated."""
+        """For ``nn.get_partition_spec``: codes and scales have the weight's spec, the rest is replicated."""
         spec = meta.get_partition_spec(self.codes)
         return dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), self), codes=spec, scales=spec)
 
-    def _boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
-        named = lambda x: fn(x) if isinstance(x, meta.AxisMetadata) else x  # noqa: E731
-        return dataclasses.replace(self, codes=named(self.codes), scales=named(self.scales))
+    def _map_boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
+        codes, scales = (fn(x) if isinstance(x, meta.AxisMetadata) else x for x in (self.codes, self.scales))
+        return dataclasses.replace(self, codes=codes, scales=scales)
 
     def tree_flatten(self) -> tuple[Any, Any]:
         aux = (self.scheme, self.block, self.axis, self.dtype)
@@ -227,28 +263,28 @@ class Quantized(meta.AxisMetadata):
         return cls(*children, *aux)
 
 
-def _in_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
-    """The axis as two: blocks, and places in a block."""
+def _split_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """The array with an axis split in two: blocks, and weights in a block."""
     shape = list(x.shape)
     at = x.ndim + axis
     return x.reshape(*shape[:at], shape[at] // block, block, *shape[at + 1 :])
 
 
-def _flat(scales: jax.Array, axis: int) -> jax.Array:
-    """The scales of each matrix in one axis, as bitsandbytes orders them: those of one output together."""
+def _flatten_scales(scales: jax.Array, axis: int) -> jax.Array:
+    """The scales of each matrix on one axis, in bitsandbytes' order: output by output."""
     ordered = jnp.swapaxes(scales, -1, -2) if axis == -2 else scales
     return ordered.reshape(*scales.shape[:-2], -1)
 
 
-def _unflat(flat: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Inverse of `_flat`."""
+def _unflatten_scales(flat: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Inverse of `_flatten_scales`."""
     if axis == -1:
         return flat.reshape(shape)
     return jnp.swapaxes(flat.reshape(*shape[:-2], shape[-1], shape[-2]), -1, -2)
 
 
 def block_axis(shape: tuple[int, ...], block: int) -> int | None:
-    """Along which axis blocks run: the second to last or, where they do not divide it, the last; None for neither.
+    """The axis along which blocks run: -2, or -1 if blocks do not divide -2, or None if they divide neither.
 
     >>> block_axis((576, 192), 64), block_axis((576, 9, 64), 64), block_axis((10, 7), 64)
     (-2, -1, None)
@@ -257,9 +293,9 @@ def block_axis(shape: tuple[int, ...], block: int) -> int | None:
 
 
 def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
-    """One weight, `[..., in, out]`, as codes and scales. Every matrix of a stack has scales of its own.
+    """Quantizes one weight, `[..., in, out]`. Every matrix of a stack has its own scales.
 
-    Args and errors as for `quantize`. Traceable: abstract weights give an abstract result.
+    Args and errors as for `jpeft.quantize`. Traceable; an abstract weight gives an abstract result.
 
     >>> quantize_array(jnp.ones((2, 128, 8)), "int8").codes.dtype
     dtype('int8')
@@ -268,8 +304,12 @@ def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bo
 
 
 def quantize_part(like: Quantized, weight: Any, start: int) -> Quantized:
-    """A matrix of a stack, quantized as `like` is; its `origin` is what it adds to the stack's, where it begins at
-    element `start`.
+    """Quantizes one matrix of a stack in the same way as `like`.
+
+    Args:
+      like: sets scheme, block and double quantization.
+      weight: the matrix.
+      start: index of its first element in the stack. The `origin`s of all matrices add up to the stack's.
 
     >>> stack = jnp.ones((2, 64, 2)) * jnp.arange(2.0)[:, None, None]
     >>> whole = quantize_array(stack)
@@ -285,29 +325,31 @@ def _quantize_part(weight: Any, scheme: str, block: int, double: bool, start: in
     if isinstance(weight, Quantized):
         raise ValueError(f"is quantized already, as {weight.scheme}")
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"is {dtype}, not floating")
+        raise ValueError(f"is {dtype}, expected a floating dtype")
     if not math.prod(shape):
-        raise ValueError(f"has shape {shape}, with nothing in it")
+        raise ValueError(f"has shape {shape}, which holds no elements")
     axis = block_axis(shape, block)
     if axis is None:
-        raise ValueError(f"has shape {shape}: a block of {block} divides neither of its last two axes, another may")
+        raise ValueError(
+            f"has shape {shape}: a block of {block} divides neither of its last two axes; try another block="
+        )
     if isinstance(weight, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis, np.uint32(0)), weight)
-    # Of the weight itself: the largest of a block with a NaN in it is a number on XLA CPU.
+    # Checked on the weight, not on the scales: on XLA CPU the maximum of a block with a NaN may be a number.
     if not isinstance(weight, Tracer) and not bool(jnp.isfinite(weight).all()):
-        raise ValueError("holds NaN or infinity, which no code stands for")
+        raise ValueError("holds NaN or infinity, which no code represents")
     return _quantize(weight, scheme, block, double, axis, np.uint32(start % 2**32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int, start: Any) -> Quantized:
     scheme, shape = SCHEMES[name], weight.shape
-    wide = _in_blocks(weight.astype(jnp.float32), block, axis)
+    wide = _split_blocks(weight.astype(jnp.float32), block, axis)
     scales = jnp.abs(wide).max(axis=axis)
-    # A block of zeros has no scale to divide by, and needs none.
+    # A block of zeros has scale 0.
     codes = scheme.encode(wide / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), axis)).reshape(shape)
     if scheme.bits == 4:
-        pair = _in_blocks(codes, 2, axis)
+        pair = _split_blocks(codes, 2, axis)
         high, low = (jax.lax.index_in_dim(pair, i, axis, keepdims=False) for i in range(2))
         codes = (high << 4) | low
     sums = jnp.broadcast_to(fingerprint.checksum(weight, start), (*shape[:-2], 2))
@@ -316,9 +358,9 @@ def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int,
 
 
 def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scales as codes, group scales and offset: the double quantization of QLoRA."""
-    flat = _flat(scales, axis)
-    offset = _mean(flat)
+    """The codes, group scales and offset of scales: the double quantization of QLoRA."""
+    flat = _flatten_scales(scales, axis)
+    offset = _pairwise_mean(flat)
     moved = flat - offset[..., None]
     padding = -flat.shape[-1] % GROUP
     grouped = jnp.pad(moved, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
@@ -327,14 +369,16 @@ def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array
     unit = grouped / jnp.where(groups == 0, 1.0, groups)[..., None]
     middles = jnp.asarray((SCALE_CODES[1:] + SCALE_CODES[:-1]) / 2)
     codes = jnp.searchsorted(middles, unit.reshape(-1)).astype(jnp.uint8).reshape(*flat.shape[:-1], -1)
-    return _unflat(codes[..., : flat.shape[-1]], scales.shape, axis), groups, offset
+    return _unflatten_scales(codes[..., : flat.shape[-1]], scales.shape, axis), groups, offset
 
 
-def _mean(x: jax.Array) -> jax.Array:
-    """Over the last axis, by halves. XLA's own sum has an order that differs with the shape and the device, so that a
-    stack would have other scales than its layers one by one."""
+def _pairwise_mean(x: jax.Array) -> jax.Array:
+    """The mean over the last axis, summed pairwise.
+
+    The order of XLA's own sum depends on shape and device: a stack would have other scales than its layers one by one.
+    """
     size = x.shape[-1]
-    unit = jnp.where(x.max() > 2.0**96, jnp.float32(2.0**-32), jnp.float32(1))  # a sum that does not overflow
+    unit = jnp.where(x.max() > 2.0**96, jnp.float32(2.0**-32), jnp.float32(1))  # keeps the sum from overflowing
     total = jnp.pad(x * unit, [(0, 0)] * (x.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
     while total.shape[-1] > 1:
         low, high = jnp.split(total, 2, axis=-1)
@@ -343,7 +387,7 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def dequantize_leaf(leaf: Any) -> Any:
-    """What a leaf holds, its box opened; abstract where it is.
+    """A leaf without boxes, dequantized; abstract if the leaf is abstract.
 
     >>> dequantize_leaf(quantize_array(jnp.ones((64, 2)))).shape
     (64, 2)
@@ -356,7 +400,7 @@ def dequantize_leaf(leaf: Any) -> Any:
 
 
 def open_boxes(leaf: Any) -> Any:
-    """A leaf without the boxes that name its axes; quantized still, where it is.
+    """A leaf without the boxes that name its axes; a quantized weight stays quantized.
 
     >>> open_boxes(quantize_array(jnp.ones((64, 2)))).scheme
     'nf4'
@@ -367,8 +411,10 @@ def open_boxes(leaf: Any) -> Any:
 
 
 def origin_of_stack(rows: Any) -> np.ndarray:
-    """The checksum of a stack from those of its layers: the one that all have, if they are out of one stack; else a
-    checksum of them, since that of the stacked weights is not known.
+    """The `origin` of a stack, from those of its layers.
+
+    If all are equal, the layers were cut from one stack and it is theirs. Otherwise it is a checksum of the layers'
+    checksums, because the checksum of the stacked weights is not known.
 
     >>> origin_of_stack([[1, 2], [1, 2]]), origin_of_stack([[1, 2], [3, 4]]).shape
     (array([1, 2], dtype=uint32), (2,))
@@ -378,7 +424,7 @@ def origin_of_stack(rows: Any) -> np.ndarray:
 
 
 def requantize_leaf(like: Quantized, weight: Any) -> Quantized:
-    """Another weight, quantized as one is, in the same boxes and with the same shardings.
+    """Quantizes another weight in the same way as `like`.
 
     >>> requantize_leaf(quantize_array(jnp.ones((64, 2)), "int8"), jnp.zeros((64, 2))).scheme
     'int8'
@@ -392,18 +438,19 @@ def _unbox_jitted(leaf: Quantized) -> jax.Array:
 
 
 def check_scheme(scheme: str, block: int) -> None:
+    """Raises a ValueError for an unknown scheme or a block that is not an even number."""
     if not isinstance(scheme, str) or scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+        raise ValueError(f"unknown scheme {scheme!r}; expected one of {', '.join(SCHEMES)}")
     if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 2 or block % 2:
         raise ValueError(f"block must be an even number of weights, got {block!r}")
 
 
 def quantize_leaf(leaf: Any, scheme: str, block: int, double: bool) -> Quantized:
-    """A leaf of a tree, in the same box and with the same sharding."""
+    """Quantizes a leaf of a tree; its box and sharding stay."""
     held = peek(leaf)
     new = quantize_array(held, scheme, block, double)
     if (sharding := named_sharding(held)) is not None:
-        new = jax.tree.map(_with_sharding, new, shardings_like(new, sharding))
+        new = jax.tree.map(place, new, shardings_like(new, sharding))
     if isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Quantized):
         new = dataclasses.replace(
             new, codes=meta.replace_boxed(leaf, new.codes), scales=meta.replace_boxed(leaf, new.scales)
@@ -411,34 +458,20 @@ def quantize_leaf(leaf: Any, scheme: str, block: int, double: bool) -> Quantized
     return new
 
 
-def _with_sharding(x: Any, sharding: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.device_put(x, sharding)
-
-
 def shardings_like(leaf: Quantized, sharding: NamedSharding) -> Quantized:
-    """The shardings of a quantized weight's arrays, from that of the weight.
+    """The shardings of a quantized weight's arrays, from the sharding of the weight.
 
-    Codes and scales follow it, but on axes that have become too short for the mesh; the rest is as good as nothing and
-    is replicated.
+    Codes and scales are sharded like the weight, except on axes that are now too short for the mesh. The other arrays
+    are tiny and replicated.
     """
     spec = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
 
     def fitting(shape: tuple[int, ...]) -> NamedSharding:
-        entries = [entry if size % _ways(sharding.mesh, entry) == 0 else None
-                   for size, entry in zip(shape, spec, strict=True)]  # fmt: skip
-        while entries and entries[-1] is None:
-            entries.pop()
-        return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+        pairs = zip(shape, spec, strict=True)
+        entries = [entry if size % num_shards(sharding.mesh, entry) == 0 else None for size, entry in pairs]
+        return NamedSharding(sharding.mesh, trimmed(entries))
 
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
     codes, scales = meta.unbox(leaf.codes), meta.unbox(leaf.scales)
-    rest = jax.tree.map(lambda _: everywhere, leaf)
+    rest = jax.tree.map(lambda _: replicated, leaf)
     return dataclasses.replace(rest, codes=fitting(codes.shape), scales=fitting(scales.shape))
-
-
-def _ways(mesh: Any, entry: Any) -> int:
-    """Into how many pieces a spec's entry cuts an axis."""
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return math.prod(mesh.shape[name] for name in names)

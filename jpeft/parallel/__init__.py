@@ -1,1 +1,1 @@
-"""Meshes, shardings, batches and several processes."""
+"""Device meshes, sharding rules, batches, and several processes."""

@@ -1,4 +1,4 @@
-"""Batches on a mesh, and activations that keep their sharding."""
+"""Batches on a device mesh: their shardings, the rows that a process reads, and activations sharded like the batch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jpeft.core.placement import AnyMesh, automatic, axes_of, place, trimmed
+from jpeft.core.placement import AnyMesh, automatic, num_shards, place, trimmed
 from jpeft.core.tree import named_sharding
+from jpeft.linen.activations import map_outputs
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
-
-# ------------------------------------------------------------------------------------------------ batches, activations
 
 
 def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
-    """Where the arrays of a batch go: rows over "data" and "fsdp", tokens over "sequence", as far as the mesh has them.
+    """The shardings of a batch's arrays: rows over "data" and "fsdp", tokens over "sequence", if the mesh has them.
+
+    Raises:
+      ValueError: rows or tokens that do not divide over the mesh.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> batch_shardings(np.ones((8, 16)), mesh).spec
@@ -32,24 +33,27 @@ def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
     tokens = SEQUENCE_AXIS if SEQUENCE_AXIS in mesh.axis_names else None
     entry = rows[0] if len(rows) == 1 else rows or None
 
-    def one(path: Any, x: Any) -> NamedSharding:
+    def sharding(path: Any, x: Any) -> NamedSharding:
         spec = (entry, tokens)[: np.ndim(x)]
         for size, name in zip(np.shape(x), spec, strict=False):
-            ways = math.prod(mesh.shape[axis] for axis in axes_of(name))
-            if size % ways:
-                raise ValueError(f"the batch's {jax.tree_util.keystr(path) or 'array'} of shape {np.shape(x)}: {size} "
-                                 f"does not divide over {name!r}, which is {ways} wide")  # fmt: skip
-        return NamedSharding(mesh, PartitionSpec(*trimmed(spec)))
+            if size % (shards := num_shards(mesh, name)):
+                raise ValueError(
+                    f"the batch's {jax.tree_util.keystr(path) or 'array'} of shape {np.shape(x)}: {size} does not "
+                    f"divide over {name!r}, which is {shards} wide"
+                )
+        return NamedSharding(mesh, trimmed(spec))
 
-    return jax.tree_util.tree_map_with_path(one, batch)
+    return jax.tree_util.tree_map_with_path(sharding, batch)
 
 
 def shard_batch(batch: Any, mesh: AnyMesh, rows: int | None = None) -> Any:
-    """A batch in its place on a mesh.
+    """The batch, sharded over a mesh.
 
     Args:
-      rows: how many the batch has, where each host gives those of its own devices alone (`local_rows`). None: each
-        host gives them all, and moves its own.
+      batch: a tree of arrays whose first axis is the batch.
+      mesh: the mesh.
+      rows: the number of rows of the global batch, if ``batch`` holds only the rows of this process's devices (see
+        `local_rows`). None: ``batch`` is the global batch on every process.
 
     Raises:
       ValueError: rows or tokens that do not divide over the mesh.
@@ -61,12 +65,15 @@ def shard_batch(batch: Any, mesh: AnyMesh, rows: int | None = None) -> Any:
     if rows is None:
         return jax.tree.map(place, batch, batch_shardings(batch, mesh))
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
-    put = lambda x, to, all: jax.make_array_from_process_local_data(to, x, all.shape)  # noqa: E731
-    return jax.tree.map(put, batch, batch_shardings(whole, mesh), whole)
+
+    def assemble(local: Any, sharding: NamedSharding, whole: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, local, whole.shape)
+
+    return jax.tree.map(assemble, batch, batch_shardings(whole, mesh), whole)
 
 
 def data_ways(mesh: AnyMesh) -> int:
-    """How many parts a batch's rows are spread in.
+    """The number of shards of a batch's rows on a mesh.
 
     >>> data_ways(jax.make_mesh((1,), ("tensor",)))
     1
@@ -75,7 +82,7 @@ def data_ways(mesh: AnyMesh) -> int:
 
 
 def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
-    """Which of a batch's rows lie on this host's devices: what it has to read.
+    """The rows of a global batch that lie on this process's devices, and that it has to read.
 
     >>> local_rows(4, jax.make_mesh((1,), ("data",)))
     array([0, 1, 2, 3])
@@ -86,14 +93,23 @@ def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
 
 
 class Layout(NamedTuple):
-    """How a batch's rows, and perhaps its tokens, are spread."""
+    """The sharding of a batch's leading axes.
+
+    Attributes:
+      mesh: the mesh.
+      spec: for rows or for rows and tokens.
+      shape: the number of rows and, for arrays that have them, of tokens in a row.
+    """
 
     mesh: Any
     spec: PartitionSpec
-    shape: tuple[int, ...]  # rows and, where it has them, tokens of a row
+    shape: tuple[int, ...]
 
     def of(self, shape: tuple[int, ...]) -> NamedSharding | None:
-        """Where an array goes whose leading axes are the batch's, or its rows and tokens as one axis."""
+        """The sharding of an array with the batch's leading axes, or with rows and tokens merged into one axis.
+
+        The other axes are unconstrained. None for an array of any other shape.
+        """
         n = len(self.spec)
         flat = n == 1 and shape[:1] == (math.prod(self.shape),)
         if len(shape) <= n or not (flat or shape[:n] == self.shape[:n]):
@@ -102,53 +118,50 @@ class Layout(NamedTuple):
 
 
 def layout_on(mesh: Mesh | None, batch: Any) -> Layout | None:
-    """That of a batch which `shard_batch` puts on a mesh; of no mesh there is none. For what is being traced."""
+    """The `Layout` that `shard_batch` gives a batch on this mesh; None without a mesh. Works on traced arrays."""
     if mesh is None:
         return None
     first = max(jax.tree.leaves(batch), key=np.ndim)
     spec = trimmed(batch_shardings(first, mesh).spec)
-    return Layout(automatic(mesh), PartitionSpec(*spec), first.shape[:2]) if spec else None
+    return Layout(automatic(mesh), spec, first.shape[:2]) if spec else None
 
 
 def layout_of(batch: Any, parts: int = 1) -> Layout | None:
-    """That of a batch which is cut into so many parts, from its first array that is spread over a mesh."""
+    """The `Layout` of one of ``parts`` micro-batches of a batch, read off its first sharded array; None if none is."""
     for x in jax.tree.leaves(batch):
         sharding = named_sharding(x)
         if sharding is not None and (spec := trimmed(sharding.spec)) and x.shape[0] % parts == 0:
-            return Layout(sharding.mesh, PartitionSpec(*spec), (x.shape[0] // parts, *x.shape[1:2]))
+            return Layout(sharding.mesh, spec, (x.shape[0] // parts, *x.shape[1:2]))
     return None
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
 def constrained(layout: Layout | None) -> Iterator[None]:
-    """What modules called in here return keeps its rows spread as the batch's are; other axes are XLA's to choose.
+    """Inside, constrains module outputs to keep the batch's row sharding; XLA chooses the other axes.
 
-    Without it XLA may follow the weights instead: an embedding sharded over its width makes activations that are
-    sharded over their width, with every row on every chip.
+    Without it XLA may follow the weights instead: an embedding sharded over its width would give activations that are
+    sharded over their width, with every row on every device.
     """
     if layout is None:
         yield
         return
 
     def pin(x: Any) -> Any:
-        where = layout.of(x.shape) if isinstance(x, jax.Array) else None
-        return x if where is None else jax.lax.with_sharding_constraint(x, where)
+        sharding = layout.of(x.shape) if isinstance(x, jax.Array) else None
+        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        return jax.tree.map(pin, call(*args, **kwargs))
-
-    token = _running.set(layout)
+    token = _current.set(layout)
     try:
-        with nn.intercept_methods(interceptor):
+        with map_outputs(pin):
             yield
     finally:
-        _running.reset(token)
-
-
-_running: ContextVar[Layout | None] = ContextVar("running", default=None)
+        _current.reset(token)
 
 
 def tokens_are_spread() -> bool:
-    """Whether what is being traced has the tokens of a row on several devices, as a batch within `constrained` says."""
-    layout = _running.get()
+    """Whether this is traced inside `constrained` with a layout that shards the tokens of a row."""
+    layout = _current.get()
     return layout is not None and any(entry is not None for entry in layout.spec[1:])

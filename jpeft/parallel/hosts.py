@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other: failures, texts, numbers. All of them must ask, in the same order.
+"""Communication between the processes of a run: errors, texts, numbers and arrays.
 
-With one process everything here is its own answer.
+Every process must call these functions, in the same order. With one process they return its own value.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-_MESSAGE = 2048  # bytes of a text that goes round
+_MESSAGE = 2048  # the size in bytes of the buffer that `_gather` sends
 
 
 class HostError(ValueError):
-    """What went wrong on another process, or is not the same on all; `kind` is the name of the error there."""
+    """An error on another process, or a difference between processes.
+
+    Attributes:
+      kind: the class name of the other process's error; empty for a difference.
+    """
 
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
@@ -27,7 +31,7 @@ class HostError(ValueError):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and writes.
+    """Whether this is process 0, the one that prints and writes.
 
     >>> is_main_process()
     True
@@ -36,7 +40,7 @@ def is_main_process() -> bool:
 
 
 def _gather(text: str) -> list[str]:
-    """What every process says."""
+    """The texts of all processes, by process index."""
     if jax.process_count() == 1:
         return [text]
     buffer = np.zeros(_MESSAGE, np.uint8)
@@ -47,7 +51,13 @@ def _gather(text: str) -> list[str]:
 
 
 def on_all_hosts(fn: Callable[[], T]) -> T:
-    """What `fn` gives, if it fails on no process: a mistake on one is told on all, and none waits for another.
+    """Runs `fn` on every process. If any raises, all raise, so none blocks in a collective.
+
+    Returns:
+      The result of `fn` on this process.
+
+    Raises:
+      HostError: `fn` raised on another process. Where `fn` raised itself, that error is raised if it is the first.
 
     >>> on_all_hosts(lambda: 3)
     3
@@ -63,34 +73,39 @@ def on_all_hosts(fn: Callable[[], T]) -> T:
             raise failure
         return result
     if failure is not None:
-        failure.told = True  # type: ignore[attr-defined]  # process 0 will say it
-    told = _gather("" if failure is None else f"{type(failure).__name__}\n{failure}")
-    wrong = {i: text.split("\n", 1) for i, text in enumerate(told) if text}
-    if wrong:
-        first, (kind, message) = next(iter(wrong.items()))
+        failure.reported = True  # type: ignore[attr-defined]  # process 0 reports it
+    reports = _gather("" if failure is None else f"{type(failure).__name__}\n{failure}")
+    failures = {i: report.split("\n", 1) for i, report in enumerate(reports) if report}
+    if failures:
+        first, (kind, message) = next(iter(failures.items()))
         if failure is not None and first == jax.process_index():
             raise failure
-        where = f"process {first}" if len(wrong) < len(told) else "all processes"
+        where = f"process {first}" if len(failures) < len(reports) else "all processes"
         raise HostError(f"{where}: {message or kind}", kind) from failure
     return result
 
 
 def check_same(values: Mapping[str, str]) -> None:
-    """Raises a `HostError`, on all, where processes differ in one of these; it names what, and who.
+    """Raises a `HostError` on every process if a value differs between processes; the message names it and them.
+
+    Args:
+      values: texts to compare, by the name that the message uses.
 
     >>> check_same({"data": "3f0c"})
     """
     if jax.process_count() == 1:
         return
     digests = [hashlib.sha256(value.encode()).hexdigest()[:16] for value in values.values()]
-    for name, *told in zip(values, *(text.split() for text in _gather(" ".join(digests))), strict=True):
-        if different := [i for i, other in enumerate(told) if other != told[0]]:
-            raise HostError(f"processes differ in {name}: that of process {', '.join(map(str, different))} is not that "
-                            "of process 0; every host needs the same command, files and version")  # fmt: skip
+    for name, *others in zip(values, *(text.split() for text in _gather(" ".join(digests))), strict=True):
+        if different := [str(i) for i, other in enumerate(others) if other != others[0]]:
+            raise HostError(
+                f"processes differ in {name}: process {', '.join(different)} has another one than process 0; every "
+                "host needs the same command, files and version"
+            )
 
 
 def broadcast(text: str) -> str:
-    """The text that process 0 has, on all.
+    """The text of process 0, on every process.
 
     >>> broadcast("runs/smollm2-lora-1")
     'runs/smollm2-lora-1'
@@ -99,7 +114,7 @@ def broadcast(text: str) -> str:
 
 
 def largest(value: int) -> int:
-    """The largest of what the processes have, on all.
+    """The largest of all processes' values, on every process.
 
     >>> largest(2)
     2
@@ -110,15 +125,15 @@ def largest(value: int) -> int:
 
 
 def on_host(tree: Any) -> Any:
-    """A tree's arrays whole, in this process's memory; every process must ask.
+    """The tree with whole arrays in this process's memory, gathered from all processes if sharded over them.
 
     >>> on_host({"a": np.ones(2)})["a"].shape
     (2,)
     """
 
-    def one(x: Any) -> Any:
+    def fetch(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return jax.device_get(x)
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(fetch, tree)

@@ -1,4 +1,4 @@
-"""Meshes: the axes that jpeft knows, parsing ``"data=2,fsdp=4"``, and construction."""
+"""Device meshes: the axes that jpeft uses, parsing ``"data=2,fsdp=4"``, and building a mesh."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jpeft.errors import UserError
 
-DATA_AXES = ("data", "fsdp")  # the axes that the rows of a batch are spread over
-SEQUENCE_AXIS = "sequence"  # the axis that the tokens of a row are spread over
-AXES = (*DATA_AXES, "tensor", SEQUENCE_AXIS)  # the axes that `jpeft finetune` spreads over
+DATA_AXES = ("data", "fsdp")  # the axes that shard the rows of a batch
+SEQUENCE_AXIS = "sequence"  # the axis that shards the tokens of a row
+AXES = (*DATA_AXES, "tensor", SEQUENCE_AXIS)  # the axes of `jpeft finetune --mesh`
 
 
 def parse_axes(text: str) -> dict[str, int]:
-    """The sizes of a mesh's axes, in their order.
+    """The sizes of a mesh's axes, in order.
 
     Raises:
-      UserError: it is malformed, or names an axis twice.
+      UserError: the text is malformed or names an axis twice.
 
     >>> parse_axes("data=2, fsdp=4")
     {'data': 2, 'fsdp': 4}
@@ -45,22 +45,27 @@ def format_axes(sizes: Mapping[Any, int]) -> str:
 
 
 def check_count(sizes: Mapping[Any, int], devices: int, owner: str) -> None:
-    """Checks that axes make up all devices.
+    """Checks that the sizes of a mesh's axes multiply to the number of devices.
+
+    Args:
+      sizes: by axis.
+      devices: the number of devices.
+      owner: how the message introduces that number, such as ``v5e:4x4 has``.
 
     Raises:
-      UserError: they do not; ``owner`` is the subject of the message, such as ``v5e:4x4 has``.
+      UserError: they do not.
     """
-    if not sizes or min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
-        product = " × ".join(map(str, sizes.values()))
-        product += f" is {math.prod(sizes.values())}" if len(sizes) > 1 else ""
+    count = math.prod(sizes.values())
+    if not sizes or min(sizes.values()) < 1 or count != devices:
+        product = " × ".join(map(str, sizes.values())) + f" is {count}" if len(sizes) > 1 else f"a mesh of {count}"
         raise UserError(f"--mesh {format_axes(sizes)}: {product}, but {owner} {devices} devices")
 
 
 def device_mesh(text: str | None) -> Mesh:
-    """The mesh ``"data=2,fsdp=4"`` over all devices of all processes; None is one axis, ``fsdp``.
+    """The mesh for ``"data=2,fsdp=4"``, over all devices of all processes; None is one axis, ``fsdp``.
 
     Raises:
-      UserError: it is malformed, has an axis that jpeft does not know, or does not make up all devices.
+      UserError: the text is malformed, names an unknown axis, or its sizes do not multiply to the number of devices.
 
     >>> device_mesh(None).axis_names
     ('fsdp',)
@@ -68,40 +73,45 @@ def device_mesh(text: str | None) -> Mesh:
     count = jax.device_count()
     sizes = parse_axes(text or f"fsdp={count}")
     if unknown := [name for name in sizes if name not in AXES]:
-        raise UserError(f"--mesh {text}: {unknown[0]!r} is none of the axes {', '.join(AXES)}")
+        raise UserError(f"--mesh {text}: unknown axis {unknown[0]!r}; expected {', '.join(AXES)}")
     check_count(sizes, count, "there are")
     return make_mesh(sizes)
 
 
-def abstract_mesh(asked: Any, devices: int, owner: str) -> AbstractMesh:
-    """A mesh without devices, from ``"fsdp=8,tensor=2"``, a mapping, or a mesh of any kind; None is one axis, ``fsdp``.
+def abstract_mesh(mesh: Any, devices: int, owner: str) -> AbstractMesh:
+    """A mesh without devices.
 
     Args:
-      devices: how many its axes must make up.
-      owner: of the devices, for the error.
+      mesh: ``"fsdp=8,tensor=2"``, a mapping, or a mesh of any kind; None is one axis, ``fsdp``.
+      devices: the number of devices.
+      owner: who has the devices, for the error message.
 
     Raises:
-      UserError: it is malformed, or does not make up all devices.
+      UserError: the mesh is malformed, or its sizes do not multiply to the number of devices.
 
     >>> abstract_mesh({"fsdp": 8, "tensor": 2}, 16, "cpu:16").shape_tuple
     (('fsdp', 8), ('tensor', 2))
     """
-    if asked is None or isinstance(asked, str):
-        sizes: dict[Any, int] = parse_axes(asked or f"fsdp={devices}")
+    if mesh is None or isinstance(mesh, str):
+        sizes: dict[Any, int] = parse_axes(mesh or f"fsdp={devices}")
     else:
         try:
-            sizes = dict(getattr(asked, "shape", asked))
+            sizes = dict(getattr(mesh, "shape", mesh))
         except TypeError:
-            raise UserError(f"mesh={asked!r}: expected axes such as 'data=2,fsdp=8', a mapping or a mesh") from None
+            raise UserError(f"mesh={mesh!r}: expected axes such as 'data=2,fsdp=8', a mapping or a mesh") from None
     check_count(sizes, devices, f"{owner} has")
     kinds = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices, or of those given, with automatic axes that lie along the links between chips if they can.
+    """A mesh with automatic axes, along the links between chips where possible.
 
-    ``jax.make_mesh`` refuses axes that cut a side of a slice in two on some chips, such as 16 by 4 on a slice of 8 by 8.
+    Unlike ``jax.make_mesh`` it may split a side of a TPU slice over two axes, as in 16 by 4 on a slice of 8 by 8.
+
+    Args:
+      axes: the sizes, by name.
+      devices: None for all devices.
 
     >>> make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]).axis_names
     ('data', 'fsdp')

@@ -1,17 +1,17 @@
-"""Shardings: of a base, by rules; of an adapter, which follow from the base's; of batches and what is made of them.
-
-An adapter's A takes the sharding of W's input axes, B that of its output axes, rank is never sharded, vectors follow
-the axis they scale, and a leaf that stands in for a base leaf is sharded like it. Everything else is replicated.
+"""Sharding rules: from parameter paths or logical axis names to the sharding of every base weight.
 
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
-    params = shard(params, mesh)  # by the names of its axes, or the longer side of each matrix over "fsdp"
-    adapter = peft.init(key, params)  # follows
+    params = shard(params, mesh)  # by logical axis names, or the longer side of each matrix over "fsdp"
+    adapter = peft.init(key, params)  # sharded like the base
     state, metrics = step(state, params, shard_batch(batch, mesh))
+
+The shardings of an adapter follow from those of its base. A is sharded like the input axes of W, B like its output
+axes, rank never, vectors like the axis that they scale, and a leaf in place of a base leaf like that leaf. Everything
+else is replicated.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,28 +19,29 @@ from typing import Any
 
 import jax
 from flax.core import meta
-from flax.linen import spmd
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jpeft.core.placement import AnyMesh, automatic, axes_of, place, trimmed
+from jpeft.core.placement import AnyMesh, automatic, axes_of, num_shards, place, trimmed
 from jpeft.core.quantized import Quantized, shardings_like
 from jpeft.core.tree import Path, Tree, flatten, join, like, peek, unflatten
 from jpeft.parallel.mesh import SEQUENCE_AXIS
 
 Rules = Sequence[tuple[str, Any]]
-# Where the axes of a model go that names them, on a mesh that has these.
-LOGICAL_RULES: Rules = (("vocab", "tensor"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"),
-                        ("embed", "fsdp"))  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------- the base
+# The default mesh axes of a model's logical axes.
+LOGICAL_RULES: Rules = (
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+)
 
 
 def shard(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:
-    """The tree with every leaf in its place on a mesh: see `param_shardings` for the rules.
+    """The tree, sharded over a mesh. `param_shardings` describes the rules and errors.
 
-    Leaves may be NumPy arrays, which go piece by piece to where they belong, JAX arrays, abstract, in boxes, or
-    quantized. On several hosts each gives the same values, and only pieces of its own devices are moved.
+    Leaves may be NumPy arrays, of which each device gets its shard, JAX arrays, abstract, boxed or quantized. With
+    several processes, each passes the same values, and only the shards of its own devices are moved.
 
     >>> mesh = jax.make_mesh((1,), ("fsdp",))
     >>> shard({"dense": {"kernel": np.ones((8, 4))}}, mesh)["dense"]["kernel"].sharding.spec
@@ -54,26 +55,26 @@ def shard(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tre
 def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:
     """A ``NamedSharding`` for every array of a tree, from rules.
 
-    A rule is a pair. With a ``PartitionSpec``, it is for the leaves whose whole path a regular expression matches:
-    ``(".*/query/kernel", P("fsdp", "tensor"))``. Else it is for a logical axis, and gives a mesh axis, a tuple of them
-    or None: ``("embed", "fsdp")``. Paths go before names; the first that matches counts; what no rule speaks of is
-    replicated.
+    A rule is a pair. With a ``PartitionSpec`` it applies to the leaves whose whole path its regular expression matches:
+    ``(".*/query/kernel", P("fsdp", "tensor"))``. Otherwise it maps a logical axis to a mesh axis, a tuple of mesh axes
+    or None: ``("embed", "fsdp")``. Rules for paths go before rules for names, earlier rules before later ones. A leaf
+    that no rule matches is replicated.
 
     Args:
-      params: the base tree, concrete or abstract. A quantized weight's codes and scales follow the weight.
-      mesh: any, of axes with any names.
-      rules: None takes `LOGICAL_RULES` where axes have names, else each matrix's longer side over the axis "fsdp".
-      names: the logical names of axes, by leaf, as ``nn.get_partition_spec`` or `jpeft.models.logical_names` give them,
-        where leaves are in no boxes that tell.
+      params: the base tree, concrete or abstract. The codes and scales of a quantized weight are sharded like it.
+      mesh: a mesh with any axes.
+      rules: None: `LOGICAL_RULES` if axes have logical names, otherwise the longer side of each matrix over "fsdp".
+      names: logical axis names by leaf, as from ``nn.get_partition_spec`` or `jpeft.models.logical_names`, for leaves
+        that are not in boxes with names.
 
     Returns:
       A tree like ``params``, boxes and quantized leaves included.
 
     Raises:
-      ValueError: a rule or a name that is for nothing, an axis that the mesh lacks, a dimension that does not divide.
-      TypeError: a leaf that is no array.
+      ValueError: a rule or name that matches nothing, a mesh axis that does not exist, an axis that does not divide.
+      TypeError: a leaf that is not an array.
 
-    Warns, where no rules are given, of an axis of the mesh, but for "data" and "sequence", that no leaf is spread over.
+    Warns: without rules, of every mesh axis except "data" and "sequence" that shards no leaf.
 
     >>> mesh = jax.make_mesh((1,), ("tensor",))
     >>> rules = [(".*kernel", PartitionSpec(None, "tensor"))]
@@ -87,35 +88,41 @@ def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, 
     known = {path: _names_of(leaf) for path, leaf in leaves.items()} | _given_names(names, leaves)
     by_path, by_name = _read_rules(mesh, rules, leaves, known)
     unnamed = rules is None and not any(known.values())
-    spread = {}
+    specs = {}
     for path, leaf in leaves.items():
         shape = peek(leaf).shape
         spec = next((spec for pattern, spec in by_path if pattern.fullmatch(join(path))), None)
         if spec is None and known[path]:
-            spec = spmd.logical_to_mesh_axes(known[path], by_name)
+            spec = _spec_from_names(path, known[path], by_name)
         if spec is None:
             spec = _longer_side(shape, mesh) if unnamed else PartitionSpec()
-        spread[path] = _checked(path, shape, spec, mesh)
+        specs[path] = _checked(path, shape, spec, mesh)
     if rules is None:
-        _warn_of_idle_axes(mesh, spread.values())
-    out = {path: _in_boxes(leaf, NamedSharding(mesh, spread[path])) for path, leaf in leaves.items()}
+        _warn_of_idle_axes(mesh, specs.values())
+    out = {path: _in_boxes(leaf, NamedSharding(mesh, specs[path])) for path, leaf in leaves.items()}
     return like(unflatten(out), params)
 
 
 def _given_names(names: Tree | None, leaves: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
-    """The names of axes that a caller gives, each of which is for something."""
+    """The logical names from the caller, checked against the leaves."""
     out = {}
     for path, entries in flatten(names or {}).items():
         if entries is None:
             continue
         if path not in leaves:
-            some = ", ".join(join(path) for path in list(leaves)[:3])
-            raise ValueError(f"names are given for {join(path)}, which is no leaf; there are {some}, …")
+            raise ValueError(
+                f"names has an entry for {join(path)}, which is not a leaf; the leaves are {_some(leaves)}"
+            )
         shape = peek(leaves[path]).shape
         if isinstance(entries, str) or len(entries) not in (0, len(shape)):
-            raise ValueError(f"names of {join(path)}: expected one for each axis of shape {shape}, got {entries!r}")
+            raise ValueError(f"names of {join(path)}: expected one per axis of shape {shape}, got {entries!r}")
         out[path] = tuple(entries)
     return out
+
+
+def _some(leaves: Mapping[Path, Any]) -> str:
+    """The first few paths, for error messages."""
+    return ", ".join([*(join(path) for path in list(leaves)[:3]), "…"])
 
 
 def _warn_of_idle_axes(mesh: AnyMesh, specs: Iterable[PartitionSpec]) -> None:
@@ -123,55 +130,75 @@ def _warn_of_idle_axes(mesh: AnyMesh, specs: Iterable[PartitionSpec]) -> None:
     for name, size in mesh.shape.items():
         if size > 1 and name not in used:
             warnings.warn(
-                f"no weight is spread over the mesh's axis {name!r}, which is {size} wide: each device along it holds "
-                "all. Give rules, or the names of axes (names=jpeft.models.logical_names(model) for jpeft's models)",
+                f"no weight is sharded over the mesh's axis {name!r}, which is {size} wide: each device along it holds "
+                "them all. Pass rules, or logical axis names: jpeft.models.logical_names(model) for jpeft's models",
                 stacklevel=4,
             )
 
 
 def _names_of(leaf: Any) -> tuple[Any, ...]:
-    """The logical names of a leaf's axes, where its box tells."""
-    box = getattr(leaf, "codes", leaf)  # of a quantized weight, these are in the box
+    """The logical names of a leaf's axes, if its box has them."""
+    box = getattr(leaf, "codes", leaf)  # a quantized weight has its box around the codes
     return tuple(box.names) if isinstance(box, meta.Partitioned) else ()
 
 
 def _read_rules(
     mesh: AnyMesh, rules: Rules | None, leaves: Mapping[Path, Any], known: Mapping[Path, tuple[Any, ...]]
 ) -> tuple[list[tuple[re.Pattern[str], PartitionSpec]], list[tuple[str, Any]]]:
-    """Rules for paths and for names, each of which says something."""
+    """Rules for paths and rules for names. Raises a ValueError for one that is malformed or matches nothing."""
     if rules is None:
         return [], [(name, axis) for name, axis in LOGICAL_RULES if axis in mesh.axis_names]
     if isinstance(rules, Mapping):
-        raise ValueError("rules are a list of pairs, of which the first that matches counts; got a mapping")
+        raise ValueError("rules must be a list of pairs, of which the first match counts; got a mapping")
     by_path, by_name = [], []
-    there = {name for names in known.values() for name in names if name is not None}
-    had = f"the axes are called {', '.join(sorted(there))}" if there else "no axis of the tree has a name"
+    names = {name for names in known.values() for name in names if name is not None}
     for rule in rules:
         if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise ValueError(f"a rule is a pair of a path or an axis's name and where it goes, got {rule!r}")
-        what, where = rule
-        if lacking := sorted(axes_of(where) - set(mesh.axis_names)):
-            raise ValueError(f"the rule for {what!r} names the axis {lacking[0]!r}; the mesh has {mesh.axis_names}")
-        if not isinstance(where, PartitionSpec):
-            if what not in there:
-                raise ValueError(
-                    f"the rule for {what!r} matches nothing: {had}; a rule for paths gives a PartitionSpec"
-                )
-            by_name.append((what, where))
-            continue
-        try:
-            pattern = re.compile(what)
-        except re.error as error:
-            raise ValueError(f"the rule {what!r} is no regular expression: {error}") from error
-        if not any(pattern.fullmatch(join(path)) for path in leaves):
-            some = ", ".join(join(path) for path in list(leaves)[:3])
-            raise ValueError(f"the rule {what!r} matches no leaf; there are {some}, …")
-        by_path.append((pattern, where))
+            raise ValueError(f"a rule must be a pair of a path or an axis name and its target, got {rule!r}")
+        pattern, target = rule
+        if unknown := sorted(axes_of(target) - set(mesh.axis_names)):
+            raise ValueError(f"the rule for {pattern!r} names the axis {unknown[0]!r}; the mesh has {mesh.axis_names}")
+        if isinstance(target, PartitionSpec):
+            by_path.append((_compiled(pattern, leaves), target))
+        elif pattern in names:
+            by_name.append((pattern, target))
+        else:
+            found = f"the axes are named {', '.join(sorted(names))}" if names else "no axis of the tree has a name"
+            raise ValueError(
+                f"the rule for {pattern!r} matches nothing: {found}; a rule for paths needs a PartitionSpec"
+            )
     return by_path, by_name
 
 
+def _compiled(pattern: str, leaves: Mapping[Path, Any]) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"the rule {pattern!r} is not a regular expression: {error}") from error
+    if not any(compiled.fullmatch(join(path)) for path in leaves):
+        raise ValueError(f"the rule {pattern!r} matches no leaf; the leaves are {_some(leaves)}")
+    return compiled
+
+
+def _spec_from_names(path: Path, names: tuple[Any, ...], rules: list[tuple[str, Any]]) -> PartitionSpec:
+    """The spec of named axes, as Flax's ``logical_to_mesh_axes`` gives it.
+
+    A rule applies if its name has no rule yet and none of its mesh axes shards another axis of the leaf.
+    """
+    logical = [name for name in names if isinstance(name, str)]
+    if len(set(logical)) < len(logical):
+        raise ValueError(f"{join(path)}: the axis names {names} name an axis twice")
+    entries = {}
+    used = {axis for name in names if not isinstance(name, str) for axis in axes_of(name)}
+    for name, target in rules:
+        if name in logical and name not in entries and not used & axes_of(target):
+            entries[name] = target
+            used |= axes_of(target)
+    return PartitionSpec(*(entries.get(name) if isinstance(name, str) else name for name in names))
+
+
 def _longer_side(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
-    """The longer of a matrix's sides that divides over "fsdp"; leading axes, of stacked layers, stay whole."""
+    """Shards the longer side of a matrix that divides over "fsdp"; leading axes, of stacked layers, stay whole."""
     if len(shape) < 2 or "fsdp" not in mesh.shape:
         return PartitionSpec()
     sides = [i for i in (len(shape) - 2, len(shape) - 1) if shape[i] % mesh.shape["fsdp"] == 0]
@@ -179,24 +206,25 @@ def _longer_side(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 
 
 def _checked(path: Path, shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh) -> PartitionSpec:
-    """A spec that a leaf can have, without the empty entries at its end."""
+    """The spec without trailing Nones. Raises a ValueError if it does not fit the leaf."""
     if len(spec) > len(shape):
         raise ValueError(f"{join(path)}: shape {shape} has fewer axes than its rule, {spec}")
     if PartitionSpec.UNCONSTRAINED in spec:
-        raise ValueError(f"{join(path)}: {spec} leaves an axis open; a weight's place has to be told")
-    named = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
-    if len(set(named)) < len(named):
+        raise ValueError(f"{join(path)}: {spec} leaves an axis unconstrained; a weight needs a definite sharding")
+    axes = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+    if len(set(axes)) < len(axes):
         raise ValueError(f"{join(path)}: {spec} names an axis of the mesh twice")
     for size, entry in zip(shape, spec, strict=False):
-        ways = math.prod(mesh.shape[name] for name in axes_of(entry))
-        if size % ways:
-            raise ValueError(f"{join(path)}: an axis of {size} does not divide over {entry!r}, which is {ways} wide "
-                             f"(shape {shape}, {spec})")  # fmt: skip
-    return PartitionSpec(*trimmed(spec))
+        if size % (shards := num_shards(mesh, entry)):
+            raise ValueError(
+                f"{join(path)}: an axis of {size} does not divide over {entry!r}, which is {shards} wide "
+                f"(shape {shape}, {spec})"
+            )
+    return trimmed(spec)
 
 
 def _in_boxes(leaf: Any, sharding: NamedSharding) -> Any:
-    """A leaf's sharding in the boxes that the leaf is in."""
+    """The shardings of a leaf's arrays, in the leaf's boxes."""
     if isinstance(leaf, Quantized):
         return shardings_like(leaf, sharding)
     return meta.replace_boxed(leaf, sharding) if isinstance(leaf, meta.AxisMetadata) else sharding

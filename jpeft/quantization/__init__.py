@@ -1,4 +1,4 @@
-"""Quantized bases: weights as codes and scales, under any model and method."""
+"""Quantized bases, for any model and method: `quantize`, `dequantize` and LoftQ."""
 
 from jpeft.core.quantized import SCHEMES as SCHEMES
 from jpeft.core.quantized import Quantized as Quantized

@@ -1,4 +1,7 @@
-"""LoftQ: a quantized base and the LoRA that makes up for the rounding, found together."""
+"""LoftQ: a quantized base and a LoRA adapter that compensates its rounding errors, fitted together.
+
+Li et al. 2023, https://arxiv.org/abs/2310.08659.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from flax.core import meta
 
 from jpeft.core import fingerprint
 from jpeft.core.actions import Action
-from jpeft.core.peft import Peft, split_variables
+from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import map_axes, stack_back, stack_first
 from jpeft.core.targets import Targets
-from jpeft.core.tree import Tree, flatten, join, like, unflatten
-from jpeft.methods import LoRA
+from jpeft.core.tree import Tree, flatten, join, like, split_variables, unflatten
+from jpeft.methods.lora import LoRA
 from jpeft.quantization.tree import quantize
 
 
@@ -33,24 +36,27 @@ def loftq(
     exclude: Targets = None,
     iterations: int = 1,
 ) -> tuple[Any, Any]:
-    """A quantized base Q and a LoRA adapter with Q + s A B near the weights (Li et al. 2023,
-    https://arxiv.org/abs/2310.08659).
+    """A quantized base Q and a LoRA adapter with Q + s A B close to the original weights W.
 
-    Each iteration quantizes what the adapter does not hold, W - s A B, and takes for A and B the best approximation of
-    the rest, W - Q, of their rank. An adapter that begins so belongs to this base alone, and its fingerprint says so.
+    Each iteration quantizes W - s A B to Q, then sets A and B to the best approximation of W - Q of their rank. The
+    adapter is valid for this base alone; the base's fingerprint enforces it.
 
     Args:
-      peft: LoRA bound to the model and ``params``; it holds for the quantized base too.
+      peft: LoRA bound to the model and ``params``. It is valid for the quantized base too.
       params: the base tree in full precision.
-      key: for the leaves of sites whose weights stay as they are.
-      scheme, block, double, targets, exclude: as for `jpeft.quantize`.
-      iterations: 1 is what the paper's code and HuggingFace PEFT take by default; more come nearer.
+      key: for the adapter leaves at weights that are not quantized.
+      scheme: as for `jpeft.quantize`.
+      block: as for `jpeft.quantize`.
+      double: as for `jpeft.quantize`.
+      targets: as for `jpeft.quantize`.
+      exclude: as for `jpeft.quantize`.
+      iterations: 1 is the default of the paper's code and of HuggingFace PEFT; more come closer.
 
     Returns:
       ``(base, adapter)``, for ``peft.apply(base, adapter, ...)``.
 
     Raises:
-      ValueError: as `jpeft.quantize`; fewer than one iteration; a quantized weight with another method than one LoRA.
+      ValueError: as `jpeft.quantize`; fewer than one iteration; a quantized weight with anything but one LoRA.
 
     >>> # base, adapter = loftq(peft, params, jax.random.key(0), "nf4", iterations=4)
     """
@@ -59,16 +65,16 @@ def loftq(
     own, others = split_variables(params)
     quantized = quantize(own, scheme, block=block, double=double, targets=targets, exclude=exclude)
     base, full, adapter = flatten(quantized), flatten(meta.unbox(own)), flatten(meta.unbox(peft.init(key, params)))
-    seen = set()
+    done = set()
     for action in peft.actions:
         path = action.site.weight_path
         if action.site.kind != "weight" or not isinstance(base.get(path), Quantized):
             continue
-        if not isinstance(action.method, LoRA) or path in seen:
-            what = "two methods" if path in seen else action.method.name
-            raise ValueError(f"LoftQ is for one LoRA at a weight; {join(path)!r} has {what}")
-        seen.add(path)
-        base[path], leaves = _alternate(action, full[path], base[path], iterations)
+        if not isinstance(action.method, LoRA) or path in done:
+            given = "two methods" if path in done else action.method.name
+            raise ValueError(f"LoftQ needs exactly one LoRA at each quantized weight; {join(path)!r} has {given}")
+        done.add(path)
+        base[path], leaves = _fit(action, full[path], base[path], iterations)
         adapter |= {action.leaf_path(name): leaf for name, leaf in leaves.items()}
     new = like(unflatten(base), own)
     laid = peft.place_like_base(adapter, base)
@@ -76,13 +82,18 @@ def loftq(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _alternate(action: Action, w: Any, box: Quantized, iterations: int) -> tuple[Quantized, dict[str, jax.Array]]:
-    """One weight: what is quantized in the end, and `lora_a`, `lora_b` in their stored layout."""
+def _fit(action: Action, w: Any, box: Quantized, iterations: int) -> tuple[Quantized, dict[str, jax.Array]]:
+    """The quantized weight and the leaves `lora_a` and `lora_b`, in their stored layout."""
     site, method = action.site, action.method
     geom, depth = site.geometry, len(site.stack)
     assert geom is not None
-    view = lambda w: map_axes(geom.view, depth)(stack_first(w, site.stack))  # noqa: E731
-    unview = lambda m: stack_back(map_axes(geom.unview, depth)(m), site.stack)  # noqa: E731
+
+    def view(w: jax.Array) -> jax.Array:
+        return map_axes(geom.view, depth)(stack_first(w, site.stack))
+
+    def unview(m: jax.Array) -> jax.Array:
+        return stack_back(map_axes(geom.unview, depth)(m), site.stack)
+
     rank, wide = method.rank, w.astype(jnp.float32)
     rest, a, b = wide, None, None
     for _ in range(iterations):
@@ -90,12 +101,12 @@ def _alternate(action: Action, w: Any, box: Quantized, iterations: int) -> tuple
         u, s, vt = jnp.linalg.svd(view(wide - box.unbox().astype(jnp.float32)), full_matrices=False)
         root = jnp.sqrt(s[..., :rank])
         a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
-        if (lacking := rank - root.shape[-1]) > 0:  # a matrix of a smaller rank
+        if (lacking := rank - root.shape[-1]) > 0:  # the matrix has a smaller rank
             none = [(0, 0)] * (a.ndim - 2)
             a, b = jnp.pad(a, [*none, (0, 0), (0, lacking)]), jnp.pad(b, [*none, (0, lacking), (0, 0)])
         rest = wide - unview(a @ b)
     assert a is not None and b is not None
-    # The adapter holds for these codes alone: no plain weights, nor codes of theirs, have their checksum.
+    # Neither the original weights nor other quantizations of them have this checksum: the adapter fits this base alone.
     sums = jnp.broadcast_to(fingerprint.checksum(box.unbox()), box.origin.shape)
     box = dataclasses.replace(box, origin=sums)
     leaves = {"lora_a": a.astype(method.dtype), "lora_b": (b / method.scale).astype(method.dtype)}

@@ -1,14 +1,12 @@
-"""Training: the state, the jitted step, and LoRA+.
+"""The training step: its state, and the jitted function that updates it.
 
-The gradient is taken for trainable adapter leaves alone, so the base has no gradient and no optimizer slot. The step is
-sharded when its inputs are: meshes are the user's. The new state is laid out as the old one, and activations as the
-batch.
+Only trainable adapter leaves get gradients and optimizer state; the base has neither. The step is sharded like its
+inputs, on whatever mesh they are: the new state like the old one, activations like the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,23 +21,25 @@ from jaxtyping import Array, Bool, Int
 
 from jpeft.core.backend import backend
 from jpeft.core.peft import Peft
-from jpeft.core.placement import everywhere, place
+from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import Tree, combine, named_sharding, partition
 from jpeft.parallel.batches import Layout, constrained, layout_of
 
-_METRICS = {"loss", "grad_norm", "skipped"}
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
+_METRICS = {"loss", "grad_norm", "skipped"}
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What training changes, and nothing of the base.
+    """Everything that training changes. It holds nothing of the base.
 
     Attributes:
-      step: optimizer steps taken, skipped ones included. adapter: the small tree. opt_state: the optimizer's, for
-      trainable leaves alone. rng: the key of the run; each step folds its number in. skipped: steps whose loss or
-      gradient was not finite, which changed nothing.
+      step: optimizer steps taken, skipped ones included.
+      adapter: the adapter.
+      opt_state: the optimizer state, for trainable leaves only.
+      rng: the key of the run; each step folds its number in.
+      skipped: steps whose loss or gradient was not finite, which changed nothing.
     """
 
     step: Int[Array, ""]
@@ -52,42 +52,55 @@ class TrainState:
     def create(cls, peft: Peft, adapter: Tree, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
         """The state before the first step.
 
-        The adapter and the key are copied, because `train_step` donates its state: yours stay usable. An abstract
-        adapter gives an abstract state. Optimizer slots take the sharding of the leaves they belong to.
+        The adapter and the key are copied, because `train_step` donates its state. An abstract adapter gives an
+        abstract state. Optimizer state is sharded like the leaves that it belongs to.
         """
         peft.check(adapter)
         if not _is_key(rng):
             raise TypeError(f"rng must be a PRNG key, as from jax.random.key(0), got {rng!r}")
-        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapter))
 
         def make(adapter: Tree, rng: jax.Array) -> TrainState:
             trainable, _ = partition(adapter, peft.labels(adapter))
-            zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-            return cls(step=zero(), adapter=adapter, opt_state=tx.init(trainable), rng=rng, skipped=zero())
+            step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays, as donation needs
+            return cls(step=step, adapter=adapter, opt_state=tx.init(trainable), rng=rng, skipped=skipped)
 
-        replicated = everywhere(jax.tree.leaves(adapter))
-        if abstract:
+        replicated = replicated_like(jax.tree.leaves(adapter))
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapter)):
             state = jax.eval_shape(make, adapter, rng)
-            return state if replicated is None else as_laid_out(state, adapter, tx, peft, replicated)
+            return state if replicated is None else with_shardings(state, adapter, tx, peft, replicated)
         state = make(jax.tree.map(jnp.copy, adapter), jnp.copy(rng))
         if replicated is None:
             return state
-        # Counters and keys are made on one device; left there, the second step, which finds them on the mesh, would
-        # compile again.
+        # Counters and keys are created on one device. Left there, the second step would compile again, because the
+        # first one returns them on the mesh.
         return jax.tree.map(lambda x: x if named_sharding(x) is not None else place(x, replicated), state)
 
 
-def as_laid_out(state: TrainState, adapter: Tree, tx: Any, peft: Peft, replicated: NamedSharding) -> TrainState:
-    """An abstract state with the shardings that a state of such an adapter has."""
-    on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+def with_shardings(state: TrainState, adapter: Tree, tx: Any, peft: Peft, replicated: NamedSharding) -> TrainState:
+    """An abstract state with the shardings that `TrainState.create` gives a concrete one.
+
+    Args:
+      state: the abstract state.
+      adapter: its adapter, abstract, with shardings.
+      tx: the optimizer.
+      peft: the bound method.
+      replicated: the sharding of what does not follow the adapter.
+    """
+
+    def put(x: Any, sharding: Any = replicated) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def put_like(x: Any, leaf: Any) -> Any:
+        return put(x, named_sharding(leaf) if x.shape == leaf.shape else replicated)
+
     trainable, _ = partition(adapter, peft.labels(adapter))
-    slots = optax.tree_utils.tree_map_params(
-        tx, lambda x, leaf: on(x, named_sharding(leaf) if x.shape == leaf.shape else replicated),
-        state.opt_state, trainable, transform_non_params=lambda x: on(x, replicated),
-    )  # fmt: skip
-    rest = jax.tree.map(lambda x: on(x, replicated), (state.step, state.rng, state.skipped))
-    leaves = jax.tree.map(lambda x: on(x, named_sharding(x) or replicated), adapter)
-    return TrainState(rest[0], leaves, slots, rest[1], rest[2])
+    return TrainState(
+        step=put(state.step),
+        adapter=jax.tree.map(lambda x: put(x, named_sharding(x) or replicated), adapter),
+        opt_state=optax.tree_utils.tree_map_params(tx, put_like, state.opt_state, trainable, transform_non_params=put),
+        rng=put(state.rng),
+        skipped=put(state.skipped),
+    )
 
 
 def _is_key(rng: Any) -> bool:
@@ -111,19 +124,20 @@ def train_step(
       peft: the bound method.
       loss_fn: ``(adapter, params, batch, rng) -> (loss, metrics)``: a scalar, the mean over the batch, and a dict.
       tx: the optimizer, plain or `jpeft.masked`.
-      accumulate: micro-batches that the batch's leading axis is split into; gradients and metrics are their means.
-      clip: largest global norm of the trainable leaves' gradient.
-      compute_dtype: floating base leaves are cast to it inside the step; adapter and optimizer keep their own.
-      donate: let the step reuse the state's memory; the state passed in is then gone.
+      accumulate: the number of micro-batches that the batch's leading axis is split into. Gradients and metrics are
+        their means.
+      clip: the largest global norm of the trainable leaves' gradient; None: no clipping.
+      compute_dtype: floating base leaves are cast to it inside the step; adapter and optimizer state keep their own.
+      donate: let the step reuse the state's memory; the state passed in is then deleted.
 
     Returns:
-      The step; ``step.lower(...)`` is jit's. Its metrics are the loss function's and ``loss``, ``grad_norm`` (before
+      The step; ``step.lower(...)`` is jit's. Its metrics are those of ``loss_fn`` and ``loss``, ``grad_norm`` (before
       clipping) and ``skipped`` (so far). A step whose loss or gradient is not finite changes neither adapter nor
-      optimizer, and is counted.
+      optimizer state, and is counted.
 
     Raises:
-      ValueError: an ``accumulate`` or ``clip`` that is not positive; an ``accumulate`` that does not divide the batch,
-        when the step is traced.
+      ValueError: an ``accumulate`` or ``clip`` that is not positive; when the step is traced, an ``accumulate`` that
+        does not divide the batch.
 
     >>> # step = jpeft.train_step(peft, loss_fn, optax.adamw(1e-4), clip=1.0)
     >>> # state, metrics = step(state, params, batch)
@@ -132,38 +146,69 @@ def train_step(
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"clip must be a positive number, or None for no clipping, got {clip}")
+    return Step(peft, loss_fn, tx, accumulate, clip, compute_dtype, donate)
 
-    def gradient(trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: jax.Array) -> Any:
-        def loss(trainable: Tree) -> Any:
-            base = cast_floating(params, compute_dtype)
-            out = loss_fn(combine(trainable, frozen), base, batch, rng)
-            if not isinstance(out, tuple) or len(out) != 2 or not isinstance(out[1], dict):
-                raise TypeError(f"loss_fn must return (loss, metrics: dict), got {type(out).__name__}")
-            value, metrics = out
-            if taken := sorted(_METRICS & metrics.keys()):
-                raise ValueError(f"loss_fn returns a metric called {taken[0]!r}, which is the step's own; rename it")
-            if jnp.shape(value) != ():
-                raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(value)}: take its mean")
-            return value.astype(jnp.float32), jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
 
-        return jax.value_and_grad(loss, has_aux=True)(trainable)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """A training step ``(state, params, batch) -> (state, metrics)``. See `train_step` for its fields.
 
-    def step(layout: Layout | None, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        with constrained(layout):
-            return update(state, params, batch)
+    It is compiled once for each sharding of its inputs.
+    """
 
-    def update(state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        trainable, frozen = partition(state.adapter, peft.labels(state.adapter))
+    peft: Peft
+    loss_fn: LossFn
+    tx: optax.GradientTransformation
+    accumulate: int
+    clip: float | None
+    compute_dtype: Any
+    donate: bool
+    _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self.program(state, batch)(state, params, batch)
+
+    def lower(self, state: TrainState, params: Tree, batch: Any) -> jax.stages.Lowered:
+        """Like ``jax.jit(...).lower``; inputs may be abstract."""
+        return self.program(state, batch).lower(state, params, batch)
+
+    @property
+    def compiled(self) -> int:
+        """The number of programs compiled so far: one for each combination of shardings, shapes and dtypes."""
+        return sum(program._cache_size() for program in self._programs.values())
+
+    def program(self, state: TrainState, batch: Any) -> Any:
+        """The jitted function for a state and a batch with these shardings. Both may be abstract."""
+        leaves, treedef = jax.tree.flatten(state)
+        shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self.accumulate)
+        key = (treedef, shardings, layout, backend())
+        if key not in self._programs:
+            # XLA might choose other shardings for the new state, and the next step would compile again.
+            out_shardings = (jax.tree.unflatten(treedef, shardings), None)
+            donate = (0,) if self.donate else ()
+            self._programs[key] = jax.jit(self._traced(layout), out_shardings=out_shardings, donate_argnums=donate)
+        return self._programs[key]
+
+    def _traced(self, layout: Layout | None) -> Callable[..., Any]:
+        def step(state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            with constrained(layout):
+                return self._update(state, params, batch)
+
+        return step
+
+    def _update(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable, frozen = partition(state.adapter, self.peft.labels(state.adapter))
         rng = jax.random.fold_in(state.rng, state.step)
-        if accumulate == 1:
-            (loss, metrics), grads = gradient(trainable, frozen, params, batch, rng)
-        else:
-            (loss, metrics), grads = _accumulated(gradient, trainable, frozen, params, batch, rng, accumulate)
+
+        def gradient(batch: Any, rng: jax.Array) -> Any:
+            return self._gradient(trainable, frozen, params, batch, rng)
+
+        (loss, metrics), grads = _mean_over_parts(gradient, batch, rng, self.accumulate)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        if clip is not None:
-            factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+        if self.clip is not None:
+            factor = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        updates, opt_state = self.tx.update(grads, state.opt_state, trainable)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         adapter = combine(optax.apply_updates(trainable, updates), frozen)
         state = TrainState(
@@ -175,56 +220,28 @@ def train_step(
         )
         return state, {**metrics, "loss": loss, "grad_norm": norm, "skipped": state.skipped}
 
-    return Step(step, accumulate, donate, peft, loss_fn, tx, compute_dtype)
+    def _gradient(self, trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: jax.Array) -> Any:
+        """``((loss, metrics), gradient)`` for the trainable leaves."""
+
+        def loss(trainable: Tree) -> Any:
+            base = cast_floating(params, self.compute_dtype)
+            out = self.loss_fn(combine(trainable, frozen), base, batch, rng)
+            if not isinstance(out, tuple) or len(out) != 2 or not isinstance(out[1], dict):
+                raise TypeError(f"loss_fn must return (loss, metrics: dict), got {type(out).__name__}")
+            value, metrics = out
+            if taken := sorted(_METRICS & metrics.keys()):
+                raise ValueError(f"loss_fn returns a metric called {taken[0]!r}, which is the step's own; rename it")
+            if jnp.shape(value) != ():
+                raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(value)}: take its mean")
+            return value.astype(jnp.float32), jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
+
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
 
 
-class Step:
-    """A training step ``(state, params, batch) -> (state, metrics)``, compiled for each way that its inputs are laid
-    out: see `train_step`."""
-
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        parts: int,
-        donate: bool,
-        peft: Peft,
-        loss_fn: LossFn,
-        tx: optax.GradientTransformation,
-        compute_dtype: Any = None,
-    ):
-        self._fn, self._donate = fn, donate
-        self.peft, self.loss_fn, self.tx, self.parts, self.compute_dtype = peft, loss_fn, tx, parts, compute_dtype
-        self._programs: dict[Any, Any] = {}
-
-    def __call__(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self.program(state, batch)(state, params, batch)
-
-    def lower(self, state: TrainState, params: Tree, batch: Any) -> jax.stages.Lowered:
-        """As ``jax.jit(...).lower``: inputs may be abstract."""
-        return self.program(state, batch).lower(state, params, batch)
-
-    @property
-    def compiled(self) -> int:
-        """How many programs it has been compiled to: one for each layout, and shapes and dtypes, of its inputs."""
-        return sum(program._cache_size() for program in self._programs.values())
-
-    def program(self, state: TrainState, batch: Any) -> Any:
-        """The jitted function for a state and a batch laid out as these, which may be abstract."""
-        leaves, treedef = jax.tree.flatten(state)
-        shardings, layout = tuple(map(named_sharding, leaves)), layout_of(batch, self.parts)
-        key = (treedef, shardings, layout, backend())
-        if key not in self._programs:
-            self._programs[key] = jax.jit(
-                functools.partial(self._fn, layout),
-                # Left to itself XLA may lay out the new state otherwise, and the next step would compile again.
-                out_shardings=(jax.tree.unflatten(treedef, shardings), None),
-                donate_argnums=(0,) if self._donate else (),
-            )
-        return self._programs[key]
-
-
-def _accumulated(gradient: Any, trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: Any, n: int) -> Any:
-    """The mean of the gradient over ``n`` micro-batches, one at a time."""
+def _mean_over_parts(fn: Callable[[Any, jax.Array], Any], batch: Any, rng: jax.Array, n: int) -> Any:
+    """The mean of ``fn(micro_batch, rng)`` over ``n`` micro-batches, computed one after another."""
+    if n == 1:
+        return fn(batch, rng)
 
     def split(x: Any) -> jax.Array:
         if jnp.ndim(x) == 0:
@@ -233,18 +250,17 @@ def _accumulated(gradient: Any, trainable: Tree, frozen: Tree, params: Tree, bat
             )
         if x.shape[0] % n:
             raise ValueError(f"accumulate={n} does not divide the batch, whose leading axis is {x.shape[0]}")
-        # Every n-th example makes a micro-batch: the leading axis keeps its sharding, where blocks would lose it.
+        # Every n-th example makes a micro-batch: the leading axis keeps its sharding, which blocks would lose.
         return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
-    def one(total: Any, micro: Any) -> Any:
-        i, part = micro
-        new = gradient(trainable, frozen, params, part, jax.random.fold_in(rng, i))
-        return jax.tree.map(jnp.add, total, new), None
+    def add(total: Any, part: Any) -> Any:
+        i, micro_batch = part
+        return jax.tree.map(jnp.add, total, fn(micro_batch, jax.random.fold_in(rng, i))), None
 
     parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(lambda p: gradient(trainable, frozen, params, p, rng), jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(lambda p: fn(p, rng), jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(one, zeros, (jnp.arange(n), parts))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
     return jax.tree.map(lambda x: x / n, total)
 
 
@@ -253,12 +269,12 @@ def _select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 def cast_floating(tree: Tree, dtype: Any) -> Tree:
-    """The tree with its floating leaves in a dtype; None is their own."""
+    """The tree with floating leaves cast to a dtype; unchanged if it is None."""
     if dtype is None:
         return tree
 
     def cast(x: Any) -> Any:
-        if isinstance(x, Quantized):  # its scales stay in float32: what it gives is cast
+        if isinstance(x, Quantized):  # its scales stay in float32; the dequantized weight is cast
             return dataclasses.replace(x, dtype=np.dtype(dtype))
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
