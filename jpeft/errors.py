@@ -13,3 +13,7 @@ class AdapterError(ValueError):
 
 class ModelError(ValueError):
     """A model folder or tree that cannot be used; the message is one line that names what is wrong."""
+
+
+class PlanError(UserError):
+    """A training step that cannot be planned."""

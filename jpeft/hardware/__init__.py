@@ -1,1 +1,1 @@
-"""Accelerators: topologies, peak rates, utilization."""
+"""Accelerators: chips, topologies, and model FLOPs utilization."""

@@ -1,10 +1,10 @@
-"""Chips, their numbers, and the ways in which they are joined: `chips.json` has the numbers and where they stand.
+"""Chips and topologies. The numbers of the chips and their sources are in `chips.json`.
 
     topology = parse("v5p-32")  # its name: v5p:2x2x4
-    devices = describe(topology)  # where libtpu is installed; no TPU is needed
+    devices = describe(topology)  # needs libtpu, but no TPU
 
-All of a `Chip` is counted per device that JAX shows, but for `ici_bandwidth` and the price, which are per chip: v2, v3
-and TPU7x show two devices a chip, v4 and v5p one for their two cores.
+The numbers of a `Chip` are per JAX device, except `ici_bandwidth` and the price, which are per chip: v2, v3 and TPU7x
+have two devices per chip, v4 and v5p have one device for their two cores.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 from jpeft.errors import UserError
 
-#: For the environment of a process that compiles for TPUs and has none: libtpu asks for no metadata and says nothing on
-#: stderr (it needs to know of some accelerator and host, whichever), keeps no logs, and shares the machine with others
-#: of its kind instead of failing at their lock file.
+#: The environment of a process that compiles for TPUs without having one. libtpu then does not query the metadata
+#: server (it needs the name of some accelerator and host instead), writes nothing to stderr or to log files, and runs
+#: beside other processes with libtpu instead of failing at their lock file.
 QUIET: Mapping[str, str] = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -38,12 +38,28 @@ QUIET: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip is sold with. None, or "", where it is not known.
+    """The data sheet of a chip. Unknown numbers are None, unknown texts are empty.
 
-    Fields: `device_kind`, a pattern of what JAX calls it; `peak_flops`, dense bfloat16; `hbm_bytes` (NVIDIA's gigabytes
-    are taken for 2**30) and `hbm_bandwidth`; `hbm_usable`, what libtpu's compiler has for a program; `ici_bandwidth`,
-    bytes a second that leave a chip by all `ici_links` together (NVLink's or PCIe's, of a GPU); `torus_dims`, 0 where
-    all see all; `slices`, those that are documented; `source`, where the numbers stand.
+    Attributes:
+      name: such as `v5e`.
+      aliases: other names.
+      kind: `tpu` or `gpu`.
+      device_kind: a pattern for JAX's `device_kind`.
+      devices_per_chip: JAX devices per chip.
+      cores_per_chip: TensorCores per chip.
+      peak_flops: dense bfloat16 FLOP/s.
+      hbm_bytes: memory size; NVIDIA's gigabytes are taken as 2**30.
+      hbm_usable: the memory that libtpu's compiler gives to a program.
+      hbm_bandwidth: bytes per second.
+      ici_links: links to other chips of the slice.
+      ici_bandwidth: bytes per second that leave a chip over all links together; for GPUs, over NVLink or PCIe.
+      torus_dims: dimensions of the torus that chips form; 0 if every chip reaches every other.
+      pod_chips: chips in the largest slice.
+      slices: the documented slices.
+      usd_per_chip_hour: list price.
+      price_as_of: date of the price.
+      note: remarks on the numbers.
+      source: URLs of the numbers.
     """
 
     name: str
@@ -69,19 +85,26 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips joined. `shape` counts chips, `devices` what JAX shows of them; `name` is as libtpu spells it."""
+    """Connected chips.
+
+    Attributes:
+      kind: `tpu`, `gpu` or `cpu`.
+      chip: None for `cpu:N` and `gpu:N`.
+      shape: chips along each dimension.
+      devices: the number of JAX devices.
+      name: in libtpu's spelling.
+    """
 
     kind: str
     chip: Chip | None
     shape: tuple[int, ...]
     devices: int
     name: str
-    slices: int = 1
 
 
 @functools.cache
 def chips() -> Mapping[str, Chip]:
-    """All chips that are known, by name.
+    """All known chips, by name.
 
     >>> list(chips())[:3]
     ['v2', 'v3', 'v4i']
@@ -95,10 +118,10 @@ def chips() -> Mapping[str, Chip]:
 
 
 def chip(name: str) -> Chip:
-    """A chip by its name, another name of it, or what JAX calls its devices.
+    """The chip with a name, an alias or a JAX `device_kind`.
 
     Raises:
-      UserError: it is not a known one.
+      UserError: the chip is unknown.
 
     >>> chip("v5e").hbm_bytes // 2**30, chip("v5litepod").name, chip("TPU v5 lite").name, chip("NVIDIA H200").name
     (16, 'v5e', 'v5e', 'h200')
@@ -110,16 +133,16 @@ def chip(name: str) -> Chip:
     for known in chips().values():
         if re.search(known.device_kind, name):
             return known
-    raise UserError(f"{name!r} is no known chip, only {', '.join(chips())}")
+    raise UserError(f"unknown chip {name!r}; known chips: {', '.join(chips())}")
 
 
 def parse(name: str) -> Topology:
-    """The topology of a name: a chip and a shape, an accelerator's name on Google Cloud, or a number of devices.
+    """Parses a topology: a chip and a shape, Google Cloud's name of an accelerator, or a number of devices.
 
-    The number in an accelerator's name counts chips of v5e and v6e, and cores, two a chip, of all others.
+    The number in an accelerator's name counts chips for v5e and v6e, and cores (two per chip) for all others.
 
     Raises:
-      UserError: there is no such topology.
+      UserError: the topology is unknown.
 
     >>> parse("v5e:4x4").devices, parse("v5p-32").name, parse("v5litepod-16").name, parse("tpu7x:2x2x1").devices
     (16, 'v5p:2x2x4', 'v5e:4x4', 8)
@@ -129,21 +152,21 @@ def parse(name: str) -> Topology:
     text = str(name).strip().lower()
     found = re.fullmatch(r"([a-z][\w-]*?)(?::(\d{1,5}(?:x\d{1,5})*)|-(\d{1,5}))", text)
     if found is None:
-        raise _unknown(name, "it is neither CHIP:AxB, CHIP-N, cpu:N nor gpu:N")
+        raise _unknown(name, "expected CHIP:AxB, CHIP-N, cpu:N or gpu:N")
     word, shape, count = found.groups()
     sizes: tuple[int, ...] = tuple(map(int, (shape or count).split("x")))
     if 0 in sizes:
         raise _unknown(name, "it has no devices")
     known = next((c for c in chips().values() if word in (c.name, *c.aliases)), None)
     if known is None and word not in ("cpu", "gpu"):
-        raise _unknown(name, f"{word!r} is no known chip")
+        raise _unknown(name, f"unknown chip {word!r}")
     if known is None or known.kind == "gpu":
         if shape is None or len(sizes) != 1:
-            raise _unknown(name, f"{word} takes a number of devices, {word}:8")
+            raise _unknown(name, f"{word} takes a number of devices, such as {word}:8")
         label = word if known is None else known.name
         return Topology("gpu" if known else word, known, sizes, sizes[0], f"{label}:{sizes[0]}")
     if not known.slices:
-        raise _unknown(name, f"{known.name} is not offered")
+        raise _unknown(name, f"{known.name} is not available")
     if shape is None:
         sizes = _default_shape(name, known, sizes[0])
     _check_shape(name, known, sizes)
@@ -152,12 +175,10 @@ def parse(name: str) -> Topology:
 
 
 def describe(topology: Topology) -> list[Any]:
-    """The devices of a topology, to make a mesh of: a TPU's without one, from libtpu, in a process that has it.
-
-    Of CPUs and GPUs they are this process's own.
+    """The devices of a topology: TPUs from libtpu, without hardware; CPUs and GPUs are this process's own.
 
     Raises:
-      UserError: they are too few, or libtpu does not know the topology.
+      UserError: this process has too few devices, or libtpu is missing or does not know the topology.
 
     >>> [device.platform for device in describe(parse("cpu:1"))]
     ['cpu']
@@ -170,8 +191,8 @@ def describe(topology: Topology) -> list[Any]:
         except RuntimeError:  # JAX has no such backend
             own = []
         if len(own) < topology.devices:
-            more = "; JAX_NUM_CPU_DEVICES sets their number" if topology.kind == "cpu" else ""
-            raise UserError(f"{topology.name}: JAX shows {len(own)} {topology.kind} devices here{more}")
+            hint = "; set JAX_NUM_CPU_DEVICES" if topology.kind == "cpu" else ""
+            raise UserError(f"{topology.name}: JAX has only {len(own)} {topology.kind} devices here{hint}")
         return own[: topology.devices]
     check_libtpu()
     from jax.experimental import topologies
@@ -181,15 +202,15 @@ def describe(topology: Topology) -> list[Any]:
             platform="tpu", topology_name=topology.name, **libtpu_options(topology)
         ).devices
     except Exception as error:  # JAX's, libtpu's and the dynamic loader's errors have no common class
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{topology.name}: libtpu gives no such topology ({said})") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{topology.name}: libtpu does not provide this topology ({reason})") from error
     if len(found) != topology.devices:
-        raise UserError(f"{topology.name}: libtpu shows {len(found)} devices where {topology.devices} were expected")
+        raise UserError(f"{topology.name}: libtpu has {len(found)} devices, expected {topology.devices}")
     return list(found)
 
 
 def larger(topology: Topology) -> list[Topology]:
-    """Topologies of as many devices with more memory each, the smallest first.
+    """Topologies with as many devices and more memory per device, in order of memory.
 
     >>> [other.name for other in larger(parse("v5e:4x4"))]
     ['v6e:4x4', 'v5p:2x2x4']
@@ -210,22 +231,23 @@ def larger(topology: Topology) -> list[Topology]:
 
 
 def libtpu_options(topology: Topology) -> dict[str, Any]:
-    """What `jax.experimental.topologies.get_topology_desc` has to be told beside the name.
+    """The keyword arguments of `jax.experimental.topologies.get_topology_desc` besides the name.
 
     >>> libtpu_options(parse("v5e:1x1")), libtpu_options(parse("v4:2x2x1"))
     ({'chips_per_host_bounds': [1, 1, 1]}, {'chip_config_name': 'megacore'})
     """
     options: dict[str, Any] = {}
     if topology.chip is not None and topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # by default, libtpu shows its two cores as two devices
+        options["chip_config_name"] = "megacore"  # by default libtpu makes two devices of its two cores
     if any(size % bound for size, bound in zip(topology.shape, _HOST, strict=False)):
-        options["chips_per_host_bounds"] = [*topology.shape, 1][:3]  # all of it is one host's
+        options["chips_per_host_bounds"] = [*topology.shape, 1][:3]  # one host for the whole slice
     return options
 
 
 def interconnect(topology: Topology) -> float | None:
-    """Bytes a second that a device can send: over the links that a chip has within its slice, one where a side of it is
-    two chips and two where it is more.
+    """Bytes per second that a device can send to the rest of its slice; None if unknown or alone.
+
+    Along a side of two chips a chip has one link, along a longer side two.
 
     >>> interconnect(parse("v5e:2x2")), interconnect(parse("v5e:4x4")), interconnect(parse("v5e:1x1"))
     (100000000000.0, 200000000000.0, None)
@@ -240,8 +262,12 @@ def interconnect(topology: Topology) -> float | None:
 
 
 def check_libtpu() -> None:
-    """Raises a UserError where libtpu is not there, or another than the one that JAX is made for: with a newer one v5p
-    and v6e end on an internal check.
+    """Checks that libtpu is installed in the version that belongs to this jax.
+
+    With a newer one, compiling for v5p and v6e fails on an internal check.
+
+    Raises:
+      UserError: it is missing or has another version.
 
     >>> check_libtpu()  # doctest: +SKIP
     """
@@ -254,35 +280,35 @@ def check_libtpu() -> None:
     except metadata.PackageNotFoundError:
         raise UserError(f"libtpu is not installed for {sys.executable}: {install}") from None
     if wanted is not None and have != wanted[1] and not have.startswith(f"{wanted[1]}."):
-        raise UserError(f"libtpu {have} is not the one that jax {jax_version} is made for, {wanted[1]}: {install}")
+        raise UserError(f"libtpu {have} does not belong to jax {jax_version}, which needs {wanted[1]}: {install}")
 
 
-_HOST = (2, 2, 1)  # chips of a host, as libtpu supposes where it is not told
+_HOST = (2, 2, 1)  # chips per host, by libtpu's default
 
 
 def _default_shape(name: str, chip: Chip, count: int) -> tuple[int, ...]:
-    """Of an accelerator's name, which says how many chips or cores there are."""
+    """The documented slice with a number of cores (or chips, where a chip has one core)."""
     cores = chip.cores_per_chip
     for label in chip.slices:
         shape = tuple(map(int, label.split("x")))
         if math.prod(shape) * cores == count:
             return shape
-    counted = "chips" if cores == 1 else "cores, two a chip"
-    raise _unknown(name, f"no slice of {chip.name} has {count} {counted}")
+    unit = "chips" if cores == 1 else "cores (two per chip)"
+    raise _unknown(name, f"no slice of {chip.name} has {count} {unit}")
 
 
 def _check_shape(name: str, chip: Chip, shape: tuple[int, ...]) -> None:
-    """Only what would end libtpu's process, or what it could not read: it is the judge of the rest."""
+    """Rejects shapes that libtpu cannot parse or that abort its process; libtpu itself rejects the others."""
     if len(shape) != chip.torus_dims:
         raise _unknown(name, f"a slice of {chip.name} has {chip.torus_dims} dimensions")
     if chip.pod_chips is not None and math.prod(shape) > chip.pod_chips:
-        raise _unknown(name, f"a pod of {chip.name} has {chip.pod_chips} chips")
+        raise _unknown(name, f"a pod of {chip.name} has only {chip.pod_chips} chips")
     split = all(size % bound == 0 for size, bound in zip(shape, _HOST, strict=False))
     if not split and math.prod(shape) > 4:
-        raise _unknown(name, "it does not split into hosts of 2x2 chips")
+        raise _unknown(name, "it does not divide into hosts of 2x2 chips")
 
 
 def _unknown(name: str, why: str) -> UserError:
     tpus = "; ".join(f"{c.name}:{{{','.join(c.slices)}}}" for c in chips().values() if c.slices)
     gpus = ", ".join(f"{c.name}:N" for c in chips().values() if c.kind == "gpu")
-    return UserError(f"{name!r} is no known topology: {why}. Known: {tpus}; cpu:N, gpu:N, {gpus}; v5litepod-16, v5p-32")
+    return UserError(f"unknown topology {name!r}: {why}. Known: {tpus}; cpu:N, gpu:N, {gpus}; v5litepod-16, v5p-32")

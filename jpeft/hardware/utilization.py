@@ -1,10 +1,10 @@
-"""How much of a chip a step uses: model FLOPs utilization (MFU), as in PaLM (Chowdhery et al. 2022,
-https://arxiv.org/abs/2204.02311, appendix B), counted for weights that are frozen.
+"""Model FLOPs utilization (MFU) as in PaLM (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B), for
+models with frozen weights.
 
-    share = step_flops(model, params, tokens=4096, length=512) / seconds / (devices * peak_flops(kind))
+    mfu = step_flops(model, params, tokens=4096, length=512) / seconds / (devices * peak_flops(kind))
 
-A frozen weight costs 2 FLOPs a token forward and 2 backward, for there is no gradient of it: two thirds of what full
-fine-tuning costs. What is computed again in the backward pass (remat, codes opened anew) does not count as useful.
+A frozen weight costs 2 FLOPs per token forward and 2 backward, because it has no gradient: two thirds of full
+fine-tuning. Recomputation in the backward pass (remat, repeated dequantization) does not count.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from jpeft.core.tree import Tree, flatten, peek
 
 
 def peak_flops(kind: str) -> float | None:
-    """The bfloat16 FLOP/s that a device of this kind is sold with; None where it is not known, as of CPUs.
+    """The peak dense bfloat16 FLOP/s of a JAX device; None if unknown, as for CPUs.
 
-    A device is what JAX shows as one: of TPU v2, v3 and 7x, half a chip.
+    A JAX device of TPU v2, v3 and 7x is half a chip.
+
+    Args:
+      kind: the device's `device_kind`.
 
     >>> peak_flops("NVIDIA H200"), peak_flops("TPU v5 lite"), peak_flops("cpu")
     (989000000000000.0, 197000000000000.0, None)
@@ -31,41 +34,41 @@ def peak_flops(kind: str) -> float | None:
 
 @functools.cache
 def _peaks() -> tuple[tuple[str, float], ...]:
-    # Not by way of `jpeft.planning`, whose package imports far more than this file.
     chips = json.loads((resources.files("jpeft") / "hardware" / "chips.json").read_text(encoding="utf-8"))
     return tuple((chip["device_kind"], chip["peak_flops"]) for chip in chips)
 
 
 def peft_flops(peft: Any, params: Tree, adapter: Tree, *, tokens: int, length: int) -> float:
-    """`step_flops` of a step that trains an adapter, whose leaves may be new or stand in for some of the base's.
+    """`step_flops` of a step that trains an adapter, whose leaves may be new or may replace leaves of the base.
 
     >>> peft_flops(peft, params, adapter, tokens=4096, length=512)  # doctest: +SKIP
     """
     base = flatten(params)
-    weights = {path: leaf for path, leaf in flatten(adapter).items() if _multiplies(path, peek(leaf), False)}
-    trained, stand_in = (sum(peek(leaf).size for path, leaf in weights.items() if (path in base) == there)
-                         for there in (False, True))  # fmt: skip
-    # Counted as frozen below, those that stand in need 2 more, for their own gradient.
-    own = step_flops(peft.model, params, tokens=tokens, length=length, trained=trained)
-    return own + 2.0 * tokens * stand_in
+    weights = {path: peek(leaf).size for path, leaf in flatten(adapter).items() if _is_multiplied(path, peek(leaf))}
+    new = sum(size for path, size in weights.items() if path not in base)
+    replaced = sum(size for path, size in weights.items() if path in base)
+    own = step_flops(peft.model, params, tokens=tokens, length=length, trained=new)
+    return own + 2.0 * tokens * replaced  # they count as frozen in `own`; their gradient comes on top
 
 
-def _multiplies(path: tuple[str, ...], leaf: Any, tied: bool) -> bool:
+def _is_multiplied(path: tuple[str, ...], leaf: Any, tied: bool = False) -> bool:
+    """True for a weight of a matrix product; an embedding table is one only as a tied output head."""
     table = path[-1] == "embedding" and not (tied and "embed_tokens" in path)
     return len(leaf.shape) >= 2 and path[-1] not in ("scale", "bias") and not table
 
 
 def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: int = 0) -> float:
-    """FLOPs that a training step needs whose base is frozen.
+    """FLOPs that a training step with a frozen base needs.
 
-    Of each token: 4 for every weight it is multiplied by, 6 for every one that trains, and, where the model's
-    configuration tells its layers and heads, 12 for each position and width of the attention.
+    Each token costs 4 per frozen weight, 6 per trained weight, and, if the model's configuration has layers and heads,
+    12 per position and unit of attention width in every layer.
 
     Args:
-      model: a Linen module; `.config`, or `.encoder.config`, tells of attention and of a tied head.
+      model: a Linen module; its `.config` or `.encoder.config` describes attention and a tied output head.
       params: the base, concrete or abstract. Embedding tables do not count, unless the output head is tied to one.
-      tokens: in the batch, padding included. length: of a row.
-      trained: weights of the adapter.
+      tokens: tokens in the batch, padding included.
+      length: tokens in a row.
+      trained: the number of adapter weights.
 
     >>> import numpy as np
     >>> step_flops(None, {"dense": {"kernel": np.ones((8, 4)), "bias": np.ones(4)}}, tokens=10, length=5)
@@ -73,7 +76,7 @@ def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: i
     """
     config: Any = getattr(getattr(model, "encoder", model), "config", None)
     tied = hasattr(config, "head_dim") and config.tie_word_embeddings  # a decoder's
-    weights = sum(peek(leaf).size for path, leaf in flatten(params).items() if _multiplies(path, peek(leaf), tied))
+    weights = sum(peek(leaf).size for path, leaf in flatten(params).items() if _is_multiplied(path, peek(leaf), tied))
     attention = 0
     if config is not None and hasattr(config, "num_hidden_layers"):
         width = config.num_attention_heads * getattr(

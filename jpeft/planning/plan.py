@@ -1,4 +1,4 @@
-"""A plan: what each chip will hold, compute and send in a training step, from the program compiled for it."""
+"""A plan: memory, compute and traffic of each device in a training step, from the program compiled for it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from jpeft.core.tree import Tree, named_sharding
 from jpeft.hardware import utilization
 from jpeft.hardware.topologies import Topology, parse
 from jpeft.parallel.mesh import abstract_mesh
-from jpeft.planning import hlo
-from jpeft.planning.compiling import Compilation, Program, compiling, laid_out, trace_base, trace_step
+from jpeft.planning.compiling import Compilation, compiling
+from jpeft.planning.hlo.collectives import Collective
+from jpeft.planning.hlo.program import Program, read
+from jpeft.planning.hlo.refusals import read_refusal
 from jpeft.planning.result import Memory, Plan, Traffic
+from jpeft.planning.tracing import ExportedProgram, Inputs, shard_inputs, trace_base, trace_step
 from jpeft.training.step import Step
 
-_LARGEST = 8  # buffers that are told where a step does not fit
+_LARGEST = 8  # buffers to list if a step does not fit
 
 
 def plan(
@@ -38,68 +41,114 @@ def plan(
     against_base: bool = True,
     python: str | None = None,
 ) -> Plan:
-    """Compiles a training step for chips that need not be there, and says what it will need of them.
+    """Compiles a training step for chips that need not be attached, and reports its memory, compute and traffic.
 
-    Nothing is computed and nothing is allocated: inputs are arrays of which only shapes, dtypes and shardings are read,
-    or `jax.ShapeDtypeStruct`s. The compiler runs in a process of its own.
+    Nothing is executed or allocated: only shapes, dtypes and shardings of the inputs are read, so they may be arrays or
+    `jax.ShapeDtypeStruct`s. The compiler runs in a process of its own.
 
     Args:
-        step: `(state, params, batch) -> (state, metrics)`: of `jpeft.train_step`, or any jitted function.
-        state, params, batch: its inputs. What carries no sharding is laid out as `jpeft.shard`, `jpeft.shard_batch` and
-            `Peft.init` would; another function's state is replicated.
-        topology: `v5e:4x4`, `v5p:2x2x4`, `v6e-16`, …, which needs libtpu (`pip install "jpeft[plan]"`, or a Python that
-            has it in `JPEFT_PLAN_PYTHON`); `cpu:8`; `gpu:1`, for GPUs of this machine.
+        step: `(state, params, batch) -> (state, metrics)`, from `jpeft.train_step` or any jitted function.
+        state: its first input. Without shardings, a `TrainState` is sharded as `Peft.init` does, another is replicated.
+        params: its second input. Without shardings, sharded as `jpeft.shard` does.
+        batch: its third input. Without shardings, sharded as `jpeft.shard_batch` does.
+        topology: `v5e:4x4`, `v5p:2x2x4`, `v6e-16`, …, which need libtpu (`pip install "jpeft[plan]"`, or a Python that
+            has it in `JPEFT_PLAN_PYTHON`); `cpu:8`; `gpu:1`, for the GPUs of this machine.
         mesh: `"fsdp=16"`, a mapping, or a mesh of as many devices; None is one axis, `fsdp`.
-        rules, names: as for `jpeft.shard`.
-        against_base: also compile the step with and without the adapter for as many CPU devices, to tell what share of
-            the traffic is the adapter's. Needs a step of `jpeft.train_step`, and a model that embeds.
+        rules: as for `jpeft.shard`.
+        names: as for `jpeft.shard`.
+        against_base: also compile the step with and without the adapter for as many CPU devices, to find the adapter's
+            share of the traffic. Needs a step from `jpeft.train_step` and a model with an embedding.
         python: the Python that compiles, instead of this one.
 
     Raises:
-        UserError: an unknown topology, a mesh that is not of its devices, no libtpu or another than jax's, too little
-            memory on this machine, a step that calls back to Python.
-        ValueError: an axis of a weight or of the batch that does not divide over the mesh.
+        UserError: an unknown topology, a mesh of another number of devices, no libtpu or one that does not belong to
+            this jax, too little memory on this machine, or a step that calls back to Python.
+        ValueError: an axis of a weight or of the batch does not divide over the mesh.
 
     >>> jpeft.plan(step, state, params, batch, "v5e:4x4", mesh="fsdp=16").fits  # doctest: +SKIP
     True
     """
-    found = parse(topology)
-    prepared = prepare(step, state, params, batch, found, abstract_mesh(mesh, found.devices, found.name), rules=rules, names=names,
-                       against_base=against_base)  # fmt: skip
+    target = parse(topology)
+    placed = abstract_mesh(mesh, target.devices, target.name)
+    prepared = prepare(
+        step, (state, params, batch), target, placed, rules=rules, names=names, against_base=against_base
+    )
     with prepared.compiling(python) as compilations:
         return prepared.conclude(*compilations)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step that is traced, and what its plan needs beside the compiled program."""
+    """A traced step, ready to compile.
+
+    Attributes:
+        topology: the devices to plan for.
+        mesh: of those devices.
+        inputs: the step's inputs as abstract arrays.
+        program: the step.
+        comparison: programs for CPU devices that show the adapter's share of the traffic: the step, unless `program` is
+            for CPUs itself, and the step without an adapter.
+        model_flops: see `Plan`.
+    """
 
     topology: Topology
     mesh: AbstractMesh
-    trees: tuple[Any, Any, Any]  # state, params, batch
-    program: Program
-    # To tell the adapter's share of what is sent: the step, unless it is `program`, and the step without an adapter.
-    beside: tuple[Program, ...]
-    needed: float | None  # FLOPs
+    inputs: Inputs
+    program: ExportedProgram
+    comparison: tuple[ExportedProgram, ...]
+    model_flops: float | None
 
     @contextlib.contextmanager
     def compiling(self, python: str | None = None) -> Iterator[list[Compilation]]:
-        """The processes that compile it; they are ended at the end."""
+        """Starts the processes that compile its programs, and ends them on exit."""
         cpus = parse(f"cpu:{self.topology.devices}")
         with contextlib.ExitStack() as stack:
             main = stack.enter_context(compiling(self.program, self.topology, self.mesh, python))
-            yield [main, *(stack.enter_context(compiling(p, cpus, self.mesh, None)) for p in self.beside)]
+            yield [main, *(stack.enter_context(compiling(p, cpus, self.mesh, None)) for p in self.comparison)]
 
-    def conclude(self, main: Compilation, *beside: Compilation) -> Plan:
-        """The plan, once they have ended."""
-        return _conclude(self, main, beside)
+    def conclude(self, main: Compilation, *comparison: Compilation) -> Plan:
+        """Waits for the compilations and makes the plan."""
+        result, topology = main.result(), self.topology
+        common: dict[str, Any] = {
+            "topology": topology.name,
+            "chip": topology.chip,
+            "devices": topology.devices,
+            "mesh": dict(self.mesh.shape),
+            "model_flops": self.model_flops,
+            "tokens": math.prod(batch_shape(self.inputs[2])),
+            "compile_seconds": round(result["seconds"], 1),
+            "host_bytes": result["host_bytes"],
+        }
+        if "refused" in result:
+            return _refused_plan(self, result, common)
+        program = read(result["text"])
+        capacity = None if topology.chip is None else topology.chip.hbm_usable
+        memory = _memory(self.program, program, result["memory"])
+        return Plan(
+            **common,
+            capacity=capacity,
+            memory=memory,
+            refused=False,
+            largest=program.live(_LARGEST) if capacity is not None and memory.total > capacity else (),
+            flops=program.flops,
+            hbm_bytes=program.hbm_bytes,
+            collectives=_traffic(program.collectives, self.mesh),
+            adapter_share=self._adapter_share(program, [read(each.result()["text"]) for each in comparison]),
+        )
+
+    def _adapter_share(self, program: Program, comparison: Sequence[Program]) -> float | None:
+        """The share of the traffic that the step without an adapter does not have; None if unknown."""
+        if not comparison:
+            return None
+        *step, base = comparison
+        total = _bytes_sent(step[0] if step else program)
+        share = 1 - self.comparison[-1].times * _bytes_sent(base) / total if total else 0.0
+        return share if share >= 0 else None  # negative: XLA sharded the two programs differently
 
 
 def prepare(
     step: Any,
-    state: Any,
-    params: Any,
-    batch: Any,
+    inputs: Inputs,
     topology: Topology,
     mesh: AbstractMesh,
     *,
@@ -107,20 +156,21 @@ def prepare(
     names: Any = None,
     against_base: bool = True,
 ) -> Prepared:
-    """The first half of `plan`: all that is done in this process."""
-    trees = laid_out(step, state, params, batch, mesh, rules, names)
-    program = trace_step(step, *trees, topology.kind)
-    beside: tuple[Program, ...] = ()
+    """The part of `plan` that runs in this process: shards the inputs and traces the programs."""
+    inputs = shard_inputs(step, inputs, mesh, rules, names)
+    program = trace_step(step, inputs, topology.kind)
+    comparison: tuple[ExportedProgram, ...] = ()
     if against_base and isinstance(step, Step) and topology.devices > 1:
-        # Compared on CPU devices: for TPUs XLA sends the same weights in another way in the one and in the other.
-        base = trace_base(step, *trees, "cpu")
-        same = () if topology.kind == "cpu" else (trace_step(step, *trees, "cpu"),)
-        beside = () if base is None else (*same, base)
-    return Prepared(topology, mesh, trees, program, beside, model_flops(step, *trees))
+        # On CPU devices, because for TPUs XLA may send the same weights in different ways in the two programs.
+        base = trace_base(step, inputs, "cpu")
+        same = () if topology.kind == "cpu" else (trace_step(step, inputs, "cpu"),)
+        comparison = () if base is None else (*same, base)
+    return Prepared(topology, mesh, inputs, program, comparison, _model_flops(step, inputs))
 
 
-def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None:
-    """FLOPs that a step needs whose model is known, for all of a batch of tokens."""
+def _model_flops(step: Any, inputs: Inputs) -> float | None:
+    """The FLOPs that the model needs for a batch of tokens; None for a step that is not from `jpeft.train_step`."""
+    state, params, batch = inputs
     shape = batch_shape(batch)
     if not isinstance(step, Step) or len(shape) < 2:
         return None
@@ -128,103 +178,99 @@ def model_flops(step: Any, state: Any, params: Tree, batch: Any) -> float | None
 
 
 def batch_shape(batch: Any) -> tuple[int, ...]:
-    """Rows and, if it has whole numbers in rows, tokens of a row."""
+    """The shape of a batch's token ids, or only its number of rows if it has none.
+
+    >>> batch_shape({"ids": np.zeros((8, 128), int)}), batch_shape({"x": np.zeros((32, 16))})
+    ((8, 128), (32,))
+    """
     leaves = [leaf for leaf in jax.tree.leaves(batch) if leaf.ndim]
     ids = [leaf for leaf in leaves if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)]
     return tuple(ids[0].shape) if ids else tuple(leaves[0].shape[:1]) if leaves else ()
 
 
-def _conclude(prepared: Prepared, main: Compilation, beside: Sequence[Compilation]) -> Plan:
-    result, topology, program, mesh = main.result(), prepared.topology, prepared.program, prepared.mesh
-    chip, trees = topology.chip, prepared.trees
-    about: dict[str, Any] = {
-        "topology": topology.name, "chip": chip, "devices": topology.devices, "mesh": dict(mesh.shape),
-        "capacity": None if chip is None else chip.hbm_usable, "model_flops": prepared.needed,
-        "tokens": math.prod(batch_shape(trees[2])), "compile_seconds": round(result["seconds"], 1),
-        "host_bytes": result["host_bytes"],
-    }  # fmt: skip
-    if "refused" in result:
-        return _refused(result, program, trees, about)
-    read = hlo.read(result["text"])
-    sizes, found = [size for _, size in read.parameters], result["memory"]
-    groups, at = {}, 0
-    for name, count in program.groups.items():
-        groups[name], at = groups.get(name, 0) + sum(sizes[at : at + count]), at + count
-    memory = Memory(
-        _in_words(groups), found["temp"], found["output"] - found["alias"], found["generated_code"],
-        found["host_argument"] + found["host_temp"], min(found["temp"], read.peak_bytes),
-    )  # fmt: skip
-    traffic = _traffic(read.collectives, mesh)
-    share = None
-    if beside:
-        *step, base = (hlo.read(each.result()["text"]) for each in beside)
-        total = _sent(step[0] if step else read)
-        found_share = 1 - prepared.beside[-1].times * _sent(base) / total if total else 0.0
-        share = found_share if found_share >= 0 else None  # else they were not laid out alike
-    over = about["capacity"] is not None and memory.total > about["capacity"]
-    return Plan(
-        **about, memory=memory, refused=False, largest=read.live(_LARGEST) if over else (), flops=read.flops,
-        hbm_bytes=read.hbm_bytes, collectives=traffic, adapter_share=share,
-    )  # fmt: skip
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
-def _sent(program: hlo.Program) -> float:
-    return float(sum(each.times * each.bytes for each in program.collectives))
+def _memory(exported: ExportedProgram, program: Program, analysis: Mapping[str, int]) -> Memory:
+    """The memory of a compiled program, from XLA's analysis and the program's text."""
+    return Memory(
+        arguments=_by_group(exported, [size for _, size in program.parameters]),
+        temporaries=analysis["temp"],
+        outputs=analysis["output"] - analysis["alias"],
+        program=analysis["generated_code"],
+        host=analysis["host_argument"] + analysis["host_temp"],
+        alive=min(analysis["temp"], program.peak_bytes),
+    )
 
 
-def _in_words(groups: Mapping[str, int]) -> dict[str, int]:
-    """Arguments by what they are; counters and keys are of the optimizer."""
+def _by_group(exported: ExportedProgram, sizes: Sequence[int]) -> dict[str, int]:
+    """Bytes of the arguments by kind; the state's counters and keys count as the optimizer's."""
+    groups, start = {}, 0
+    for name, count in exported.groups.items():
+        groups[name], start = sum(sizes[start : start + count]), start + count
     out = {name: groups[name] for name in ("base", "adapter", "optimizer", "state", "batch") if name in groups}
     if "optimizer" in out:
         out["optimizer"] += groups.get("step", 0) + groups.get("rest", 0)
     return out
 
 
-def _refused(
-    result: Mapping[str, Any], program: Program, trees: tuple[Any, Any, Any], about: Mapping[str, Any]
-) -> Plan:
-    """What the compiler says of a program that it does not make. Arguments are counted without padding."""
-    leaves, at, groups = jax.tree.leaves(trees), 0, {}
-    for name, count in program.groups.items():
-        groups[name], at = sum(map(_piece_bytes, leaves[at : at + count])), at + count
-    told = hlo.refused(result["refused"])
-    # What it calls temporaries has the arguments in it: with 4 GiB more of these, it asks for 4 GiB more.
-    memory = Memory(_in_words(groups), max(0, told.used - sum(groups.values())), 0, 0)
-    largest, seen_on = told.buffers[:_LARGEST], ""
+def _refused_plan(prepared: Prepared, result: Mapping[str, Any], common: Mapping[str, Any]) -> Plan:
+    """The plan of a step that the compiler rejected for its size. Arguments are counted without padding."""
+    chip = prepared.topology.chip
+    arguments = _by_group(prepared.program, [_shard_bytes(leaf) for leaf in jax.tree.leaves(prepared.inputs)])
+    refusal = read_refusal(result["refused"])
+    largest, seen_on = refusal.buffers[:_LARGEST], ""
     if not largest and result["text"]:
-        largest, seen_on = hlo.read(result["text"]).live(_LARGEST), result["seen_on"]
+        largest, seen_on = read(result["text"]).live(_LARGEST), result["seen_on"]
     return Plan(
-        **{**about, "capacity": told.available or about["capacity"]}, memory=memory, refused=True,
-        largest=largest, seen_on=seen_on, flops=0.0, hbm_bytes=0.0, collectives=(), adapter_share=None,
-    )  # fmt: skip
+        **common,
+        capacity=refusal.available or (None if chip is None else chip.hbm_usable),
+        # The message counts arguments as temporaries: with 4 GiB more of arguments it reports 4 GiB more.
+        memory=Memory(arguments, max(0, refusal.used - sum(arguments.values())), 0, 0),
+        refused=True,
+        largest=largest,
+        seen_on=seen_on,
+        flops=0.0,
+        hbm_bytes=0.0,
+        collectives=(),
+        adapter_share=None,
+    )
 
 
-def _piece_bytes(leaf: Any) -> int:
+def _shard_bytes(leaf: Any) -> int:
+    """The bytes of one device's shard."""
     sharding, is_key = named_sharding(leaf), jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * (8 if is_key else np.dtype(leaf.dtype).itemsize)
 
 
-def _traffic(collectives: Sequence[hlo.Collective], mesh: AbstractMesh) -> list[Traffic]:
-    """Collectives by kind and by the axes that they cross, the largest first."""
+# ------------------------------------------------------------------------------------------------------------- traffic
+
+
+def _bytes_sent(program: Program) -> float:
+    return float(sum(each.times * each.bytes for each in program.collectives))
+
+
+def _traffic(collectives: Sequence[Collective], mesh: AbstractMesh) -> list[Traffic]:
+    """Collectives summed by kind and by the mesh axes that they cross, the largest first."""
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for each in collectives:
-        key = (each.kind, crossed(each.groups, mesh))
+        key = (each.kind, crossed_axes(each.groups, mesh))
         count, size = found.get(key, (0, 0.0))
         found[key] = (count + each.times, size + each.times * each.bytes)
     rows = [Traffic(kind, axes, count, size) for (kind, axes), (count, size) in found.items()]
     return sorted(rows, key=lambda t: -t.bytes)
 
 
-def crossed(groups: Sequence[Sequence[int]], mesh: AbstractMesh) -> str:
-    """The axes of a mesh along which the devices of a group differ.
+def crossed_axes(groups: Sequence[Sequence[int]], mesh: AbstractMesh) -> str:
+    """The mesh axes along which the devices of a group differ.
 
-    >>> crossed([[0, 1], [2, 3]], AbstractMesh((2, 2), ("data", "fsdp")))
+    >>> crossed_axes([[0, 1], [2, 3]], AbstractMesh((2, 2), ("data", "fsdp")))
     'fsdp'
     """
-    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.axis_sizes), axis=-1)
-    differ = np.zeros(len(mesh.axis_names), bool)
+    coordinates = np.stack(np.unravel_index(np.arange(mesh.size), mesh.axis_sizes), axis=-1)
+    crossed = np.zeros(len(mesh.axis_names), bool)
     for group in groups or [range(mesh.size)]:
-        own = places[list(group)]
-        differ |= (own != own[:1]).any(axis=0)
-    return "+".join(name for name, differs in zip(mesh.axis_names, differ, strict=True) if differs) or "none"
+        own = coordinates[list(group)]
+        crossed |= (own != own[:1]).any(axis=0)
+    return "+".join(name for name, is_crossed in zip(mesh.axis_names, crossed, strict=True) if is_crossed) or "none"

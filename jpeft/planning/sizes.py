@@ -1,8 +1,8 @@
-"""Architectures of known models, as their `config.json`: enough to plan with, without a file of theirs at hand.
+"""Architectures of well-known models, as their `config.json`: enough to plan without any of the model's files.
 
-    model = jpeft.models.decoder.from_config(config("llama-3-8b"))
+    model = jpeft.models.decoder_hf.from_config(config("llama-3-8b"))
 
-Gemma 3's are of the text model. The numbers are those that the authors published on the HuggingFace hub.
+For Gemma 3 it is the text model. The numbers are those that the authors published on the HuggingFace hub.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALIASES = {"llama-3-405b": "llama-3.1-405b", "mistral-7b": "mistral-7b-v0.1", "
 
 
 def known() -> tuple[str, ...]:
-    """The names that `config` knows.
+    """The names that `config` accepts.
 
     >>> "llama-3-8b" in known()
     True
@@ -29,10 +29,10 @@ def known() -> tuple[str, ...]:
 
 
 def config(name: str) -> dict[str, Any]:
-    """The `config.json` of a model. Case and separators do not count, nor do an owner or that it is tuned.
+    """The `config.json` of a model. Case, separators, the owner and suffixes such as `-instruct` are ignored.
 
     Raises:
-      UserError: it is not a known one.
+      UserError: the name is unknown.
 
     >>> config("meta-llama/Meta-Llama-3-8B-Instruct")["num_hidden_layers"], config("llama3 8b")["hidden_size"]
     (32, 4096)
@@ -41,8 +41,8 @@ def config(name: str) -> dict[str, Any]:
     found = names.get(_key(name))
     if found is None:
         near = [names[key] for key in difflib.get_close_matches(_key(name), names, n=3)]
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(f"{name!r} is no known model{hint}. Known: {', '.join(known())}")
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
+        raise UserError(f"unknown model {name!r}{hint} Known models: {', '.join(known())}")
     return json.loads((_folder() / f"{_ALIASES.get(found, found)}.json").read_text(encoding="utf-8"))
 
 
@@ -51,6 +51,6 @@ def _folder() -> Any:
 
 
 def _key(name: str) -> str:
-    # Dots stay: without them, a 17b that does not exist would be the 1.7b.
+    # Dots stay: without them a mistyped qwen3-17b would match qwen3-1.7b.
     name = re.sub(r"[-_ ](instruct|it|pt|base|hf|chat)$", "", name.rpartition("/")[2].lower())
     return re.sub(r"[-_ ]", "", name.removeprefix("meta-"))

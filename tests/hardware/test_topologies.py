@@ -1,4 +1,4 @@
-"""Names of topologies, and the numbers of chips."""
+"""Names of topologies, and the data sheets of chips."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from jpeft.hardware.utilization import peak_flops
         ("v5litepod-16", "v5e:4x4", 16),
         ("v5e-1", "v5e:1x1", 1),
         ("v5e:1x2", "v5e:1x2", 2),
-        ("v5e:2x6", "v5e:2x6", 12),  # not sold, but libtpu has it
+        ("v5e:2x6", "v5e:2x6", 12),  # not for rent, but libtpu supports it
         ("v6e-16", "v6e:4x4", 16),
         ("v6e-256", "v6e:16x16", 256),
         ("v5p-8", "v5p:2x2x1", 4),
@@ -50,37 +50,37 @@ def test_names(name, canonical, devices):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("v9:2x2", "'v9' is no known chip"),
-        ("v5e", "neither CHIP:AxB"),
-        ("", "neither CHIP:AxB"),
-        ("v5e:4x", "neither CHIP:AxB"),
+        ("v9:2x2", "unknown chip 'v9'"),
+        ("v5e", "expected CHIP:AxB"),
+        ("", "expected CHIP:AxB"),
+        ("v5e:4x", "expected CHIP:AxB"),
         ("v5e:0x4", "no devices"),
         ("cpu:0", "no devices"),
         ("v5e:2x2x1", "2 dimensions"),
         ("v5p:4x4", "3 dimensions"),
-        ("v5e:32x32", "256 chips"),  # libtpu aborts
+        ("v5e:32x32", "only 256 chips"),  # libtpu aborts
         ("v5e:3x3", "hosts of 2x2"),
-        ("v5p-24", "has 24 cores, two a chip"),
+        ("v5p-24", "has 24 cores (two per chip)"),
         ("v6e-7", "has 7 chips"),
-        ("v4i:2x2", "not offered"),
+        ("v4i:2x2", "v4i is not available"),
         ("cpu:2x2", "number of devices"),
         ("cpu-8", "number of devices"),
     ],
 )
-def test_errors_tell_why_and_what_there_is(name, why):
+def test_errors_state_the_reason_and_the_known_topologies(name, why):
     with pytest.raises(UserError, match=re.escape(why)) as error:
         parse(name)
     assert "\n" not in str(error.value) and "v5e:{1x1,2x2," in str(error.value) and "cpu:N" in str(error.value)
 
 
-def test_documented_slices_are_read_and_known_by_their_size():
+def test_documented_slices_are_parsed_and_found_by_their_size():
     for known in (c for c in chips().values() if c.slices):
         for label in known.slices:
             topology = parse(f"{known.name}:{label}")
             assert parse(f"{known.name}-{math.prod(topology.shape) * known.cores_per_chip}") == topology
 
 
-def test_numbers_are_whole_and_have_a_source():
+def test_numbers_are_plausible_and_have_a_source():
     for known in chips().values():
         assert known.source and all(url.startswith("https://") for url in known.source)
         assert known.devices_per_chip <= known.cores_per_chip and known.torus_dims in (0, 2, 3)
@@ -91,17 +91,17 @@ def test_numbers_are_whole_and_have_a_source():
             assert known.ici_links in (2 * known.torus_dims, 2)
 
 
-def test_chips_are_found_by_name_and_by_what_jax_calls_them():
+def test_chips_are_found_by_name_and_by_device_kind():
     kinds = {"NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA L4": "l4",
              "NVIDIA GH200 480GB": "gh200", "NVIDIA H100 PCIe": "h100-pcie", "Tesla T4": "t4", "TPU v5": "v5p",
              "TPU7x": "tpu7x", "TPU v2": "v2", "trillium": "v6e"}  # fmt: skip
     assert {kind: chip(kind).name for kind in kinds} == kinds
     assert peak_flops("TPU7x") == chip("tpu7x").peak_flops == 2307e12 / 2  # a device is half a chip
-    with pytest.raises(UserError, match="no known chip"):
+    with pytest.raises(UserError, match="unknown chip 'cpu'"):
         chip("cpu")
 
 
-def test_libtpu_is_told_of_hosts_only_where_its_own_do_not_fit():
+def test_libtpu_gets_host_bounds_only_if_its_defaults_do_not_fit():
     assert libtpu_options(parse("v5e:1x2")) == {"chips_per_host_bounds": [1, 2, 1]}
     assert libtpu_options(parse("v5e:4x4")) == libtpu_options(parse("v5p:2x2x1")) == {}
     assert libtpu_options(parse("v4:1x1x1")) == {
@@ -114,9 +114,9 @@ def test_devices_of_this_process():
     import jax
 
     assert describe(parse("cpu:1")) == jax.devices("cpu")[:1]
-    with pytest.raises(UserError, match=r"cpu:9999: JAX shows .* devices here; JAX_NUM_CPU_DEVICES"):
+    with pytest.raises(UserError, match=r"cpu:9999: JAX has only .* cpu devices here; set JAX_NUM_CPU_DEVICES"):
         describe(parse("cpu:9999"))
 
 
-def test_libtpu_is_quiet_by_strings():
+def test_the_quiet_environment_holds_strings():
     assert all(isinstance(value, str) for value in topologies.QUIET.values())
