@@ -1,1 +1,1 @@
-"""Training: the step, losses, checkpoints."""
+"""Training: the training step, losses and checkpoints."""

@@ -1,16 +1,18 @@
-"""Training checkpoints through Orbax: adapter, optimizer, step and rng, and where the data stood. Never the base.
+"""Training checkpoints through Orbax: adapter, optimizer state, step, rng and notes. Never the base.
 
     with open_checkpoints(folder) as checkpoints:
         save(checkpoints, step, state, {"seed": 0})
         state, notes = restore(checkpoints, like=state)
 
-A save goes on in the background while training does. A checkpoint appears whole or not at all; what a killed save left
-behind is cleared when the folder is next opened. It may be restored on another mesh and another number of hosts.
+Saves run in the background while training continues. A checkpoint appears whole or not at all; remains of a killed
+save are deleted when the folder is next opened. A checkpoint may be restored on another mesh and another number of
+hosts.
 
-Leaves of one dtype, shape and sharding are written as one array, `state/0`, `state/1`, …: Orbax spends half a KiB of
-text, and time, on each array, and adapters have many small ones. `manifest.json` names the leaves of each stack in
-order, and has a SHA-256 of every file; nothing is read before they agree: a read that fails half-way leaves
-tensorstore's threads reporting to an event loop that is gone, which has ended in a segmentation fault.
+Leaves with the same dtype, shape and sharding are written as one stacked array, `state/0`, `state/1`, …: Orbax spends
+half a KiB of metadata, and time, on each array, and adapters have many small ones. `manifest.json` lists the leaves of
+each stack in order and the SHA-256 of every file. `verify_checkpoint` compares them before anything is read: a read
+that fails half-way leaves tensorstore's threads reporting to an event loop that is gone, which has ended in a
+segmentation fault.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import contextlib
 import errno
 import functools
 import gc
-import hashlib
 import json
 import logging
 import operator
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jpeft.files import write_atomically
+from jpeft.files import file_sha256, write_atomically
 from jpeft.parallel.hosts import HostError, is_main_process, on_all_hosts
 
 if TYPE_CHECKING:
@@ -44,50 +45,57 @@ if TYPE_CHECKING:
 
 
 class CheckpointError(ValueError):
-    """Checkpoints that cannot be read, or that hold another state than the one expected."""
+    """A checkpoint that cannot be saved or read, or that holds another state than the expected one."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint whose files changed since they were written."""
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of a run: Orbax's manager, and what the save that is under way holds."""
+    """The checkpoints of a run. `open_checkpoints` makes it.
+
+    Attributes:
+      folder: where they are.
+      manager: Orbax's manager.
+      saving: the step and the manifest's stacks of the save in progress.
+      closed: whether the `with open_checkpoints(...)` block has ended.
+    """
 
     folder: Path
-    manager: CheckpointManager = None  # type: ignore[assignment]  # made by `open_checkpoints`, which it calls back
+    manager: CheckpointManager = None  # type: ignore[assignment]  # set afterwards: its options refer to this object
     saving: tuple[int, list[dict[str, Any]]] | None = None
     closed: bool = False
 
     def all_steps(self) -> list[int]:
-        """Steps that have one, in order."""
+        """The saved steps, in order."""
         return sorted(self.manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """The last of them."""
+        """The last saved step, or None."""
         return self.manager.latest_step()
 
     def check_open(self) -> None:
-        """Raises a `CheckpointError` after the end of `open_checkpoints`."""
+        """Raises a `CheckpointError` if the `with open_checkpoints(...)` block has ended."""
         if self.closed:
             raise CheckpointError(f"{self.folder}: was closed; save and restore within `with open_checkpoints(...)`")
 
     def best_step(self) -> int | None:
-        """That with the least loss, of those that were saved with one."""
+        """The saved step with the lowest loss, or None if none recorded a loss."""
         self.wait()
-        found = {step: told for step in self.all_steps() if (told := self.manager.metrics(step))}
-        return min(found, key=lambda step: found[step]["loss"], default=None)
+        metrics = {step: found for step in self.all_steps() if (found := self.manager.metrics(step))}
+        return min(metrics, key=lambda step: metrics[step]["loss"], default=None)
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises an `OSError` where the disk refused it."""
+        """Waits until the save in progress is on disk. Raises an `OSError` if it failed there."""
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise _refused(error, self.folder) from error
+            raise _save_error(error, self.folder) from error
 
-    def _seal(self) -> None:
-        """Write the manifest of a save, the last thing before it gets its name. In a thread of Orbax's."""
+    def _write_manifest(self) -> None:
+        """Writes the manifest of the save in progress. Orbax calls it last, before it renames the folder."""
         if self.saving is None or not is_main_process():
             return
         step, stacks = self.saving
@@ -98,19 +106,23 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[Checkpoints]:
-    """The checkpoints of a run, of which the latest `keep` and the one with the least loss stay on disk.
+    """Opens the checkpoints of a run, and at the end waits for the save in progress.
 
-    What is being saved at the end is waited for. One job at a time writes to a folder, on however many hosts: opening
-    it clears away what an unfinished save left there.
+    Only one job at a time may write to a folder, on however many hosts: opening it deletes the remains of an
+    unfinished save.
+
+    Args:
+        folder: where checkpoints are kept; created if it does not exist.
+        keep: how many of the latest stay on disk, beside the one with the lowest loss.
 
     Raises:
-        ValueError: `keep` is not at least 1.
+        ValueError: `keep` is below 1.
         NotADirectoryError: the folder is a file.
 
     >>> with open_checkpoints(run / "checkpoints") as checkpoints: print(checkpoints.latest_step())  # doctest: +SKIP
     """
     if keep < 1:
-        raise ValueError(f"keep={keep}: at least the latest checkpoint has to stay")
+        raise ValueError(f"keep={keep}: expected at least 1")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with _quiet():
@@ -119,7 +131,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
 
         checkpoints = Checkpoints(Path(folder).absolute())
         if is_main_process():
-            _drop_partial(checkpoints.folder)  # what a killed save left; Orbax clears it away in its own time
+            _delete_unfinished(checkpoints.folder)  # Orbax would delete it too, but later
         loss = operator.itemgetter("loss")
         options = ocp.CheckpointManagerOptions(
             best_fn=loss,
@@ -128,13 +140,13 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
                 [LatestN(keep), BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)]
             ),
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=checkpoints._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=checkpoints._write_manifest),
         )
         checkpoints.manager = ocp.CheckpointManager(checkpoints.folder, options=options)
         try:
             yield checkpoints
         except BaseException:
-            with contextlib.suppress(Exception):  # what happened first is told
+            with contextlib.suppress(Exception):  # the first error is raised
                 checkpoints.manager.close()
             raise
         finally:
@@ -142,7 +154,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
         try:
             checkpoints.manager.close()
         except Exception as error:
-            raise _refused(error, checkpoints.folder) from error
+            raise _save_error(error, checkpoints.folder) from error
 
 
 def save(
@@ -154,17 +166,20 @@ def save(
     loss: float | None = None,
     wait: bool = False,
 ) -> None:
-    """Write the state of a step, and notes in JSON beside it, in the background; on several hosts, all call it.
+    """Saves the state of a step, and notes as JSON, in the background. On several hosts, all must call it.
 
     Args:
-        state: a tree of arrays. It is copied first: the next step may donate it.
-        loss: by which the best is found.
-        wait: return when it is on disk.
+        checkpoints: from `open_checkpoints`.
+        step: the step, at least 0.
+        state: a tree of arrays. It is copied before this returns, so that the next step may donate it.
+        notes: JSON values to keep with the state, such as the position in the data.
+        loss: the loss by which `best_step` chooses.
+        wait: return only when the checkpoint is on disk.
 
     Raises:
-        OSError: the disk refuses this save, or refused the last one, e.g. with `ENOSPC`.
-        TypeError: a leaf of the state cannot be saved, or notes that are not JSON.
-        CheckpointError: there is a checkpoint of this step already, or the folder was closed.
+        OSError: this save, or the one before, failed on disk, e.g. with `ENOSPC`.
+        TypeError: a leaf of the state cannot be saved, or the notes are not JSON.
+        CheckpointError: the step was saved before, or the folder was closed.
 
     >>> save(checkpoints, 100, state, {"epoch": 2})  # doctest: +SKIP
     """
@@ -172,63 +187,68 @@ def save(
 
     checkpoints.check_open()
     metrics = None if loss is None else {"loss": float(loss)}
-    json.dumps(notes := dict(notes))  # now: a mistake there would come up in Orbax's thread, when the step is forgotten
+    json.dumps(notes := dict(notes))  # raises here; in Orbax's thread the error would come up in a later call
     _check_savable(state)
     checkpoints.wait()
     if step < 0 or step in checkpoints.all_steps():
         raise CheckpointError(f"{checkpoints.folder}: step {step} {'is below 0' if step < 0 else 'was saved already'}")
-    # Orbax writes the state twice, then drops one copy. A disk that fills meanwhile makes tensorstore's threads print
-    # tracebacks, so the room is looked for first.
+    # Orbax writes the state twice, then deletes one copy. On a disk that fills up, tensorstore's threads would print
+    # tracebacks, so the free space is checked first.
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    on_all_hosts(lambda: _find_room(checkpoints.folder, 2 * size + 2**20))
-    alike = _alike(state)
-    checkpoints.saving = step, [{"leaf": _kind(leaves[0]), "paths": paths} for paths, leaves in alike]
-    stacks = {str(index): _stack_to(_stacked(leaves[0]))(leaves) for index, (_, leaves) in enumerate(alike)}
+    on_all_hosts(lambda: _check_free_space(checkpoints.folder, 2 * size + 2**20))
+    groups = _stackable(state)
+    checkpoints.saving = step, [{"leaf": _shape_text(leaves[0]), "paths": paths} for paths, leaves in groups]
+    stacks = {str(index): _stack_to(_stack_sharding(leaves[0]))(leaves) for index, (_, leaves) in enumerate(groups)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(stacks), notes=ocp.args.JsonSave(notes))
     try:
         checkpoints.manager.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
-        raise _refused(error, checkpoints.folder) from error
+        raise _save_error(error, checkpoints.folder) from error
     if wait:
         checkpoints.wait()
 
 
 def _check_savable(state: Any) -> None:
-    """Raises a `TypeError` that names a leaf which Orbax cannot write, or would not give back as it was."""
+    """Raises a `TypeError` for a leaf that Orbax cannot write, or would not restore bit for bit."""
     for path, leaf in _by_path(state).items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             raise TypeError(f"{path} is a {type(leaf).__name__}, expected an array; make it one with jnp.asarray")
         if not leaf.size:
-            raise TypeError(f"{path} has shape {leaf.shape}: Orbax saves no empty arrays; leave it out")
+            raise TypeError(
+                f"{path} has shape {leaf.shape}: Orbax cannot save an empty array; remove it from the state"
+            )
         if not isinstance(leaf, jax.Array) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-            raise TypeError(f"{path} is {leaf.dtype}, which JAX narrows; enable jax_enable_x64, or give a narrower one")
+            raise TypeError(f"{path} is {leaf.dtype}, which JAX narrows; enable jax_enable_x64, or cast it first")
 
 
-def _find_room(folder: Path, size: int) -> None:
+def _check_free_space(folder: Path, size: int) -> None:
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def _refused(error: Exception, folder: Path) -> Exception:
-    """What a save that failed says: an `OSError`, if the system refused it."""
-    _drop_partial(folder)
-    # tensorstore reports what the system refused as a ValueError with the system's number in its text
-    said = re.search(r"os_error_code='(\d+)'", str(error))
-    number = int(said[1]) if said else getattr(error, "errno", None)
+def _save_error(error: Exception, folder: Path) -> Exception:
+    """The error to raise for a failed save: an `OSError` if the operating system failed it."""
+    _delete_unfinished(folder)
+    # tensorstore raises a ValueError with the system's error number in its text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(code[1]) if code else getattr(error, "errno", None)
     if number is None:
         return error
-    gc.collect()  # now, while asyncio is quiet: the other writes that failed say so when they are collected
+    gc.collect()  # now, while asyncio's log is off: it reports the other failed writes when they are collected
     return OSError(number, os.strerror(number), str(folder))
 
 
 def restore(checkpoints: Checkpoints, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """The latest state (or that of `step`) and its notes. Inverse of `save`.
+    """The state and notes of a step, by default the latest. Inverse of `save`.
 
     Args:
-        like: a state of the same structure, shapes, dtypes and shardings, for instance a fresh one.
+        checkpoints: from `open_checkpoints`.
+        like: a state with the same structure, shapes, dtypes and shardings, for instance a fresh one.
+        step: the step; None is the latest.
 
     Raises:
-        CheckpointError: there is none, what is there does not fit `like`, or (`DamagedError`) is not as it was written.
+        CheckpointError: there is no such checkpoint, or it does not fit `like`.
+        DamagedError: its files changed since they were written.
 
     >>> state, notes = restore(checkpoints, like=fresh)  # doctest: +SKIP
     """
@@ -236,23 +256,19 @@ def restore(checkpoints: Checkpoints, like: Any, step: int | None = None) -> tup
 
     checkpoints.check_open()
     checkpoints.wait()
-    there = checkpoints.all_steps()
-    if not there:
+    steps = checkpoints.all_steps()
+    if not steps:
         raise CheckpointError(f"{checkpoints.folder}: no checkpoint to resume from")
-    if (step := there[-1] if step is None else step) not in there:
-        raise CheckpointError(f"{checkpoints.folder}: no checkpoint of step {step}; there are {there}")
+    if (step := steps[-1] if step is None else step) not in steps:
+        raise CheckpointError(f"{checkpoints.folder}: no checkpoint of step {step}; the saved steps are {steps}")
     folder = checkpoints.folder / str(step)
-    stacks = on_all_hosts(lambda: _verify(folder, like, files=is_main_process()))
+    stacks = on_all_hosts(lambda: verify_checkpoint(folder, like, files=is_main_process()))
     leaves, structure = _by_path(like), jax.tree.structure(like)
-    wanted = {
-        str(index): jax.ShapeDtypeStruct((len(paths), *first.shape), first.dtype, sharding=_stacked(first) or _here())
-        for index, paths in enumerate(stacks)
-        for first in [leaves[paths[0]]]
-    }
+    wanted = {str(index): _abstract_stack(leaves[paths[0]], len(paths)) for index, paths in enumerate(stacks)}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
     try:
         found = checkpoints.manager.restore(step, args=args)
-    except Exception as error:  # Orbax and tensorstore raise a bare one for some damage
+    except Exception as error:  # for some damage Orbax and tensorstore raise a plain Exception
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: does not hold the expected state ({reason})") from error
     restored = {}
@@ -266,11 +282,14 @@ def restore(checkpoints: Checkpoints, like: Any, step: int | None = None) -> tup
 
 
 def restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[Any, dict[str, Any], list[int]]:
-    """The newest state that is whole, its notes, and the steps of newer ones that were damaged, which are deleted.
+    """Restores the newest checkpoint that is not damaged, and deletes the newer, damaged ones.
+
+    Returns:
+        The state, its notes, and the steps of the deleted checkpoints.
 
     Raises:
-        CheckpointError: there is none, all are damaged, or the newest that is not does not fit `like` (then all stay
-            where they are).
+        CheckpointError: there is no checkpoint, all are damaged, or the newest undamaged one does not fit `like`. Then
+            none is deleted.
 
     >>> state, notes, damaged = restore_newest(checkpoints, like=fresh)  # doctest: +SKIP
     """
@@ -286,44 +305,96 @@ def restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[Any, dict[str, 
             damaged.append(step)
         else:
             for bad in damaged:
-                checkpoints.manager.delete(bad)  # or the run could not save that step again
+                checkpoints.manager.delete(bad)  # otherwise the run could not save that step again
             return state, notes, damaged
     raise failure or CheckpointError(f"{checkpoints.folder}: no checkpoint to resume from")
 
 
+# --- verifying a checkpoint -----------------------------------------------------------------------------------------
+
 _MANIFEST = "manifest.json"
-_UNSEALED = (_MANIFEST, "_CHECKPOINT_METADATA")  # Orbax notes there when it gave the checkpoint its name
+_UNVERIFIED = (_MANIFEST, "_CHECKPOINT_METADATA")  # Orbax changes the second when it commits the checkpoint
+
+
+def verify_checkpoint(folder: Path, like: Any, files: bool = True) -> list[list[str]]:
+    """Compares a checkpoint with its manifest and with the expected state.
+
+    Args:
+        folder: the checkpoint.
+        like: the expected state.
+        files: whether to verify the SHA-256 of every file, which reads them whole.
+
+    Returns:
+        The paths of the leaves of each stack.
+
+    Raises:
+        CheckpointError: the first leaf that is not as in `like`.
+        DamagedError: the first file that changed since it was written.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        leaves = {path: stack["leaf"] for stack in manifest["stacks"] for path in stack["paths"]}
+        digests = dict(manifest["files"])
+        found = _digests(folder) if files else digests
+    except FileNotFoundError:
+        raise DamagedError(f"{folder}: damaged: {_MANIFEST} is missing") from None
+    except OSError as error:  # the disk's fault, perhaps for a moment only
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder}: damaged: {_MANIFEST} cannot be read ({error})") from error
+    expected = {path: _shape_text(leaf) for path, leaf in _by_path(like).items()}
+    for path in sorted(leaves.keys() | expected.keys()):
+        if leaves.get(path) != expected.get(path):
+            held, wanted = leaves.get(path, "nothing"), expected.get(path, "nothing")
+            raise CheckpointError(f"{folder}: does not hold the expected state: {held} at {path}, expected {wanted}")
+    for path, digest in digests.items():
+        if found.get(path) != digest:
+            change = "was changed since it was written" if path in found else "is missing"
+            raise DamagedError(f"{folder}: damaged: {path} {change}")
+    return [stack["paths"] for stack in manifest["stacks"]]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, by its path inside."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _UNVERIFIED)
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+
+
+# --- stacks of leaves -----------------------------------------------------------------------------------------------
 
 
 def _by_path(state: Any) -> dict[str, Any]:
-    """The leaves of a state, in order."""
+    """The leaves of a state by path, in order."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _kind(leaf: Any) -> str:
+def _shape_text(leaf: Any) -> str:
+    """Dtype and shape, such as ``float32[8,16]``."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _alike(state: Any) -> list[tuple[list[str], list[Any]]]:
-    """Paths and leaves of a state, those together that have dtype, shape and sharding in common."""
-    found: dict[Any, tuple[list[str], list[Any]]] = {}
+def _stackable(state: Any) -> list[tuple[list[str], list[Any]]]:
+    """The paths and leaves of a state, grouped by dtype, shape and sharding."""
+    groups: dict[Any, tuple[list[str], list[Any]]] = {}
     for path, leaf in _by_path(state).items():
-        paths, leaves = found.setdefault((_kind(leaf), getattr(leaf, "sharding", None)), ([], []))
+        paths, leaves = groups.setdefault((_shape_text(leaf), getattr(leaf, "sharding", None)), ([], []))
         paths.append(path)
         leaves.append(leaf)
-    return list(found.values())
+    return list(groups.values())
 
 
-def _stacked(leaf: Any) -> NamedSharding | None:
-    """The sharding of a stack of such leaves."""
+def _stack_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding of a stack of leaves like this one; None for leaves that are on no mesh."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind)
 
 
-def _here() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _abstract_stack(leaf: Any, size: int) -> jax.ShapeDtypeStruct:
+    """A stack of ``size`` leaves like this one."""
+    sharding = _stack_sharding(leaf) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=sharding)
 
 
 @functools.cache
@@ -336,54 +407,18 @@ def _unstack(stack: jax.Array) -> list[jax.Array]:
     return list(stack)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint, by its path inside."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in _UNSEALED:
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+# --- Orbax ----------------------------------------------------------------------------------------------------------
 
 
-def _verify(folder: Path, like: Any, files: bool) -> list[list[str]]:
-    """The paths of the leaves of each stack.
-
-    Raises `CheckpointError` with the first leaf that is not as in `like`, or, if `files` are looked at, which takes
-    reading them whole, with the first that is not as it was written.
-    """
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        leaves = {path: stack["leaf"] for stack in manifest["stacks"] for path in stack["paths"]}
-        digests = dict(manifest["files"])
-        found = _digests(folder) if files else digests
-    except FileNotFoundError:
-        raise DamagedError(f"{folder}: damaged: {_MANIFEST} is missing") from None
-    except OSError as error:  # the disk's fault, perhaps for a moment
-        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{folder}: damaged: {_MANIFEST} cannot be read ({error})") from error
-    wanted = {path: _kind(leaf) for path, leaf in _by_path(like).items()}
-    for path in sorted(leaves.keys() | wanted.keys()):
-        if leaves.get(path) != wanted.get(path):
-            held, asked = leaves.get(path, "nothing"), wanted.get(path, "nothing")
-            raise CheckpointError(f"{folder}: does not hold the expected state: {held} at {path}, expected {asked}")
-    for path, digest in digests.items():
-        if found.get(path) != digest:
-            change = "was changed since it was written" if path in found else "is missing"
-            raise DamagedError(f"{folder}: damaged: {path} {change}")
-    return [stack["paths"] for stack in manifest["stacks"]]
-
-
-def _drop_partial(folder: Path) -> None:
-    """Give back the space that an unfinished save took, so that the rest of the run can still be written."""
+def _delete_unfinished(folder: Path) -> None:
+    """Deletes what an unfinished save wrote, so that the disk has space for the rest of the run."""
     for left in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what Orbax logs, through absl and asyncio, off the user's terminal: what matters of it is raised."""
+    """A context in which absl and asyncio, through which Orbax logs, print nothing: errors are raised anyway."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

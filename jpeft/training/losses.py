@@ -1,4 +1,4 @@
-"""Losses for language models that never hold the logits of all positions."""
+"""Losses of language models that never materialize the logits of all positions."""
 
 from __future__ import annotations
 
@@ -18,17 +18,25 @@ def chunked_cross_entropy(
     weight: Shaped[Array, "batch length"],
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The weighted sum of cross-entropies, and that of right guesses, with the logits of ``chunk`` tokens at a time.
+    """The weighted sums of cross-entropies and of correct predictions, with logits for ``chunk`` tokens at a time.
 
-    The backward pass makes a chunk's logits again. Logits are [batch, length, vocabulary] in float32, and as much again
-    for their gradient: 805 MB for 4 x 256 tokens of 49,152 and their gradient, where this holds some chunks.
+    The backward pass recomputes the logits of a chunk. Logits are [batch, length, vocabulary] in float32, and so is
+    their gradient: 805 MB for both with 4 x 256 tokens and a vocabulary of 49,152. This holds those of a few chunks.
 
     Args:
       logits: the output head, e.g. ``lambda h: peft.apply(params, adapter, h, method="logits")``.
-      states: what it takes. targets: the right token at each position.
-      weight: how much each position counts; where it is 0 the target is not looked at.
-      chunk: tokens at a time, over the whole batch; at least one position of each row. Where the rows are spread over
-        devices, each has its part of a chunk, and gathers a sharded head for each chunk: give as many times more.
+      states: the hidden states that the head takes.
+      targets: the correct token at each position.
+      weight: the weight of each position; the target of a position with weight 0 is ignored.
+      chunk: tokens per chunk, over the whole batch; at least one position of each row. With rows sharded over devices,
+        each device has its part of every chunk and gathers a sharded head once per chunk: multiply ``chunk`` by the
+        number of shards.
+
+    Returns:
+      The sum of ``weight`` times the cross-entropy, and the sum of ``weight`` where the argmax is the target.
+
+    Raises:
+      ValueError: ``chunk`` is below 1.
 
     >>> head, states = jnp.eye(4), jnp.zeros((2, 6, 4))
     >>> total, _ = chunked_cross_entropy(lambda h: h @ head, states, jnp.ones((2, 6), int), jnp.ones((2, 6)), chunk=4)
@@ -41,20 +49,20 @@ def chunked_cross_entropy(
     size = min(length, max(1, chunk // batch))
     padding = -length % size
 
-    def pieces(x: jax.Array) -> jax.Array:
-        """[batch, length, ...] -> [pieces, batch, size, ...]: the batch stays an axis, so its sharding does."""
+    def chunks(x: jax.Array) -> jax.Array:
+        """[batch, length, ...] -> [chunks, batch, size, ...]; the batch stays an axis and keeps its sharding."""
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def chunk_sums(states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = logits(states).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, jnp.where(weight == 0, 0, targets))
         weight = weight.astype(jnp.float32)
         return (losses * weight).sum(), jnp.where(scores.argmax(-1) == targets, weight, 0).sum()
 
-    def add(total: Any, piece: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(*piece)), None
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, chunk_sums(*part)), None
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, (zero, zero), tuple(map(pieces, (states, targets, weight))))[0]
+    return jax.lax.scan(add, (zero, zero), tuple(map(chunks, (states, targets, weight))))[0]
