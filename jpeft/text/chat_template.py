@@ -1,14 +1,14 @@
-"""Between text and the token ids of a causal language model: prompts, chat templates, and answers as they come.
+"""Tokenizers of language models with their chat templates: messages to token ids, and generated ids back to text.
 
-    codec = read("./SmolLM2-135M-Instruct")     # a HuggingFace folder, or a .gguf file
-    ids = codec.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])
-    stream = Stream(codec)
-    for id in generate(ids, stop=codec.stop_ids):
+    tokenizer = read("./SmolLM2-135M-Instruct")     # a HuggingFace folder or a .gguf file
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])
+    stream = Stream(tokenizer)
+    for (id,) in jpeft.stream(model, params, [ids], stop_ids=tokenizer.stop_ids):
         print(stream.push(id), end="", flush=True)
     print(stream.finish())
 
-A chat template is a Jinja program inside the model's files. It runs in Jinja's sandbox, in the environment that
-transformers gives it, so that both render the same text.
+A chat template is a Jinja program in the model's files. It runs in Jinja's sandbox, in the environment of
+transformers' templates, so that both render the same text. `jpeft.text.conversations` tokenizes training data with it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     import jinja2
     from tokenizers import Tokenizer
 
-_ROLES = ("system", "user", "assistant", "tool")
-# A role that a template asks about by name, such as `message.role == "ipython"`, may be used with it too.
+ROLES = ("system", "user", "assistant", "tool")
+# A template may compare the role with other names, such as `message.role == "ipython"`; they are accepted too.
 _ROLE_IN_TEMPLATE = re.compile(r"""role['"]?\]?\s*==\s*['"](\w+)['"]""")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_ANSWERS = "_jpeft_answers"  # the template variable in which the answers' spans are gathered
-# More than any model's context holds. It ends templates that loop; one that loops without output only the user can end.
+_ANSWERS = "_jpeft_answers"  # the template variable that collects the spans of answers
+# More than any model's context holds. It stops templates that loop and write; one that writes nothing loops forever.
 _MAX_CHARACTERS = 1 << 25
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -45,28 +45,30 @@ Span = tuple[int, int]
 
 
 class ChatError(UserError):
-    """A tokenizer, a chat template or messages that cannot be used; one line says why."""
+    """A tokenizer, a chat template or messages that cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChatTokenizer:
-    """A model's tokenizer and chat template.
+    """A language model's tokenizer and chat template.
 
     Attributes:
-        tokenizer: neither cuts nor pads.
-        template: the model's own chat template, in Jinja; None where it has none.
-        special: `bos_token`, `eos_token` and so on, as the template sees them.
+        tokenizer: the tokenizer, without truncation and padding.
+        template: the model's chat template, in Jinja; None if it has none.
+        special: `bos_token`, `eos_token` and so on, as variables of the template.
         stop_ids: the ids that end an answer.
-        where: the path it was read from, for errors.
+        where: the path it was read from, for error messages.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
-    >>> tokenizer = Tokenizer(models.WordLevel({"?": 0, "user": 1, ":": 2, "tea": 3, "bot": 4}, unk_token="?"))
-    >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> words = Tokenizer(models.WordLevel({"?": 0, "user": 1, ":": 2, "tea": 3, "bot": 4}, unk_token="?"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
     >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}bot:"
-    >>> codec = ChatTokenizer(tokenizer, template, {}, (0,), "./tiny")
+    >>> tokenizer = ChatTokenizer(words, template, {}, (0,), "./tiny")
     >>> messages = [{"role": "user", "content": "tea"}]
-    >>> codec.render(messages), codec.encode_chat(messages), codec.encode("tea"), codec.decode([3, 1])
-    ('user: tea bot:', [1, 2, 3, 4, 2], [3], 'tea user')
+    >>> tokenizer.render(messages), tokenizer.encode_chat(messages)
+    ('user: tea bot:', [1, 2, 3, 4, 2])
+    >>> tokenizer.encode("tea"), tokenizer.decode([3, 1])
+    ([3], 'tea user')
     """
 
     tokenizer: Tokenizer
@@ -77,22 +79,25 @@ class ChatTokenizer:
 
     @cached_property
     def size(self) -> int:
-        """One more than the highest id."""
+        """The highest id plus one."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        """The ids that `decode` leaves out."""
+        """The ids that `decode` skips."""
         return frozenset(id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a plain prompt, with what the tokenizer itself puts around it (often a BOS token)."""
+        """The ids of a plain prompt, with the special tokens that the tokenizer adds (often a BOS token)."""
         return self._encode(text, add_special_tokens=True)
 
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """The ids of rendered messages: the template has put the special tokens, none are added."""
+        """The ids of messages, rendered by the chat template. The template writes the special tokens; none are added.
+
+        Args: as for `render`.
+        """
         return self._encode(self.render(messages, add_generation_prompt, **variables), add_special_tokens=False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -100,48 +105,52 @@ class ChatTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ChatError(
-                f"the prompt is no Unicode text: half a surrogate pair at character {error.start}"
+                f"the prompt is not valid Unicode: half a surrogate pair at character {error.start}"
             ) from None
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids if text else []
         if not ids:
-            raise ChatError(f"the prompt {text[:40]!r} is empty, or nothing to the tokenizer; give some text")
+            raise ChatError(f"the prompt {text[:40]!r} has no tokens; give some text")
         return ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of ids, without special tokens. An id that the tokenizer does not have is a `ChatError`."""
+        """The text of ids, without special tokens.
+
+        Raises:
+            ChatError: the tokenizer does not have an id.
+        """
         return self.tokenizer.decode([self._check_id(id) for id in ids], skip_special_tokens=True)
 
     def _check_id(self, id: SupportsIndex) -> int:
-        """The id as an int, if the tokenizer has it."""
+        """The id as an int. Raises a `ChatError` if the tokenizer does not have it."""
         number = operator.index(id)
         if not 0 <= number < self.size or self.tokenizer.id_to_token(number) is None:
             raise ChatError(f"{self.where}: the tokenizer has no id {number}; its ids are 0 to {self.size - 1}")
         return number
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text that the template makes of messages.
+        """The text of messages, rendered by the chat template.
 
         Args:
-            messages: each with a `role` and a `content`, both texts; other keys are for the template.
-            add_generation_prompt: end with the head of an answer.
-            variables: what else the template knows, such as `tools` or `enable_thinking`.
+            messages: each with a `role` and a `content`, both strings; the template may use other keys.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            variables: other variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
-            ChatError: there is no template, a message is malformed, or the template refuses or fails.
+            ChatError: there is no template, a message is malformed, or the template fails.
         """
         self._check(messages)
         return self._run(messages, add_generation_prompt, variables)[0]
 
     def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
-        """The text of a whole conversation, and where in it the assistant's answers lie, as `(start, end)`.
+        """The text of a whole conversation, and the `(start, end)` of each of the assistant's answers in it.
 
-        The template marks them by `{% generation %}`. For one that does not, an answer is what follows the rendering
-        of the messages before it, up to the token that ends it; it must stand there unchanged.
+        A template may mark answers by `{% generation %}`. Without marks, an answer is the text that rendering one
+        message more adds, up to the token that ends it. The text around it must not change.
 
         Raises:
-            ChatError: as `render`, or the answers' places cannot be told.
+            ChatError: as `render`, or the answers cannot be located.
 
-        >>> codec.render_with_spans(tea_and_yes)  # doctest: +SKIP
+        >>> tokenizer.render_with_spans(tea_and_yes)  # doctest: +SKIP
         ('<user>Tea?</s><assistant>Yes</s>', [(25, 32)])
         """
         self._check(messages)
@@ -156,46 +165,47 @@ class ChatTokenizer:
         after, _ = self._run(messages[: index + 1], False, variables)
         if not after.startswith(before):
             raise ChatError(
-                f"{self.where}: message {index}: the chat template asks for an answer otherwise than it renders one, "
-                "so where the answer begins cannot be told; mark it in the template by {% generation %}"
+                f"{self.where}: message {index}: the chat template's generation prompt differs from the beginning of a "
+                "rendered answer, so the answer cannot be located; mark it in the template by {% generation %}"
             )
         if not text.startswith(after):
             raise ChatError(
-                f"{self.where}: message {index}: the chat template renders an answer otherwise once more messages "
+                f"{self.where}: message {index}: the chat template renders the answer differently once more messages "
                 "follow; end the conversation with it, or mark answers in the template by {% generation %}"
             )
         answer = after[len(before) :]
         stops = [token for id in self.stop_ids if id < self.size and (token := self.tokenizer.id_to_token(id))]
         end = max((answer.rfind(token) + len(token) for token in stops if token in answer), default=len(answer))
-        blank = not answer[end:].strip()  # a line break behind the stop token, which no model ever writes
+        blank = not answer[end:].strip()  # a line break after the stop token, which a model never writes
         return len(before), len(before) + (end if blank else len(answer))
 
     def _check(self, messages: Sequence[Message]) -> None:
         if not self.template:
             raise ChatError(
-                f"{self.where}: no chat template, so no chat model; give a plain prompt instead (jpeft generate --raw)"
+                f"{self.where}: no chat template, so not a chat model; give a plain prompt (jpeft generate --raw)"
             )
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ChatError('no messages; expected a list such as [{"role": "user", "content": "Hello"}]')
-        roles = list(dict.fromkeys([*_ROLES, *_ROLE_IN_TEMPLATE.findall(self.template)]))
+        roles = list(dict.fromkeys([*ROLES, *_ROLE_IN_TEMPLATE.findall(self.template)]))
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise ChatError(f"message {index}: expected an object with 'role' and 'content', found {message!r:.60}")
+                raise ChatError(f"message {index}: expected an object with 'role' and 'content', got {message!r:.60}")
             if message["role"] not in roles:
-                raise ChatError(f"message {index}: the role {message['role']!r:.40} is none of {', '.join(roles)}")
+                raise ChatError(f"message {index}: the role is {message['role']!r:.40}, expected {', '.join(roles)}")
             if not isinstance(message["content"], str):
-                raise ChatError(f"message {index}: 'content' should be a text, found {message['content']!r:.40}")
+                raise ChatError(f"message {index}: 'content' must be text, got {message['content']!r:.40}")
 
     def _run(
         self, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]
     ) -> tuple[str, list[Span]]:
-        """The rendered text, and the spans that the template marks in it."""
+        """The rendered text, and the spans that the template marks."""
         import jinja2
 
         pieces, size, marked = [], 0, []
-        ours = {"messages": messages, "add_generation_prompt": add_generation_prompt, _ANSWERS: (pieces, marked)}
+        context = {"tools": None, "documents": None, **self.special, **variables}
+        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt, _ANSWERS: (pieces, marked)}
         try:
-            for piece in self._jinja.generate({"tools": None, "documents": None, **self.special, **variables, **ours}):
+            for piece in self._jinja.generate(context):
                 pieces.append(piece)
                 size += len(piece)
                 if size > _MAX_CHARACTERS:
@@ -203,13 +213,16 @@ class ChatTokenizer:
         except ChatError:
             raise
         except Exception as error:  # a template can raise whatever Python's operators and methods do
-            said = " ".join(str(error).split())[:300]
-            if type(error) is jinja2.TemplateError:  # its own `raise_exception`
-                raise ChatError(f"{self.where}: the chat template refuses the messages: {said}") from error
-            raise ChatError(f"{self.where}: the chat template failed ({type(error).__name__}: {said})") from error
+            if type(error) is jinja2.TemplateError:  # raised by the template's own `raise_exception`
+                raise ChatError(f"{self.where}: the chat template rejects the messages: {_one_line(error)}") from error
+            raise ChatError(
+                f"{self.where}: the chat template failed ({type(error).__name__}: {_one_line(error)})"
+            ) from error
         text = "".join(pieces)
         if any(not text.startswith(answer, start) for start, answer in marked):
-            raise ChatError(f"{self.where}: {{% generation %}} stands in a macro or a block, its place cannot be told")
+            raise ChatError(
+                f"{self.where}: {{% generation %}} is inside a macro or a block, so answers cannot be located"
+            )
         return text, [(start, start + len(answer)) for start, answer in marked]
 
     @cached_property
@@ -219,28 +232,31 @@ class ChatTokenizer:
         try:
             return _environment().from_string(self.template or "")
         except (jinja2.TemplateError, RecursionError) as error:
-            said = " ".join(str(error).split())[:300]
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ChatError(f"{self.where}: the chat template is not Jinja{line}: {said}") from error
+            raise ChatError(f"{self.where}: the chat template is not valid Jinja{line}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _environment() -> jinja2.Environment:
-    """What transformers gives to chat templates (`utils/chat_template_utils.py`)."""
+    """The Jinja environment that transformers gives to chat templates (`utils/chat_template_utils.py`)."""
     import jinja2
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """`{% generation %}…{% endgeneration %}` around an answer: notes where it begins and what it is."""
+        """`{% generation %}…{% endgeneration %}` around an answer: records its beginning and its text."""
 
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance's)
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it on instances)
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
 
         @jinja2.pass_context
-        def _note(self, context: Any, caller: Any) -> str:
+        def _record(self, context: Any, caller: Any) -> str:
             answer = caller()
             pieces, marked = context[_ANSWERS]
             marked.append((sum(map(len, pieces)), answer))
@@ -250,7 +266,7 @@ def _environment() -> jinja2.Environment:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        """Unlike Jinja's own, it leaves the characters of HTML as they are."""
+        """JSON without HTML escapes, unlike Jinja's own filter."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
@@ -263,55 +279,60 @@ def _environment() -> jinja2.Environment:
 
 
 class Stream:
-    """Ids to text, one by one: what has been given out is never taken back, and all of it together is `decode`'s.
+    """Decodes ids to text one by one.
 
-    Text is held back while it may still change: in the middle of a character, and with SentencePiece throughout a run
-    of byte tokens, all of which become U+FFFD if one is wrong.
+    The pieces of text together equal `decode` of all ids. Text is held back while it may still change: inside a
+    character, and with SentencePiece throughout a run of byte tokens, all of which become U+FFFD if one is wrong.
 
-    >>> stream = Stream(codec)  # doctest: +SKIP
-    >>> [stream.push(id) for id in codec.encode("tea 🫖!")] + [stream.finish()]  # doctest: +SKIP
+    >>> stream = Stream(tokenizer)  # doctest: +SKIP
+    >>> [stream.push(id) for id in tokenizer.encode("tea 🫖!")] + [stream.finish()]  # doctest: +SKIP
     ['tea', ' ', '', '', '🫖', '!', '']
     """
 
-    def __init__(self, codec: ChatTokenizer):
-        self._codec = codec
-        self._window: list[int] = []  # the ids of the text last given out, and those since: a token's text may depend
-        self._since: list[int] = []  # on whether one stands before it, so the former are decoded again
-        self._given = 0  # how much of the window's text was given out
+    def __init__(self, tokenizer: ChatTokenizer):
+        self._tokenizer = tokenizer
+        # A token's text may depend on whether another precedes it, so the ids of the last piece are decoded again.
+        self._window: list[int] = []  # the ids of the last piece of text, and those pushed since
+        self._since: list[int] = []  # the ids pushed since the last piece
+        self._returned = 0  # characters of the window's text that were returned
 
     def push(self, id: SupportsIndex) -> str:
-        """The text that is certain now and was not before. An id that the tokenizer does not have is a `ChatError`."""
-        number = self._codec._check_id(id)
-        if number in self._codec._special_ids:
+        """The text that this id completes; empty if it may still change.
+
+        Raises:
+            ChatError: the tokenizer does not have the id.
+        """
+        number = self._tokenizer._check_id(id)
+        if number in self._tokenizer._special_ids:
             return ""
         self._window.append(number)
         self._since.append(number)
-        text = self._codec.decode(self._window)
-        if text.endswith("\ufffd") or _BYTE_TOKEN.fullmatch(self._codec.tokenizer.id_to_token(number) or ""):
+        text = self._tokenizer.decode(self._window)
+        if text.endswith("\ufffd") or _BYTE_TOKEN.fullmatch(self._tokenizer.tokenizer.id_to_token(number) or ""):
             return ""
-        new, self._given = text[self._given :], len(text)
-        if again := self._codec.decode(self._since):  # where these give nothing, the next would be taken for the first
-            self._window, self._given = self._since, len(again)
+        new, self._returned = text[self._returned :], len(text)
+        if again := self._tokenizer.decode(self._since):  # if empty, the next token would seem the first
+            self._window, self._returned = self._since, len(again)
         self._since = []
         return new
 
     def finish(self) -> str:
-        """What was held back. The stream is then as new."""
-        rest = self._codec.decode(self._window)[self._given :]
-        self._window, self._since, self._given = [], [], 0
+        """The text that was held back. The stream can be used again."""
+        rest = self._tokenizer.decode(self._window)[self._returned :]
+        self._window, self._since, self._returned = [], [], 0
         return rest
 
 
-def check_vocabulary(codec: ChatTokenizer, rows: int) -> None:
-    """Raises a `ChatError` where the tokenizer has ids for which the model's embedding has no row.
+def check_vocabulary(tokenizer: ChatTokenizer, rows: int) -> None:
+    """Raises a `ChatError` if the tokenizer has ids beyond the rows of the model's embedding.
 
-    >>> check_vocabulary(codec, params["embed_tokens"]["embedding"].shape[0])  # doctest: +SKIP
+    >>> check_vocabulary(tokenizer, params["embed_tokens"]["embedding"].shape[0])  # doctest: +SKIP
     """
-    if codec.size > rows:
-        token = codec.tokenizer.id_to_token(codec.size - 1)
+    last = tokenizer.size - 1
+    if last >= rows:
         raise ChatError(
-            f"{codec.where}: the tokenizer gives {token!r} the id {codec.size - 1}, but the embedding has {rows} rows: "
-            "the tokenizer belongs to another model"
+            f"{tokenizer.where}: the tokenizer gives {tokenizer.tokenizer.id_to_token(last)!r} the id {last}, but the "
+            f"embedding has {rows} rows: the tokenizer belongs to another model"
         )
 
 
@@ -319,44 +340,45 @@ def check_vocabulary(codec: ChatTokenizer, rows: int) -> None:
 
 
 def read(path: str | Path) -> ChatTokenizer:
-    """The codec of a HuggingFace folder or of a .gguf file.
+    """Reads the tokenizer and the chat template of a HuggingFace folder or a .gguf file.
 
     Raises:
-        UserError: there is no such path or no tokenizer in it, or a file cannot be understood; it is named.
+        UserError: the path or its tokenizer does not exist, or a file is malformed; the message names it.
 
     >>> read("./SmolLM2-135M-Instruct").stop_ids  # doctest: +SKIP
     (2,)
     """
     path = Path(path)
     if path.is_dir():
-        codec = _read_folder(path)
+        tokenizer = _read_folder(path)
     elif path.is_file() and path.suffix.lower() == ".gguf":
-        codec = _read_gguf(path)
+        tokenizer = _read_gguf(path)
     else:
-        found = "is another file" if path.exists() else "no such path"
+        found = "not a model" if path.exists() else "no such path"
         raise ChatError(f"{path}: {found}; expected a HuggingFace folder or a .gguf file")
-    codec.tokenizer.no_truncation()
-    codec.tokenizer.no_padding()
-    # As transformers does: a token that the model's files name is found in a text, and left out of an answer.
-    named = {id: token for token in codec.special.values() if (id := codec.tokenizer.token_to_id(token)) is not None}
-    known = codec.tokenizer.get_added_tokens_decoder()
-    codec.tokenizer.add_special_tokens([named[id] for id in named if id not in known or not known[id].special])
-    return codec
+    inner = tokenizer.tokenizer
+    inner.no_truncation()
+    inner.no_padding()
+    # As transformers does: a token named in the model's files is recognized in text, and skipped by `decode`.
+    named = {id: token for token in tokenizer.special.values() if (id := inner.token_to_id(token)) is not None}
+    known = inner.get_added_tokens_decoder()
+    inner.add_special_tokens([named[id] for id in named if id not in known or not known[id].special])
+    return tokenizer
 
 
 def _read_gguf(path: Path) -> ChatTokenizer:
-    from jpeft.models import gguf, gguf_file
+    from jpeft.models import gguf
 
-    file = gguf_file.open_file(path)
-    special, template = gguf.read_special(file), gguf.read_chat_template(file)
+    file = gguf.open_file(path)
+    special, template = gguf.read_special_tokens(file), gguf.read_chat_template(file)
     return ChatTokenizer(gguf.read_tokenizer(file), template, special, gguf.stop_ids(file), str(path))
 
 
 def _read_folder(folder: Path) -> ChatTokenizer:
-    tokenizer = reading.load_tokenizer(folder, max_length=1 << 31)  # any: the cut is taken off again
+    tokenizer = reading.load_tokenizer(folder, max_length=1 << 31)  # `read` removes the truncation
     config = _read_optional_json(folder / "tokenizer_config.json")
     special = _special(config)
-    if "added_tokens_decoder" not in config:  # before transformers 4.34 the map had the last word, now none
+    if "added_tokens_decoder" not in config:  # before transformers 4.34 the map took precedence; since, it is ignored
         special |= _special(_read_optional_json(folder / "special_tokens_map.json"))
     stop_ids = _stop_ids(folder)
     if (eos := tokenizer.token_to_id(special.get("eos_token", ""))) is not None and eos not in stop_ids:
@@ -365,24 +387,24 @@ def _read_folder(folder: Path) -> ChatTokenizer:
 
 
 def _special(config: Mapping[str, Any]) -> dict[str, str]:
-    """The entries such as `"eos_token": "</s>"` or `"eos_token": {"content": "</s>", …}`."""
+    """The entries like `"eos_token": "</s>"` or `"eos_token": {"content": "</s>", …}`."""
     tokens = {key: value for key, value in config.items() if key.endswith("_token")}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}  # `add_bos_token` is a bool
 
 
 def _stop_ids(folder: Path) -> list[int]:
-    """`eos_token_id`, one or a list, of all the configs: a chat model's turn often ends otherwise than a document."""
+    """The `eos_token_id`s of all configs. A chat model's turn often ends with another token than a document."""
     stop_ids = []
     for name in ("generation_config.json", "config.json"):
         config = _read_optional_json(folder / name)
-        inner = config.get("text_config")  # of a model that also takes images
+        inner = config.get("text_config")  # of models that also take images
         for owner in (config, inner if isinstance(inner, dict) else {}):
             value = owner.get("eos_token_id")
             ids = value if isinstance(value, list) else [] if value is None else [value]
             if any(type(id) is not int for id in ids):
-                raise ChatError(f"{folder / name}: eos_token_id should be an id or a list of ids, found {value!r:.40}")
-            stop_ids += [id for id in ids if id >= 0]  # -1 stands for none
+                raise ChatError(f"{folder / name}: eos_token_id must be an id or a list of ids, got {value!r:.40}")
+            stop_ids += [id for id in ids if id >= 0]  # -1 means none
     return list(dict.fromkeys(stop_ids))
 
 
@@ -394,16 +416,18 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         except UnicodeDecodeError as error:
             raise ChatError(f"{path}: not UTF-8 (byte offset {error.start})") from error
     path, template = folder / "tokenizer_config.json", config.get("chat_template")
-    if template is None:  # of a processor, which the tokenizer shares
+    if template is None:  # a processor's file, whose template the tokenizer shares
         path = folder / "chat_template.json"
         template = _read_optional_json(path).get("chat_template")
     if isinstance(template, list) and all(isinstance(each, dict) for each in template):
         named = {str(each.get("name")): each.get("template") for each in template}
         if "default" not in named:
-            raise ChatError(f"{path}: the chat templates are {', '.join(named) or 'none'}; expected one named default")
+            raise ChatError(
+                f"{path}: the chat templates are {', '.join(named) or 'none'}; expected one named 'default'"
+            )
         template = named["default"]
     if template is not None and not isinstance(template, str):
-        raise ChatError(f"{path}: chat_template should be a text or a list of named ones, found {template!r:.40}")
+        raise ChatError(f"{path}: chat_template must be text or a list of named templates, got {template!r:.40}")
     return template
 
 

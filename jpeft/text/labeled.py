@@ -1,11 +1,9 @@
-"""Labeled texts: read from CSV or JSONL, tokenized, cut into batches.
+"""Labeled texts for classification: read from CSV or JSONL, tokenized, and batched.
 
-    train = read("train.csv", text="review", label="score")
-    names = label_names(train)
-    encoded = encode(train.texts, load_tokenizer(folder, 128), 128, label_ids(train, names))
-    for batch in Batches(encoded, batch_size=32, seed=0).start(step=40): ...
-
-The batch of a step is a pure function of the data, the seed and the step: a run can be taken up anywhere.
+train = read("train.csv", text="review", label="score")
+names = label_names(train)
+encoded = encode(train.texts, load_tokenizer(folder, 128), 128, label_ids(train, names))
+for batch in Batches(encoded, batch_size=32, seed=0).start(step=40): ...
 """
 
 from __future__ import annotations
@@ -13,26 +11,36 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jpeft.errors import UserError
-from jpeft.text.batching import bucket, by_length
-from jpeft.text.reading import Row, check_text, check_unicode, csv_rows, decode, jsonl_rows
+from jpeft.text import batching
+from jpeft.text.reading import Row, check_text, check_unicode, csv_rows, jsonl_rows, read_text
+from jpeft.text.splitting import split_groups
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-# No tokenizer makes one token of more characters than this, but for runs of blanks: what lies beyond is not read.
+
+# No tokenizer makes one token of more characters, except from runs of blanks. Text beyond is not tokenized.
 _CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and their labels (empty where none were asked for), as read from `lines` of the file `source`."""
+    """Texts and their labels.
+
+    Attributes:
+        source: the file they were read from.
+        texts: one per example.
+        labels: one per example; empty if the file was read without labels.
+        lines: the line of each example in the file.
+    """
 
     source: str
     texts: tuple[str, ...]
@@ -48,12 +56,20 @@ class Examples:
         >>> Examples("train.csv", ("good", "stale"), (), (2, 3)).take([1], "the second").texts
         ('stale',)
         """
-        pick = lambda values: tuple(values[row] for row in rows) if values else ()  # noqa: E731
-        return Examples(source, pick(self.texts), pick(self.labels), pick(self.lines))
+        texts, lines = tuple(self.texts[row] for row in rows), tuple(self.lines[row] for row in rows)
+        labels = tuple(self.labels[row] for row in rows) if self.labels else ()
+        return Examples(source, texts, labels, lines)
 
 
 class Encoded(NamedTuple):
-    """Token ids (one array per text) and label ids (zeros where there are no labels)."""
+    """Tokenized texts.
+
+    Attributes:
+        ids: int32 token ids, an array per text.
+        labels: int32 label ids; zeros if there are no labels.
+        max_length: the length that no text exceeds.
+        pad_id: the padding token.
+    """
 
     ids: tuple[np.ndarray, ...]
     labels: np.ndarray
@@ -62,7 +78,15 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows padded to a bucket's length: `weight` is 0 for the rows that only fill a last batch, `rows` is -1 there."""
+    """Texts padded to one width.
+
+    Attributes:
+        input_ids: int32 `[rows, length]`.
+        attention_mask: int32 `[rows, length]`; 1 for tokens, 0 for padding.
+        labels: int32 `[rows]`.
+        weight: float32 `[rows]`; 1 for texts, 0 for the empty rows that fill up a last batch.
+        rows: int32 `[rows]`; the index of each text, -1 for empty rows.
+    """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -71,19 +95,33 @@ class Batch(NamedTuple):
     rows: np.ndarray
 
 
+class Count(NamedTuple):
+    """The number of texts and tokens in a batch."""
+
+    examples: int
+    tokens: int
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read(path: str | Path, text: str, label: str | None = None) -> Examples:
-    """Texts and labels of a .csv or .jsonl file, in UTF-8. Whatever is not as it should be is a `UserError`.
+    """Reads texts and labels from a .csv or .jsonl file in UTF-8.
+
+    Args:
+        text: the column of the texts.
+        label: the column of the labels; none are read by default.
+
+    Raises:
+        UserError: the file cannot be read or a row is malformed; the message names the line.
 
     >>> read("reviews.csv", text="review", label="stars")  # doctest: +SKIP
     """
     path = Path(path)
     readers = {".csv": csv_rows, ".jsonl": jsonl_rows}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: expected a .csv or .jsonl file, found the suffix {path.suffix or '(none)'!r}")
-    return _examples(path, readers[path.suffix.lower()](path, decode(path)), text, label)
+        raise UserError(f"{path}: expected a .csv or .jsonl file, got the suffix {path.suffix or '(none)'!r}")
+    return _examples(path, readers[path.suffix.lower()](path, read_text(path)), text, label)
 
 
 def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> Examples:
@@ -93,22 +131,22 @@ def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> 
             if column is not None and column not in row:
                 raise UserError(
                     f"{path}: no column {column!r} at line {number}; the columns are {', '.join(map(repr, row))} "
-                    "(--text and --label choose)"
+                    "(choose with --text and --label)"
                 )
         texts.append(check_text(path, number, text, row[text]))
         lines.append(number)
         if label is not None:
             labels.append(_label(path, number, label, row[label]))
     if not texts:
-        raise UserError(f"{path}: no examples; expected a row for each below the header")
+        raise UserError(f"{path}: no examples; expected rows below the header")
     return Examples(str(path), tuple(texts), tuple(labels), tuple(lines))
 
 
 def _label(path: Path, line: int, column: str, value: Any) -> str:
     name = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
-    no_label = isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value))
-    if not name or no_label:
-        raise UserError(f"{path}: line {line}: expected a label in {column!r}, found {json.dumps(value)[:40]}")
+    malformed = isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value))
+    if not name or malformed:
+        raise UserError(f"{path}: line {line}: expected a label in {column!r}, got {json.dumps(value)[:40]}")
     return check_unicode(path, line, column, name)
 
 
@@ -116,21 +154,27 @@ def _label(path: Path, line: int, column: str, value: Any) -> str:
 
 
 def label_names(train: Examples) -> tuple[str, ...]:
-    """The classes of a training set, sorted, whole numbers by value.
+    """The classes of a training set, sorted; whole numbers are sorted by value.
+
+    Raises:
+        UserError: there is only one class, or every example has a class of its own.
 
     >>> label_names(Examples("train.csv", ("tea", "stale", "tea"), ("10", "9", "10"), (2, 3, 4)))
     ('9', '10')
     """
     names = sorted(set(train.labels), key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
-        raise UserError(f"{train.source}: every example has the label {names[0]!r}; two classes or more are needed")
+        raise UserError(f"{train.source}: every example has the label {names[0]!r}; at least two classes are needed")
     if len(names) == len(train) > 20:
-        raise UserError(f"{train.source}: {len(names)} examples, each with a label of its own: no class to learn")
+        raise UserError(f"{train.source}: {len(names)} examples, each with a label of its own; no class can be learned")
     return tuple(names)
 
 
 def label_ids(examples: Examples, names: Sequence[str]) -> np.ndarray:
-    """Labels as positions in `names`; one that training never showed is an error.
+    """Labels as indices into `names`.
+
+    Raises:
+        UserError: a label is not among the names, so training has never seen it.
 
     >>> label_ids(Examples("test.csv", ("tea",), ("good",), (2,)), ("bad", "good"))
     array([1], dtype=int32)
@@ -148,27 +192,22 @@ def label_ids(examples: Examples, names: Sequence[str]) -> np.ndarray:
 
 
 def train_test_split(examples: Examples, seed: int, share: float = 0.1) -> tuple[Examples, Examples]:
-    """Split off a share of every class for evaluation; a class of one stays in training.
+    """Holds out a share of every class for evaluation. A class with one example stays in training.
 
     >>> train, test = train_test_split(Examples("train.csv", tuple("abcd"), ("x", "x", "y", "y"), (2, 3, 4, 5)), seed=0)
     >>> len(train), test.labels
     (2, ('x', 'y'))
     """
-    rng = np.random.default_rng(seed)
     labels = np.asarray(examples.labels)
-    held = []
-    for name in label_names(examples):
-        rows = np.flatnonzero(labels == name)
-        held.append(rng.permutation(rows)[: min(len(rows) - 1, max(1, round(share * len(rows))))])
-    chosen = {int(row) for row in np.concatenate(held)}
-    if not chosen:
-        raise UserError(f"{examples.source}: too few examples to hold some out; give an evaluation file (--eval)")
-    kept = [row for row in range(len(examples)) if row not in chosen]
-    return examples.take(kept, examples.source), examples.take(sorted(chosen), f"{examples.source} (held out)")
+    classes = [np.flatnonzero(labels == name) for name in label_names(examples)]
+    return split_groups(examples, classes, seed, share)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizing
 
 
 def length_limit(config: Any) -> int:
-    """The longest input that a model's configuration allows.
+    """The longest input that a model's configuration allows, in tokens.
 
     >>> import types
     >>> length_limit(types.SimpleNamespace(max_position_embeddings=512, model_type="bert"))
@@ -176,7 +215,7 @@ def length_limit(config: Any) -> int:
     """
     limit = int(getattr(config, "max_position_embeddings", 512))
     if "roberta" in str(getattr(config, "model_type", "")) or getattr(config, "model_type", "") == "camembert":
-        limit -= int(getattr(config, "pad_token_id", 1)) + 1  # their positions begin behind the padding's
+        limit -= int(getattr(config, "pad_token_id", 1)) + 1  # their positions begin after the padding's
     return limit
 
 
@@ -188,19 +227,23 @@ def encode(
     pad_id: int = 0,
     vocab_size: int | None = None,
 ) -> Encoded:
-    """Token ids of texts, cut to `max_length`. A text of any size costs no more than what is kept of it.
+    """Tokenizes texts and truncates them to `max_length`. A long text costs no more than the part that is kept.
 
     Args:
-        labels: label ids, zeros by default. pad_id: what will fill a row.
-        vocab_size: of the model: an id that it has no row for is a `UserError`.
+        labels: label ids; zeros by default.
+        pad_id: the token that pads batches.
+        vocab_size: the model's vocabulary size; a token id outside it is an error.
+
+    Raises:
+        UserError: the tokenizer produces ids outside the model's vocabulary.
 
     >>> encode(["good tea", "stale"], load_tokenizer(folder, 128), 128)  # doctest: +SKIP
     """
-    cut = _CHARACTERS_PER_TOKEN * max_length
-    encodings = tokenizer.encode_batch([text[:cut] for text in texts])
+    characters = _CHARACTERS_PER_TOKEN * max_length
+    encodings = tokenizer.encode_batch([text[:characters] for text in texts])
     ids = tuple(np.asarray(encoding.ids, np.int32) for encoding in encodings)
     top = max((int(row.max()) for row in ids if row.size), default=0)
-    if vocab_size is not None and top >= vocab_size:  # looked up, it would give NaN
+    if vocab_size is not None and top >= vocab_size:  # an embedding lookup would give NaN
         raise UserError(
             f"the tokenizer gives {tokenizer.id_to_token(top)!r} the id {top}, but the model's vocabulary is "
             f"{vocab_size}: tokenizer.json belongs to another model"
@@ -211,23 +254,21 @@ def encode(
 # --------------------------------------------------------------------------------------------------------- batching
 
 
-class Count(NamedTuple):
-    """What a batch holds: texts, and their tokens."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Batches(batching.Batches[Batch, Count]):
+    """The batches of all epochs, each padded to a few widths.
 
-    examples: int
-    tokens: int
-
-
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """The batches of all epochs: that of a step depends on the data, the seed and the step, and on nothing before it.
-
-    Every epoch shows every example once. It is shuffled, sorted by length a few batches at a time so that little is
-    padding, and the batches are shuffled again. Without a seed it is one pass in order of length, for evaluation.
+    Every epoch shows every text once. It is shuffled, sorted by length a few batches at a time to save padding, and
+    its batches are shuffled. Without a seed, all texts are sorted by length, for evaluation.
 
     >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
-    >>> [int(batch.weight.sum()) for batch in Batches(encoded, batch_size=4, epochs=2).start(1)]
+    >>> batches = Batches(encoded, batch_size=4, epochs=2)
+    >>> [int(batch.weight.sum()) for batch in batches.start(1)]
     [3, 4, 3]
+    >>> list(batches.counts(2))
+    [Count(examples=4, tokens=20), Count(examples=3, tokens=15)]
+    >>> batches.per_epoch, batches.epochs_after(3)
+    ((2, 2), 1.5)
     """
 
     encoded: Encoded
@@ -236,71 +277,39 @@ class Batches:
     epochs: int = 1
 
     @property
-    def per_epoch(self) -> int:
-        """Batches in one epoch, the last padded.
+    def per_epoch(self) -> tuple[int, ...]:
+        """The number of batches in each epoch.
 
-        >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
-        >>> Batches(encoded, batch_size=4).per_epoch
-        2
+        >>> batches.per_epoch  # doctest: +SKIP
+        (311, 311, 311)
         """
-        return -(-len(self.encoded.ids) // self.batch_size)
+        return (-(-len(self.encoded.ids) // self.batch_size),) * self.epochs
 
-    def __len__(self) -> int:
-        return self.per_epoch * self.epochs
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        return self._cached_plan(epoch)
 
-    def epochs_after(self, step: int) -> float:
-        """How many epochs so many steps make.
+    @cached_property
+    def _cached_plan(self) -> Callable[[int], list[np.ndarray]]:
+        return lru_cache(maxsize=2)(self._plan)  # `start` and `counts` walk through the same epochs
 
-        >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
-        >>> Batches(encoded, batch_size=4).epochs_after(1)
-        0.5
-        """
-        return step / self.per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.start(0)
-
-    def start(self, step: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """The batches from a step on; or those of their rows that are given, which are this host's.
-
-        >>> next(batches.start(40))  # doctest: +SKIP
-        """
-        for texts in self._from(step):
-            batch = self._pad(texts)
-            yield batch if rows is None else Batch(*(column[rows] for column in batch))
-
-    def counts(self, step: int) -> Iterator[Count]:
-        """What the batches from a step on hold, on all hosts together.
-
-        >>> encoded = Encoded((np.ones(5, np.int32),) * 7, np.zeros(7, np.int32), 128, 0)
-        >>> list(Batches(encoded, batch_size=4).counts(0))
-        [Count(examples=4, tokens=20), Count(examples=3, tokens=15)]
-        """
-        for texts in self._from(step):
-            yield Count(len(texts), sum(len(self.encoded.ids[row]) for row in texts))
-
-    def _from(self, step: int) -> Iterator[np.ndarray]:
-        """The texts of each batch from a step on."""
-        first, position = divmod(step, self.per_epoch)
-        for epoch in range(first, self.epochs):
-            yield from self._order(epoch)[position:]
-            position = 0
-
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        """The rows of each batch of an epoch, by (seed, epoch) alone."""
+    def _plan(self, epoch: int) -> list[np.ndarray]:
         lengths = np.asarray([len(ids) for ids in self.encoded.ids])
-        return by_length(lengths, self.batch_size, None if self.seed is None else (self.seed, epoch))
+        return batching.by_length(lengths, self.batch_size, None if self.seed is None else (self.seed, epoch))
 
-    def _pad(self, rows: np.ndarray) -> Batch:
-        """The rows as one batch of a bucket's width; missing rows are filled with ones that weigh nothing."""
-        ids = [self.encoded.ids[row] for row in rows]
-        shape = (self.batch_size, bucket(max(map(len, ids)), self.encoded.max_length))
+    def _make(self, planned: np.ndarray, rows: np.ndarray | None) -> Batch:
+        ids = [self.encoded.ids[row] for row in planned]
+        shape = (self.batch_size, batching.bucket(max(map(len, ids)), self.encoded.max_length))
         input_ids, mask = np.full(shape, self.encoded.pad_id, np.int32), np.zeros(shape, np.int32)
         for slot, row in enumerate(ids):
             input_ids[slot, : len(row)] = row
             mask[slot, : len(row)] = 1
-        mask[len(rows) :, 0] = 1  # a filler row attends to something, so that it is finite
-        fill = (0, self.batch_size - len(rows))
-        labels = np.pad(self.encoded.labels[rows], fill)
-        weight = np.pad(np.ones(len(rows), np.float32), fill)
-        return Batch(input_ids, mask, labels, weight, np.pad(rows.astype(np.int32), fill, constant_values=-1))
+        mask[len(planned) :, 0] = 1  # an empty row attends to something, so that its output is finite
+        fill = (0, self.batch_size - len(planned))
+        labels = np.pad(self.encoded.labels[planned], fill)
+        weight = np.pad(np.ones(len(planned), np.float32), fill)
+        index = np.pad(planned.astype(np.int32), fill, constant_values=-1)
+        batch = Batch(input_ids, mask, labels, weight, index)
+        return batch if rows is None else Batch(*(column[rows] for column in batch))
+
+    def _count(self, planned: np.ndarray) -> Count:
+        return Count(len(planned), sum(len(self.encoded.ids[row]) for row in planned))

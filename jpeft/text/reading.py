@@ -1,4 +1,4 @@
-"""Reading text files: CSV, JSONL, tokenizers."""
+"""Text files: rows of CSV and JSONL with their line numbers, checked values, and tokenizers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def decode(path: Path) -> str:
-    """The content of a file in UTF-8, without a byte-order mark. One that is missing, empty or otherwise encoded is a
-    `UserError`.
+Row = tuple[int, Mapping[str, Any]]  # its line in the file, and its values by column
 
-    >>> decode(Path("reviews.csv"))  # doctest: +SKIP
+
+def read_text(path: Path) -> str:
+    """The content of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        UserError: the file is missing, empty, or has another encoding.
+
+    >>> read_text(Path("reviews.csv"))  # doctest: +SKIP
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: is UTF-16; convert the file: iconv -f utf-16 -t utf-8")
+        raise UserError(f"{path}: is UTF-16, expected UTF-8; convert the file: iconv -f utf-16 -t utf-8")
     try:
         content = raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
     except UnicodeDecodeError as error:
@@ -38,20 +43,29 @@ def decode(path: Path) -> str:
             "convert the file, e.g. iconv -f latin1 -t utf-8"
         ) from error
     if not content.strip():
-        raise UserError(f"{path}: the file is empty; expected a row for each example")
+        raise UserError(f"{path}: the file is empty; expected a row per example")
     return content
 
 
-Row = tuple[int, Mapping[str, Any]]
-
-
 def csv_rows(path: Path, content: str) -> Iterator[Row]:
+    """The rows of a CSV file, whose first line names the columns.
+
+    Args:
+        path: the file, for error messages.
+        content: its text.
+
+    Raises:
+        UserError: the file is malformed; the message names the line.
+
+    >>> list(csv_rows(Path("a.csv"), "text,label\\ntea,good\\n"))
+    [(2, {'text': 'tea', 'label': 'good'})]
+    """
     limit = csv.field_size_limit(max(len(content), 131072))  # the default refuses a text over 128 KiB
     try:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)
         header = next(reader)
         if not header:
-            raise UserError(f"{path}: the first line should name the columns, it is empty")
+            raise UserError(f"{path}: the first line is empty; expected the names of the columns")
         if len(set(header)) < len(header):
             twice = next(name for name, count in Counter(header).items() if count > 1)
             raise UserError(f"{path}: the header names the column {twice!r} twice")
@@ -61,7 +75,7 @@ def csv_rows(path: Path, content: str) -> Iterator[Row]:
             if len(row) != len(header):
                 raise UserError(
                     f"{path}: line {reader.line_num} has {len(row)} fields, the header has {len(header)}; "
-                    "a text that holds commas, quotes or line breaks needs double quotes around it"
+                    "text with commas, quotes or line breaks must be in double quotes"
                 )
             yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
@@ -71,12 +85,19 @@ def csv_rows(path: Path, content: str) -> Iterator[Row]:
 
 
 def jsonl_rows(path: Path, content: str) -> Iterator[Row]:
-    """The objects of a JSONL file's content, each with the number of its line; `path` is for errors.
+    """The objects in a JSONL file.
+
+    Args:
+        path: the file, for error messages.
+        content: its text.
+
+    Raises:
+        UserError: a line is not a JSON object.
 
     >>> list(jsonl_rows(Path("a.jsonl"), '{"text": "tea"}\\n\\n{"text": "stale"}'))
     [(1, {'text': 'tea'}), (3, {'text': 'stale'})]
     """
-    for number, line in enumerate(content.split("\n"), start=1):  # JSON may hold U+2028, which splitlines would split
+    for number, line in enumerate(content.split("\n"), start=1):  # not splitlines: JSON may contain U+2028
         if not line.strip():
             continue
         try:
@@ -84,31 +105,31 @@ def jsonl_rows(path: Path, content: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
+            raise UserError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
 
 
 def check_text(path: str | Path, line: int, column: str, value: Any) -> str:
-    """The value, if it is a text that is not blank; else a `UserError` that names its place.
+    """Returns a value if it is text that is not blank, else raises a `UserError` that names its line.
 
     >>> check_text("a.jsonl", 3, "review", "tea")
     'tea'
     """
     if not isinstance(value, str):
-        raise UserError(f"{path}: line {line}: {column!r} should be a text, found {json.dumps(value)[:40]}")
+        raise UserError(f"{path}: line {line}: {column!r} must be text, got {json.dumps(value)[:40]}")
     if not value.strip():
         raise UserError(f"{path}: line {line}: the text in {column!r} is empty")
     return check_unicode(path, line, column, value)
 
 
 def check_unicode(path: str | Path, line: int, column: str, value: str) -> str:
-    """The value, if every character of it is one; JSON may hold half a surrogate pair, which no tokenizer takes.
+    """Returns text if it is valid Unicode. JSON may contain half a surrogate pair, which no tokenizer accepts.
 
     >>> check_unicode("a.jsonl", 3, "review", "tea")
     'tea'
     """
     if re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{path}: line {line}: {column!r} holds half a surrogate pair, which is no Unicode text")
+        raise UserError(f"{path}: line {line}: {column!r} contains half a surrogate pair, which is not valid Unicode")
     return value
 
 
@@ -116,7 +137,10 @@ def check_unicode(path: str | Path, line: int, column: str, value: str) -> str:
 
 
 def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
-    """The tokenizer of a HuggingFace folder, set to cut at `max_length` tokens and to pad nothing.
+    """The tokenizer of a HuggingFace folder, set to truncate at `max_length` tokens and not to pad.
+
+    Raises:
+        UserError: there is no tokenizer, or `max_length` leaves no room for text.
 
     >>> load_tokenizer(folder, 128).encode("good tea").ids  # doctest: +SKIP
     """
@@ -125,7 +149,7 @@ def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise UserError(
-            f"{folder}: no tokenizer.json; transformers writes one: "
+            f"{folder}: no tokenizer.json; write one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     try:
@@ -133,7 +157,7 @@ def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:120]}") from error
     if tokenizer.num_special_tokens_to_add(is_pair=False) >= max_length:
-        raise UserError(f"--max-length {max_length} leaves no room for text beside the special tokens")
+        raise UserError(f"--max-length {max_length} leaves no room for text next to the special tokens")
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer

@@ -1,4 +1,4 @@
-"""jpeft's chat templates, special tokens and ids against transformers' tokenizers, on templates as they were published."""
+"""Parity with transformers' tokenizers: chat templates as published, special tokens and ids."""
 
 # ruff: noqa: E501 (lines of templates)
 
@@ -280,7 +280,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tokenizer that transformers saved, which puts a BOS before a text."""
+    """A tokenizer saved by transformers, which adds a BOS token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -334,7 +334,7 @@ def test_a_template_renders_as_in_transformers(folder, name, conversation):
 
 
 @pytest.mark.parametrize("conversation", ["question", "talk", "system"])
-def test_generation_blocks_mark_what_transformers_marks(folder, conversation):
+def test_generation_blocks_give_the_assistant_mask_of_transformers(folder, conversation):
     ours, theirs = both(folder)
     ours = chat_template.ChatTokenizer(ours.tokenizer, GENERATION, ours.special, ours.stop_ids, ours.where)
     text, spans = ours.render_with_spans(CONVERSATIONS[conversation])
@@ -354,16 +354,16 @@ def test_generation_blocks_mark_what_transformers_marks(folder, conversation):
         ("mistral", [" <think>\nhm\n</think>\n\nYes 🫖<|im_end|>", " Hot.<|im_end|>"]),
         ("gemma", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "Hot.<|im_end|>"]),
         ("generation", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "Hot.<|im_end|>"]),
-        ("qwen-3", None),  # it leaves out the reasoning of all but the last answer
+        ("qwen-3", None),  # it omits the reasoning of all answers but the last
     ],
 )
-def test_where_published_templates_put_answers(folder, name, answers):
+def test_spans_of_answers_in_published_templates(folder, name, answers):
     special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
     template = TEMPLATES[name].replace("<|eot_id|>", "<|im_end|>").replace("<end_of_turn>", "<|im_end|>")
     ours = chat_template.ChatTokenizer(chat_template.read(folder).tokenizer, template, special, (4,), "./tiny")
     talk = [USER, ANSWER, {"role": "user", "content": "Hot?"}, {"role": "assistant", "content": "Hot."}]
     if answers is None:
-        with pytest.raises(chat_template.ChatError, match=r"message 1: .* once more messages follow"):
+        with pytest.raises(chat_template.ChatError, match=r"message 1: .* differently once more messages follow"):
             ours.render_with_spans(talk)
         talk, answers = talk[:2], ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>"]
     text, spans = ours.render_with_spans(talk)
@@ -379,7 +379,7 @@ def test_a_folder_reads_as_in_transformers(folder):
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
 
 
-def test_a_token_that_only_the_config_calls_special(folder, tmp_path):
+def test_a_token_that_only_the_config_declares_special(folder, tmp_path):
     fast = transformers.AutoTokenizer.from_pretrained(folder, pad_token="the")
     fast.save_pretrained(tmp_path)
     ours, theirs = both(tmp_path)

@@ -87,7 +87,7 @@ def by_hand(made, adapter):
     """Mean over all answer tokens, each example alone, by the whole logits."""
     total, count = 0.0, 0
     run = jax.jit(lambda ids: made.peft.apply(made.params, adapter, ids))
-    for ids, answer in zip(made.train.encoded.ids, made.train.encoded.answer, strict=True):
+    for ids, answer in zip(made.train.encoded.ids, made.train.encoded.assistant_mask, strict=True):
         padded = np.pad(ids, (0, WIDTH - len(ids)))[None]
         losses = optax.softmax_cross_entropy_with_integer_labels(run(padded)[0, : len(ids) - 1], ids[1:])
         total, count = total + float(losses[answer[1:]].sum()), count + int(answer[1:].sum())
@@ -319,7 +319,7 @@ BAD_ROWS = {
     "json": ('{"question": ', "bad.jsonl: line 2 is not JSON"),
     "empty answer": ('{"question": "1?", "answer": " "}', "bad.jsonl: line 2: the text in 'answer' is empty"),
     "keys": ('{"text": "1"}', "bad.jsonl: line 2: the keys are 'text'; expected"),
-    "no assistant": ('{"messages": [{"role": "user", "content": "1"}]}', "line 2: no message of the assistant"),
+    "no assistant": ('{"messages": [{"role": "user", "content": "1"}]}', "line 2: 'messages' has no message of the assistant"),
 }
 
 

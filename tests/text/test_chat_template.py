@@ -1,4 +1,4 @@
-"""Prompts, chat templates, answers' spans, and ids to text one by one."""
+"""Chat tokenizers: prompts, chat templates, spans of answers, and streaming text from ids."""
 
 import json
 import sys
@@ -6,100 +6,22 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, processors
 
 from jpeft.errors import UserError
 from jpeft.text import chat_template
-from jpeft.text import chat_template as chat
 from jpeft.text.chat_template import ChatError, ChatTokenizer, Stream
-
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CORPUS = [
-    "Why is the sky blue? Grüße, 你好, 🫖🍵!",
-    "the tea is hot, the tea is cold\n\n  indented",
-    "ñandú — “quoted”",
-]
-ASK = [{"role": "user", "content": "Tea?"}]
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Tea?"},
-    {"role": "assistant", "content": "Yes."},
-    {"role": "user", "content": "Hot?"},
-    {"role": "assistant", "content": "Yes, hot."},
-]
-
-
-def byte_level():
-    """As SmolLM2's, Llama-3's and Qwen's: bytes below, `<|im_start|>` special, `<think>` not."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    return tokenizer
-
-
-def sentencepiece(decoder):
-    """As Llama-2's, Gemma's and Mistral's: `▁` for a blank, `<0x00>` to `<0xFF>` for what has no token."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "▁▁", "▁tea", "tea", "hot", "▁hot", "a▁b", "é", "▁你", "\ufffd", ".", "▁.", ""]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoder
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return tokenizer
-
-
-def word_piece(decoder):
-    pieces = ["[UNK]", "[SEP]", "tea", "##s", "hot", "##</w>", "hot</w>", "tea</w>", ".", "don", "'", "##t"]
-    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    if decoder is not None:
-        tokenizer.decoder = decoder
-    tokenizer.add_special_tokens(["[SEP]"])
-    return tokenizer
-
-
-LLAMA_2 = decoders.Sequence(
-    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-)
-GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-TOKENIZERS = {
-    "byte-level": byte_level(),
-    "llama-2": sentencepiece(LLAMA_2),
-    "gemma": sentencepiece(GEMMA),
-    "metaspace": sentencepiece(decoders.Metaspace()),
-    "metaspace-first": sentencepiece(decoders.Metaspace(prepend_scheme="first")),
-    "metaspace-never": sentencepiece(decoders.Metaspace(prepend_scheme="never")),
-    "metaspace-bytes": sentencepiece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])),
-    "word-piece": word_piece(decoders.WordPiece()),
-    "bpe-suffix": word_piece(decoders.BPEDecoder()),
-    "no-decoder": word_piece(None),
-}
-
-
-def codec_of(name, template=CHATML, special=None, stop_ids=()):
-    return ChatTokenizer(TOKENIZERS[name], template, special or {}, stop_ids, "./tiny")
+from tests.text.tiny_tokenizers import ASK, CHATML, CORPUS, TALK, TOKENIZERS, byte_level, chat_tokenizer, word_piece
 
 
 @pytest.fixture
-def codec():
-    return codec_of("byte-level", stop_ids=(2,))
+def chat():
+    return chat_tokenizer("byte-level", stop_ids=(2,))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model's folder: a tokenizer that cuts and pads and begins with a BOS, configs, a template."""
+    """A model folder: a tokenizer that truncates, pads and adds a BOS token, configs, and a template."""
     tokenizer = byte_level()
     tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
     tokenizer.enable_truncation(4)
@@ -117,72 +39,72 @@ def write(folder, name, content):
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def test_encode_and_decode(codec):
+def test_encode_and_decode(chat):
     text = CORPUS[0]
-    ids = codec.encode(text)
-    assert codec.decode(ids) == text == codec.decode([1, *ids, 2])
-    assert codec.size == 321 and codec.tokenizer.id_to_token(320) == "<think>"
-    assert codec.decode([*ids, 320]) == text + "<think>"
+    ids = chat.encode(text)
+    assert chat.decode(ids) == text == chat.decode([1, *ids, 2])
+    assert chat.size == 321 and chat.tokenizer.id_to_token(320) == "<think>"
+    assert chat.decode([*ids, 320]) == text + "<think>"
 
 
 def test_encode_chat_gives_the_special_tokens_once(folder):
-    codec = chat_template.read(folder)
-    ids = codec.encode_chat(ASK)
-    assert codec.tokenizer.decode(ids, skip_special_tokens=False) == codec.render(ASK)
+    chat = chat_template.read(folder)
+    ids = chat.encode_chat(ASK)
+    assert chat.tokenizer.decode(ids, skip_special_tokens=False) == chat.render(ASK)
     assert ids[0] == 1 and ids[1] != 1 and ids.count(1) == 3
-    assert codec.encode("Tea?")[0] == 1 and len(codec.encode("Tea? " * 9)) > 9
+    assert chat.encode("Tea?")[0] == 1 and len(chat.encode("Tea? " * 9)) > 9
 
 
-def test_a_prompt_without_text_is_an_error(codec):
-    with pytest.raises(ChatError, match="the prompt '' is empty"):
-        codec.encode("")
+def test_a_prompt_without_tokens_is_an_error(chat):
+    with pytest.raises(ChatError, match="the prompt '' has no tokens"):
+        chat.encode("")
     with pytest.raises(ChatError, match="half a surrogate pair at character 4"):
-        codec.encode("tea \udcff")
+        chat.encode("tea \udcff")
     with pytest.raises(ChatError, match="surrogate"):
-        codec.encode_chat([{"role": "user", "content": "\ud83e"}])
+        chat.encode_chat([{"role": "user", "content": "\ud83e"}])
     stripped = word_piece(None)
     stripped.normalizer = normalizers.Strip()
-    with pytest.raises(ChatError, match="the prompt '  ' is empty, or nothing to the tokenizer"):
+    with pytest.raises(ChatError, match="the prompt '  ' has no tokens; give some text"):
         ChatTokenizer(stripped, None, {}, (), "./tiny").encode("  ")
 
 
 @pytest.mark.parametrize("id", [-1, 321, 1 << 40])
-def test_an_id_that_the_tokenizer_does_not_have_is_an_error(codec, id):
+def test_an_unknown_id_is_an_error(chat, id):
     with pytest.raises(ChatError, match=rf"\./tiny: the tokenizer has no id {id}; its ids are 0 to 320"):
-        codec.decode([5, id])
+        chat.decode([5, id])
     with pytest.raises(ChatError, match=f"no id {id}"):
-        Stream(codec).push(id)
+        Stream(chat).push(id)
 
 
 def test_an_id_in_a_gap_is_an_error():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
-    codec = ChatTokenizer(tokenizer, None, {}, (), "./tiny")
-    assert codec.size == 8 and codec.decode([7]) == "b"
+    chat = ChatTokenizer(tokenizer, None, {}, (), "./tiny")
+    assert chat.size == 8 and chat.decode([7]) == "b"
     with pytest.raises(ChatError, match="no id 5"):
-        codec.decode([5])
+        chat.decode([5])
 
 
-def test_check_vocabulary(codec):
-    chat_template.check_vocabulary(codec, 321)
+def test_check_vocabulary(chat):
+    chat_template.check_vocabulary(chat, 321)
     with pytest.raises(ChatError, match="gives '<think>' the id 320, but the embedding has 320 rows"):
-        chat_template.check_vocabulary(codec, 320)
+        chat_template.check_vocabulary(chat, 320)
 
 
 # -------------------------------------------------------------------------------------------------------- templates
 
 
-def test_render(codec):
+def test_render(chat):
     head = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    assert codec.render(ASK) == head + "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n"
-    assert codec.render(tuple(ASK), add_generation_prompt=False) == head + "<|im_start|>user\nTea?<|im_end|>\n"
-    assert codec.render(TALK).count("<|im_start|>system") == 1
+    assert chat.render(ASK) == head + "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.render(tuple(ASK), add_generation_prompt=False) == head + "<|im_start|>user\nTea?<|im_end|>\n"
+    assert chat.render(TALK).count("<|im_start|>system") == 1
 
 
-def test_what_a_template_sees():
+def test_variables_of_a_template():
     template = "{{ bos_token }}|{{ pad_token }}|{{ tools is none }}|{{ documents is none }}|{{ thinking }}"
-    codec = codec_of("byte-level", template, {"bos_token": "<s>"})
-    assert codec.render(ASK) == "<s>||True|True|"
-    assert codec.render(ASK, thinking=False, tools=[1], bos_token="B") == "B||False|True|False"
+    chat = chat_tokenizer("byte-level", template, {"bos_token": "<s>"})
+    assert chat.render(ASK) == "<s>||True|True|"
+    assert chat.render(ASK, thinking=False, tools=[1], bos_token="B") == "B||False|True|False"
 
 
 @pytest.mark.parametrize(
@@ -199,16 +121,16 @@ def test_what_a_template_sees():
     ],
 )  # fmt: skip
 def test_the_environment(template, text):
-    assert codec_of("byte-level", template).render(ASK) == text
+    assert chat_tokenizer("byte-level", template).render(ASK) == text
 
 
 @pytest.mark.parametrize(
     ("template", "error"),
     [
-        ("{{ raise_exception('roles must\n alternate') }}", "template refuses the messages: roles must alternate$"),
-        ("{% for m in messages %}", "template is not Jinja, line 1: Unexpected end of template"),
-        ("{% generation %}x", "template is not Jinja, line 1"),
-        ("{{ 'x' | no_such_filter }}", "template is not Jinja, line 1: No filter named"),
+        ("{{ raise_exception('roles must\n alternate') }}", "template rejects the messages: roles must alternate$"),
+        ("{% for m in messages %}", "template is not valid Jinja, line 1: Unexpected end of template"),
+        ("{% generation %}x", "template is not valid Jinja, line 1"),
+        ("{{ 'x' | no_such_filter }}", "template is not valid Jinja, line 1: No filter named"),
         ("{{ date.today() }}", "template failed \\(UndefinedError: 'date' is undefined"),
         ("{{ messages[0].content + 1 }}", "template failed \\(TypeError: can only concatenate str"),
         ("{{ messages.append(1) }}", "template failed \\(SecurityError: "),
@@ -219,23 +141,23 @@ def test_the_environment(template, text):
         ("{{ 1 / 0 }}", "template failed \\(ZeroDivisionError: "),
     ],
 )
-def test_a_template_that_cannot_be_rendered_is_one_line(template, error):
+def test_a_failing_template_is_an_error_of_one_line(template, error):
     with pytest.raises(ChatError, match=error) as raised:
-        codec_of("byte-level", template).render(ASK)
+        chat_tokenizer("byte-level", template).render(ASK)
     assert str(raised.value).startswith("./tiny: the chat template ") and "\n" not in str(raised.value)
 
 
-def test_a_template_that_writes_without_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat, "_MAX_CHARACTERS", 1000)
+def test_a_template_that_never_ends_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat_template, "_MAX_CHARACTERS", 1000)
     endless = "{% for i in range(100000) %}{% for i in range(100000) %}x{% endfor %}{% endfor %}"
     with pytest.raises(ChatError, match="the chat template wrote more than 1000 characters"):
-        codec_of("byte-level", endless).render(ASK)
+        chat_tokenizer("byte-level", endless).render(ASK)
 
 
 @pytest.mark.parametrize("template", [None, ""])
 def test_without_a_template(template):
-    with pytest.raises(ChatError, match=r"\./tiny: no chat template.*give a plain prompt instead"):
-        codec_of("byte-level", template).encode_chat(ASK)
+    with pytest.raises(ChatError, match=r"\./tiny: no chat template.*give a plain prompt "):
+        chat_tokenizer("byte-level", template).encode_chat(ASK)
 
 
 @pytest.mark.parametrize(
@@ -244,90 +166,93 @@ def test_without_a_template(template):
         ([], "no messages; expected a list"),
         ("Tea?", "no messages; expected a list"),
         ({"role": "user", "content": "Tea?"}, "no messages; expected a list"),
-        ([*ASK, "Tea?"], "message 1: expected an object with 'role' and 'content', found 'Tea\\?'"),
-        ([{"role": "user"}], "message 0: expected an object with 'role' and 'content', found {'role': 'user'}"),
-        ([{"role": "usr", "content": ""}], "message 0: the role 'usr' is none of system, user, assistant, tool$"),
-        ([{"role": ["user"], "content": ""}], "message 0: the role \\['user'\\] is none of"),
-        ([*ASK, {"role": "user", "content": None}], "message 1: 'content' should be a text, found None"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "message 0: 'content' should be a text, found \\[{"),
+        ([*ASK, "Tea?"], "message 1: expected an object with 'role' and 'content', got 'Tea\\?'"),
+        ([{"role": "user"}], "message 0: expected an object with 'role' and 'content', got {'role': 'user'}"),
+        ([{"role": "usr", "content": ""}], "message 0: the role is 'usr', expected system, user, assistant, tool$"),
+        ([{"role": ["user"], "content": ""}], "message 0: the role is \\['user'\\], expected"),
+        ([*ASK, {"role": "user", "content": None}], "message 1: 'content' must be text, got None"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "message 0: 'content' must be text, got \\[{"),
     ],
 )
-def test_malformed_messages(codec, messages, error):
+def test_malformed_messages(chat, messages, error):
     with pytest.raises(ChatError, match=error):
-        codec.render(messages)
+        chat.render(messages)
 
 
-def test_a_role_that_the_template_asks_about_may_be_used():
+def test_roles_that_the_template_compares_are_accepted():
     template = """{% if messages[0]["role"] == "developer" or messages[0].role == 'ipython' %}D{% endif %}"""
     for role in ("developer", "ipython"):
-        assert codec_of("byte-level", template).render([{"role": role, "content": ""}]) == "D"
-    with pytest.raises(ChatError, match="'dev' is none of system, user, assistant, tool, developer, ipython"):
-        codec_of("byte-level", template).render([{"role": "dev", "content": ""}])
+        assert chat_tokenizer("byte-level", template).render([{"role": role, "content": ""}]) == "D"
+    with pytest.raises(ChatError, match="is 'dev', expected system, user, assistant, tool, developer, ipython"):
+        chat_tokenizer("byte-level", template).render([{"role": "dev", "content": ""}])
 
 
 def test_other_keys_reach_the_template():
     template = "{{ messages[0].tool_calls[0].name }}"
-    assert codec_of("byte-level", template).render([{**ASK[0], "tool_calls": [{"name": "boil"}]}]) == "boil"
+    assert chat_tokenizer("byte-level", template).render([{**ASK[0], "tool_calls": [{"name": "boil"}]}]) == "boil"
 
 
 # ------------------------------------------------------------------------------------------------------------ spans
 
 
-def marked(codec, messages, **variables):
-    text, spans = codec.render_with_spans(messages, **variables)
-    assert text == codec.render(messages, add_generation_prompt=False, **variables)
+def marked(chat, messages, **variables):
+    text, spans = chat.render_with_spans(messages, **variables)
+    assert text == chat.render(messages, add_generation_prompt=False, **variables)
     return [text[start:end] for start, end in spans]
 
 
-def test_spans_by_prefixes(codec):
-    assert marked(codec, TALK) == ["Yes.<|im_end|>", "Yes, hot.<|im_end|>"]
-    assert marked(codec_of("byte-level"), TALK) == ["Yes.<|im_end|>\n", "Yes, hot.<|im_end|>\n"]  # nothing stops
-    assert marked(codec, ASK) == []
-    assert marked(codec, [*ASK, {"role": "assistant", "content": "<|im_end|> ends it"}]) == [
+def test_spans_from_prefixes(chat):
+    assert marked(chat, TALK) == ["Yes.<|im_end|>", "Yes, hot.<|im_end|>"]
+    assert marked(chat_tokenizer("byte-level"), TALK) == ["Yes.<|im_end|>\n", "Yes, hot.<|im_end|>\n"]  # no stop ids
+    assert marked(chat, ASK) == []
+    assert marked(chat, [*ASK, {"role": "assistant", "content": "<|im_end|> ends it"}]) == [
         "<|im_end|> ends it<|im_end|>"
     ]
-    assert marked(codec_of("byte-level", stop_ids=(0, 2, 1 << 40)), TALK)[0] == "Yes.<|im_end|>"
+    assert marked(chat_tokenizer("byte-level", stop_ids=(0, 2, 1 << 40)), TALK)[0] == "Yes.<|im_end|>"
 
 
-def test_spans_by_generation_blocks():
+def test_spans_from_generation_blocks():
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{%- generation -%}{{ m.content }}</s>{% endgeneration %}"
         "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
     )
-    codec = codec_of("byte-level", template)
-    assert marked(codec, TALK) == ["Yes.</s>", "Yes, hot.</s>"]
-    assert marked(codec, TALK[2:3]) == ["Yes.</s>"]  # transformers 4.57 misses one that the text begins with
-    assert codec.render(TALK[:3]) == "[Be brief.][Tea?]Yes.</s>"
+    chat = chat_tokenizer("byte-level", template)
+    assert marked(chat, TALK) == ["Yes.</s>", "Yes, hot.</s>"]
+    assert marked(chat, TALK[2:3]) == ["Yes.</s>"]  # transformers 4.57 misses one at the beginning of the text
+    assert chat.render(TALK[:3]) == "[Be brief.][Tea?]Yes.</s>"
 
 
-def test_a_generation_block_whose_place_is_unknown_is_an_error():
+def test_a_generation_block_in_a_macro_is_an_error():
     template = "a{% macro f() %}b{% generation %}c{% endgeneration %}{% endmacro %}{{ f() }}"
-    with pytest.raises(ChatError, match=r"\{% generation %\} stands in a macro"):
-        codec_of("byte-level", template).render_with_spans(ASK)
+    with pytest.raises(ChatError, match=r"\{% generation %\} is inside a macro"):
+        chat_tokenizer("byte-level", template).render_with_spans(ASK)
 
 
-def test_answers_that_the_template_changes_later_have_no_span():
+def test_answers_that_later_messages_change_are_an_error():
     template = (
         "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
         "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    codec = codec_of("byte-level", template)
-    assert marked(codec, TALK[:3]) == ["<think></think>Yes."]
-    with pytest.raises(ChatError, match=r"message 2: .* otherwise once more messages follow; end the conversation"):
-        codec.render_with_spans(TALK)
-    codec = codec_of("byte-level", template + "{% if add_generation_prompt %}<think>\n{% endif %}")
-    with pytest.raises(ChatError, match="message 2: the chat template asks for an answer otherwise than it renders"):
-        codec.render_with_spans(TALK)
+    chat = chat_tokenizer("byte-level", template)
+    assert marked(chat, TALK[:3]) == ["<think></think>Yes."]
+    with pytest.raises(ChatError, match=r"message 2: .* differently once more messages follow; end the conversation"):
+        chat.render_with_spans(TALK)
+    chat = chat_tokenizer("byte-level", template + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    with pytest.raises(
+        ChatError,
+        match="message 2: the chat template's generation prompt differs from the beginning of a rendered answer",
+    ):
+        chat.render_with_spans(TALK)
 
 
 # ----------------------------------------------------------------------------------------------------------- stream
 
 
-def streamed(codec, ids):
-    """The pieces, after checking that at every moment their sum begins the final text."""
-    stream = Stream(codec)
+def streamed(chat, ids):
+    """The pieces of a stream, checked to add up to the decoded text."""
+    stream = Stream(chat)
     pieces = [stream.push(id) for id in ids]
-    whole = codec.decode(ids)
+    whole = chat.decode(ids)
     assert "".join(pieces) == whole[: len("".join(pieces))]
     assert "".join(pieces) + stream.finish() == whole
     assert stream.finish() == ""
@@ -337,50 +262,50 @@ def streamed(codec, ids):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
 @given(draw=st.data())
-def test_a_stream_is_the_whole_text(name, draw):
-    codec = codec_of(name)
-    last = codec.size - 1
+def test_a_stream_gives_the_decoded_text(name, draw):
+    chat = chat_tokenizer(name)
+    last = chat.size - 1
     few = st.integers(0, last) | st.integers(max(0, last - 14), last) | st.integers(0, 2)
-    streamed(codec, draw.draw(st.lists(few, max_size=40)))
+    streamed(chat, draw.draw(st.lists(few, max_size=40)))
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(min_size=1))
-def test_a_stream_of_text_is_the_text(text):
+def test_a_stream_gives_the_encoded_text(text):
     for name in ("byte-level", "gemma"):
-        codec = codec_of(name)
-        assert codec.decode(codec.encode(text)) == (text.replace("▁", " ") if name == "gemma" else text)
-        streamed(codec, codec.encode(text))
+        chat = chat_tokenizer(name)
+        assert chat.decode(chat.encode(text)) == (text.replace("▁", " ") if name == "gemma" else text)
+        streamed(chat, chat.encode(text))
 
 
-def test_a_stream_never_gives_half_a_character(codec):
-    pieces = streamed(codec, codec.encode("🫖 tea"))
+def test_a_stream_holds_back_partial_characters(chat):
+    pieces = streamed(chat, chat.encode("🫖 tea"))
     assert "".join(pieces) == "🫖 tea" and not any("\ufffd" in piece for piece in pieces)
-    half = Stream(codec)
-    assert half.push(codec.encode("🦊")[0]) == "" and half.finish() == "\ufffd"
+    half = Stream(chat)
+    assert half.push(chat.encode("🦊")[0]) == "" and half.finish() == "\ufffd"
 
 
-def test_a_stream_gives_text_at_once(codec):
-    assert all(streamed(codec, codec.encode("the tea is hot")))
-    llama = codec_of("llama-2")
+def test_a_stream_gives_text_early(chat):
+    assert all(streamed(chat, chat.encode("the tea is hot")))
+    llama = chat_tokenizer("llama-2")
     ids = [llama.tokenizer.token_to_id(token) for token in ["▁tea", "</s>", "▁hot", "<0xC3>", "<0xA9>", "tea"]]
     assert streamed(llama, ids) == ["tea", "", " hot", "", "", "étea"]
     ids = [llama.tokenizer.token_to_id(token) for token in ["▁tea", "", "▁hot", "▁", "", "▁hot"]]
-    assert streamed(llama, ids) == ["tea", "", " hot", " ", "", " hot"]  # only a text's first blank is dropped
+    assert streamed(llama, ids) == ["tea", "", " hot", " ", "", " hot"]  # only the first blank of the text is removed
 
 
-def test_a_stream_begins_anew_after_finish():
-    llama = codec_of("llama-2")
+def test_a_stream_can_be_reused_after_finish():
+    llama = chat_tokenizer("llama-2")
     stream, tea = Stream(llama), llama.tokenizer.token_to_id("▁tea")
     assert [stream.push(tea), stream.push(tea), stream.finish(), stream.push(tea)] == ["tea", " tea", "", "tea"]
 
 
-def test_a_long_stream_decodes_few_ids_each_time(codec, monkeypatch):
+def test_a_long_stream_decodes_few_ids_per_token(chat, monkeypatch):
     lengths = []
     decode = ChatTokenizer.decode
     monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
-    stream = Stream(codec)
-    for id in codec.encode("the tea is hot " * 50):
+    stream = Stream(chat)
+    for id in chat.encode("the tea is hot " * 50):
         stream.push(id)
     assert max(lengths) == 2
 
@@ -389,14 +314,14 @@ def test_a_long_stream_decodes_few_ids_each_time(codec, monkeypatch):
 
 
 def test_read_a_folder(folder):
-    codec = chat_template.read(str(folder))
-    assert (codec.template, codec.special, codec.stop_ids, codec.where) == (
+    chat = chat_template.read(str(folder))
+    assert (chat.template, chat.special, chat.stop_ids, chat.where) == (
         CHATML,
         {"bos_token": "<|im_start|>"},
         (0,),
         str(folder),
     )
-    assert codec.tokenizer.truncation is None and codec.tokenizer.padding is None
+    assert chat.tokenizer.truncation is None and chat.tokenizer.padding is None
 
 
 @pytest.mark.parametrize(
@@ -427,12 +352,12 @@ def test_special_tokens(folder):
     assert chat_template.read(folder).special["bos_token"] == "<s>"
 
 
-def test_a_token_that_is_special_only_by_the_config_is_one_token(folder):
+def test_a_token_that_only_the_config_declares_special_is_one_token(folder):
     write(folder, "tokenizer_config.json", {"eos_token": "<think>", "unk_token": "the", "pad_token": "<new>"})
-    codec = chat_template.read(folder)
-    the = codec.tokenizer.token_to_id("the")
-    assert the is not None and codec.size == 321
-    assert codec.decode([320, the, codec.encode("a")[1]]) == "a" and codec.stop_ids == (0, 320)
+    chat = chat_template.read(folder)
+    the = chat.tokenizer.token_to_id("the")
+    assert the is not None and chat.size == 321
+    assert chat.decode([320, the, chat.encode("a")[1]]) == "a" and chat.stop_ids == (0, 320)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +371,7 @@ def test_a_token_that_is_special_only_by_the_config_is_one_token(folder):
                                                       {"name": "default", "template": "D"}]}}, "D"),
     ],
 )  # fmt: skip
-def test_where_a_template_is_found(folder, files, template):
+def test_files_that_may_hold_the_template(folder, files, template):
     for name, content in files.items():
         write(folder, name, content)
     assert chat_template.read(folder).template == template
@@ -459,15 +384,15 @@ def test_where_a_template_is_found(folder, files, template):
         ("tokenizer.json", {}, r"tokenizer\.json: not a tokenizer: "),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json: not JSON: "),
         ("config.json", "[]", r"config\.json: expected a JSON object, got list"),
-        ("config.json", {"eos_token_id": "</s>"}, r"config\.json: eos_token_id should be an id .* found '</s>'"),
-        ("generation_config.json", {"eos_token_id": [True]}, r"generation_config\.json: eos_token_id should be"),
+        ("config.json", {"eos_token_id": "</s>"}, r"config\.json: eos_token_id must be an id .* got '</s>'"),
+        ("generation_config.json", {"eos_token_id": [True]}, r"generation_config\.json: eos_token_id must be"),
         ("tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "R"}]}, "the chat templates are rag"),
-        ("tokenizer_config.json", {"chat_template": []}, "the chat templates are none; expected one named default"),
-        ("tokenizer_config.json", {"chat_template": 1}, r"tokenizer_config\.json: chat_template should be a text"),
+        ("tokenizer_config.json", {"chat_template": []}, "the chat templates are none; expected one named 'default'"),
+        ("tokenizer_config.json", {"chat_template": 1}, r"tokenizer_config\.json: chat_template must be text"),
         ("chat_template.jinja", None, r"chat_template\.jinja: not UTF-8 \(byte offset 0\)"),
     ],
 )
-def test_files_that_cannot_be_understood(folder, name, content, error):
+def test_malformed_files(folder, name, content, error):
     if content is None:
         (folder / name).write_bytes(b"\xff")
     else:
@@ -485,14 +410,14 @@ def test_paths_that_cannot_be_read(tmp_path):
     with pytest.raises(ChatError, match=r"x\.gguf: no such path"):
         chat_template.read(tmp_path / "x.gguf")
     write(tmp_path, "x.bin", "")
-    with pytest.raises(ChatError, match=r"x\.bin: is another file"):
+    with pytest.raises(ChatError, match=r"x\.bin: not a model"):
         chat_template.read(tmp_path / "x.bin")
 
 
-def test_a_missing_package_is_named(codec, folder, monkeypatch):
+def test_a_missing_package_is_named(chat, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ModuleNotFoundError) as raised:
-        codec.render(ASK)
+        chat.render(ASK)
     assert raised.value.name == "jinja2"
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError) as raised:

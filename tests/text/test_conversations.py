@@ -1,4 +1,4 @@
-"""Conversations: reading, which tokens are answers, packing, batches, and the number an answer comes to."""
+"""Conversations: reading, assistant masks, packing, batches, and scoring of numbers."""
 
 import json
 from itertools import pairwise
@@ -10,25 +10,24 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from jpeft.errors import UserError
-from jpeft.text import conversations as talks
-from jpeft.text import scoring
+from jpeft.text import conversations, scoring
 from jpeft.text.chat_template import ChatTokenizer
 from jpeft.text.conversations import Batch, Batches, Conversations, Encoded
-from tests.test_chat import ASK, CHATML, GEMMA, LLAMA_2, TALK, byte_level, codec_of, sentencepiece
+from tests.text.tiny_tokenizers import ASK, CHATML, GEMMA, LLAMA_2, TALK, byte_level, chat_tokenizer, sentencepiece
 
 TEA = ({"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes, hot."})
-# As Llama-2's: no head before an answer, and a blank between the two.
+# As Llama 2's: answers follow prompts without a header, after a blank.
 INST = (
     "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>"
     "{% else %}<s>[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
-# As Gemma's (`<s>` for its `<start_of_turn>`): the token that ends a turn is followed by a line break.
+# As Gemma's (`<s>` for its `<start_of_turn>`): a line break follows the token that ends a turn.
 TURNS = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-CODECS = {
-    "byte-level": codec_of("byte-level", stop_ids=(2,)),
+CHAT_TOKENIZERS = {
+    "byte-level": chat_tokenizer("byte-level", stop_ids=(2,)),
     "llama-2": ChatTokenizer(sentencepiece(LLAMA_2), INST, {}, (2,), "./tiny"),
     "gemma": ChatTokenizer(sentencepiece(GEMMA), TURNS, {}, (2,), "./tiny"),
 }
@@ -47,7 +46,7 @@ def write(folder, *rows, name="a.jsonl"):
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def test_all_forms_become_messages_and_may_be_mixed(tmp_path):
+def test_all_row_formats_may_be_mixed(tmp_path):
     path = write(
         tmp_path,
         {"messages": TALK, "id": 7},
@@ -59,7 +58,7 @@ def test_all_forms_become_messages_and_may_be_mixed(tmp_path):
         {"instruction": "Name a tea.", "input": None, "output": "Assam"},
         {"question": "2 + 2?", "answer": "It is 4.\n#### 4"},
     )
-    read = talks.read(path)
+    read = conversations.read(path)
     assert read.source == str(path) and read.lines == (1, 2, 4, 5, 6, 7, 8) and len(read) == 7
     assert read.messages[0] == tuple(TALK)
     assert all([turn["role"] for turn in messages] == ["user", "assistant"] for messages in read.messages[1:])
@@ -81,167 +80,176 @@ def turn(role, content):
     ("row", "message"),
     [
         ('{"prompt": ', "line 2 is not JSON"),
-        ("[1]", "line 2: expected an object, found list"),
+        ("[1]", "line 2: expected a JSON object, got list"),
         ({"text": "a", "label": 1}, "line 2: the keys are 'text', 'label'; expected 'messages', 'prompt' and"),
         ({"prompt": "a"}, "line 2: the keys are 'prompt'; expected"),
         (
             {"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
-            "line 2: which is meant, prompt and completion or question and answer",
+            "line 2: ambiguous keys, prompt and completion or question and answer",
         ),
         ({}, "line 2: the keys are none; expected"),
-        ({"messages": "tea"}, "line 2: 'messages' should be a list, found \"tea\""),
+        ({"messages": "tea"}, "line 2: 'messages' must be a list, got \"tea\""),
         (
             {"messages": ["tea"]},
-            r"line 2: 'messages\[0\]' should be an object with 'role' and 'content', found \"tea\"",
+            r"line 2: 'messages\[0\]' must be an object with 'role' and 'content', got \"tea\"",
         ),
-        ({"messages": [{"role": "user"}]}, "should be an object with 'role' and 'content'"),
-        (turn("bot", "Yes."), r"line 2: the role \"bot\" in 'messages\[1\]' is none of system, user, assistant, tool"),
-        (turn([1], "Yes."), r"line 2: the role \[1\] in 'messages\[1\]' is none of"),
-        (turn("assistant", None), r"line 2: 'messages\[1\].content' should be a text, found null"),
-        (turn("user", [{"type": "text"}]), r"line 2: 'messages\[1\].content' should be a text, found \[\{"),
+        ({"messages": [{"role": "user"}]}, "must be an object with 'role' and 'content'"),
+        (turn("bot", "Yes."), r"line 2: 'messages\[1\]' has the role \"bot\", expected system, user, assistant, tool"),
+        (turn([1], "Yes."), r"line 2: 'messages\[1\]' has the role \[1\], expected"),
+        (turn("assistant", None), r"line 2: 'messages\[1\].content' must be text, got null"),
+        (turn("user", [{"type": "text"}]), r"line 2: 'messages\[1\].content' must be text, got \[\{"),
         (turn("assistant", " \n"), r"line 2: the text in 'messages\[1\].content' is empty"),
-        (turn("user", "Hot?"), "line 2: no message of the assistant in 'messages'"),
-        ({"messages": []}, "line 2: no message of the assistant"),
+        (turn("user", "Hot?"), "line 2: 'messages' has no message of the assistant"),
+        ({"messages": []}, "line 2: 'messages' has no message of the assistant"),
         ({"prompt": "a", "completion": ""}, "line 2: the text in 'completion' is empty"),
         ({"instruction": "a", "output": "\n"}, "line 2: the text in 'output' is empty"),
-        ({"instruction": "a", "input": [1], "output": "b"}, r"line 2: 'input' should be a text, found \[1\]"),
-        ({"question": "a", "answer": 4}, "line 2: 'answer' should be a text, found 4"),
-        ({"question": "a\ud800", "answer": "4"}, "line 2: 'question' holds half a surrogate pair"),
-        (turn("assistant", "a\udfff"), r"line 2: 'messages\[1\].content' holds half a surrogate pair"),
-        (turn("user", "a\udfff"), r"line 2: 'messages\[1\]' holds half a surrogate pair"),
+        ({"instruction": "a", "input": [1], "output": "b"}, r"line 2: 'input' must be text, got \[1\]"),
+        ({"question": "a", "answer": 4}, "line 2: 'answer' must be text, got 4"),
+        ({"question": "a\ud800", "answer": "4"}, "line 2: 'question' contains half a surrogate pair"),
+        (turn("assistant", "a\udfff"), r"line 2: 'messages\[1\].content' contains half a surrogate pair"),
+        (turn("user", "a\udfff"), r"line 2: 'messages\[1\]' contains half a surrogate pair"),
         ({"messages": TALK, "tools": [{"name": "kettle"}]}, "line 2: 'tools' are not supported"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said(tmp_path, row, message):
+def test_malformed_rows(tmp_path, row, message):
     path = write(tmp_path, {"messages": TALK, "tools": None}, row)
     with pytest.raises(UserError, match=message) as caught:
-        talks.read(path)
+        conversations.read(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a.json", "expected a .jsonl file"), ("a.jsonl", "the file is empty; expected a row")]
+    ("name", "message"),
+    [("a.json", "expected a .jsonl file"), ("a.jsonl", "the file is empty; expected a row per example")],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, message):
+def test_malformed_files(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
-        talks.read(write(tmp_path, " ", name=name))
+        conversations.read(write(tmp_path, " ", name=name))
 
 
-def test_held_out_examples_are_of_no_training():
+def test_train_and_test_are_disjoint():
     whole = of(*[TEA] * 30)
-    train, test = talks.train_test_split(whole, seed=3)
+    train, test = conversations.train_test_split(whole, seed=3)
     assert len(test) == 3 and sorted(train.lines + test.lines) == list(whole.lines)
-    assert talks.train_test_split(whole, seed=3)[1] == test != talks.train_test_split(whole, seed=4)[1]
-    assert [len(part) for part in talks.train_test_split(whole.take([0, 1], "two"), seed=0, share=1.0)] == [1, 1]
+    assert conversations.train_test_split(whole, seed=3)[1] == test != conversations.train_test_split(whole, seed=4)[1]
+    assert [len(part) for part in conversations.train_test_split(whole.take([0, 1], "two"), seed=0, share=1.0)] == [
+        1,
+        1,
+    ]
     with pytest.raises(UserError, match=r"train\.jsonl: too few examples to hold some out"):
-        talks.train_test_split(of(TEA), seed=0)
+        conversations.train_test_split(of(TEA), seed=0)
 
 
 def test_prompts_end_before_the_last_answer():
     talk = [*TALK, {"role": "user", "content": "More?"}]
-    assert talks.prompts(of(talk, TEA)) == [(tuple(TALK[:4]), "Yes, hot."), (TEA[:1], "Yes, hot.")]
-    with pytest.raises(UserError, match=r"train\.jsonl: line 2: nothing stands before the answer"):
-        talks.prompts(of(TEA, TEA[1:]))
+    assert conversations.prompts(of(talk, TEA)) == [(tuple(TALK[:4]), "Yes, hot."), (TEA[:1], "Yes, hot.")]
+    with pytest.raises(UserError, match=r"train\.jsonl: line 2: no message before the answer, so there is no prompt"):
+        conversations.prompts(of(TEA, TEA[1:]))
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizing
 
 
-def answers(encoded, codec, row):
-    """The text of each run of answer tokens, special tokens and all."""
-    ids, answer = encoded.ids[row], encoded.answer[row]
-    cuts = np.flatnonzero(np.diff(answer)) + 1
-    runs = zip(np.split(ids, cuts), np.split(answer, cuts), strict=True)
-    return [codec.tokenizer.decode(run.tolist(), skip_special_tokens=False) for run, chosen in runs if chosen[0]]
+def answers(encoded, chat, row):
+    """The text of each run of masked tokens, with special tokens."""
+    ids, mask = encoded.ids[row], encoded.assistant_mask[row]
+    cuts = np.flatnonzero(np.diff(mask)) + 1
+    runs = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
+    return [chat.tokenizer.decode(run.tolist(), skip_special_tokens=False) for run, chosen in runs if chosen[0]]
 
 
 @pytest.mark.parametrize(("name", "end"), [("byte-level", "<|im_end|>"), ("llama-2", "</s>"), ("gemma", "</s>")])
-def test_the_tokens_of_answers_are_the_assistants_text_and_its_end(name, end):
-    codec = CODECS[name]
+def test_the_assistant_mask_covers_answers_and_their_stop_tokens(name, end):
+    chat = CHAT_TOKENIZERS[name]
     hard = [*ASK, {"role": "assistant", "content": "  Grüße, 你好 🫖\n\n  a b "}, *ASK]
     talk = TALK if name != "llama-2" else TALK[1:]
-    encoded = talks.encode(of(talk, TEA, hard), codec, 500)
-    assert [len(ids) for ids in encoded.ids] == [len(answer) for answer in encoded.answer]
+    encoded = conversations.encode(of(talk, TEA, hard), chat, 500)
+    assert [len(ids) for ids in encoded.ids] == [len(mask) for mask in encoded.assistant_mask]
     for row, messages in enumerate((talk, TEA, hard)):
         replies = [message["content"] + end for message in messages if message["role"] == "assistant"]
-        assert answers(encoded, codec, row) == replies  # Llama-2's decoder takes off the blank of its template
-        whole = codec.encode_chat(messages, add_generation_prompt=False)
+        assert answers(encoded, chat, row) == replies  # Llama 2's decoder removes the blank of its template
+        whole = chat.encode_chat(messages, add_generation_prompt=False)
         assert encoded.ids[row].tolist() == whole[: len(encoded.ids[row])] and len(encoded.ids[row]) < len(whole) + 1
-        assert encoded.ids[row].dtype == np.int32 and encoded.ids[row][-1] == 2 and encoded.answer[row][-1]
+        assert encoded.ids[row].dtype == np.int32 and encoded.ids[row][-1] == 2 and encoded.assistant_mask[row][-1]
     assert encoded.lines == (1, 2, 3) and encoded.left_out == ()
 
 
-def test_a_token_that_begins_before_an_answer_is_not_of_it():
+def test_a_token_that_begins_before_an_answer_is_not_masked():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = byte_level()
     assert "Ġho" in tokenizer.get_vocab()
-    for trim in (False, True):  # `trim_offsets`, the default, would have " ho" begin at its `h`
+    for trim in (False, True):  # with `trim_offsets`, the default, " ho" would begin at its `h`
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-        codec = ChatTokenizer(tokenizer, template, {}, (2,), "./tiny")
+        chat = ChatTokenizer(tokenizer, template, {}, (2,), "./tiny")
         messages = [*ASK, {"role": "assistant", "content": "hot"}]
-        encoded = talks.encode(of(messages), codec, 99)
-        assert answers(encoded, codec, 0) == ["t<|im_end|>"]
+        encoded = conversations.encode(of(messages), chat, 99)
+        assert answers(encoded, chat, 0) == ["t<|im_end|>"]
         assert "".join(tokenizer.decode(encoded.ids[0].tolist(), skip_special_tokens=False)).endswith(": hot<|im_end|>")
-        blank = talks.encode(of([*ASK, {"role": "assistant", "content": "Yes"}]), codec, 99)
-        assert answers(blank, codec, 0) == ["Yes<|im_end|>"]  # a blank alone is a token here, and the prompt's
+        blank = conversations.encode(of([*ASK, {"role": "assistant", "content": "Yes"}]), chat, 99)
+        assert answers(blank, chat, 0) == [
+            "Yes<|im_end|>"
+        ]  # a blank is a token of its own here, and part of the prompt
         assert tokenizer.post_processor is not None
 
 
 @pytest.mark.parametrize("inside", ["", "<|im_end|>"])
-def test_the_end_of_a_turn_is_learnt_though_the_template_leaves_it_out(inside):
+def test_the_stop_token_is_learned_even_if_the_template_does_not_mark_it(inside):
     template = (
         "{% for m in messages %}<|im_start|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}INSIDE"
         "{% endgeneration %}OUTSIDE{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     template = template.replace("INSIDE", inside).replace("OUTSIDE", "" if inside else "<|im_end|>")
-    codec = codec_of("byte-level", template, stop_ids=(2,))
-    assert answers(talks.encode(of(TALK), codec, 99), codec, 0) == ["Yes.<|im_end|>", "Yes, hot.<|im_end|>"]
+    chat = chat_tokenizer("byte-level", template, stop_ids=(2,))
+    assert answers(conversations.encode(of(TALK), chat, 99), chat, 0) == ["Yes.<|im_end|>", "Yes, hot.<|im_end|>"]
 
 
-def test_an_example_whose_answers_do_not_fit_is_left_out_whole():
-    codec = CODECS["byte-level"]
+def test_an_example_that_does_not_fit_is_left_out():
+    chat = CHAT_TOKENIZERS["byte-level"]
     trailing = [*TEA, {"role": "user", "content": "x" * 500}]
-    whole = talks.encode(of(TEA), codec, 999)
+    whole = conversations.encode(of(TEA), chat, 999)
     fits = len(whole.ids[0])
     longer = [*TEA, ASK[0], {"role": "assistant", "content": "No."}]
-    encoded = talks.encode(of(longer, TEA, trailing, longer), codec, fits)
+    encoded = conversations.encode(of(longer, TEA, trailing, longer), chat, fits)
     assert encoded.lines == (2, 3) and encoded.left_out == (1, 4) and len(encoded) == 2
     assert encoded.ids[0].tolist() == encoded.ids[1].tolist() == whole.ids[0].tolist()
     with pytest.raises(UserError, match=rf"train\.jsonl: none of the 2 .* shortest takes {fits}: raise --max-length"):
-        talks.encode(of(longer, TEA), codec, fits - 1)
+        conversations.encode(of(longer, TEA), chat, fits - 1)
 
 
-def test_what_the_template_cannot_do_is_said_with_the_line():
-    with pytest.raises(UserError, match=r"^\./tiny: no chat template, so no chat model; conversations need one"):
-        talks.encode(of(TEA), codec_of("byte-level", None), 99)
+def test_errors_of_the_template_name_the_line():
+    with pytest.raises(UserError, match=r"^\./tiny: no chat template, so not a chat model; conversations need one"):
+        conversations.encode(of(TEA), chat_tokenizer("byte-level", None), 99)
     refuses = "{% if messages|length > 2 %}{{ raise_exception('two turns only') }}{% endif %}" + CHATML
-    with pytest.raises(UserError, match=r"^train\.jsonl: line 2: \./tiny: the chat template refuses .*two turns only"):
-        talks.encode(of(TEA, TALK), codec_of("byte-level", refuses, stop_ids=(2,)), 99)
+    with pytest.raises(UserError, match=r"^train\.jsonl: line 2: \./tiny: the chat template rejects .*two turns only"):
+        conversations.encode(of(TEA, TALK), chat_tokenizer("byte-level", refuses, stop_ids=(2,)), 99)
     for marks in ("", "{% generation %}{% endgeneration %}"):
         silent = "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}{% generation %}{% endgeneration %}"
         silent += "{% endif %}" + marks
-        with pytest.raises(UserError, match=r"^train\.jsonl: line 1: an answer has no token of its own, as \./tiny"):
-            talks.encode(of(TEA), codec_of("byte-level", silent), 99)
+        with pytest.raises(UserError, match=r"^train\.jsonl: line 1: no token begins inside an answer, as \./tiny"):
+            conversations.encode(of(TEA), chat_tokenizer("byte-level", silent), 99)
 
 
-def test_padding_is_the_tokenizers_own():
-    assert talks.encode(of(TEA), codec_of("byte-level", CHATML, {"pad_token": "<|im_end|>"}), 200).pad_id == 2
-    assert talks.encode(of(TEA), CODECS["byte-level"], 200).pad_id == 0
+def test_the_padding_token_is_the_tokenizers():
+    assert (
+        conversations.encode(of(TEA), chat_tokenizer("byte-level", CHATML, {"pad_token": "<|im_end|>"}), 200).pad_id
+        == 2
+    )
+    assert conversations.encode(of(TEA), CHAT_TOKENIZERS["byte-level"], 200).pad_id == 0
 
 
 # --------------------------------------------------------------------------------------------------------- batching
 
 
 def encoded(lengths):
-    """Each example's ids tell which it is and where in it they stand; every third token and the last is an answer's."""
+    """Ids encode their example and position; every third token and the last one belong to an answer."""
     ids = [100 + 1000 * row + np.arange(length, dtype=np.int32) for row, length in enumerate(lengths)]
-    answer = [(each % 3 == 0) | (np.arange(len(each)) == len(each) - 1) for each in ids]
-    return Encoded(tuple(ids), tuple(answer), tuple(range(len(ids))), pad_id=7)
+    masks = [(each % 3 == 0) | (np.arange(len(each)) == len(each) - 1) for each in ids]
+    return Encoded(tuple(ids), tuple(masks), tuple(range(len(ids))), pad_id=7)
 
 
 def examples_in(batch, source):
-    """The examples of a batch, each checked token by token against the batch's arrays."""
+    """The examples of a batch, checked token by token against its arrays."""
     found = []
     for ids, segments, positions, targets, weight in zip(*batch, strict=True):
         end = int((segments > 0).sum())
@@ -251,10 +259,10 @@ def examples_in(batch, source):
             example = (int(ids[start]) - 100) // 1000
             found.append(example)
             assert (segments[start:stop] == segment).all()
-            assert ids[start:stop].tolist() == source.ids[example].tolist()  # whole, so neither cut nor overlapped
+            assert ids[start:stop].tolist() == source.ids[example].tolist()  # neither truncated nor overlapped
             assert positions[start:stop].tolist() == list(range(stop - start))
             for place in range(start, stop):
-                weighs = place + 1 < stop and source.answer[example][place + 1 - start]
+                weighs = place + 1 < stop and source.assistant_mask[example][place + 1 - start]
                 assert weight[place] == float(weighs)
                 assert not weighs or targets[place] == ids[place + 1]
     return found
@@ -278,12 +286,16 @@ def test_every_epoch_shows_every_example_once_and_whole(lengths, size, seed, epo
     seen = [[] for _ in range(epochs)]
     for step, batch in enumerate(made):
         assert [each.dtype for each in batch] == [np.int32] * 4 + [np.float32]
-        assert {each.shape for each in batch} <= talks.shapes(batches)
+        assert {each.shape for each in batch} <= conversations.shapes(batches)
         seen[batches.epoch(step)] += examples_in(batch, source)
     assert all(sorted(each) == list(range(len(lengths))) for each in seen)
     assert batches.epoch(len(batches)) == epochs
-    assert talks.shapes(batches) == {batch.input_ids.shape for batch in made}
-    assert talks.shapes(batches) == {(size, 60)} if packed else talks.shapes(batches) <= {(size, 48), (size, 60)}
+    assert conversations.shapes(batches) == {batch.input_ids.shape for batch in made}
+    assert (
+        conversations.shapes(batches) == {(size, 60)}
+        if packed
+        else conversations.shapes(batches) <= {(size, 48), (size, 60)}
+    )
     held = [(int(batch.segment_ids.max(axis=1).sum()), int((batch.segment_ids > 0).sum()), int(batch.weight.sum()),
              batch.segment_ids.size) for batch in made]  # fmt: skip
     assert list(batches.counts(0)) == held and list(batches.counts(1)) == held[1:]
@@ -293,7 +305,7 @@ def test_every_epoch_shows_every_example_once_and_whole(lengths, size, seed, epo
 
 @SETTINGS
 @given(LENGTHS, st.integers(1, 4), st.booleans(), st.data())
-def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, packed, draw):
+def test_a_resumed_run_sees_the_same_batches(lengths, size, packed, draw):
     arguments = (encoded(lengths), size, 60, 5, 3, packed)
     whole = list(Batches(*arguments))
     step = draw.draw(st.integers(0, len(whole)))
@@ -302,29 +314,29 @@ def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, p
     assert all(same(one, other) for one, other in zip(resumed, whole[step:], strict=True))
     if step < len(whole):
         assert same(Batches(*arguments)[step], whole[step])
-    rows = np.array(sorted(draw.draw(st.sets(st.integers(0, size - 1), min_size=1))))  # a host's own
+    rows = np.array(sorted(draw.draw(st.sets(st.integers(0, size - 1), min_size=1))))  # those that a host feeds
     for part, batch in zip(Batches(*arguments).start(step, rows), whole[step:], strict=True):
         assert same(part, Batch(*(column[rows] for column in batch)))
 
 
 @SETTINGS
 @given(st.lists(st.integers(1, 100), max_size=200))
-def test_rows_hold_what_fits_and_none_could_be_spared(lengths):
-    rows = talks.pack(lengths, range(len(lengths)), 100)
+def test_packed_rows_fit_and_none_is_superfluous(lengths):
+    rows = conversations.pack(lengths, range(len(lengths)), 100)
     filled = [sum(lengths[example] for example in row) for row in rows]
     assert sorted(example for row in rows for example in row) == list(range(len(lengths)))
     assert all(0 < tokens <= 100 for tokens in filled)
-    for row, tokens in enumerate(filled):  # no row was begun while its first example fitted into another
+    for row, tokens in enumerate(filled):  # no row was opened while its first example fit into another
         assert all(tokens + lengths[later[0]] > 100 for later in rows[row + 1 :])
 
 
-def test_packing_fills_rows_where_padding_wastes_them():
+def test_packing_leaves_less_padding():
     lengths = np.clip(np.random.default_rng(0).lognormal(4.5, 0.6, 3000), 10, 512).astype(int)
     source = Encoded(tuple(np.zeros(n, np.int32) for n in lengths), tuple(np.ones(n, bool) for n in lengths), (1,))
     packed, single = (Batches(source, 8, 512, 0, 2, packed) for packed in (True, False))
     assert packed.count.padding < 0.02 < 0.1 < single.count.padding < 0.3
     assert packed.count[:3] == single.count[:3] and len(packed) < len(single) / 3
-    assert talks.shapes(packed) == {(8, 512)} and len(talks.shapes(single)) <= 8
+    assert conversations.shapes(packed) == {(8, 512)} and len(conversations.shapes(single)) <= 8
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -339,7 +351,7 @@ def test_order_differs_by_epoch_and_by_seed(packed):
 
 
 def test_the_number_of_batches_may_differ_by_epoch(monkeypatch):
-    monkeypatch.setattr(talks, "_PACKED_TOGETHER", 4)  # so few that the packings differ
+    monkeypatch.setattr(conversations, "_PACKED_TOGETHER", 4)  # few enough that the epochs differ
     batches = Batches(encoded([30, 30, 20, 40, 60, 10, 50, 25, 35, 15, 45, 5] * 2), 1, 60, 1, 8)
     assert len(set(batches.per_epoch)) > 1
     assert [batches.epoch(step) for step in range(len(batches))] == [
@@ -357,9 +369,9 @@ def test_there_is_no_batch_beyond_the_last():
         batches.start(2)
 
 
-def test_the_first_batch_does_not_wait_for_the_arrays_to_be_printed():
-    """grain names a step of its pipeline by the repr of the function, and so by that of whom it is bound to."""
-    assert len(repr(Batches(encoded([5] * 500), 2, 60, 0)._lay_out)) < 300
+def test_grain_does_not_print_the_arrays():
+    """grain names a pipeline step by the repr of its function, and so of the object that a method is bound to."""
+    assert len(repr(Batches(encoded([5] * 500), 2, 60, 0)._make)) < 300
 
 
 def test_an_example_longer_than_a_row():

@@ -1,4 +1,4 @@
-"""Reading, labels, tokenizing and the order of batches."""
+"""Labeled texts: reading, labels, tokenizing, and batches."""
 
 import json
 
@@ -14,13 +14,13 @@ from jpeft.text import batching, labeled, reading
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model folder's tokenizer: a word a token, between [CLS] (2) and [SEP] (3)."""
+    """A model folder with a tokenizer of words, which adds [CLS] (2) and [SEP] (3)."""
     words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "tea", "stale"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("[CLS]", 2), ("[SEP]", 3)]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    tokenizer.enable_padding(length=200)  # as all-MiniLM's, which pads everything: it must be taken off
+    tokenizer.enable_padding(length=200)  # as all-MiniLM's: it must be disabled
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
@@ -45,14 +45,14 @@ def test_csv_and_jsonl_give_the_same_examples(tmp_path):
     assert from_csv.lines == (3, 4, 5) and from_jsonl.lines == (1, 3, 5)
 
 
-def test_labels_that_are_numbers_in_json_are_those_of_csv(tmp_path):
+def test_json_numbers_give_the_labels_of_csv(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": true}\n')
     (tmp_path / "a.csv").write_text("text,label\na,1\nb, true\n")
     found = [labeled.read(tmp_path / name, "text", "label").labels for name in ("a.jsonl", "a.csv")]
     assert found == [("1", "true"), ("1", "true")]
 
 
-def test_a_long_text_is_read_whole(tmp_path):
+def test_a_long_text_is_read_completely(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n" + "good tea " * 50_000 + ",up\n")
     assert len(labeled.read(tmp_path / "a.csv", "text", "label").texts[0]) == 450_000
 
@@ -63,30 +63,34 @@ def test_a_long_text_is_read_whole(tmp_path):
         ("a.csv", b"", "a.csv: the file is empty"),
         ("a.jsonl", b"\n \n", "a.jsonl: the file is empty"),
         ("a.csv", b"text,label\n", "no examples"),
-        ("a.csv", b"\ntext,label\n", "the first line should name the columns"),
+        ("a.csv", b"\ntext,label\n", "the first line is empty; expected the names of the columns"),
         ("a.csv", b"title,stars\nx,1\n", r"no column 'text' at line 2; the columns are 'title', 'stars'"),
-        ("a.csv", b"text,stars\nx,1\n", "no column 'label'.*--text and --label choose"),
+        ("a.csv", b"text,stars\nx,1\n", "no column 'label'.*choose with --text and --label"),
         ("a.csv", b"text,text\nx,1\n", "names the column 'text' twice"),
         ("a.csv", b"text,label\ngood, tea,up\n", "line 2 has 3 fields, the header has 2"),
         ("a.csv", b'text,label\n"good tea,up\n', "malformed CSV near line 2"),
         ("a.csv", b"text,label\ntea,up\n ,up\n", "line 3: the text in 'text' is empty"),
-        ("a.csv", b"text,label\ntea,\n", "line 2: expected a label in 'label', found \"\""),
+        ("a.csv", b"text,label\ntea,\n", "line 2: expected a label in 'label', got \"\""),
         ("a.csv", b"text,label\ntea,up\ncaf\xe9,up\n", "not UTF-8: byte 0xe9 at offset 21, line 3"),
         ("a.jsonl", b'{"text": "a", "label": "b"}\n{"text": ', "line 2 is not JSON"),
-        ("a.jsonl", b"[1, 2]\n", "line 1: expected an object, found list"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: expected a JSON object, got list"),
         ("a.jsonl", b'{"label": "b"}\n', "no column 'text' at line 1; the columns are 'label'"),
-        ("a.jsonl", b'{"text": 3, "label": "b"}\n', "line 1: 'text' should be a text, found 3"),
-        ("a.jsonl", b'{"text": "a", "label": null}\n', "line 1: expected a label in 'label', found null"),
-        ("a.jsonl", b'{"text": "a", "label": [1]}\n', r"found \[1\]"),
+        ("a.jsonl", b'{"text": 3, "label": "b"}\n', "line 1: 'text' must be text, got 3"),
+        ("a.jsonl", b'{"text": "a", "label": null}\n', "line 1: expected a label in 'label', got null"),
+        ("a.jsonl", b'{"text": "a", "label": [1]}\n', r"got \[1\]"),
         ("a.jsonl", rb'{"text": "a\ud800", "label": "b"}', "half a surrogate pair"),
-        ("a.jsonl", rb'{"text": "a", "label": "b\ud800"}', "'label' holds half a surrogate pair"),
-        ("a.jsonl", b'{"text": "a", "label": NaN}', "expected a label in 'label', found NaN"),
+        ("a.jsonl", rb'{"text": "a", "label": "b\ud800"}', "'label' contains half a surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "label": NaN}', "expected a label in 'label', got NaN"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.csv", "text,label\ntea,up\n".encode("utf-16"), "is UTF-16; convert the file: iconv -f utf-16"),
+        (
+            "a.csv",
+            "text,label\ntea,up\n".encode("utf-16"),
+            "is UTF-16, expected UTF-8; convert the file: iconv -f utf-16",
+        ),
         ("a.tsv", b"text\tlabel\n", "expected a .csv or .jsonl file"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
+def test_malformed_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         labeled.read(tmp_path / name, "text", "label")
@@ -107,17 +111,17 @@ def examples(labels, source="train.csv"):
     )
 
 
-def test_classes_are_sorted_numbers_by_value():
+def test_classes_are_sorted_and_numbers_by_value():
     assert labeled.label_names(examples(["10", "9", "b", "9", "-1"])) == ("9", "10", "-1", "b")
     assert labeled.label_ids(examples(["b", "a"]), ("a", "b")).tolist() == [1, 0]
 
 
 def test_one_class_only():
-    with pytest.raises(UserError, match=r"train\.csv: every example has the label 'up'; two classes or more"):
+    with pytest.raises(UserError, match=r"train\.csv: every example has the label 'up'; at least two classes"):
         labeled.label_names(examples(["up", "up"]))
 
 
-def test_a_label_of_its_own_for_every_example_is_no_class():
+def test_every_example_with_its_own_label_is_an_error():
     with pytest.raises(UserError, match="30 examples, each with a label of its own"):
         labeled.label_names(examples([str(n) for n in range(30)]))
 
@@ -127,7 +131,7 @@ def test_labels_unseen_in_training():
         labeled.label_ids(examples(["up", "meh", "new", "meh"], "test.csv"), ("down", "up"))
 
 
-def test_held_out_examples_are_of_every_class_and_of_no_training():
+def test_every_class_is_split_and_the_parts_are_disjoint():
     whole = examples(["a"] * 40 + ["b"] * 11 + ["c"])
     train, test = labeled.train_test_split(whole, seed=3)
     assert sorted(train.texts + test.texts) == sorted(whole.texts)
@@ -143,13 +147,13 @@ def test_too_few_to_hold_out():
 # ------------------------------------------------------------------------------------------------------- tokenizing
 
 
-def test_texts_become_ids_cut_but_not_padded(folder):
+def test_texts_are_truncated_but_not_padded(folder):
     tokenizer = reading.load_tokenizer(folder, 5)
     found = labeled.encode(["good tea", "good tea stale tea good", "green"], tokenizer, 5)
     assert [ids.tolist() for ids in found.ids] == [[2, 4, 5, 3], [2, 4, 5, 6, 3], [2, 1, 3]]
 
 
-def test_a_text_of_100_000_characters_costs_what_is_kept_of_it(folder):
+def test_only_the_beginning_of_a_long_text_is_tokenized(folder):
     tokenizer, seen = reading.load_tokenizer(folder, 16), []
 
     class Watched:
@@ -163,7 +167,7 @@ def test_a_text_of_100_000_characters_costs_what_is_kept_of_it(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no tokenizer.json; transformers writes one"), ("{", "not a tokenizer")]
+    ("content", "message"), [(None, "no tokenizer.json; write one with transformers"), ("{", "not a tokenizer")]
 )
 def test_a_folder_without_a_tokenizer(tmp_path, content, message):
     if content is not None:
@@ -177,7 +181,7 @@ def test_no_room_for_text(folder):
         reading.load_tokenizer(folder, 1)
 
 
-def test_roberta_counts_positions_from_behind_the_padding():
+def test_positions_of_roberta_begin_after_the_padding():
     class Config:
         max_position_embeddings, model_type, pad_token_id = 514, "xlm-roberta", 1
 
@@ -195,15 +199,16 @@ lengths = st.lists(st.integers(1, 128), min_size=1, max_size=90)
 def test_every_epoch_shows_every_example_once(lengths, size, seed, epochs):
     batches = labeled.Batches(encoded(lengths), size, seed, epochs)
     made = list(batches)
-    assert len(made) == len(batches) == epochs * batches.per_epoch
+    assert len(made) == len(batches) == sum(batches.per_epoch) and len(batches.per_epoch) == epochs
+    per_epoch = len(made) // epochs
     for epoch in range(epochs):
-        rows = np.concatenate([b.rows for b in made[epoch * batches.per_epoch : (epoch + 1) * batches.per_epoch]])
+        rows = np.concatenate([b.rows for b in made[epoch * per_epoch : (epoch + 1) * per_epoch]])
         assert sorted(rows[rows >= 0]) == list(range(len(lengths)))
 
 
 @settings(deadline=None, max_examples=60)
 @given(lengths, st.integers(1, 9), st.data())
-def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, draw):
+def test_a_resumed_run_sees_the_same_batches(lengths, size, draw):
     batches = labeled.Batches(encoded(lengths), size, seed=5, epochs=3)
     step = draw.draw(st.integers(0, len(batches)))
     resumed, whole = list(batches.start(step)), list(batches)[step:]
@@ -214,7 +219,7 @@ def test_the_batch_of_a_step_does_not_depend_on_what_ran_before(lengths, size, d
 
 @settings(deadline=None, max_examples=60)
 @given(lengths, st.integers(1, 9))
-def test_rows_are_padded_and_fillers_weigh_nothing(lengths, size):
+def test_rows_are_padded_and_empty_rows_have_no_weight(lengths, size):
     source = encoded(lengths)
     for batch in labeled.Batches(source, size, seed=0):
         assert batch.input_ids.shape == batch.attention_mask.shape == (size, batch.input_ids.shape[1])
@@ -237,14 +242,14 @@ def test_order_differs_by_epoch_and_by_seed():
     assert rows(0)[:8] != rows(0)[8:]
 
 
-def test_sorting_saves_most_of_the_padding():
+def test_sorting_by_length_saves_padding():
     lengths = np.random.default_rng(0).integers(5, 128, 2000)
     batches = list(labeled.Batches(encoded(lengths), 16, seed=0))
     padded = sum(batch.input_ids.size for batch in batches)
     assert padded < 1.35 * lengths.sum() < 0.75 * 2000 * 128
 
 
-def test_evaluation_goes_by_length_once():
+def test_evaluation_is_one_epoch_sorted_by_length():
     batches = labeled.Batches(encoded([50, 3, 70, 4]), 2)
     assert [batch.rows.tolist() for batch in batches] == [[1, 3], [0, 2]]
     assert [batch.input_ids.shape for batch in batches] == [(2, 48), (2, 80)]
