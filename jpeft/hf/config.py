@@ -1,141 +1,126 @@
-"""``adapter_config.json`` of a HuggingFace PEFT LoRA: what its fields mean, and which of them are refused.
+"""``adapter_config.json`` of a HuggingFace PEFT folder.
 
 The rules for names are those of peft 0.21 (``tuners/tuners_utils.py: check_target_module_exists``,
-``utils/other.py: get_pattern_key``); a name is a torch module's, such as ``encoder.layer.0.attention.self.query``.
+``utils/other.py: get_pattern_key``). A name is a torch module's, such as ``encoder.layer.0.attention.self.query``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jpeft.checks import Rule, is_int, one_of
+from jpeft.core.interchange import Field, HFSpec, form
+from jpeft.core.sites import Site
 from jpeft.core.targets import ALL_LINEAR
 from jpeft.errors import AdapterError
 from jpeft.files import read_json
-from jpeft.methods.base import positive_int
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-# HuggingFace's initializations, and ours where there is one. The adapter is read from the file, so that they matter to
-# a new one only, unless they moved a part of the base weight into it.
-INITS = {True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal"}
-_BASE_KEPT = {"eva", "mica"}
-_BASE_CHANGED = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-# What says nothing about the function that is computed: provenance, the settings of an initialization, and
-# fan_in_fan_out, which HuggingFace itself sets from the module's type.
-_NO_MATHS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
-    "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
-}  # fmt: skip
-# What would change the maths, and is refused unless it is off.
-_REFUSED = {
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora", "velora_config",
-}  # fmt: skip
-# Heads that HuggingFace adds to modules_to_save for a task, whether or not the model has them.
+# Fields of every type that say nothing about the function.
+PROVENANCE = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"
+})  # fmt: skip
+# Heads that PEFT adds to modules_to_save for a task, whether or not the model has them.
 TASK_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _texts(value: Any) -> bool:
+def _is_text_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _text_or_texts(value: Any) -> bool:
-    return isinstance(value, str) or _texts(value)
+def _is_text_or_list(value: Any) -> bool:
+    return isinstance(value, str) or _is_text_list(value)
 
 
-def _indices(value: Any) -> bool:
-    return all(isinstance(v, int) and not isinstance(v, bool) for v in (value if isinstance(value, list) else [value]))
+def _is_index_or_list(value: Any) -> bool:
+    return all(is_int(v) for v in (value if isinstance(value, list) else [value]))
 
 
-def _pattern_of(ok: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(ok(v) for v in value.values())
-
-
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (positive_int, "a positive integer"),
-    "lora_alpha": (_number, "a finite number"),
-    "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "a rate in [0, 1)"),
-    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
-    "bias": (lambda v: v in ("none", "all", "lora_only"), "one of none, all, lora_only"),
-    "rank_pattern": (_pattern_of(positive_int), "an object of positive integers"),
-    "alpha_pattern": (_pattern_of(_number), "an object of finite numbers"),
-    "target_modules": (lambda v: bool(v) and _text_or_texts(v), "a regular expression or a list of names"),
-    "exclude_modules": (_text_or_texts, "a regular expression or a list of names"),
-    "layers_to_transform": (_indices, "a layer index or a list of them"),
-    "layers_pattern": (_text_or_texts, "a name or a list of names"),
-    "modules_to_save": (_texts, "a list of names"),
-    "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
+_RULES: dict[str, Rule] = {
+    "target_modules": (lambda v: bool(v) and _is_text_or_list(v), "a regular expression or a list of names"),
+    "exclude_modules": (_is_text_or_list, "a regular expression or a list of names"),
+    "layers_to_transform": (_is_index_or_list, "a layer index or a list of them"),
+    "layers_pattern": (_is_text_or_list, "a name or a list of names"),
+    "modules_to_save": (_is_text_list, "a list of names"),
     "task_type": (lambda v: isinstance(v, str), "a name"),
     "ensure_weight_tying": (lambda v: isinstance(v, bool), "true or false"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """The fields of a HuggingFace LoRA configuration that a loaded adapter depends on, under HuggingFace's names.
+class Config:
+    """A PEFT configuration: the fields that all types have, under PEFT's names, and those of one method.
 
-    >>> config = LoraConfig(r=8, rank_pattern={"query": 16}, target_modules=["query", "value"])
-    >>> config.rank("layer.0.query"), config.targets("layer.0.key")
+    Attributes:
+      method: the method class, whose `HFSpec` says what ``own`` holds.
+      own: the method's fields and patterns as they stand in the file.
+
+    >>> from jpeft.methods.lora import LoRA
+    >>> config = Config(method=LoRA, target_modules=["query", "value"], own={"r": 8, "rank_pattern": {"query": 16}})
+    >>> config.value(config.spec.fields[0], "layer.0.query"), config.targets("layer.0.key")
     (16, False)
     """
 
+    method: type
     target_modules: str | Sequence[str]
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
     bias: str = "none"
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     exclude_modules: str | Sequence[str] = ()
     layers_to_transform: int | Sequence[int] = ()
     layers_pattern: str | Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
-    init_lora_weights: bool | str = True
     task_type: str = ""
     ensure_weight_tying: bool = False
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def rank(self, name: str) -> int:
-        """r at a module: the first pattern that matches counts."""
-        return _first(self.rank_pattern, name, self.r)
+    @property
+    def spec(self) -> HFSpec:
+        """The method's form."""
+        spec = form(self.method)
+        assert isinstance(spec, HFSpec)
+        return spec
 
-    def alpha(self, name: str) -> float:
-        """lora_alpha at a module."""
-        return _first(self.alpha_pattern, name, self.lora_alpha)
+    def value(self, field: Field, module: str | None = None) -> Any:
+        """A field's value in the file, for all modules or at one: the first pattern that matches it counts."""
+        default = self.own.get(field.key, field.default)
+        if module is None or not field.pattern:
+            return default
+        return _first(self.own.get(field.pattern) or {}, module, default)
+
+    def settings(self, module: str | None = None, site: Site | None = None) -> dict[str, Any]:
+        """The method's fields, for all modules or at one."""
+        return {f.name: f.read(self.value(f, module), site) for f in self.spec.fields if f.name}
+
+    def difference(self, module: str, other: str) -> str:
+        """The first setting in which two modules differ, in words; empty if they agree."""
+        for field in self.spec.fields:
+            here, there = self.value(field, module), self.value(field, other)
+            if here != there:
+                return f"{module!r} has {field.name} {here}, {other!r} has {there}"
+        return ""
 
     def targets(self, name: str, linear: bool = False) -> bool:
-        """Whether a module has a LoRA. ``linear``: whether it is what "all-linear" means."""
+        """Whether a module is adapted. ``linear``: whether "all-linear" means it."""
         if self.saves(name) or named(self.exclude_modules, name):
             return False
-        if self.all_linear:
-            return linear
         if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == ALL_LINEAR:
+                return linear
             return bool(re.fullmatch(self.target_modules, name))
         return named(self.target_modules, name) and self._in_layers(name)
 
-    @property
-    def all_linear(self) -> bool:
-        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
-
     def saves(self, name: str) -> bool:
         """Whether a module is trained and saved whole: it or a module around it is among ``modules_to_save``."""
-        return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in self.modules_to_save)
+        return any(within(entry, name) for entry in self.modules_to_save)
 
     def optional_heads(self) -> set[str]:
-        """Entries of ``modules_to_save`` that need not be in the model."""
+        """Entries of ``modules_to_save`` that the model need not have."""
         return TASK_HEADS.get(self.task_type, set())
 
     def _in_layers(self, name: str) -> bool:
@@ -150,10 +135,15 @@ class LoraConfig:
 
 
 def named(entries: str | Sequence[str], name: str) -> bool:
-    """HuggingFace's target language: a regular expression for the whole name, or a list of names and suffixes."""
+    """Whether PEFT's target language names a module: a regular expression for all of it, or a list of suffixes."""
     if isinstance(entries, str):
         return bool(entries) and bool(re.fullmatch(entries, name))
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def within(entry: str, name: str) -> bool:
+    """Whether an entry of ``modules_to_save`` names a module or one around it."""
+    return bool(re.match(rf"(^|.*\.){entry}($|\..*)", name))
 
 
 def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -161,7 +151,7 @@ def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A default and a pattern for the modules that differ from it. Inverse of ``rank`` and ``alpha``.
+    """A default and a pattern for the modules that differ from it. Inverse of `Config.value`.
 
     >>> patterns({"a.query": 8, "a.value": 8, "b.query": 4})
     (8, {'b.query': 4})
@@ -176,45 +166,99 @@ def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return default, {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
-def read(file: Path) -> LoraConfig:
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_config(file: Path, methods: Iterable[type]) -> Config:
     """Reads and checks ``adapter_config.json``.
 
+    Args:
+      file: its path.
+      methods: the method classes that a folder may hold.
+
     Raises:
-      AdapterError: no file, no JSON object, another method than LoRA, or a field that is unknown, malformed or one that
-        jpeft does not follow, by name.
+      AdapterError: no file, no JSON object, a ``peft_type`` that no method has, or a field that is unknown, malformed
+        or not supported, by name.
     """
     try:
         config = read_json(file, AdapterError)
     except FileNotFoundError:
-        what = f"has no {CONFIG}" if file.parent.is_dir() else "is not a folder"
-        raise AdapterError(f"{file.parent} {what}: expected an adapter saved by HuggingFace PEFT") from None
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read")
-    fields = {f.name for f in dataclasses.fields(LoraConfig)}
-    if unknown := sorted(config.keys() - fields - _NO_MATHS - _REFUSED):
-        raise AdapterError(f"{file}: unknown field {unknown[0]!r}; jpeft cannot tell what it changes")
-    for field in sorted(_REFUSED & config.keys()):
-        if config[field] not in (None, False, [], {}, ""):
-            raise AdapterError(f"{file}: {field}={config[field]!r} is not supported; merge it in PEFT instead")
-    for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias"):
-        if config.get(field, 0) is None:
-            raise AdapterError(f"{file}: {field} must be {_RULES[field][1]}, got null")
-    given = {k: v for k, v in config.items() if k in fields and v is not None}
-    for field, value in given.items():
-        ok, expected = _RULES[field]
-        if not ok(value):
-            raise AdapterError(f"{file}: {field} must be {expected}, got {value!r}")
+        problem = f"has no {CONFIG}" if file.parent.is_dir() else "is not a folder"
+        raise AdapterError(f"{file.parent} {problem}: expected an adapter saved by HuggingFace PEFT") from None
+    method, spec = _find_method(file, config, methods)
+    _check_known(file, config, spec)
+    rules = _rules(spec)
+    for key in ("bias", *(f.key for f in spec.fields)):
+        if config.get(key, 0) is None and key in rules and not rules[key][0](None):
+            raise AdapterError(f"{file}: {key} must be {rules[key][1]}, got null")
+    given = {k: v for k, v in config.items() if k in rules and v is not None}
+    for key, value in given.items():
+        accepts, expected = rules[key]
+        if not accepts(value):
+            raise AdapterError(f"{file}: {key} must be {expected}, got {value!r}")
     if "target_modules" not in given:
         raise AdapterError(f"{file}: target_modules is missing")
-    _check_expressions(file, given)
-    _check_init(file, given.get("init_lora_weights", True))
-    return LoraConfig(**given)
+    common = {k: v for k, v in given.items() if k in _RULES or k == "bias"}
+    own = {k: v for k, v in given.items() if k not in common}
+    _check_expressions(file, given, [f.pattern for f in spec.fields if f.pattern])
+    out = Config(method=method, own=own, **common)
+    try:
+        out.settings()
+    except ValueError as error:
+        raise AdapterError(f"{file}: {error}") from error
+    return out
 
 
-def _check_expressions(file: Path, given: Mapping[str, Any]) -> None:
-    """Every regular expression must be one; ``layers_to_transform`` needs a list of targets, as in HuggingFace."""
+def _find_method(file: Path, config: Mapping[str, Any], methods: Iterable[type]) -> tuple[type, HFSpec]:
+    """The method of a configuration: of its type, and with most fields as the method requires them."""
+    specs = [(method, spec) for method in methods if isinstance(spec := form(method), HFSpec)]
+    found = [
+        (method, spec)
+        for method, spec in specs
+        if spec.peft_type == config.get("peft_type") and all(config.get(k) == v for k, v in spec.when.items())
+    ]
+    if not found:
+        types = ", ".join(sorted({repr(spec.peft_type) for _, spec in specs}))
+        raise AdapterError(f"{file}: peft_type is {config.get('peft_type')!r}; jpeft reads {types}")
+    return max(found, key=lambda entry: len(entry[1].when))
+
+
+def _check_known(file: Path, config: Mapping[str, Any], spec: HFSpec) -> None:
+    """Raises on the first field that is unknown, or that has a value which the method does not compute."""
+    if unknown := sorted(config.keys() - spec.known - _RULES.keys() - PROVENANCE - {"bias"}):
+        raise AdapterError(f"{file}: unknown field {unknown[0]!r}; jpeft cannot tell what it changes")
+    constants = dict(spec.constants)
+    if not spec.tied:
+        constants["ensure_weight_tying"] = None
+    if not spec.bias:
+        constants["bias"] = "none"
+    for key in sorted(constants.keys() & config.keys()):
+        value, constant = config[key], constants[key]
+        if value != constant and (value or constant):
+            only = f", only {constant!r}" if constant else ""
+            raise AdapterError(f"{file}: {key}={value!r} is not supported{only}; merge it in PEFT instead")
+
+
+def _rules(spec: HFSpec) -> dict[str, Rule]:
+    """The rules of a configuration's fields: those of all types and the method's own."""
+    rules = dict(_RULES)
+    if spec.bias:
+        rules["bias"] = one_of(("none", "all", spec.bias))
+    for field in spec.fields:
+        rules[field.key] = accepts, expected = field.rule or (lambda _: True, "")
+        if field.pattern:
+            rules[field.pattern] = (_each(accepts), f"an object whose values are each {expected}")
+    return rules
+
+
+def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(accepts(v) for v in value.values())
+
+
+def _check_expressions(file: Path, given: Mapping[str, Any], pattern_fields: Sequence[str]) -> None:
+    """Raises unless every regular expression is one, and ``layers_to_transform`` stands beside a list of targets."""
     texts = {f: given[f] for f in ("target_modules", "exclude_modules") if isinstance(given.get(f), str)}
-    entries = [(f, entry) for f in ("rank_pattern", "alpha_pattern", "modules_to_save") for entry in given.get(f, ())]
+    entries = [(f, entry) for f in (*pattern_fields, "modules_to_save") for entry in given.get(f, ())]
     layers = given.get("layers_pattern", [])
     entries += [("layers_pattern", e) for e in ([layers] if isinstance(layers, str) else layers)]
     for field, pattern in [*texts.items(), *entries]:
@@ -226,13 +270,3 @@ def _check_expressions(file: Path, given: Mapping[str, Any]) -> None:
         raise AdapterError(
             f"{file}: layers_to_transform needs a list of target_modules, got {given['target_modules']!r}"
         )
-
-
-def _check_init(file: Path, init: bool | str) -> None:
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGED):
-        raise AdapterError(
-            f"{file}: init_lora_weights={init!r} took a part of the base weights into the adapter, so it does not fit "
-            "the original base; save it in PEFT with path_initial_model_for_weight_conversion, as an ordinary LoRA"
-        )
-    if init not in INITS and init not in _BASE_KEPT:
-        raise AdapterError(f"{file}: init_lora_weights={init!r} is unknown: it may have changed the base")

@@ -1,87 +1,77 @@
-"""How torch lays out what Flax keeps otherwise: LoRA factors and trained leaves, in pairs of inverse functions."""
+"""The torch modules of sites, and torch's layout of base leaves, in pairs of inverse functions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 import numpy as np
 
-from jpeft.core.geometry import Convolution, Parts, Raw
+from jpeft.core.geometry.base import Parts, Raw
+from jpeft.core.geometry.contraction import Contraction
+from jpeft.core.geometry.convolution import Convolution
+from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, HFSpec, Tensor
 from jpeft.core.sites import MERGE, Site
+from jpeft.hf.names import Names
 
-LINEAR = ("lora_A.weight", "lora_B.weight")
-EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-_WEIGHT = ("kernel", "scale", "embedding")  # what Flax modules call torch's "weight"
+_WEIGHT = ("kernel", "scale", "embedding")  # the names that Flax modules give to torch's "weight"
 
 
-def check_site(site: Site) -> Site:
-    """The site, if a torch module with a LoRA can be like it.
+def check_site(site: Site, spec: HFSpec) -> Site:
+    """The site, if a torch module that a method adapts can be like it.
 
     Raises:
-      ValueError: it cannot; the message says why.
+      ValueError: none can; the message says why.
     """
-    geometry = site.geometry
-    why = ""
-    if isinstance(geometry, Raw):
-        why = "is a parameter of no linear module"
-    elif site.stack:
-        sizes = "×".join(str(n) for _, n in site.stack)
-        why = f"is stacked over {sizes} layers, each a torch module of its own; use the model without scan"
-    elif isinstance(geometry, Convolution) and (geometry.groups > 1 or geometry.transposed):
-        why = "is a grouped or transposed convolution, whose LoRA in PEFT is another function"
-    elif site.lookup and site.via == MERGE:
-        why = "is an embedding that the model also uses elsewhere, as a tied head: PEFT leaves that as it was"
-    elif site.batch and not (isinstance(geometry, Parts) and not geometry.inner.batch):
-        why = "is a batch of matrices"
-    if why:
-        raise ValueError(f"{site.name!r} has no counterpart in HuggingFace PEFT: it {why}")
+    if problem := _problem(site, spec):
+        raise ValueError(f"{site.name!r} has no counterpart in HuggingFace PEFT: it {problem}")
     return site
 
 
-def parts(site: Site) -> int:
-    """Into how many blocks of outputs a fused weight is split: there the rank in a file is that many times ours."""
-    return site.geometry.parts if isinstance(site.geometry, Parts) else 1
+def _problem(site: Site, spec: HFSpec) -> str:
+    geometry = site.geometry
+    if isinstance(geometry, Raw):
+        return "is a parameter of no linear module"
+    if site.stack:
+        sizes = "×".join(str(n) for _, n in site.stack)
+        return f"is stacked over {sizes} layers, each a torch module of its own; use the model without scan"
+    if isinstance(geometry, Convolution) and (geometry.groups > 1 or geometry.transposed):
+        return "is a grouped or transposed convolution, whose adapter in PEFT is another function"
+    if site.lookup and site.via == MERGE:
+        return "is an embedding that the model also uses elsewhere, as a tied head: PEFT leaves that as it was"
+    if isinstance(geometry, Parts):
+        if not spec.joins_parts or not isinstance(geometry.inner, Contraction) or geometry.inner.batch:
+            return f"is split into parts, which {spec.peft_type} has not"
+    elif site.batch:
+        return "is a batch of matrices"
+    if kind_of(site) not in {kind for tensor in spec.tensors for kind in tensor.kinds}:
+        return f"is a module of another kind than {spec.peft_type} acts on: {kind_of(site)}"
+    return ""
 
 
-def lora_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a site in a file, by suffix: of ``rank`` in the file, which `parts` multiplies."""
-    outputs = site.outputs * parts(site)
+def kind_of(site: Site) -> str:
+    """The kind of torch module that a site is."""
     if site.lookup:
-        return dict(zip(EMBEDDING, ((rank, site.inputs), (outputs, rank)), strict=True))
-    window = site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
-    shapes = ((rank, site.channels, *window), (outputs, rank, *(1 for _ in window)))
-    return dict(zip(LINEAR, shapes, strict=True))
+        return EMBEDDING
+    return CONVOLUTION if isinstance(site.geometry, Convolution) else LINEAR
 
 
-def lora_to_torch(site: Site, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-    """``lora_a [in, r]``, ``lora_b [r, out]`` as in a file. Inverse of `lora_to_tree`."""
-    if parts(site) > 1:
-        a, b = _joined(a, b)
-    (suffix_a, shape_a), (suffix_b, shape_b) = lora_shapes(site, a.shape[-1]).items()
-    # Rows of a are (place in the window, channel), torch's axes (rank, channel, window).
-    a = np.moveaxis(a.reshape(*shape_a[2:], shape_a[1], -1), (-1, -2), (0, 1))
-    return {suffix_a: a, suffix_b: b.T.reshape(shape_b)}
+def tensors_at(site: Site, spec: HFSpec, stored: Collection[str]) -> list[Tensor]:
+    """The tensors of a site's torch module, of those whose leaves are stored there."""
+    return [t for t in spec.tensors if kind_of(site) in t.kinds and t.leaf in stored]
 
 
-def lora_to_tree(site: Site, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inverse of `lora_to_torch`, for a site that is not split into parts."""
-    a, b = (tensors[suffix] for suffix in (EMBEDDING if site.lookup else LINEAR))
-    rank = a.shape[0]
-    return {"lora_a": np.moveaxis(a, (0, 1), (-1, -2)).reshape(-1, rank), "lora_b": b.reshape(-1, rank).T}
-
-
-def _joined(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``[parts, in, r]`` and ``[parts, r, out]`` as one pair: A's side by side, B's along a diagonal."""
-    count, rank, out = b.shape
-    wide = np.zeros((count * rank, count * out), b.dtype)
-    for i in range(count):
-        wide[i * rank : (i + 1) * rank, i * out : (i + 1) * out] = b[i]
-    return np.concatenate(list(a), axis=-1), wide
+# --- base leaves that train -------------------------------------------------------------------------------------------
 
 
 def leaf_name(leaf: str) -> str:
-    """What torch calls a parameter that Flax calls ``leaf``."""
+    """Torch's name of a parameter that Flax calls ``leaf``."""
     return "weight" if leaf in _WEIGHT else leaf
+
+
+def leaf_suffix(names: Names, site: Site, adapted: Collection[str]) -> str:
+    """A trained leaf's name within its module. PEFT moves an adapted module one level down."""
+    moved = "base_layer." if names.torch(site.path[:-1]) in adapted else ""
+    return moved + leaf_name(site.path[-1])
 
 
 def _axes(site: Site) -> tuple[int, ...]:
@@ -108,5 +98,5 @@ def leaf_to_torch(site: Site, leaf: np.ndarray) -> np.ndarray:
 
 
 def leaf_to_tree(site: Site, tensor: np.ndarray) -> np.ndarray:
-    """Inverse of `leaf_to_torch`."""
+    """A trained leaf from a file. Inverse of `leaf_to_torch`."""
     return np.transpose(tensor, np.argsort(_axes(site)))

@@ -1,4 +1,4 @@
-"""Torch module names and paths in the tree: ``.`` for ``/``, and what a wrapper puts before them."""
+"""Names of torch modules and paths in the tree: ``.`` for ``/``, and the prefix of a wrapper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def _closed(text: str, end: str) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """The two directions, under rules such as ``("bert.", "encoder/")``: torch prefix, tree prefix.
+    """Maps names to paths and back.
+
+    Attributes:
+      rules: pairs of a prefix of names and one of paths, such as ``("bert.", "encoder/")``.
 
     >>> names = Names.of({"encoder/": "bert."})
     >>> names.torch(("encoder", "layer", "0")), names.torch(("classifier",))
@@ -31,19 +34,19 @@ class Names:
 
     @classmethod
     def of(cls, prefix: Prefix) -> Names:
-        """From what stands before every torch name, or a mapping from tree prefixes to torch prefixes."""
+        """From the prefix of every torch name, or a mapping from tree prefixes to torch prefixes."""
         given = {"": prefix} if isinstance(prefix, str) else prefix
         return cls(tuple((_closed(torch, "."), _closed(tree, "/")) for tree, torch in given.items()))
 
     def torch(self, path: Path) -> str:
         """``("encoder", "layer", "0")`` to ``"encoder.layer.0"``. Inverse of `tree`."""
         name = "".join(part + "/" for part in path)
-        rules = sorted([*self.rules, ("", "")], key=lambda rule: -len(rule[1]))  # a rule of the user's before none
+        rules = sorted([*self.rules, ("", "")], key=lambda rule: -len(rule[1]))  # the user's rules come first
         torch, tree = next(rule for rule in rules if name.startswith(rule[1]))
         return (torch + name[len(tree) :].replace("/", ".")).rstrip(".")
 
     def tree(self, module: str, owners: Collection[Path]) -> Path | None:
-        """The owner that a torch module is, among those there are. Inverse of `torch`."""
+        """The path of a torch module, if it is one of ``owners``. Inverse of `torch`."""
         name = module + "."
         for torch, tree in sorted([*self.rules, ("", "")], key=lambda rule: -len(rule[0])):
             if name.startswith(torch):
@@ -53,15 +56,15 @@ class Names:
         return None
 
     def covers(self, path: Path) -> bool:
-        """False where a rule says that the torch model is but a part of this one, and the path lies outside."""
+        """Whether a path lies in the torch model, which by a rule may be only a part of this one."""
         return all(torch or join(path).startswith(tree) for torch, tree in self.rules)
 
 
 def find(folder: FilePath, modules: Collection[str], owners: set[Path]) -> Names:
-    """The names under which every module of a file has an owner: as they are if possible, else by the shortest prefix.
+    """The names under which every module of a file has an owner: unchanged if possible, else by the shortest prefix.
 
     Raises:
-      AdapterError: a module that has no place under any prefix; or several prefixes that do equally well.
+      AdapterError: a module that has no place under any prefix, or several prefixes that fit equally well.
     """
     modules = sorted(modules)
     places = {names: [names.tree(m, owners) for m in modules] for names in (Names(), *_candidates(modules, owners))}
@@ -73,7 +76,7 @@ def find(folder: FilePath, modules: Collection[str], owners: set[Path]) -> Names
         first = modules[places[best].index(None)]
         hint = nearest(first.replace(".", "/"), map(join, sorted(owners)))
         raise AdapterError(
-            f"{folder} has tensors for {first!r}, which this model lacks{hint}; say with prefix= where modules lie, or "
+            f"{folder} has tensors for {first!r}, which this model lacks{hint}; set prefix= to where modules lie, or "
             f"leave them out: ignore=[{first!r}]"
         )
     shortest = min(len(names.rules[0][0]) for names in fits)
@@ -85,7 +88,7 @@ def find(folder: FilePath, modules: Collection[str], owners: set[Path]) -> Names
 
 
 def _candidates(modules: Iterable[str], owners: Iterable[Path]) -> set[Names]:
-    """Prefixes to try: a module and an owner that end alike. A layer's number is never a part of one."""
+    """Prefixes to try: those of a module and an owner that end alike. A layer's number is never a part of one."""
     found = set()
     for parts in (tuple(m.split(".")) for m in modules):
         for owner in owners:

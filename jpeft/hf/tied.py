@@ -1,107 +1,105 @@
-"""A decoder's head that is tied to its embedding.
+"""Heads that are tied to an embedding.
 
 Here they are one weight, ``model/embed_tokens/embedding``, and what changes it changes both. In torch they are two
-modules, ``model.embed_tokens`` and ``lm_head``, and PEFT changes only the one that it is told to, unless the
-configuration has ``ensure_weight_tying``: then a file holds the embedding's tensors once more as the head's, and the
-function is the same as ours.
+modules, ``model.embed_tokens`` and ``lm_head``, and PEFT changes only the one that is named, unless the configuration
+has ``ensure_weight_tying``: then a file holds the embedding's tensors once more as the head's, and the function is the
+same as ours.
+
+A model says by an attribute ``tied_modules`` which of torch's modules are one weight here: head and embedding by their
+paths, e.g. ``{"lm_head": "model/embed_tokens"}``, or ``{}``. Without it, nothing is known of the model's ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
+from jpeft.core.interchange import HFSpec
 from jpeft.errors import AdapterError
-from jpeft.hf import config as hf
+from jpeft.hf.config import Config, named
 from jpeft.hf.names import ROOT, Names
-from jpeft.models.decoder import Decoder
+from jpeft.hf.tensors import TensorFile
 
-_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
-# The head multiplies by the transpose of what the embedding looks up in: W + A^T B^T against W^T + B A.
-_OF_EMBEDDING = {
-    "lora_A.weight": "lora_embedding_B",
-    "lora_B.weight": "lora_embedding_A",
-    "weight": "weight",
-    "base_layer.weight": "base_layer.weight",
-}
-_OF_HEAD = {embedding: head for head, embedding in _OF_EMBEDDING.items()}
+_BASE = {"weight": "weight", "base_layer.weight": "base_layer.weight"}  # base weights, which are not transposed
 
 
-def embedding_name(names: Names) -> str:
-    """The torch module that is the embedding."""
-    return names.torch(("model", _EMBEDDING))
+def tied_names(model: Any, names: Names) -> dict[str, str]:
+    """The torch modules that are tied: the head, and its embedding."""
+    tied: Mapping[str, str] = getattr(model, "tied_modules", {})
+    return {names.torch(tuple(head.split("/"))): names.torch(tuple(own.split("/"))) for head, own in tied.items()}
 
 
-def head_name(names: Names) -> str:
-    """The torch module that is the head."""
-    return names.torch((_HEAD,))
+def head_tensors(tied: Mapping[str, str], spec: HFSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors to write for tied heads; empty if their embeddings have none. Inverse of `merge_heads`.
 
-
-def head(model: Any, names: Names, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a file must hold for the tied head, where it has anything for the embedding. Inverse of `merge_head`."""
-    if not _is_tied(model):
-        return {}
-    start = f"{ROOT}{embedding_name(names)}."
-    own = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
-    return {f"{ROOT}{head_name(names)}.{_OF_HEAD[s]}": _turned(s, x) for s, x in own.items()}
-
-
-def merge_head(
-    model: Any,
-    config: hf.LoraConfig,
-    path: FilePath,
-    lora: dict[str, dict[str, np.ndarray]],
-    others: dict[str, dict[str, np.ndarray]],
-) -> None:
-    """Takes the tied head's tensors out of what a file holds, in place: they are the embedding's. Inverse of `head`.
+    Args:
+      tied: as from `tied_names`.
+      spec: the method's form.
+      tensors: the other tensors of the file.
 
     Raises:
-      AdapterError: only one of embedding and head changes, or they change differently; or the model is none of which
-        it is known whether it is tied.
+      ValueError: the method has no tensors for a head.
     """
-    if config.ensure_weight_tying and not isinstance(model, Decoder):
+    of_head = {own: head for head, own in {**_BASE, **spec.tied}.items()}
+    out = {}
+    for head, embedding in tied.items():
+        start = f"{ROOT}{embedding}."
+        for name, x in tensors.items():
+            if name.startswith(start):
+                suffix = name.removeprefix(start)
+                if not spec.tied or suffix not in of_head:
+                    raise ValueError(
+                        f"{embedding!r} has no counterpart in HuggingFace PEFT: {spec.peft_type} cannot change the "
+                        f"head {head!r} with it, to which it is tied"
+                    )
+                out[f"{ROOT}{head}.{of_head[suffix]}"] = x if suffix in _BASE else x.T
+    return out
+
+
+def merge_heads(model: Any, config: Config, file: TensorFile) -> None:
+    """Moves the tensors of tied heads in a file to their embeddings, in place. Inverse of `head_tensors`.
+
+    Raises:
+      AdapterError: only one of embedding and head changes, or they change differently; or the configuration ties them
+        and the model does not say whether it does.
+    """
+    if config.ensure_weight_tying and not hasattr(model, "tied_modules"):
         raise AdapterError(
-            f"{path.parent}: ensure_weight_tying=True is not supported for {type(model).__name__}, only for a decoder "
-            "of jpeft.models; merge it in PEFT instead"
+            f"{file.path.parent}: ensure_weight_tying=True is not supported for {type(model).__name__}, only for a "
+            "decoder of jpeft.models; merge it in PEFT instead"
         )
-    if not _is_tied(model):
-        return
-    modules = {*lora, *others}
-    embedding = next((m for m in sorted(modules) if hf.named([_EMBEDDING], m)), f"model.{_EMBEDDING}")
-    head = next((m for m in sorted(modules) if hf.named([_HEAD], m)), _HEAD)
+    for head, embedding in tied_names(model, Names()).items():
+        _merge_head(_in_file(head, file), _in_file(embedding, file), config, file)
+
+
+def _in_file(module: str, file: TensorFile) -> str:
+    """The name of a module in a file, where a wrapper's may stand before it."""
+    last = module.rpartition(".")[2]
+    return next((m for m in sorted(file.modules) if named([last], m)), module)
+
+
+def _merge_head(head: str, embedding: str, config: Config, file: TensorFile) -> None:
     if not config.ensure_weight_tying:
         for module in (embedding, head):
-            if module in lora or (module in others and config.saves(module)):
+            if module in file.adapted or (module in file.others and config.saves(module)):
                 raise AdapterError(
-                    f"{path} changes {module!r} alone, but this model's head and embedding are one weight: train it in "
-                    "PEFT with ensure_weight_tying=True, load a base that is not tied, or leave it out: "
+                    f"{file.path} changes {module!r} alone, but this model's head and embedding are one weight: train "
+                    "it in PEFT with ensure_weight_tying=True, load a base that is not tied, or leave it out: "
                     f"ignore=[{module!r}]"
                 )
-    for of in ("rank", "alpha"):
-        here, there = getattr(config, of)(embedding), getattr(config, of)(head)
-        if head in lora and here != there:
-            raise AdapterError(
-                f"{path.parent}: {embedding!r} has {of} {here}, {head!r} has {there}; expected the same of tied modules"
-            )
-    for kind in (lora, others):
+    if head in file.adapted and (difference := config.difference(embedding, head)):
+        raise AdapterError(f"{file.path.parent}: {difference}; expected the same of tied modules")
+    of_embedding = {**_BASE, **config.spec.tied}
+    for kind in (file.adapted, file.others):
         for suffix, x in kind.pop(head, {}).items():
-            if suffix not in _OF_EMBEDDING:
-                raise AdapterError(f"{path} has {f'{ROOT}{head}.{suffix}'!r}, which no tied head has")
-            x = _turned(suffix, x)
-            own = kind.setdefault(embedding, {})
-            if not np.array_equal(own.setdefault(_OF_EMBEDDING[suffix], x), x):
+            name = f"{ROOT}{head}.{suffix}"
+            if suffix not in of_embedding:
+                raise AdapterError(f"{file.path} has {name!r}, which no tied head has")
+            own, x = kind.setdefault(embedding, {}), x if suffix in _BASE else x.T
+            if not np.array_equal(own.setdefault(of_embedding[suffix], x), x):
                 raise AdapterError(
-                    f"{path}: {f'{ROOT}{head}.{suffix}'!r} is not that of {embedding!r}, but this model's head and "
+                    f"{file.path}: {name!r} differs from the tensor of {embedding!r}, but this model's head and "
                     "embedding are one weight: load a base that is not tied"
                 )
-
-
-def _is_tied(model: Any) -> bool:
-    return isinstance(model, Decoder) and model.config.tie_word_embeddings
-
-
-def _turned(suffix: str, x: np.ndarray) -> np.ndarray:
-    return x.T if suffix.startswith("lora_") else x

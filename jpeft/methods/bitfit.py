@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from jpeft.core.interchange import BIAS, HFSpec, Role
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import Targets
 from jpeft.methods.base import LeafMethod
@@ -17,6 +19,8 @@ class BitFit(LeafMethod):
     >>> import jpeft
     >>> every, some = jpeft.BitFit(), jpeft.BitFit(targets=r".*/attention/.*")
     """
+
+    hf: ClassVar[HFSpec | Role | None] = BIAS
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return [s for s in survey.leaves if s.path[-1] == "bias"]

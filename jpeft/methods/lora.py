@@ -12,14 +12,146 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jpeft.checks import NUMBER
+from jpeft.core.geometry.base import Parts
+from jpeft.core.geometry.convolution import Convolution
+from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, Field, HFSpec, Role, Tensor
 from jpeft.core.method import Leaves, Linear
-from jpeft.core.sites import BOX, MERGE, Site
+from jpeft.core.sites import BOX, FUSED, MERGE, Site
 from jpeft.methods.base import POSITIVE_INT, RATE, WeightMethod, check_fields, dtype_name, normal
 from jpeft.methods.families.low_rank import low_rank
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "random")
+
+# --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------
+
+# PEFT's initializations, and ours. They matter only to a new adapter, unless they moved a part of the base into it.
+_HF_INITS = {True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_HF_INITS_OF_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def _read_init(init: bool | str | None, site: Site | None) -> str:
+    if isinstance(init, str) and init.lower().startswith(_HF_INITS_OF_BASE):
+        raise ValueError(
+            f"init_lora_weights={init!r} took a part of the base weights into the adapter, so it does not fit the "
+            "original base; save it in PEFT with path_initial_model_for_weight_conversion, as an ordinary LoRA"
+        )
+    if init in (None, "eva", "mica"):  # these leave the base as it is
+        return "kaiming"
+    if init not in _HF_INITS:
+        raise ValueError(f"init_lora_weights={init!r} is unknown: it may have changed the base")
+    return _HF_INITS[init]
+
+
+def _write_init(method: LoRA, site: Site, config: Mapping[str, Any]) -> bool | str:
+    return next(key for key, ours in _HF_INITS.items() if ours == method.init_weights)
+
+
+def _read_dropout(rate: float, site: Site | None) -> float:
+    return rate if site is None or _drops(site) else 0.0
+
+
+def _write_dropout(method: LoRA, site: Site, config: Mapping[str, Any]) -> float | None:
+    return method.dropout if _drops(site) else None
+
+
+def _drops(site: Site) -> bool:
+    """Whether a site's input can be dropped: PEFT drops nothing before an embedding, and a box has no input."""
+    return site.via == FUSED and not site.lookup
+
+
+def _parts(site: Site) -> int:
+    return site.geometry.parts if isinstance(site.geometry, Parts) else 1
+
+
+def _write_rank(method: LoRA, site: Site, config: Mapping[str, Any]) -> int:
+    return method.rank * _parts(site)
+
+
+def _write_alpha(method: LoRA, site: Site, config: Mapping[str, Any]) -> float:
+    """The lora_alpha under which a module has the method's scale."""
+    rank, rslora = _write_rank(method, site, config), config["use_rslora"]
+    if (method.rank, method.rslora) == (rank, rslora):
+        alpha = rank if method.alpha is None else method.alpha
+    else:
+        alpha = method.scale * (math.sqrt(rank) if rslora else rank)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _window(site: Site) -> tuple[int, ...]:
+    return site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
+
+
+def _a_to_torch(a: np.ndarray, site: Site) -> np.ndarray:
+    """``[r, in]``, for a convolution ``[r, in, window...]``. The matrices of parts stand one below the other."""
+    if _parts(site) > 1:
+        a = np.concatenate(list(a), axis=-1)
+    # Rows of a are (place in the window, channel).
+    return np.moveaxis(a.reshape(*_window(site), -1, a.shape[-1]), (-1, -2), (0, 1))
+
+
+def _a_to_tree(a: np.ndarray, site: Site) -> np.ndarray:
+    return np.moveaxis(a, (0, 1), (-1, -2)).reshape(-1, a.shape[0])
+
+
+def _b_to_torch(b: np.ndarray, site: Site) -> np.ndarray:
+    """``[out, r]``, for a convolution ``[out, r, 1...]``. The matrices of parts stand along a diagonal."""
+    if _parts(site) > 1:
+        count, rank, out = b.shape
+        diagonal = np.zeros((count, rank, count, out), b.dtype)
+        diagonal[range(count), :, range(count)] = b
+        b = diagonal.reshape(count * rank, count * out)
+    return b.T.reshape(*b.T.shape, *(1 for _ in _window(site)))
+
+
+def _b_to_tree(b: np.ndarray, site: Site) -> np.ndarray:
+    return b.reshape(b.shape[:2]).T
+
+
+_BOOL = (lambda v: isinstance(v, bool), "true or false")
+_HF = HFSpec(
+    peft_type="LORA",
+    tensors=(
+        Tensor("lora_A.weight", "lora_a", functions=(_a_to_tree, _a_to_torch), kinds=(LINEAR, CONVOLUTION)),
+        Tensor("lora_B.weight", "lora_b", functions=(_b_to_tree, _b_to_torch), kinds=(LINEAR, CONVOLUTION)),
+        Tensor("lora_embedding_A", "lora_a", "ri->ir", kinds=(EMBEDDING,)),
+        Tensor("lora_embedding_B", "lora_b", "or->ro", kinds=(EMBEDDING,)),
+    ),
+    fields=(
+        Field("r", "rank", 8, POSITIVE_INT, pattern="rank_pattern", write=_write_rank),
+        Field("use_rslora", "rslora", False, _BOOL, differ=all),
+        Field("lora_alpha", "alpha", 8, NUMBER, pattern="alpha_pattern", write=_write_alpha),
+        Field("lora_dropout", "dropout", 0.0, RATE, read=_read_dropout, write=_write_dropout),
+        Field(
+            "init_lora_weights",
+            "init_weights",
+            True,
+            (lambda v: v is None or isinstance(v, bool | str), "true, false or a name"),
+            read=_read_init,
+            write=_write_init,
+            differ=lambda values: True,
+        ),
+        # PEFT itself sets it from the module's type.
+        Field("fan_in_fan_out", write=lambda method, site, config: site.owner == "FlaxConv1D", differ=any),
+    ),
+    constants=dict.fromkeys((
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
+        "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+        "velora_config",
+    )),
+    ignored=frozenset({
+        "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+    }),
+    bias="lora_only",
+    # The head multiplies by the transpose of the table: W + A^T B^T against W^T + B A.
+    tied={"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"},
+    joins_parts=True,
+)  # fmt: skip
+
+# --- the method -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +183,7 @@ class LoRA(WeightMethod):
 
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"lora_a": ("in", None), "lora_b": (None, "out")}
     per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rslora", "dropout", "init_weights", "dtype", "parts")
+    hf: ClassVar[HFSpec | Role | None] = _HF
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -73,6 +206,11 @@ class LoRA(WeightMethod):
         """s, the factor on A B."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def identity_at_init(self) -> bool:
+        """False for "random", whose B is not zero."""
+        return self.init_weights != "random"
 
     @property
     def input_dropout(self) -> float:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from jpeft.core.interchange import MODULES_TO_SAVE, HFSpec, Role
 from jpeft.core.targets import Targets
 from jpeft.methods.base import LeafMethod
 
@@ -18,6 +20,8 @@ class Train(LeafMethod):
     >>> import jpeft
     >>> head, norms = jpeft.Train(r"classifier"), jpeft.Train(r".*/LayerNorm/(scale|bias)")
     """
+
+    hf: ClassVar[HFSpec | Role | None] = MODULES_TO_SAVE
 
     targets: Targets = field(default=None, kw_only=False)
 

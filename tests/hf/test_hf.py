@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft.errors import AdapterError
-from jpeft.hf import config as hf_config
+from jpeft.hf.config import Config, patterns
 from jpeft.hf.names import Names
 from tests.zoo import same
 
@@ -269,26 +269,26 @@ LAYERS = "model.layers.1.mlp.experts.0.up"
     ],
 )
 def test_targets_follow_peft(fields, name, expected):
-    assert hf_config.LoraConfig(**fields).targets(name) is expected
+    assert Config(method=jpeft.LoRA, **fields).targets(name) is expected
+
+
+def lora_config(**own):
+    return Config(method=jpeft.LoRA, target_modules=["q"], own=own)
 
 
 def test_patterns_follow_peft():
-    config = hf_config.LoraConfig(
-        target_modules=["q"], rank_pattern={"q": 2, "a.q": 3, r"layers\.[01]\.k": 4, "v|w": 5}
-    )
+    config = lora_config(rank_pattern={"q": 2, "a.q": 3, r"layers\.[01]\.k": 4, "v|w": 5})
     ranks = {"a.q": 2, "q": 2, "aq": 8, "x.layers.1.k": 4, "layers.2.k": 8, "b.w": 5}
-    assert {name: config.rank(name) for name in ranks} == ranks
+    assert {name: config.settings(name)["rank"] for name in ranks} == ranks
 
 
 @pytest.mark.parametrize(
     "values", [{"q": 1, "a.q": 2, "b.q": 1}, {"a.q": 1, "a.b.q": 2, "q": 3}, {"a.b": 1, "aXb": 2, "c": 1}, {"a": 1.5}]
 )
 def test_patterns_name_modules_exactly(values):
-    default, pattern = hf_config.patterns(values)
-    config = hf_config.LoraConfig(
-        target_modules=["q"], r=default, rank_pattern=json.loads(json.dumps(pattern, sort_keys=True))
-    )
-    assert {name: config.rank(name) for name in values} == values
+    default, pattern = patterns(values)
+    config = lora_config(r=default, rank_pattern=json.loads(json.dumps(pattern, sort_keys=True)))
+    assert {name: config.settings(name)["rank"] for name in values} == values
 
 
 # --- folders that are wrong ------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ TENSORS = {
     "'nothing', which this model lacks": lambda t: t.update(
         {f"base_model.model.nothing.lora_{x}.weight": np.ones((2, 2), "f") for x in "AB"}
     ),
-    "'layer.0.norm', which is no weight": lambda t: t.update(
+    "'layer.0.norm', which is not a weight": lambda t: t.update(
         {f"base_model.model.layer.0.norm.lora_{x}.weight": np.ones((2, 2), "f") for x in "AB"}
     ),
     "'layer.0.value', which adapter_config.json does not target": lambda t: t.update(
@@ -415,7 +415,11 @@ def test_files_that_are_no_adapter(saved, tmp_path):
     refused("only adapter_model.bin, a pickle.*safe_serialization=True")
     (folder / "adapter_model.bin").unlink()
     refused("adapter_model.safetensors does not exist")
-    for text, match in (("[1]", "expected a JSON object"), ("{", "adapter_config.json: not JSON"), ("\udcff", ": not JSON")):
+    for text, match in (
+        ("[1]", "expected a JSON object"),
+        ("{", "adapter_config.json: not JSON"),
+        ("\udcff", ": not JSON"),
+    ):
         (folder / "adapter_config.json").write_text(text, "utf-8", "surrogateescape")
         refused(match)
     (folder / "adapter_config.json").unlink()
@@ -503,8 +507,10 @@ QUERY = jpeft.LoRA(rank=2, targets=["query"])
 UNSAID = {
     "IA3 has no form": jpeft.Chain(QUERY, jpeft.IA3(targets=["value"])),
     "Bottleneck has no form": jpeft.Bottleneck(targets=r"layer/\d"),
-    "needs a LoRA": jpeft.BitFit(),
-    "this BitFit does neither": jpeft.Chain(QUERY, jpeft.BitFit(targets=r"mix/bias")),
+    "needs one of LoRA": jpeft.BitFit(),
+    "all biases or those of the modules with a LoRA, this chain neither: see 'layer/0/query/bias'": jpeft.Chain(
+        QUERY, jpeft.BitFit(targets=r"mix/bias")
+    ),
     "'mix/kernel' without 'mix/bias'": jpeft.Chain(QUERY, jpeft.Train(r"mix/kernel")),
     "'layer/0/query/bias' without": jpeft.Chain(QUERY, jpeft.Train(r".*/query/bias")),
     "one lora_dropout": jpeft.LoRA(dropout=0.1, targets=["query"], overrides={"layer/0/query": {"dropout": 0.0}}),

@@ -1,0 +1,184 @@
+"""The form of a method in HuggingFace PEFT folders, as data that a method declares beside its maths.
+
+A method class sets ``hf`` to an `HFSpec` if it has a ``peft_type`` of its own, or to `BIAS` or `MODULES_TO_SAVE` if
+folders of any type can hold it. `jpeft.hf` reads and writes folders by these declarations and knows no method.
+Only a class's own ``hf`` counts, see `form`: a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jpeft.checks import Rule
+from jpeft.core.sites import Site
+
+# The kinds of torch modules that a tensor can belong to.
+LINEAR, EMBEDDING, CONVOLUTION = "linear layer", "embedding", "convolution"
+
+
+class Role(enum.Enum):
+    """The part of every PEFT configuration that holds a method which trains copies of base leaves."""
+
+    BIAS = "bias"
+    MODULES_TO_SAVE = "modules_to_save"
+
+
+BIAS, MODULES_TO_SAVE = Role.BIAS, Role.MODULES_TO_SAVE
+
+# A tensor at a site, and the leaf that it becomes, or the other way round.
+Convert = Callable[[np.ndarray, Site], np.ndarray]
+
+
+def _transposed(x: np.ndarray, axes: str, inverse: bool = False) -> np.ndarray:
+    """``x`` with its axes moved from one side of ``"ri->ir"`` to the other; as it is where ``axes`` is empty."""
+    if not axes:
+        return x
+    torch, tree = axes.split("->")
+    source, target = (tree, torch) if inverse else (torch, tree)
+    return np.transpose(x, [source.index(axis) for axis in target])
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of every adapted torch module, and the adapter leaf that holds it.
+
+    Attributes:
+      key: the tensor's name within its module, e.g. ``"lora_A.weight"``.
+      leaf: the leaf's name.
+      axes: torch's axes and the leaf's, e.g. ``"ri->ir"``; empty if both have the same.
+      functions: ``(to_tree, to_torch)`` where a transposition is not enough. ``to_torch`` is also called on zeros, to
+        learn the expected shape.
+      kinds: the torch modules that have it.
+
+    >>> tensor = Tensor("lora_A.weight", "lora_a", "ri->ir")
+    >>> tensor.to_tree(np.zeros((2, 6)), None).shape
+    (6, 2)
+    """
+
+    key: str
+    leaf: str
+    axes: str = ""
+    functions: tuple[Convert, Convert] | None = None
+    kinds: tuple[str, ...] = (LINEAR,)
+
+    def to_tree(self, x: np.ndarray, site: Any) -> np.ndarray:
+        """The leaf from the tensor. Inverse of `to_torch`."""
+        return self.functions[0](x, site) if self.functions else _transposed(x, self.axes)
+
+    def to_torch(self, x: np.ndarray, site: Any) -> np.ndarray:
+        """The tensor from the leaf. Inverse of `to_tree`."""
+        return self.functions[1](x, site) if self.functions else _transposed(x, self.axes, inverse=True)
+
+
+@dataclass(frozen=True)
+class SharedTensor:
+    """A tensor that all modules share, and the shared leaf that holds it.
+
+    Attributes:
+      key: the tensor's whole name in the file, e.g. ``"base_model.vera_A"``.
+      leaf: the shared leaf's name.
+      axes: as for `Tensor`.
+      regenerate: ``(method, sites) -> leaf``, for files that leave the tensor out because a seed gives it back.
+      copied: whether PEFT writes the tensor again under every module. The copies are read past and never written.
+    """
+
+    key: str
+    leaf: str
+    axes: str = ""
+    regenerate: Callable[[Any, Sequence[Site]], np.ndarray] | None = None
+    copied: bool = False
+
+    def to_tree(self, x: np.ndarray) -> np.ndarray:
+        """The leaf from the tensor. Inverse of `to_torch`."""
+        return _transposed(x, self.axes)
+
+    def to_torch(self, x: np.ndarray) -> np.ndarray:
+        """The tensor from the leaf. Inverse of `to_tree`."""
+        return _transposed(x, self.axes, inverse=True)
+
+
+def _unchanged(value: Any, site: Site | None) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a PEFT configuration, and the field of the method that holds it.
+
+    Attributes:
+      key: PEFT's name.
+      name: the method's name; empty if nothing of the method depends on the field.
+      default: PEFT's value where the configuration lacks the field.
+      rule: the values that can be read; None for any.
+      pattern: PEFT's field of exceptions by module, e.g. ``"rank_pattern"``; empty if it has none.
+      read: ``(value, site) -> value`` of the method at a site; the site is None for the method's own field. It raises
+        ValueError on a value that the method does not have.
+      write: ``(method, site, config) -> value`` of PEFT at a site, where it is not the method's own. ``config`` holds
+        the fields that are declared before this one. None at a site where the field has no effect.
+      differ: the value to write if sites differ and there is no pattern; without it they must not differ.
+    """
+
+    key: str
+    name: str = ""
+    default: Any = None
+    rule: Rule | None = None
+    pattern: str = ""
+    read: Callable[[Any, Site | None], Any] = _unchanged
+    write: Callable[[Any, Site, Mapping[str, Any]], Any] | None = None
+    differ: Callable[[Collection[Any]], Any] | None = None
+
+    def of(self, method: Any, site: Site, config: Mapping[str, Any]) -> Any:
+        """PEFT's value for a method at a site."""
+        return self.write(method, site, config) if self.write else getattr(method, self.name)
+
+
+@dataclass(frozen=True)
+class HFSpec:
+    """A method's form in a PEFT folder. The method takes ``targets``, ``overrides`` and ``dtype`` beside its fields.
+
+    Attributes:
+      peft_type: PEFT's name of the method, e.g. ``"LORA"``.
+      tensors: those of every adapted module.
+      fields: those of the configuration that the method depends on.
+      when: fields and values that tell this method from others of the same ``peft_type``.
+      shared: tensors that all modules share.
+      constants: fields with the only value that this method computes; others are refused. None stands for "off".
+      ignored: fields that say nothing about the function, such as settings of an initialization.
+      bias: the value of ``bias`` for the biases of the adapted modules, e.g. ``"lora_only"``; empty if the type has no
+        such field.
+      tied: for methods that act on an embedding and on the head that is tied to it: a tensor of the head by name, and
+        the tensor of the embedding that is its transpose.
+      joins_parts: whether ``functions`` of the tensors join the leaves of a fused weight's parts.
+    """
+
+    peft_type: str
+    tensors: tuple[Tensor, ...]
+    fields: tuple[Field, ...] = ()
+    when: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[SharedTensor, ...] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    bias: str = ""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    joins_parts: bool = False
+
+    @property
+    def known(self) -> set[str]:
+        """The fields of a configuration that the declaration covers."""
+        own = {name for f in self.fields for name in (f.key, f.pattern) if name}
+        return own | {*self.when, *self.constants, *self.ignored}
+
+
+def form(method: type) -> HFSpec | Role | None:
+    """The ``hf`` that a method class itself declares, or None.
+
+    >>> from jpeft.methods.bitfit import BitFit
+    >>> form(BitFit)
+    <Role.BIAS: 'bias'>
+    """
+    return vars(method).get("hf")

@@ -1,0 +1,163 @@
+"""The sites of a model that a HuggingFace PEFT folder acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from jpeft.core import stacking
+from jpeft.core.geometry.base import Raw
+from jpeft.core.geometry.contraction import Contraction
+from jpeft.core.sites import Site, Survey
+from jpeft.core.tree import nearest
+from jpeft.errors import AdapterError
+from jpeft.hf import layout
+from jpeft.hf.config import CONFIG, Config, named, within
+from jpeft.hf.names import Names
+from jpeft.hf.tensors import TensorFile
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as it is read onto a model.
+
+    Attributes:
+      config: its configuration.
+      file: its tensors.
+      names: the names of torch's modules.
+      at: the path below which the model stacks its layers, or None.
+      ignore: torch modules that are left out.
+    """
+
+    config: Config
+    file: TensorFile
+    names: Names
+    at: str | None
+    ignore: tuple[str, ...] = ()
+
+    def module(self, site: Site) -> str:
+        """The torch module of a site: for a leaf, its owner."""
+        return self.names.torch(site.path[:-1] if site.kind == "leaf" else site.path)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The sites that a folder acts on, layers one by one, as the file has them.
+
+    Attributes:
+      adapted: the weights that the method changes, by torch module.
+      saved: the leaves of ``modules_to_save``.
+      biases: the other biases that train.
+    """
+
+    adapted: Mapping[str, Site]
+    saved: Sequence[Site]
+    biases: Sequence[Site]
+
+
+def match(folder: Folder, survey: Survey) -> Matched:
+    """The sites of a model, surveyed with its layers one by one, that a folder acts on.
+
+    Raises:
+      AdapterError: a module that the model lacks, or that only one of file and configuration names.
+      ValueError: a weight that no torch module can be like.
+    """
+    adapted, saved = _adapted(folder, survey), _saved(folder, survey)
+    kept, beside = {s.path for s in saved}, {s.bias_path for s in adapted.values() if s.bias}
+    all_biases, bias = folder.config.bias == "all", folder.config.bias
+    biases = [
+        site
+        for site in survey.leaves
+        if site.path[-1] == "bias"
+        and site.path not in kept
+        and (all_biases or (bias != "none" and site.path in beside))
+    ]
+    return Matched(adapted, saved, biases)
+
+
+def _adapted(folder: Folder, survey: Survey) -> dict[str, Site]:
+    """The weights that the method changes by torch module: those in the file must be those that are targeted."""
+    file, config, name = folder.file, folder.config, folder.config.method.__name__
+    weights = {folder.module(s): s for s in survey.weights if not isinstance(s.geometry, Raw)}
+    for module in sorted(file.adapted):
+        if module not in weights:
+            hint = nearest(module, weights)
+            raise AdapterError(f"{file.path} has a {name} for {module!r}, which is not a weight of this model{hint}")
+        if not config.targets(module, isinstance(weights[module].geometry, Contraction)):
+            raise AdapterError(
+                f"{file.path} has a {name} for {module!r}, which {CONFIG} does not target: target_modules is "
+                f"{config.target_modules!r}"
+            )
+    for module, site in weights.items():
+        linear = isinstance(site.geometry, Contraction) and not site.head
+        known = module in file.adapted or named(folder.ignore, module) or not folder.names.covers(site.path)
+        if not known and config.targets(module, linear):
+            raise AdapterError(f"{file.path} has no {name} for {module!r}, which target_modules names")
+    return {module: layout.check_site(weights[module], config.spec) for module in sorted(file.adapted)}
+
+
+def _saved(folder: Folder, survey: Survey) -> list[Site]:
+    """The leaves of ``modules_to_save``."""
+    config = folder.config
+    found = [s for s in survey.leaves if config.saves(folder.module(s)) or _is_saved_in_file(folder, s)]
+    for entry in config.modules_to_save:
+        optional = entry in config.optional_heads() or named(folder.ignore, entry)
+        if not optional and not any(within(entry, folder.module(s)) for s in found):
+            raise AdapterError(f"{folder.file.path.parent}: modules_to_save has {entry!r}, which this model lacks")
+    return found
+
+
+def _is_saved_in_file(folder: Folder, site: Site) -> bool:
+    """Whether the file has a leaf as PEFT saves it. PEFT also takes modules whose names only end like an entry."""
+    module = folder.module(site)
+    parts = module.split(".")
+    around = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return layout.leaf_name(site.path[-1]) in folder.file.others.get(module, {}) and any(
+        name.endswith(entry) for name in around for entry in folder.config.modules_to_save
+    )
+
+
+# --- layers that the model stacks -------------------------------------------------------------------------------------
+
+
+def stacked(folder: Folder, matched: Matched, survey: Survey) -> Matched:
+    """The model's own sites, each of which holds those of all layers where the model stacks them.
+
+    The adapted ones are given by the first of the torch modules that each stands for.
+
+    Raises:
+      AdapterError: layers of which only some change, or whose settings differ.
+    """
+    adapted = {}
+    sites = matched.adapted.values()
+    verb = f"has a {folder.config.method.__name__} for"
+    for site, modules in _gather(folder, sites, survey.weights, verb, folder.module):
+        for other in modules[1:]:
+            if difference := folder.config.difference(modules[0], other):
+                raise AdapterError(f"{folder.file.path.parent}: {difference}; {stacking.DIFFER}")
+        adapted[modules[0]] = site
+
+    def leaves(sites: Sequence[Site]) -> list[Site]:
+        def name(site: Site) -> str:
+            return f"{folder.module(site)}.{layout.leaf_name(site.path[-1])}"
+
+        return [site for site, _ in _gather(folder, sites, survey.leaves, "trains", name)]
+
+    return Matched(adapted, leaves(matched.saved), leaves(matched.biases))
+
+
+def _gather(
+    folder: Folder, sites: Iterable[Site], candidates: Iterable[Site], verb: str, name: Callable[[Site], str]
+) -> Iterator[tuple[Site, list[str]]]:
+    """The candidates that the sites make up, each with the torch names of the sites."""
+    chosen = {s.weight_path for s in sites}
+    for site in candidates:
+        each = stacking.unroll_site(site, folder.at)
+        there = [s for s in each if s.weight_path in chosen]
+        if there and len(there) < len(each):
+            lacking = next(s for s in each if s.weight_path not in chosen)
+            raise AdapterError(
+                f"{folder.file.path.parent} {verb} {name(there[0])!r} and not {name(lacking)!r}; {stacking.DIFFER}"
+            )
+        if there:
+            yield site, [name(s) for s in there]

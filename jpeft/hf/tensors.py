@@ -1,0 +1,132 @@
+"""``adapter_model.safetensors`` of a HuggingFace PEFT folder, sorted by torch module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core.interchange import HFSpec
+from jpeft.core.tree import nearest
+from jpeft.errors import AdapterError
+from jpeft.files import read_safetensors
+from jpeft.hf.config import PICKLE, TENSORS, Config, named
+from jpeft.hf.names import ROOT
+
+Modules = dict[str, dict[str, np.ndarray]]  # tensors by torch module, then by name within it
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The tensors of a folder.
+
+    Attributes:
+      path: of the file.
+      adapted: the method's tensors, e.g. ``{"….query": {"lora_A.weight": …}}``.
+      others: all others, e.g. ``{"classifier": {"weight": …}, "….query": {"base_layer.bias": …}}``.
+      shared: the method's tensors that all modules share, by whole name.
+    """
+
+    path: Path
+    adapted: Modules
+    others: Modules
+    shared: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, folder: Path, config: Config, ignore: Sequence[str] = ()) -> TensorFile:
+        """Reads and sorts the tensors, without those of modules to ``ignore``.
+
+        Raises:
+          AdapterError: no file, a pickle, a truncated file, a name that PEFT does not write, an entry of ``ignore``
+            that names nothing, or no tensor of the method.
+        """
+        path, spec = folder / TENSORS, config.spec
+        if not path.is_file() and (folder / PICKLE).is_file():
+            raise AdapterError(
+                f"{folder} has only {PICKLE}, a pickle, which may run code when opened and is refused; save it in "
+                "PEFT with save_pretrained(folder, safe_serialization=True)"
+            )
+        tensors = read_safetensors(path)
+        adapted, others = defaultdict(dict), defaultdict(dict)
+        shared = {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
+        copies = {t.key.rpartition(".")[2]: t.key for t in spec.shared if t.copied}
+        suffixes, ignored = {t.key for t in spec.tensors}, set()
+        for key, x in tensors.items():
+            if not key.startswith(ROOT):
+                raise AdapterError(f"{path} has {key!r}; expected names that start with {ROOT!r}")
+            # With bias="all", PEFT writes the biases of modules_to_save three times.
+            plain = key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+            if plain != key and plain in tensors:
+                continue
+            if original := copies.get(key.rpartition(".")[2]):
+                if original in shared and not np.array_equal(x, shared[original]):
+                    raise AdapterError(f"{path}: {key!r} differs from {original!r}, of which it must be a copy")
+                continue
+            module, suffix = _split(key.removeprefix(ROOT), _prefixes(spec))
+            if named(ignore, module):
+                ignored.add(module)
+            else:
+                (adapted if suffix in suffixes else others)[module][suffix] = x
+        file = cls(path, dict(adapted), dict(others), shared)
+        for entry in ignore:
+            if not any(named([entry], module) for module in ignored):
+                raise AdapterError(f"{path} has no module {entry!r} to ignore{nearest(entry, file.modules)}")
+        if not file.adapted:
+            name = config.method.__name__
+            raise AdapterError(
+                f"{path} holds no {name}: none of its {len(tensors)} tensors is a {' or '.join(sorted(suffixes))}"
+            )
+        return file
+
+    @property
+    def modules(self) -> set[str]:
+        """The torch modules that have tensors."""
+        return {*self.adapted, *self.others}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the method's leaves: the file's, if it has one and that is a usual one."""
+        every = (x for own in self.adapted.values() for x in own.values())
+        found = {x.dtype.name for x in every if jnp.issubdtype(x.dtype, jnp.floating)}
+        return found.pop() if len(found) == 1 and found <= {"float32", "bfloat16", "float16"} else "float32"
+
+    def take(self, module: str, suffix: str, shape: tuple[int, ...], why: str, *, floating: bool = True) -> np.ndarray:
+        """A tensor that must be there, in this shape. ``why`` says what needs it."""
+        name = f"{ROOT}{module}.{suffix}"
+        x = {**self.adapted.get(module, {}), **self.others.get(module, {})}.get(suffix)
+        return self._checked(name, x, shape, why, floating)
+
+    def take_shared(self, key: str, shape: tuple[int, ...], why: str) -> np.ndarray:
+        """A shared tensor that must be there, in this shape."""
+        return self._checked(key, self.shared.get(key), shape, why, True)
+
+    def _checked(self, name: str, x: np.ndarray | None, shape: tuple[int, ...], why: str, floating: bool) -> np.ndarray:
+        if x is None:
+            raise AdapterError(f"{self.path} lacks {name!r}, {why}")
+        if jnp.issubdtype(x.dtype, jnp.floating) != floating:
+            expected = "floating numbers" if floating else "integers"
+            raise AdapterError(f"{self.path}: {name!r} is {x.dtype.name}, expected {expected}")
+        if x.shape != shape:
+            raise AdapterError(f"{self.path}: {name!r} has shape {list(x.shape)}, expected {list(shape)}")
+        return x
+
+
+def _prefixes(spec: HFSpec) -> tuple[str, ...]:
+    """The beginnings of a method's tensor names, e.g. ``("lora_",)``: also those of tensors it does not know."""
+    return tuple(sorted({t.key.partition("_")[0] + "_" for t in spec.tensors}))
+
+
+def _split(name: str, prefixes: tuple[str, ...]) -> tuple[str, str]:
+    """A name as module and tensor: split before ``base_layer`` or a method's tensor, else before the last part.
+
+    >>> _split("a.b.lora_A.weight", ("lora_",))
+    ('a.b', 'lora_A.weight')
+    """
+    parts = name.split(".")
+    starts = (i for i, p in enumerate(parts) if i and (p == "base_layer" or p.startswith(prefixes)))
+    inner = next(starts, len(parts) - 1)
+    return ".".join(parts[:inner]), ".".join(parts[inner:])
