@@ -1,1 +1,1 @@
-"""Recipes: fine-tuning runs from configuration to result."""
+"""Fine-tuning from a configuration to a run folder, and plans of it."""

@@ -1,14 +1,14 @@
-"""What a fine-tuning job is asked to do. Imports nothing heavy, so that the command line answers at once."""
+"""The configuration of a fine-tuning run. Imports nothing heavy, so that the command line starts fast."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jpeft.checks import Rule, is_int, is_number, is_positive_int, is_rate, or_none
 from jpeft.errors import UserError
 from jpeft.recipes.assets import CONVERSATIONS, DATA, MODELS
 
@@ -16,55 +16,73 @@ CLASSIFY, CHAT = "classify", "chat"
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("nf4", "int4", "int8", "fp8")  # of `jpeft.quantization`, which is not imported here
 
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-_COUNT = (_count, "at least 1")
-_WHOLE = (lambda v: _count(v) or (v == 0 and not isinstance(v, bool)), "a whole number")
-_TEXT = (lambda v: v is None or isinstance(v, str), "a text")
-_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "task": (lambda v: v in (CLASSIFY, CHAT), f"{CLASSIFY} or {CHAT}"),
-    **dict.fromkeys(("model", "data", "method"), (lambda v: isinstance(v, str), "a text")),
-    **dict.fromkeys(("eval", "text", "label", "targets"), _TEXT),
-    **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
-    **dict.fromkeys(("steps", "eval_every"), (lambda v: v is None or _count(v), "at least 1")),
-    "keep": (lambda v: v in ("last", "best"), "last or best"),
-    **dict.fromkeys(("eval_examples", "samples"), _WHOLE),
-    "quantize": (lambda v: v in (*SCHEMES, "none"), f"none, {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}"),
-    "dtype": (lambda v: v in DTYPES, f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"),
-    "packed": (lambda v: isinstance(v, bool), "true or false"),
-    "lr": (lambda v: v is None or (_number(v) and v > 0), "a positive number"),
-    "warmup": (lambda v: _number(v) and 0 <= v < 1, "a share of the steps in [0, 1)"),
-    "weight_decay": (lambda v: _number(v) and v >= 0, "a number, at least 0"),
-    "seed": (lambda v: isinstance(v, int) and 0 <= v < 2**32, "a whole number in [0, 2^32)"),
-    "settings": (lambda v: isinstance(v, Mapping), "fields by name"),
+# Defaults that differ by task. 0 evaluation examples are all of them.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    CLASSIFY: {
+        "model": "minilm",
+        "data": "food-reviews",
+        "epochs": 2,
+        "batch_size": 16,
+        "max_length": 128,
+        "steps": None,
+        "eval_examples": 0,
+        "samples": 0,
+        "quantize": "none",
+        "checkpoint_every": 50,
+    },
+    # Minutes on two cores: a part of an epoch, and a part of the evaluation examples.
+    CHAT: {
+        "model": "smollm2",
+        "data": "gsm8k",
+        "epochs": 1,
+        "batch_size": 2,
+        "max_length": 512,
+        "steps": 60,
+        "eval_examples": 64,
+        "samples": 4,
+        "quantize": "nf4",
+        "checkpoint_every": 20,
+    },
 }
-
-# What each method wants as a peak; those not listed take LoRA's.
+# Fields that a task does not use, and the only value that they may have.
+_UNUSED: Mapping[str, Mapping[str, Any]] = {CLASSIFY: {"packed": True, "samples": 0}}
+# Peak learning rates by method; the others take that of LoRA.
 LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
 
 
-# What a field is where nobody says, by task. An evaluation on 0 examples is one on all.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    CLASSIFY: {"model": "minilm", "data": "food-reviews", "epochs": 2, "batch_size": 16, "max_length": 128,
-               "steps": None, "eval_examples": 0, "samples": 0, "quantize": "none", "checkpoint_every": 50},
-    # Minutes on two cores: a part of an epoch, and of the examples to evaluate on.
-    CHAT: {"model": "smollm2", "data": "gsm8k", "epochs": 1, "batch_size": 2, "max_length": 512,
-           "steps": 60, "eval_examples": 64, "samples": 4, "quantize": "nf4", "checkpoint_every": 20},
-}  # fmt: skip
+def _one_of(names: Collection[str]) -> Rule:
+    *first, last = names
+    return lambda value: isinstance(value, str) and value in names, f"{', '.join(first)} or {last}"
+
+
+_COUNT: Rule = (is_positive_int, "at least 1")
+_COUNT_OR_DEFAULT: Rule = (lambda value: value is None or is_positive_int(value), "at least 1")
+_SIZE: Rule = (lambda value: is_int(value) and value >= 0, "an integer, at least 0")
+_TEXT: Rule = (lambda value: isinstance(value, str), "a text")
+_RULES: Mapping[str, Rule] = {
+    "task": _one_of(DEFAULTS),
+    **dict.fromkeys(("model", "data", "method"), _TEXT),
+    **dict.fromkeys(("eval", "text", "label", "targets"), or_none(_TEXT)),
+    **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
+    **dict.fromkeys(("steps", "eval_every"), _COUNT_OR_DEFAULT),
+    "keep": _one_of(("last", "best")),
+    **dict.fromkeys(("eval_examples", "samples"), _SIZE),
+    "quantize": _one_of(("none", *SCHEMES)),
+    "dtype": _one_of(DTYPES),
+    "packed": (lambda value: isinstance(value, bool), "true or false"),
+    "lr": (lambda value: value is None or (is_number(value) and value > 0), "a positive number"),
+    "warmup": (is_rate, "a share of the steps in [0, 1)"),
+    "weight_decay": (lambda value: is_number(value) and value >= 0, "a number, at least 0"),
+    "seed": (lambda value: is_int(value) and 0 <= value < 2**32, "an integer in [0, 2^32)"),
+    "settings": (lambda value: isinstance(value, Mapping), "fields by name"),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides what a run computes. `None` is the method's, the data's or the job's own default.
+    """Everything that a run's result depends on. `None` is the default of the method, of the data or of the task.
 
-    A field that differs by task is filled from `DEFAULTS` where it is not given.
+    Fields in `DEFAULTS` that are not given take the task's default.
 
     >>> Config(rank=16, targets="query,value").rate, Config().model, Config(task="chat").model
     (0.0005, 'minilm', 'smollm2')
@@ -101,19 +119,18 @@ class Config:
     checkpoint_every: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        # Own data or epochs that were asked for are not cut short by the demonstration's budget.
-        whole = self.task == CHAT and (self.data not in (None, *CONVERSATIONS) or self.epochs is not None)
+        # The demonstration's limit of steps must not cut other data short, or a given number of epochs.
+        limited = self.data in (None, *CONVERSATIONS) and self.epochs is None
         for name, value in DEFAULTS.get(self.task, {}).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, None if name == "steps" and whole else value)
-        for name, (good, expected) in _RULES.items():
+            if getattr(self, name) is None and (name != "steps" or limited):
+                object.__setattr__(self, name, value)
+        for name, (accepts, expected) in _RULES.items():
             value = getattr(self, name)
-            if not good(value):
+            if not accepts(value):
                 raise UserError(f"{flag(name)} must be {expected}, got {value!r}")
-        if self.task == CLASSIFY and (not self.packed or self.samples):
-            raise UserError(
-                f"{flag('samples' if self.packed else 'packed')} is for --task {CHAT}, not for labels of texts"
-            )
+        for name, value in _UNUSED.get(self.task, {}).items():
+            if getattr(self, name) != value:
+                raise UserError(f"{flag(name)} is for --task {CHAT}, not for --task {self.task}")
         if self.batch_size % self.accumulate:
             raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
 
@@ -127,7 +144,7 @@ class Config:
         return LEARNING_RATES.get(self.method.lower(), 5e-4) if self.lr is None else self.lr
 
     def located(self) -> Config:
-        """The same with absolute paths, so that it holds from any working folder.
+        """The same configuration with absolute paths, which are valid from any working directory.
 
         >>> Config(data="/data/../train.csv").located().model
         'minilm'
@@ -136,13 +153,13 @@ class Config:
         return dataclasses.replace(self, **found)
 
     def conflict(self, given: Mapping[str, Any]) -> str | None:
-        """The first of the given fields that asks for something else than this configuration, if one does.
+        """The name of the first given field that differs from this configuration, or None.
 
         >>> Config(lr=1e-3).conflict({"lr": 1e-2}), Config().conflict({"lr": 5e-4})
         ('lr', None)
         """
-        mine = {"lr": self.rate} if self.lr is None else {}
-        return next((n for n, v in given.items() if _locate(n, v) != mine.get(n, getattr(self, n))), None)
+        own = dataclasses.asdict(self) | {"lr": self.rate}
+        return next((name for name, value in given.items() if _locate(name, value) != own[name]), None)
 
 
 _PATHS: Mapping[str, Mapping[str, Any]] = {"model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}}
@@ -157,13 +174,13 @@ def _locate(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a run is carried out: what does not change what it computes, and may differ when it is resumed.
+    """Where and how a run is executed. It does not change the result, and may differ when a run is resumed.
 
     Attributes:
-        mesh: a `jax.sharding.Mesh` to train on, of axes that `jpeft.shard` knows; None is one device.
-        tensorboard: also write what is logged as TensorBoard events, to `RUN/tensorboard`.
-        profile: the first step and how many to trace with `jax.profiler`, to `RUN/profile`.
-        remat: what a language model's backward pass computes again, see `jpeft.models.decoder.Decoder`.
+        mesh: a `jax.sharding.Mesh` to train on, with axes that `jpeft.shard` knows; None is one device.
+        tensorboard: also write the metrics as TensorBoard events, to `RUN/tensorboard`.
+        profile: the first step to trace with `jax.profiler`, and how many, to `RUN/profile`.
+        remat: what a language model's backward pass recomputes, see `jpeft.models.decoder.Decoder`.
 
     >>> Setup(profile=(10, 3)).mesh is None
     True
@@ -176,7 +193,13 @@ class Setup:
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, which is saved up to a step (0: not yet). `number` is the signal's."""
+    """A signal stopped a run.
+
+    Attributes:
+        number: the signal's number.
+        step: the step that the run is saved up to; 0 if it has no checkpoint.
+        run: the run folder.
+    """
 
     def __init__(self, number: int, step: int, run: Path):
         super().__init__(number, step, run)
@@ -184,7 +207,7 @@ class Interrupted(Exception):
 
 
 def flag(name: str) -> str:
-    """A field of `Config` as typed on the command line.
+    """The command-line option of a field of `Config`.
 
     >>> flag("batch_size")
     '--batch-size'
@@ -194,7 +217,7 @@ def flag(name: str) -> str:
 
 
 def parse_targets(text: str) -> str | list[str]:
-    """Targets as typed: a regular expression if it has a sign of one, else names separated by commas.
+    """Targets from the command line: a regular expression if it has a metacharacter, else comma-separated names.
 
     >>> parse_targets("query,value"), parse_targets(".*/query"), parse_targets("all-linear")
     (['query', 'value'], '.*/query', 'all-linear')

@@ -1,10 +1,10 @@
-"""The job behind `jpeft finetune`: from a configuration to a run folder, resumable at any moment.
+"""`jpeft finetune`: a run from a configuration to a finished run folder, resumable at any moment.
 
     config = Config(data="train.csv", eval="test.csv", text="review", label="stars")
     result = finetune(config, Path("runs/stars"))
 
-A step depends on the configuration and the step before it alone, so a run that was killed and resumed ends with the
-adapter, bit for bit, of one that was not.
+A training step depends only on the configuration and the step before it, so a run that was killed and resumed ends
+with the same adapter, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -19,93 +19,103 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jpeft.core.fingerprint import difference
+from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.tree import combine, flatten, peek, size_bytes
 from jpeft.errors import UserError
-from jpeft.files import write_json
 from jpeft.hardware import utilization
 from jpeft.io import save
 from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
-from jpeft.recipes import run_folder
+from jpeft.recipes import run_folder, tasks
 from jpeft.recipes.config import Config, Interrupted, Setup, flag
-from jpeft.recipes.prepare import UNCHANGED, Job, NullReporter, Reporter, prepare
-from jpeft.recipes.process import Profiler, peak_memory, saved_step, stop_signal, stopping_well
+from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
+from jpeft.recipes.prepare import prepare
+from jpeft.recipes.process import Profiler, peak_memory, reporting_saved_step, saved_step, stop_signal
 from jpeft.recipes.run_folder import Log
+from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
 from jpeft.training import checkpoint
 from jpeft.training.checkpoint import Checkpoints
-from jpeft.training.step import TrainState, train_step
+from jpeft.training.step import TrainState
+
+T = TypeVar("T")
+_SETUP = Setup()
+_SHARED_WITHIN = 30.0  # seconds for a new folder to become visible to all hosts
+
+# Entries of a run's record that must not change before it is resumed, and their names in the error.
+UNCHANGED: Mapping[str, str] = {
+    "data": "its data",
+    "labels": "its labels",
+    "method": "its method",
+    "steps": "its number of steps",
+    "tokenizer": "its model's tokenizer.json",
+}
+# Entries of the record that must be the same on all processes, and their names in the error.
+_SAME: Mapping[str, str] = {
+    "config": "the configuration",
+    "base": "the model",
+    "tokenizer": "the model's tokenizer",
+    "data": "the data",
+    "method": "the method",
+}
 
 
-def optimizer(config: Config, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW, and its learning rate by step: a linear warm-up, then a linear decay to zero.
-
-    >>> _, schedule = optimizer(Config(lr=1.0, warmup=0.5), 4)
-    >>> [round(float(schedule(step)), 2) for step in range(4)]
-    [0.33, 0.67, 1.0, 0.5]
-    """
-    warm = min(steps - 1, round(config.warmup * steps))
-
-    def schedule(count: Any) -> jax.Array:
-        # No step is wasted on a rate of zero: the first has already risen, the last has not yet fallen to it.
-        done = jnp.asarray(count, jnp.float32)
-        return config.rate * jnp.minimum((done + 1) / (warm + 1), (steps - done) / (steps - warm))
-
-    return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
-
-
-def training_step(peft: Any, loss_fn: Any, config: Config, steps: int) -> tuple[Any, optax.GradientTransformation]:
-    """The step that a run makes, and its optimizer.
-
-    >>> step, tx = training_step(job.peft, job.task.loss_fn(job), job.config, job.steps)  # doctest: +SKIP
-    """
-    tx, _ = optimizer(config, steps)
-    return train_step(peft, loss_fn, tx, clip=1.0, accumulate=config.accumulate), tx
-
-
-_PLAIN = Setup()
-_SHARED_WITHIN = 30.0  # seconds for a new folder to be seen on all hosts
-
-
-# -------------------------------------------------------------------------------------------------------------- job
+# ----------------------------------------------------------------------------------------------------- start or resume
 
 
 def finetune(
-    config: Config, out: Path | None = None, reporter: Reporter | None = None, setup: Setup = _PLAIN
+    config: Config, out: Path | None = None, reporter: Reporter | None = None, setup: Setup = _SETUP
 ) -> dict[str, Any]:
-    """Train from the beginning, into a folder that is not there yet. Returns what the final table shows.
+    """Trains from the beginning, into a new run folder. Returns the content of its result.json.
 
     Args:
-        setup: where and how. On several hosts (`jpeft.distributed.join`) all call this alike, and `out` is on storage
-            that they share.
+        setup: where and how to run. On several hosts (`jpeft.parallel.distributed.join`) all call this with the same
+            arguments, and `out` is on storage that they share.
 
     >>> finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]  # doctest: +SKIP
     """
-    reporter = _speaker(reporter)
+    reporter = _main_reporter(reporter)
     job = on_all_hosts(lambda: _prepare_new(config, out, reporter, setup))
-    record = job.record
-    _check_same(record)
-    run = Path(
-        broadcast(
-            str(on_all_hosts(lambda: run_folder.create_run(out, job.config, record) if is_main_process() else ""))
-        )
-    )
+    record = _checked_record(job)
+    run = Path(broadcast(str(_on_main_process(lambda: run_folder.create_run(out, job.config, record)))))
     on_all_hosts(lambda: _check_shared(run))
     try:
         return _finish(job, run, reporter, setup)
     except (UserError, OSError):
         raise
-    except Exception:  # too large for the memory, perhaps
+    except Exception:  # out of memory, perhaps
         if is_main_process() and not saved_step(run):
-            shutil.rmtree(run, ignore_errors=True)  # nothing to resume: leave the name free for another try
+            shutil.rmtree(run, ignore_errors=True)  # nothing to resume, so the name is free for another attempt
         raise
+
+
+def resume(
+    run: Path, given: Mapping[str, Any], reporter: Reporter | None = None, setup: Setup = _SETUP
+) -> dict[str, Any]:
+    """Continues a run under its recorded configuration. Returns the content of its result.json, also if it is complete.
+
+    Args:
+        given: fields of `Config` to compare with the recorded configuration; a difference raises a UserError.
+        setup: where and how to run, as for `finetune`. It may differ from the run's earlier setup.
+
+    >>> resume(Path("runs/first"), {})  # doctest: +SKIP
+    """
+    reporter = _main_reporter(reporter)
+    record, result = on_all_hosts(lambda: _read_run(run, given))
+    if result is not None:
+        reporter.say(f"{run} is complete")
+        return result
+    with run_folder.locked(run):  # raises before the model is loaded
+        pass
+    job = on_all_hosts(lambda: _prepare_again(run, record, reporter, setup))
+    _checked_record(job)
+    if changed := difference(record["base"], job.params):
+        raise UserError(f"{run}: cannot be resumed: the model {job.config.model} changed since it began: {changed}")
+    return _finish(job, run, reporter, setup)
 
 
 def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
@@ -113,22 +123,38 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
         raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
     job = prepare(config, reporter, setup)
     if setup.profile is not None and setup.profile[0] > job.steps:
-        raise UserError(f"--profile {setup.profile[0]}: there are {job.steps} steps")
+        raise UserError(f"--profile {setup.profile[0]}: the run has only {job.steps} steps")
     return job
 
 
-def _speaker(reporter: Reporter | None) -> Reporter:
-    """One process speaks."""
-    return reporter if reporter is not None and is_main_process() else NullReporter()
+def _prepare_again(run: Path, record: Mapping[str, Any], reporter: Reporter, setup: Setup) -> Job:
+    job = prepare(Config(**record["config"]), reporter, setup)
+    for name, words in UNCHANGED.items():
+        if job.record.get(name) != record.get(name):
+            raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
+    return job
 
 
-def _check_same(record: Mapping[str, Any]) -> None:
-    """Raises a UserError where hosts would train on something else than process 0."""
-    paths = ("model", "data", "eval")  # hosts may have them in different places; what is there is compared
-    record = {**record, "config": {name: value for name, value in record["config"].items() if name not in paths}}
-    words = {"config": "the configuration", "base": "the model", "tokenizer": "the model's tokenizer",
-             "data": "the data", "method": "the method"}  # fmt: skip
-    check_same({told: json.dumps(record[name], sort_keys=True) for name, told in words.items()})
+def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A run's record, and its result if it is complete."""
+    record = run_folder.read_record(run)
+    config = Config(**record["config"])
+    if name := config.conflict(given):
+        recorded = "default" if getattr(config, name) is None else getattr(config, name)
+        raise UserError(
+            f"{run}: {flag(name)} {given[name]} conflicts with the run's {recorded}: a resumed run keeps its "
+            "configuration; start another with another --out"
+        )
+    return record, run_folder.read_result(run)
+
+
+def _checked_record(job: Job) -> dict[str, Any]:
+    """The record of the job with the fingerprint of its base; processes that would train on other things raise."""
+    record = {**job.record, "base": fingerprint(job.params)}
+    paths = ("model", "data", "eval")  # these may differ between hosts; the content of the files may not
+    config = {name: value for name, value in record["config"].items() if name not in paths}
+    check_same({words: json.dumps({**record, "config": config}[name], sort_keys=True) for name, words in _SAME.items()})
+    return record
 
 
 def _check_shared(run: Path) -> None:
@@ -139,58 +165,32 @@ def _check_shared(run: Path) -> None:
         time.sleep(0.2)
 
 
-def resume(
-    run: Path, given: Mapping[str, Any], reporter: Reporter | None = None, setup: Setup = _PLAIN
-) -> dict[str, Any]:
-    """Continue a run under the configuration that it recorded; a complete one only tells its result.
-
-    Args:
-        given: what is asked for now, by field of `Config`: it must be what the run recorded.
-        setup: as for `finetune`; it may be another than the run had until now.
-
-    >>> resume(Path("runs/first"), {})  # doctest: +SKIP
-    """
-    reporter = _speaker(reporter)
-    record, result = on_all_hosts(lambda: _read_run(run, given))
-    if result:
-        reporter.say(f"{run} is complete")
-        return result
-    with run_folder.locked(run):  # told before anything is loaded
-        pass
-    config = Config(**record["config"])
-    job = on_all_hosts(lambda: prepare(config, reporter, setup))
-    now = job.record
-    on_all_hosts(lambda: _check_unchanged(run, record, now))
-    _check_same(now)
-    if changed := difference(record["base"], job.params):
-        raise UserError(f"{run}: cannot be resumed: the model {config.model} changed since it began: {changed}")
-    return _finish(job, run, reporter, setup)
+def _main_reporter(reporter: Reporter | None) -> Reporter:
+    """The reporter on the main process; the others report nothing."""
+    return reporter if reporter is not None and is_main_process() else NullReporter()
 
 
-def _check_unchanged(run: Path, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name, words in UNCHANGED.items():
-        if now.get(name) != record.get(name):
-            raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
+def _on_main_process(fn: Callable[[], T]) -> T | None:
+    """Runs `fn` on the main process; if it raises, all raise."""
+    return on_all_hosts(lambda: fn() if is_main_process() else None)
 
 
-def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    record = run_folder.read_record(run)
-    config = Config(**record["config"])
-    if name := config.conflict(given):
-        mine = getattr(config, name)
-        raise UserError(
-            f"{run}: {flag(name)} {given[name]} conflicts with the run's {'default' if mine is None else mine}: a "
-            "resumed run keeps its configuration; start another with another --out"
-        )
-    return record, run_folder.read_result(run)
-
-
-# ------------------------------------------------------------------------------------------------------ the run itself
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that is going on: what it works on, and where it writes."""
+    """A run in progress.
+
+    Attributes:
+        job: what it works on.
+        folder: the run folder.
+        setup: where and how it runs.
+        reporter: receives messages and progress.
+        checkpoints: the open checkpoints.
+        log: the open metrics.jsonl.
+        heartbeat: this process's heartbeat.
+    """
 
     job: Job
     folder: Path
@@ -198,81 +198,53 @@ class _Run:
     reporter: Reporter
     checkpoints: Checkpoints
     log: Log
-    pulse: Heartbeat
+    heartbeat: Heartbeat
 
 
 def _finish(job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[str, Any]:
-    """Train to the end from wherever the run folder stands, then write what a complete run has."""
+    """Trains to the end from the last checkpoint, if there is one, and writes the files of a complete run."""
     reporter.say(job.peft.summary())
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
     fresh = job.peft.init(adapter_key, job.params)
     with (
-        stopping_well(folder),
+        reporting_saved_step(folder),
         run_folder.locked(folder),
-        watched() as pulse,
+        watched() as heartbeat,
         checkpoint.open_checkpoints(folder / "checkpoints") as checkpoints,
     ):
-        state, start = _begin(job, fresh, rng, checkpoints, reporter)
+        state, start = _restore(job, fresh, rng, checkpoints, reporter)
         with run_folder.open_log(folder, start, write=is_main_process(), tensorboard=setup.tensorboard) as log:
-            run = _Run(job, folder, setup, reporter, checkpoints, log, pulse)
+            run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat)
             state = _train(run, fresh, state, start)
             on_all_hosts(lambda: _check_converged(run))
-            adapter, step = _chosen(run, state)
+            adapter, step = _chosen_adapter(run, state)
             save(folder / "adapter", job.peft, adapter, job.params)
             result = _result(run, fresh, adapter, step)
-            on_all_hosts(lambda: _write_result(run, result) if is_main_process() else None)
+            _on_main_process(lambda: _write(run, result))
     return result
 
 
-def _write_result(run: _Run, result: Mapping[str, Any]) -> None:
-    run_folder.plot(run.log.lines, run.folder / "loss.png")
-    write_json(run.folder / "result.json", result)  # last: its presence says that the run is complete
-
-
-def _check_converged(run: _Run) -> None:
-    """A run that learned nothing but infinities is no result."""
-    total, log = run.job.steps, run.log
-    last, skipped = log.evaluation(total), [line for line in log.lines if "skipped" in line][-1]["skipped"]
-    if last is None or last["eval_loss"] is None or skipped == total:
-        raise UserError(
-            f"{run.folder}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped "
-            "for that; start another with a lower --lr"
-        )
-
-
-def _chosen(run: _Run, state: Any) -> tuple[Any, int]:
-    """The adapter that the run results in, and the step that it is of."""
-    best = run.checkpoints.best_step() if run.job.config.keep == "best" else None
-    if best in (None, run.job.steps):
-        return state.adapter, run.job.steps
-    run.reporter.say(f"the adapter of step {best} is kept, whose evaluation was the best")
-    state, _ = checkpoint.restore(run.checkpoints, like=state, step=best)
-    return state.adapter, best
-
-
-def _begin(job: Job, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter) -> tuple[Any, int]:
-    """The state to go on from, and the steps behind it."""
-    total = job.steps
-    state = TrainState.create(job.peft, fresh, optimizer(job.config, total)[0], rng)
+def _restore(job: Job, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter) -> tuple[Any, int]:
+    """The training state of the newest checkpoint, or a new one, and the number of steps it has made."""
+    state = TrainState.create(job.peft, fresh, optimizer(job.config, job.steps), rng)
     if checkpoints.latest_step() is None:
         return state, 0
     state, notes, damaged = checkpoint.restore_newest(checkpoints, like=state)
     for step in damaged:
         reporter.say(f"the checkpoint of step {step} cannot be read and is left out")
-    reporter.say(f"continuing after step {notes['position']} of {total}")
+    reporter.say(f"continuing after step {notes['position']} of {job.steps}")
     return state, notes["position"]
 
 
 def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
-    """The steps that are left. Returns the last state."""
+    """Makes the remaining training steps. Returns the final state."""
     job, config, total = run.job, run.job.config, run.job.steps
-    score = job.task.evaluator(job)
-    _evaluate(run, 0, score, fresh)
-    step, _ = training_step(job.peft, job.task.loss_fn(job), config, total)
-    schedule = optimizer(config, total)[1]
-    rates, usage = np.asarray(schedule(np.arange(total)), float), _usage(job, state)
+    evaluate = job.evaluator()
+    _evaluate(run, 0, evaluate, fresh)
+    step = training_step(job.peft, job.loss_fn(), optimizer(config, total), config)
+    rates, usage = np.asarray(learning_rate(config, total)(np.arange(total)), float), _usage(job, state)
     batches = itertools.islice(job.batches(start), total - start)
-    with stop_signal() as asked, Profiler(run.folder / "profile", run.setup.profile) as profiler:
+    with stop_signal() as received, Profiler(run.folder / "profile", run.setup.profile) as profiler:
         for done, (batch, count) in enumerate(batches, start + 1):
             profiler.before(done)
             began, programs = time.perf_counter(), step.compiled
@@ -282,15 +254,15 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
             line = {"step": done, "epoch": round(job.train.epochs_after(done), 4), **metrics}
             line |= {"lr": float(rates[done - 1]), **count._asdict(), "seconds": round(seconds, 6)}
             line |= {"tokens_per_second": round(count.tokens / seconds, 1), **usage(batch.input_ids.shape, seconds)}
-            if step.compiled > programs:  # the first of a shape waits for the compiler
+            if step.compiled > programs:  # the first step of a shape includes its compilation
                 line["compiled"] = True
             run.log.write(line)
-            run.pulse.step = done
+            run.heartbeat.step = done
             run.reporter.progress(done, total, metrics["loss"], count.tokens / seconds)
             epoch_ends = job.train.epochs_after(done).is_integer()
             if evaluated := epoch_ends or done == total or done % (config.eval_every or total) == 0:
-                _evaluate(run, done, score, state.adapter)
-            stop = largest(asked[0] if asked else 0)  # asked of any process, all stop after the same step
+                _evaluate(run, done, evaluate, state.adapter)
+            stop = largest(received[0] if received else 0)  # a signal to one process stops all after the same step
             if evaluated or stop or done % config.checkpoint_every == 0:
                 loss = (run.log.evaluation(done) or {}).get("eval_loss")
                 checkpoint.save(run.checkpoints, done, state, {"position": done}, loss=loss, wait=bool(stop))
@@ -299,58 +271,97 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
     return state
 
 
-def _evaluate(run: _Run, step: int, score: Any, adapter: Any) -> None:
-    """Evaluate after a step, unless the log has it."""
+def _evaluate(run: _Run, step: int, evaluate: Callable[[Any], dict[str, float]], adapter: Any) -> None:
+    """Evaluates after a step, unless the log has it already."""
     if run.log.evaluation(step) is None:
-        found = score(adapter)
-        run.log.write({"step": step, **found})
-        run.reporter.say(f"{f'after step {step}' if step else 'before training'}: {run.job.task.say(found)}")
+        metrics = evaluate(adapter)
+        run.log.write({"step": step, **metrics})
+        when = f"after step {step}" if step else "before training"
+        run.reporter.say(f"{when}: {run.job.describe(metrics)}")
 
 
 def _usage(job: Job, state: Any) -> Callable[[tuple[int, ...], float], dict[str, float]]:
-    """The share of the devices' peak that a step of a shape takes, where the peak is known."""
+    """A function from a batch's shape and a step's seconds to the model FLOPs utilization, if the peak is known."""
     devices = jax.devices()[:1] if job.mesh is None else job.mesh.devices.flat
     peak = utilization.peak_flops(devices[0].device_kind)
-
-    adapter = jax.eval_shape(lambda x: x, state.adapter)  # the first step donates the state
+    adapter = jax.eval_shape(lambda x: x, state.adapter)  # abstract, because the first step donates the state
 
     def usage(shape: tuple[int, ...], seconds: float) -> dict[str, float]:
         if peak is None:
             return {}
-        needed = utilization.peft_flops(job.peft, job.params, adapter, tokens=math.prod(shape), length=shape[1])
-        return {"mfu": round(needed / seconds / (len(devices) * peak), 4)}
+        flops = utilization.peft_flops(job.peft, job.params, adapter, tokens=math.prod(shape), length=shape[1])
+        return {"mfu": round(flops / seconds / (len(devices) * peak), 4)}
 
     return usage
 
 
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def _check_converged(run: _Run) -> None:
+    """Raises a UserError if the loss is not finite: such a run gets no result."""
+    last, total = run.log.evaluation(run.job.steps), run.job.steps
+    skipped = [line for line in run.log.lines if "skipped" in line][-1]["skipped"]
+    if last is None or last["eval_loss"] is None or skipped == total:
+        raise UserError(
+            f"{run.folder}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped "
+            "for that; start another with a lower --lr"
+        )
+
+
+def _chosen_adapter(run: _Run, state: Any) -> tuple[Any, int]:
+    """The adapter that the run keeps, the last or the best, and its step."""
+    best = run.checkpoints.best_step() if run.job.config.keep == "best" else None
+    if best in (None, run.job.steps):
+        return state.adapter, run.job.steps
+    run.reporter.say(f"the adapter of step {best} is kept, whose evaluation was the best")
+    state, _ = checkpoint.restore(run.checkpoints, like=state, step=best)
+    return state.adapter, best
+
+
 def _result(run: _Run, fresh: Any, adapter: Any, step: int) -> dict[str, Any]:
-    """The final table, from the log and the files of the run: the same whether it was interrupted or not."""
+    """The content of result.json, from the log and the files: the same whether the run was interrupted or not."""
     job, log = run.job, run.log
-    first, last = log.evaluation(0), log.evaluation(step)
-    assert first and last
+    before, after = log.evaluation(0), log.evaluation(step)
+    assert before and after
     files = job.model.glob("*.safetensors") if job.model.is_dir() else [job.model]
-    steps = [line for line in log.lines if "loss" in line]
-    usual = [line for line in steps if "compiled" not in line] or steps
-    middle = lambda name: statistics.median([line[name] for line in usual])  # noqa: E731
-    words, leaves = flatten(job.peft.labels(adapter)), flatten(adapter)
+    labels, leaves = flatten(job.peft.labels(adapter)), flatten(adapter)
+    trainable = [leaves[path] for path, label in labels.items() if label == "trainable"]
     return {
         "task": job.config.task,
-        **job.task.result(job, fresh, adapter, first, last),
-        "loss_before": first["eval_loss"],
-        "loss_after": last["eval_loss"],
-        "trainable_parameters": sum(int(np.size(leaves[path])) for path, word in words.items() if word == "trainable"),
+        **job.result(fresh, adapter, before, after),
+        "loss_before": before["eval_loss"],
+        "loss_after": after["eval_loss"],
+        "trainable_parameters": sum(int(np.size(leaf)) for leaf in trainable),
         "total_parameters": sum(peek(leaf).size for leaf in flatten(combine(job.params, adapter)).values()),
         "adapter_bytes": sum(path.stat().st_size for path in (run.folder / "adapter").iterdir() if path.is_file()),
         "base_bytes": sum(path.stat().st_size for path in files),
         "base_memory_bytes": size_bytes(job.params),
-        "seconds_per_step": middle("seconds"),
-        "tokens_per_second": middle("tokens_per_second"),
-        "mfu": middle("mfu") if "mfu" in usual[0] else None,
-        "training_seconds": round(sum(line["seconds"] for line in steps), 3),
-        "peak_memory_bytes": peak_memory(),
-        "skipped_steps": int(steps[-1]["skipped"]),
-        "steps": len(steps),
+        **_timing([line for line in log.lines if "loss" in line]),
         "step_kept": step,
         "run": str(run.folder),
         "config": dataclasses.asdict(job.config),
     }
+
+
+def _timing(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the training steps that compiled nothing, and totals."""
+    usual = [line for line in steps if "compiled" not in line] or steps
+
+    def median(name: str) -> float:
+        return statistics.median([line[name] for line in usual])
+
+    return {
+        "seconds_per_step": median("seconds"),
+        "tokens_per_second": median("tokens_per_second"),
+        "mfu": median("mfu") if "mfu" in usual[0] else None,
+        "training_seconds": round(sum(line["seconds"] for line in steps), 3),
+        "peak_memory_bytes": peak_memory(),
+        "skipped_steps": int(steps[-1]["skipped"]),
+        "steps": len(steps),
+    }
+
+
+def _write(run: _Run, result: Mapping[str, Any]) -> None:
+    run_folder.plot(run.log.lines, run.folder / "loss.png", *tasks.find(run.job.config.task).METRIC)
+    run_folder.write_result(run.folder, result)

@@ -1,4 +1,4 @@
-"""The process of a run: signals, profiler, memory."""
+"""The process of a run: signals, the profiler, and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from jpeft.recipes.config import Interrupted
 
 
 class Profiler:
-    """`jax.profiler` over some steps, if any were asked for."""
+    """Traces some training steps with `jax.profiler`.
+
+    Args:
+        folder: the folder to write the trace to.
+        steps: the first step to trace, and how many; None traces nothing.
+    """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._on = folder, steps, False
@@ -27,7 +32,7 @@ class Profiler:
         return self
 
     def before(self, step: int) -> None:
-        """To be called before every step."""
+        """Starts or stops the trace. Call it before every step."""
         if self._steps is None:
             return
         first, count = self._steps
@@ -45,28 +50,28 @@ class Profiler:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or a polite kill asks to stop; a second one does not wait for the step."""
-    asked: list[int] = []
+    """A list that SIGINT or SIGTERM appends its number to. A second one interrupts at once, within the step."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals are the main thread's
+        yield received  # only the main thread can handle signals
         return
 
     def handle(number: int, frame: Any) -> None:
-        if asked:
+        if received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def stopping_well(run: Path) -> Iterator[None]:
-    """Say of a full disk, or of a Ctrl-C that did not wait, what is safe and how to go on."""
+def reporting_saved_step(run: Path) -> Iterator[None]:
+    """Adds the last checkpoint, and how to resume, to the errors of a full disk and of an interrupt within a step."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -78,16 +83,21 @@ def stopping_well(run: Path) -> Iterator[None]:
         raise UserError(
             f"{(error.strerror or 'no space').lower()}, writing to {run}: "
             f"{f'the run is saved up to step {step}' if step else 'no checkpoint was written yet'}; "
-            f"free some and continue with: jpeft finetune --out {run} --resume"
+            f"free some space and resume with: jpeft finetune --out {run} --resume"
         ) from error
 
 
 def saved_step(run: Path) -> int:
+    """The step of a run's newest checkpoint; 0 if there is none.
+
+    >>> saved_step(Path("runs/none"))
+    0
+    """
     return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process held, in bytes; None where the system does not tell.
+    """The peak resident memory of this process, in bytes; None where the system does not report it.
 
     >>> peak_memory() is None or peak_memory() > 2**20
     True

@@ -1,4 +1,4 @@
-"""Instruction tuning: a chat model over a quantized base, the loss of its answers, evaluation and export.
+"""The task `chat`: a language model, usually over a quantized base, learns the assistant's turns in conversations.
 
 model, params = load_base(resolve_model("smollm2"), "nf4")
 peft = jpeft.LoRA(rank=8, targets="all-linear").bind(model, params, *example_inputs())
@@ -9,74 +9,99 @@ state, metrics = step(state, params, balanced(batch))
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jpeft import models
 from jpeft.core.placement import AnyMesh, replicated
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
-from jpeft.errors import UserError
+from jpeft.errors import ModelError, UserError
+from jpeft.io import load
+from jpeft.methods.base import Method
+from jpeft.models.axes import logical_names, logical_shardings
+from jpeft.models.decoder import Decoder
+from jpeft.models.families import is_decoder
+from jpeft.models.loading import load as load_model
+from jpeft.models.saving import save as save_model
 from jpeft.models.sources import read_config
 from jpeft.parallel.batches import constrained, data_ways, layout_on
 from jpeft.quantization.tree import dequantize, quantize
-from jpeft.text import chat_template
+from jpeft.recipes import run_folder
+from jpeft.recipes.assets import resolve_conversations, resolve_model
+from jpeft.recipes.config import Config, Setup
+from jpeft.recipes.tasks import base
+from jpeft.recipes.tasks.base import AbstractModel, Job, Reporter, abstract_ids, place_batches
+from jpeft.serving.text_generator import Settings, TextGenerator
+from jpeft.text import chat_template, conversations
 from jpeft.text.conversations import Batch
+from jpeft.text.scoring import final_number
 from jpeft.training.losses import chunked_cross_entropy
 
 if TYPE_CHECKING:
     from jpeft.core.peft import Peft
 
+METRIC = ("eval_perplexity", "perplexity of held-out answers")
+REMATS = ("full", "dots")
+# By the class of the method. Runs record it, so leaving it out would keep older runs from being resumed.
+_METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LoRA": {"targets": "all-linear"}}
+_CHUNK = 1024  # tokens whose logits are held at once
+_SAMPLE_TOKENS = 200
+
 Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+# ------------------------------------------------------------------------------------------------------------- model
 
 
 def load_base(
     path: Path, scheme: str = "none", *, mesh: Mesh | None = None, dtype: str = "float32", remat: str | None = None
 ) -> tuple[Any, Any]:
-    """A language model and its parameters, quantized while they are read unless the scheme is "none", and sharded on a
-    mesh as their axes' names say.
+    """A language model and its parameters, sharded over a mesh by their logical axis names.
 
-    A folder that holds quantized weights stays as it is, and no other scheme may be asked for.
+    Weights are quantized as they are read, unless the scheme is "none". A folder that holds quantized weights stays as
+    it is, and any other scheme raises a UserError.
 
     >>> model, params = load_base(resolve_model("smollm2"), "nf4")  # doctest: +SKIP
     """
-    if not models.is_decoder(path):
+    if not is_decoder(path):
         raise UserError(f"{path}: not a language model, but an encoder; it cannot learn to answer")
-    quantized = holds_codes(path)
+    quantized = is_quantized(path)
+    shardings = None if mesh is None else lambda model: logical_shardings(model, mesh)
+    quantize_as = None if scheme == "none" or quantized else scheme
     try:
-        shardings = None if mesh is None else lambda model: models.logical_shardings(model, mesh)
-        asked = None if scheme == "none" or quantized else scheme
-        model, params = models.load(
-            path, param_dtype=jnp.dtype(dtype), quantize=asked, shardings=shardings, remat=remat
+        model, params = load_model(
+            path, param_dtype=jnp.dtype(dtype), quantize=quantize_as, shardings=shardings, remat=remat
         )
-        if quantized and scheme not in ("none", *(held := schemes_of(params))):
-            raise UserError(f"--quantize {scheme}: {path} is quantized already; give --quantize {min(held)}")
-        return model, params
-    except models.ModelError:
+    except ModelError:
         raise
     except ValueError as error:  # a weight that cannot be quantized; else one that does not fit on the mesh
         if scheme == "none" or "does not divide over" in str(error):
             raise
         raise UserError(f"--quantize {scheme}: {error}") from error
+    if quantized and scheme not in ("none", *(schemes := schemes_of(params))):
+        raise UserError(f"--quantize {scheme}: {path} is quantized already; give --quantize {min(schemes)}")
+    return model, params
 
 
-def holds_codes(path: Path) -> bool:
-    """Whether a folder's weights are quantized.
+def is_quantized(path: Path) -> bool:
+    """Whether a model folder holds quantized weights, from its config.json alone.
 
-    >>> holds_codes(resolve_model("smollm2"))  # doctest: +SKIP
+    >>> is_quantized(resolve_model("smollm2"))  # doctest: +SKIP
     False
     """
     return "quantization_config" in read_config(path)
 
 
 def schemes_of(params: Any) -> set[str]:
-    """What the weights of a tree are quantized as.
+    """The quantization schemes of a parameter tree's leaves.
 
     >>> schemes_of({"a": {"kernel": np.ones((64, 64))}})
     set()
@@ -85,16 +110,15 @@ def schemes_of(params: Any) -> set[str]:
 
 
 def load_chat_tokenizer(path: Path, model: Any, max_length: int) -> chat_template.ChatTokenizer:
-    """The tokenizer and chat template of a model that takes so many tokens.
+    """The tokenizer and the chat template of a model, if the model takes rows of `max_length` tokens.
 
     >>> load_chat_tokenizer(resolve_model("smollm2"), model, 512).stop_ids  # doctest: +SKIP
     (2,)
     """
-    codec = chat_template.read(path)
-    chat_template.check_vocabulary(codec, model.config.vocab_size)
-    if max_length > (limit := model.config.max_position_embeddings):
-        raise UserError(f"--max-length {max_length}: the model takes at most {limit} tokens")
-    return codec
+    tokenizer = chat_template.read(path)
+    chat_template.check_vocabulary(tokenizer, model.config.vocab_size)
+    base.check_length(max_length, model.config.max_position_embeddings)
+    return tokenizer
 
 
 def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruct]:
@@ -103,19 +127,20 @@ def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruc
     >>> example_inputs()[0].shape
     (2, 8)
     """
-    return (jax.ShapeDtypeStruct((batch, length), jnp.int32),)
+    return (abstract_ids(batch, length),)
 
 
 # --------------------------------------------------------------------------------------------------- loss and scores
 
 
 def balanced(batch: Batch, answer_tokens: int | None = None, rows: int | None = None) -> Batch:
-    """The batch with its weights scaled to a mean of 1 for each row, so that the mean over rows is that over answers.
+    """Rescales token weights so that the mean over rows equals the mean over answer tokens.
 
-    Micro-batches then count as much as they hold, and accumulated gradients are those of the whole batch.
+    Micro-batches then count by the answer tokens they hold, and accumulated gradients equal those of the whole batch.
 
     Args:
-        answer_tokens, rows: of the whole batch, where this is a host's part of it.
+        answer_tokens: the answer tokens of the whole batch, if `batch` is one process's part of it.
+        rows: the rows of the whole batch, likewise.
 
     >>> weight = np.float32([[0, 1, 1, 1], [0, 0, 0, 1]])
     >>> balanced(Batch(weight, weight, weight, weight, weight)).weight.tolist()
@@ -125,19 +150,24 @@ def balanced(batch: Batch, answer_tokens: int | None = None, rows: int | None = 
     return batch._replace(weight=batch.weight * np.float32((rows or batch.weight.shape[0]) / total))
 
 
-_CHUNK = 1024
-
-
 def _sums(
     peft: Peft, adapter: Any, params: Any, batch: Batch, mesh: AnyMesh | None, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of the cross-entropies and of the right guesses."""
+    """The weighted sums of the cross-entropies and of the correct predictions."""
     states = peft.apply(
-        params, adapter, batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids,
-        method="hidden_states", **options,
-    )  # fmt: skip
-    head = lambda states: peft.apply(params, adapter, states, method="logits")  # noqa: E731
-    # A device holds the logits of its own rows, so a chunk has as many more tokens as there are parts of a batch.
+        params,
+        adapter,
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        segment_ids=batch.segment_ids,
+        method="hidden_states",
+        **options,
+    )
+
+    def head(states: jax.Array) -> jax.Array:
+        return peft.apply(params, adapter, states, method="logits")
+
+    # A device holds the logits of its own rows only, so a chunk grows with the number of shards of the batch.
     chunk = _CHUNK * (1 if mesh is None else data_ways(mesh))
     return chunked_cross_entropy(head, states, jnp.asarray(batch.targets), jnp.asarray(batch.weight), chunk)
 
@@ -145,27 +175,27 @@ def _sums(
 def loss_fn(
     peft: Peft, train_mode: bool = False, mesh: AnyMesh | None = None
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Mean cross-entropy over the answers of a `balanced` batch, as `jpeft.train_step` takes it.
+    """Mean cross-entropy over the answer tokens of a `balanced` batch, as `jpeft.train_step` takes it.
 
     Args:
-        train_mode: whether dropout is on.
-        mesh: that which batches are spread over. Every chunk of tokens gathers a sharded head, and the more devices
-            share a chunk's logits, the more tokens it may have.
+        train_mode: turns dropout on.
+        mesh: the mesh that batches are sharded over. Each chunk of tokens all-gathers a sharded head; with more devices
+            to share a chunk's logits, a chunk has more tokens.
 
     >>> step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(5e-4))  # doctest: +SKIP
     """
 
     def loss(adapter: Any, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         options = {"deterministic": False, "rngs": {"dropout": rng}} if train_mode else {}
-        total, right = _sums(peft, adapter, params, batch, mesh, **options)
+        total, correct = _sums(peft, adapter, params, batch, mesh, **options)
         rows = batch.weight.shape[0]
-        return total / rows, {"accuracy": right / rows}
+        return total / rows, {"accuracy": correct / rows}
 
     return loss
 
 
 def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
-    """The compiled `(params, adapter, batch) -> (sum of losses, right guesses, answer tokens)`; keep it.
+    """The compiled `(params, adapter, batch) -> (sum of losses, correct predictions, answer tokens)`; keep it.
 
     >>> scorer(peft)(params, adapter, batch)  # doctest: +SKIP
     """
@@ -178,14 +208,14 @@ def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
 
 
 class Scores(NamedTuple):
-    """Of the answers' tokens: how likely the model finds them, and how many it would have guessed."""
+    """The mean cross-entropy and the accuracy over answer tokens."""
 
     loss: float
     accuracy: float
 
     @property
     def perplexity(self) -> float:
-        """What the loss is the logarithm of.
+        """The exponential of the loss.
 
         >>> round(Scores(loss=0.6931, accuracy=0.5).perplexity, 2)
         2.0
@@ -194,36 +224,304 @@ class Scores(NamedTuple):
 
 
 def evaluate(score: Scorer, params: Any, adapter: Any, batches: Iterable[Batch]) -> Scores:
-    """Mean over the answer tokens of all batches.
+    """Means over the answer tokens of all batches.
 
     >>> evaluate(scorer(peft), params, adapter, batches).perplexity  # doctest: +SKIP
     """
-    loss, right, count = np.sum([[np.float64(x) for x in score(params, adapter, batch)] for batch in batches], axis=0)
-    return Scores(float(loss / count), float(right / count))
+    loss, correct, count = np.sum([[np.float64(x) for x in score(params, adapter, batch)] for batch in batches], axis=0)
+    return Scores(float(loss / count), float(correct / count))
 
 
-# ------------------------------------------------------------------------------------------------------------- export
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+class Sample(NamedTuple):
+    """A prompt, the reference answer from the data, and the model's answer."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def right(self) -> bool | None:
+        """Whether both answers end in the same number; None if the reference marks none by `####`.
+
+        >>> Sample("3 * 6?", "#### 18", "It is 18.").right, Sample("Tea?", "Yes.", "Yes.").right
+        (True, None)
+        """
+        if "####" not in self.reference:
+            return None
+        return final_number(self.answer) == final_number(self.reference)
+
+
+def samples(
+    peft: Peft,
+    params: Any,
+    adapter: Any,
+    tokenizer: chat_template.ChatTokenizer,
+    prompts: Sequence[tuple[Any, str]],
+    new_tokens: int,
+) -> list[Sample]:
+    """Greedy answers to `conversations.prompts`, of at most `new_tokens` tokens or what the context has left.
+
+    >>> samples(peft, params, adapter, tokenizer, conversations.prompts(test)[:4], 200)[0].answer  # doctest: +SKIP
+    """
+    generator = TextGenerator.of(peft, params, adapter, tokenizer)
+    ids = [tokenizer.encode_chat(list(messages)) for messages, _ in prompts]
+    room = peft.model.config.max_position_embeddings - max(map(len, ids))
+    texts = generator.answers(ids, Settings(min(new_tokens, room)))
+    return [
+        Sample(messages[-1]["content"], reference, text)
+        for (messages, reference), text in zip(prompts, texts, strict=True)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- job
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ChatJob(Job):
+    """A `Job` that trains a language model on conversations.
+
+    Attributes:
+        tokenizer: the model's tokenizer and chat template.
+        test: the evaluation batches.
+        held_out: the conversations that `test` was made of.
+    """
+
+    tokenizer: chat_template.ChatTokenizer
+    test: conversations.Batches
+    held_out: conversations.Conversations
+
+    def loss_fn(self) -> Any:
+        return loss_fn(self.peft, train_mode=bool(self.config.dropout), mesh=self.mesh)
+
+    def prepare_batch(self, batch: Batch, count: conversations.Count) -> Batch:
+        return balanced(batch, count.answer_tokens, self.config.batch_size)
+
+    def evaluator(self) -> Callable[[Any], dict[str, float]]:
+        score = scorer(self.peft, self.mesh)
+
+        def run(adapter: Any) -> dict[str, float]:
+            placed = (batch for batch, _ in place_batches(self.test, self.mesh))
+            scores = evaluate(score, self.params, adapter, placed)
+            return {
+                "eval_loss": scores.loss,
+                "eval_token_accuracy": scores.accuracy,
+                "eval_perplexity": scores.perplexity,
+            }
+
+        return run
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        return f"perplexity of held-out answers {metrics['eval_perplexity']:.3f}, loss {metrics['eval_loss']:.4f}"
+
+    def result(self, fresh: Any, adapter: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "perplexity_before": before["eval_perplexity"],
+            "perplexity_after": after["eval_perplexity"],
+            "train_examples": len(self.train.encoded),
+            "left_out": len(self.train.encoded.left_out),
+            "eval_examples": len(self.test.encoded),
+            "padding": self.train.count.padding,
+            "shapes": sorted(conversations.shapes(self.train)),
+            "samples": self._samples(fresh, adapter),
+        }
+
+    def _samples(self, fresh: Any, adapter: Any) -> list[dict[str, Any]]:
+        """The first held-out prompts, answered before and after training."""
+        if not self.config.samples:
+            return []
+        prompts = self._prompts[: self.config.samples]
+        before, after = (
+            samples(self.peft, self.params, leaves, self.tokenizer, prompts, _SAMPLE_TOKENS)
+            for leaves in (fresh, adapter)
+        )
+        return [
+            {
+                "prompt": first.prompt,
+                "reference": first.reference,
+                "before": first.answer,
+                "after": last.answer,
+                "right_before": first.right,
+                "right_after": last.right,
+            }
+            for first, last in zip(before, after, strict=True)
+        ]
+
+    @cached_property
+    def _prompts(self) -> list[Any]:
+        return conversations.prompts(self.held_out)
+
+
+def method_defaults(kind: type[Method]) -> dict[str, Any]:
+    """The fields of a method that have another default than the method's own.
+
+    >>> method_defaults(jpeft.LoRA)
+    {'targets': 'all-linear'}
+    """
+    return dict(_METHOD_DEFAULTS.get(kind.__name__, {}))
+
+
+def complete(method: Method) -> Method:
+    """The method itself: nothing else is trained."""
+    return method
+
+
+def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) -> ChatJob:
+    """Reads the conversations, loads the language model, and binds the method."""
+    train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)
+    for name in ("text", "label"):
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name} names a column of labeled texts; --task chat reads conversations")
+    train, test = base.evaluation_data(
+        conversations.read(train_file),
+        eval_file,
+        conversations.read,
+        conversations.train_test_split,
+        config,
+        reporter,
+    )
+    path = resolve_model(config.model, reporter.say)
+    model, params = load_base(path, config.quantize, mesh=setup.mesh, dtype=config.dtype, remat=setup.remat)
+    tokenizer = load_chat_tokenizer(path, model, config.max_length)
+    peft = base.bind(method, model, params, example_inputs())
+    encoded, test_encoded = (_encode(part, tokenizer, config.max_length, reporter) for part in (train, test))
+    batches = conversations.Batches(
+        encoded, config.batch_size, config.max_length, config.seed, config.epochs, config.packed
+    )
+    shapes = _format_shapes(conversations.shapes(batches))
+    reporter.say(
+        f"{len(encoded):,} examples in {len(batches):,} batches of {shapes}, {batches.count.padding:.1%} padding"
+    )
+    return ChatJob(
+        config=config.located(),
+        model=path,
+        files={"train": train_file, "eval": eval_file},
+        params=params,
+        peft=peft,
+        train=batches,
+        mesh=setup.mesh,
+        tokenizer=tokenizer,
+        test=conversations.Batches(test_encoded, config.batch_size, config.max_length),
+        held_out=test,
+    )
+
+
+def _encode(
+    examples: conversations.Conversations, tokenizer: chat_template.ChatTokenizer, max_length: int, reporter: Reporter
+) -> conversations.Encoded:
+    """The token ids of conversations; reports those that are too long."""
+    encoded = conversations.encode(examples, tokenizer, max_length)
+    if encoded.left_out:
+        first = ", ".join(map(str, encoded.left_out[:3]))
+        reporter.say(
+            f"{examples.source}: {len(encoded.left_out):,} of {len(examples):,} examples are longer than "
+            f"{max_length} tokens and left out (at line {first}, …); see --max-length"
+        )
+    return encoded
+
+
+def _format_shapes(shapes: Iterable[Sequence[int]]) -> str:
+    listed = [f"{rows}×{width}" for rows, width in sorted(map(tuple, shapes))]
+    return f"{len(listed)} shape{'s' * (len(listed) > 1)} ({', '.join(listed)})"
+
+
+def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractModel:
+    """An abstract language model, and a batch for it."""
+    if not isinstance(model, Decoder):
+        raise UserError(f"--model {config.model}: an encoder; plan for it with --task classify")
+    base.check_length(config.max_length, model.config.max_position_embeddings, option="--seq")
+    ids = abstract_ids(config.batch_size, config.max_length)
+    return AbstractModel(
+        model=model.clone(remat=setup.remat),
+        params=params,
+        inputs=example_inputs(),
+        names=logical_names(model),
+        batch=Batch(ids, ids, ids, ids, weight=cast(Any, jax.ShapeDtypeStruct(ids.shape, jnp.float32))),
+    )
+
+
+def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The perplexities, the correct samples if the data mark their final numbers, and the shapes of the batches."""
+    rows = [
+        ("perplexity before", f"{result['perplexity_before']:.3f} (of {result['eval_examples']:,} held-out answers)"),
+        ("perplexity after", f"{result['perplexity_after']:.3f}"),
+    ]
+    if scored := [sample for sample in result["samples"] if sample["right_after"] is not None]:
+        before, after = (sum(sample[key] for sample in scored) for key in ("right_before", "right_after"))
+        rows.append(("right final number", f"{before} of {len(scored)} before, {after} after"))
+    return [*rows, ("batches", f"{_format_shapes(result['shapes'])}, {result['padding']:.1%} padding")]
+
+
+# ------------------------------------------------------------------------------------------------------ finished runs
+
+
+class Trained(NamedTuple):
+    """The language model of a finished run with its adapter.
+
+    Attributes:
+        peft: the bound method; `peft.model` is the module.
+        params: the base weights, quantized as for training.
+        adapter: the trained adapter.
+        tokenizer: the model's tokenizer and chat template.
+        source: the folder or `.gguf` file that the model was loaded from.
+    """
+
+    peft: Peft
+    params: Any
+    adapter: Any
+    tokenizer: chat_template.ChatTokenizer
+    source: Path
+
+
+def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) -> Trained:
+    """The language model of a finished run, with its adapter.
+
+    >>> open_run("runs/smollm2-lora-1").source  # doctest: +SKIP
+    """
+    record, adapter_folder = run_folder.finished(run)
+    config = Config(**record["config"])
+    if config.task != "chat":
+        raise UserError(f"{run}: was trained to label texts, not to chat; use jpeft predict {run}")
+    source = resolve_model(config.model, log)
+    model, params = load_base(source, config.quantize, dtype=config.dtype)
+    tokenizer = load_chat_tokenizer(source, model, max_length=1)
+    peft, adapter = load(adapter_folder, model, params, *example_inputs())
+    return Trained(peft, params, adapter, tokenizer, source)
+
+
+def export_run(run: Path, out: Path, requantize: bool = False) -> str:
+    """Writes a HuggingFace folder of a finished run, its adapter merged in. Returns how to use the folder.
+
+    >>> export_run(Path("runs/smollm2-lora-1"), Path("merged"))  # doctest: +SKIP
+    'jpeft chat --model merged'
+    """
+    trained = open_run(run)
+    schemes = schemes_of(trained.params)
+    if requantize and not schemes:
+        raise UserError(f"--requantize: {run} was trained over plain weights; merge without it, then jpeft quantize")
+    with base.writing(out):
+        export(out, trained.peft, trained.params, trained.adapter, trained.source, min(schemes) if requantize else None)
+    return f"jpeft chat --model {out}"
 
 
 def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, scheme: str | None = None) -> None:
-    """A HuggingFace folder of the model with its adapter merged in, tokenizer and chat template beside it.
+    """Writes a HuggingFace folder of the model with its adapter merged in, with tokenizer and chat template.
 
     Args:
-        source: the folder or .gguf file that the model came from.
-        scheme: quantize what is written; None writes plain weights. The adapter is then merged into the weights that
-            the source holds, not into the codes that it was trained over: those stand on the levels of a code, to which
-            a change of less than half a gap would be rounded back. A source that holds codes has no other weights: its
-            own are quantized again as they were.
+        source: the folder or `.gguf` file that the model was loaded from.
+        scheme: quantizes what is written; None writes plain weights. The adapter is then merged into the source's
+            weights, not into the codes that it was trained over: rounding to the levels of a code undoes a change of
+            less than half the gap between two. A source that is quantized itself has no other weights, so its own are
+            merged and quantized again as they were.
 
     >>> export(Path("merged"), peft, params, adapter, resolve_model("smollm2"))  # doctest: +SKIP
     """
-    again = scheme is not None and holds_codes(source)
+    again = scheme is not None and is_quantized(source)
     if scheme is not None and not again:
         _, params = load_base(source)
-    try:
-        merged = peft.merge(params, adapter, requantize=again)
-    except ValueError as error:  # a method that is no change of weights
-        raise UserError(str(error)) from error
+    merged = base.merge(peft, params, adapter, requantize=again)
     if not again:
         merged = dequantize(merged) if scheme is None else quantize(merged, scheme)
-    models.save(out, peft.model, merged, source=source)
+    save_model(out, peft.model, merged, source=source)

@@ -1,35 +1,51 @@
-"""Text classification: an encoder with a head on its mean-pooled states, its loss, evaluation and export.
+"""The task `classify`: an encoder with a linear head on its mean-pooled states labels texts.
 
     classifier, params = load_classifier(folder, num_labels=2, seed=0)
     method = jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train(HEAD))
     peft = method.bind(classifier, params, *example_inputs())
     scores = evaluate(scorer(peft), params, adapter, Batches(encoded, 64))
 
+    open_run("runs/minilm-lora-1").predict(["good tea"])
+
 The parameter tree is `{"encoder": …, "classifier": …}`.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jpeft import models
-from jpeft.core.placement import replicated
+from jpeft.core.placement import AnyMesh, replicated
 from jpeft.errors import UserError
-from jpeft.files import new_folder, read_json, write_json
-from jpeft.parallel.batches import constrained, layout_on, shard_batch
+from jpeft.files import file_sha256, new_folder, read_json, serialize, write_json
+from jpeft.io import load
+from jpeft.methods.base import LeafMethod, Method
+from jpeft.methods.chain import Chain
+from jpeft.methods.train import Train
+from jpeft.models.axes import logical_names, logical_shardings
+from jpeft.models.classifier import HEAD, Classifier
+from jpeft.models.decoder import Decoder
+from jpeft.models.families import is_decoder
+from jpeft.models.loading import load as load_model
+from jpeft.models.saving import save as save_model
+from jpeft.parallel.batches import constrained, data_ways, layout_on, shard_batch
 from jpeft.parallel.rules import shard
+from jpeft.recipes import run_folder
+from jpeft.recipes.assets import DataSource, resolve_data, resolve_model
+from jpeft.recipes.config import Config, Setup
+from jpeft.recipes.tasks import base
+from jpeft.recipes.tasks.base import AbstractModel, Job, Reporter, abstract_ids
 from jpeft.text import labeled, reading
 from jpeft.text.labeled import Batch, Batches
 
@@ -38,73 +54,53 @@ if TYPE_CHECKING:
 
     from jpeft.core.peft import Peft
 
-HEAD = "classifier"  # where the head lies in the parameter tree: the target that trains it
+METRIC = ("eval_accuracy", "test accuracy")
+REMATS = (None,)
+_EVAL_BATCH = 64
+_PLANNED_LABELS = 2
 
 Scorer = Callable[[Any, Any, Any, Any], Float[Array, "batch labels"]]
 
 
-class Classifier(nn.Module):
-    """Logits from the mean of an encoder's states over the tokens that are no padding.
-
-    Attributes:
-        encoder: any Linen module `(input_ids, attention_mask=, deterministic=) -> [batch, length, hidden]`.
-        num_labels: width of the head.
-
-    >>> Classifier(encoder, num_labels=2).apply({"params": params}, input_ids, attention_mask)  # doctest: +SKIP
-    """
-
-    encoder: nn.Module
-    num_labels: int
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Int[Array, "batch length"],
-        attention_mask: Int[Array, "batch length"],
-        deterministic: bool = True,
-    ) -> Float[Array, "batch labels"]:
-        states = self.encoder(input_ids, attention_mask=attention_mask, deterministic=deterministic)
-        return nn.Dense(self.num_labels, name=HEAD)(mean_pool(states, attention_mask))
-
-
-def mean_pool(
-    states: Float[Array, "batch length hidden"], mask: Int[Array, "batch length"]
-) -> Float[Array, "batch hidden"]:
-    """The mean of each row's states where the mask is 1.
-
-    >>> mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]])).tolist()
-    [[2.0]]
-    """
-    weights = mask.astype(states.dtype)[..., None]
-    return (states * weights).sum(axis=1) / weights.sum(axis=1)
+# ------------------------------------------------------------------------------------------------------------- model
 
 
 def load_classifier(
     folder: Path, num_labels: int, seed: int, scheme: str = "none", *, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> tuple[Classifier, dict[str, Any]]:
-    """The encoder of a HuggingFace folder, quantized unless the scheme is "none", under a fresh head from the seed.
+    """The encoder of a HuggingFace folder, quantized unless the scheme is "none", under a new head from the seed.
 
-    On a mesh the encoder is sharded as its axes' names say (`jpeft.models.logical_shardings`), the head is everywhere.
+    On a mesh the encoder is sharded by its logical axis names (`jpeft.models.logical_shardings`) and the head is
+    replicated.
 
     >>> classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)  # doctest: +SKIP
     """
-    if models.is_decoder(folder):
+    if is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
-    shardings = None if mesh is None else lambda encoder: models.logical_shardings(encoder, mesh)
-    asked = None if scheme == "none" else scheme
-    encoder, params = models.load(folder, param_dtype=jnp.dtype(dtype), quantize=asked, shardings=shardings)
-    classifier = Classifier(encoder, num_labels)
-    states = jax.eval_shape(lambda p, ids, mask: encoder.apply({"params": p}, ids, attention_mask=mask),
-                            params, *example_inputs())  # fmt: skip
+    shardings = None if mesh is None else lambda encoder: logical_shardings(encoder, mesh)
+    quantize = None if scheme == "none" else scheme
+    encoder, params = load_model(folder, param_dtype=jnp.dtype(dtype), quantize=quantize, shardings=shardings)
+    states = _abstract_states(encoder, params)
     if states.ndim != 3:
         raise UserError(f"{folder}: expected an encoder with states [batch, length, hidden], found {states.shape}")
-    # Only the head is initialized: the encoder's parameters are the folder's. By numpy and without a transcendental
-    # function, so that it is the same to the bit on every machine: an adapter is loaded on the base it was trained on.
+    head = _new_head(states, num_labels, seed)
+    head = head if mesh is None else shard(head, mesh, [])
+    return Classifier(encoder, num_labels), {"encoder": params, HEAD: head}
+
+
+def _abstract_states(encoder: Any, params: Any) -> Any:
+    def run(params: Any, ids: Any, mask: Any) -> Any:
+        return encoder.apply({"params": params}, ids, attention_mask=mask)
+
+    return jax.eval_shape(run, params, *example_inputs())
+
+
+def _new_head(states: Any, num_labels: int, seed: int) -> dict[str, jax.Array]:
+    # By numpy and without a transcendental function, so that every machine computes the same bits: an adapter is loaded
+    # on the base that it was trained on.
     width, rng = states.shape[-1], np.random.default_rng(seed)
     kernel = rng.uniform(-1, 1, (width, num_labels)) * math.sqrt(3 / width)  # variance 1 / width
-    head = {"kernel": jnp.asarray(kernel, states.dtype), "bias": jnp.zeros(num_labels, states.dtype)}
-    head = head if mesh is None else shard(head, mesh, [])
-    return classifier, {"encoder": params, HEAD: head}
+    return {"kernel": jnp.asarray(kernel, states.dtype), "bias": jnp.zeros(num_labels, states.dtype)}
 
 
 def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -113,18 +109,15 @@ def example_inputs(batch: int = 2, length: int = 8) -> tuple[jax.ShapeDtypeStruc
     >>> [inputs.shape for inputs in example_inputs()]
     [(2, 8), (2, 8)]
     """
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    return ids, ids
+    return abstract_ids(batch, length), abstract_ids(batch, length)
 
 
 def load_tokenizer(folder: Path, classifier: Classifier, max_length: int) -> Tokenizer:
-    """The model's tokenizer, if the model takes texts of that many tokens.
+    """The model's tokenizer, if the model takes texts of `max_length` tokens.
 
     >>> load_tokenizer(folder, classifier, max_length=128)  # doctest: +SKIP
     """
-    limit = labeled.length_limit(classifier.encoder.config)
-    if max_length > limit:
-        raise UserError(f"--max-length {max_length}: the model takes at most {limit} tokens")
+    base.check_length(max_length, labeled.length_limit(cast(Any, classifier.encoder).config))
     return reading.load_tokenizer(folder, max_length)
 
 
@@ -135,20 +128,26 @@ def encode(
     max_length: int,
     labels: np.ndarray | None = None,
 ) -> labeled.Encoded:
-    """Texts as the classifier takes them.
+    """The token ids of texts, with the padding and the vocabulary of the classifier.
 
     >>> encode(["good tea"], tokenizer, classifier, max_length=128).ids  # doctest: +SKIP
     """
-    config: Any = classifier.encoder.config  # type: ignore[attr-defined]
+    config = cast(Any, classifier.encoder).config
     pad_id = int(getattr(config, "pad_token_id", None) or 0)  # 0 for BERT, 1 for RoBERTa
     return labeled.encode(texts, tokenizer, max_length, labels, pad_id, getattr(config, "vocab_size", None))
 
 
-def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Mean cross-entropy over the rows of a batch that count, as `jpeft.train_step` takes it.
+# --------------------------------------------------------------------------------------------------- loss and scores
+
+
+def loss_fn(
+    peft: Peft, train_mode: bool = True, mesh: AnyMesh | None = None
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Mean cross-entropy over the rows of a batch with a weight, as `jpeft.train_step` takes it.
 
     Args:
-        train_mode: whether dropout is on, the model's own and the adapter's.
+        train_mode: turns dropout on, the model's and the adapter's.
+        mesh: ignored; batches may be on any.
 
     >>> step = jpeft.train_step(peft, loss_fn(peft), optax.adamw(1e-3))  # doctest: +SKIP
     """
@@ -165,7 +164,7 @@ def loss_fn(peft: Peft, train_mode: bool = True) -> Callable[..., tuple[jax.Arra
 
 
 def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
-    """The compiled `(params, adapter, input_ids, attention_mask) -> logits`; keep it, so that it compiles once a shape.
+    """The compiled `(params, adapter, input_ids, attention_mask) -> logits`. Compiles once per shape; keep it.
 
     >>> logits = scorer(peft)(params, adapter, batch.input_ids, batch.attention_mask)  # doctest: +SKIP
     """
@@ -178,7 +177,7 @@ def scorer(peft: Peft, mesh: Mesh | None = None) -> Scorer:
 
 
 class Scores(NamedTuple):
-    """What an evaluation found."""
+    """The accuracy and the mean cross-entropy of an evaluation."""
 
     accuracy: float
     loss: float
@@ -187,7 +186,7 @@ class Scores(NamedTuple):
 def probabilities(
     score: Scorer, params: Any, adapter: Any, batches: Batches, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "rows labels"]:
-    """Class probabilities of every text, in the order of the data.
+    """The class probabilities of every text, in the order of the data.
 
     >>> probabilities(scorer(peft), params, adapter, Batches(encoded, 64)).argmax(-1)  # doctest: +SKIP
     """
@@ -205,7 +204,7 @@ def probabilities(
 
 
 def evaluate(score: Scorer, params: Any, adapter: Any, batches: Batches, mesh: Mesh | None = None) -> Scores:
-    """Accuracy and mean cross-entropy over labeled batches.
+    """The accuracy and the mean cross-entropy over labeled batches.
 
     >>> evaluate(scorer(peft), params, adapter, Batches(encoded, 64)).accuracy  # doctest: +SKIP
     """
@@ -214,33 +213,256 @@ def evaluate(score: Scorer, params: Any, adapter: Any, batches: Batches, mesh: M
     return Scores(float((found.argmax(-1) == labels).mean()), float(-np.log(likelihood).mean()))
 
 
-# ----------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- job
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClassificationJob(Job):
+    """A `Job` that trains a classifier.
+
+    Attributes:
+        source: the data files and their columns.
+        labels: the classes, in the order of the logits.
+        test: the evaluation batches.
+    """
+
+    source: DataSource
+    labels: tuple[str, ...]
+    test: Batches
+
+    @property
+    def task_record(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "columns": {"text": self.source.text, "label": self.source.label}}
+
+    def loss_fn(self) -> Any:
+        return loss_fn(self.peft, train_mode=bool(self.config.dropout))
+
+    def evaluator(self) -> Callable[[Any], dict[str, float]]:
+        score = scorer(self.peft, self.mesh)
+
+        def run(adapter: Any) -> dict[str, float]:
+            scores = evaluate(score, self.params, adapter, self.test, self.mesh)
+            return {"eval_accuracy": scores.accuracy, "eval_loss": scores.loss}
+
+        return run
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        return f"accuracy {metrics['eval_accuracy']:.1%}, loss {metrics['eval_loss']:.4f}"
+
+    def result(self, fresh: Any, adapter: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+        counts = np.bincount(self.test.encoded.labels, minlength=len(self.labels))
+        return {
+            "accuracy_before": before["eval_accuracy"],
+            "accuracy_after": after["eval_accuracy"],
+            "majority_baseline": float(counts.max() / counts.sum()),
+            "train_examples": len(self.train.encoded.ids),
+            "eval_examples": len(self.test.encoded.ids),
+            "labels": list(self.labels),
+        }
+
+
+def method_defaults(kind: type[Method]) -> dict[str, Any]:
+    """Methods that train base leaves leave the head out: `complete` trains it."""
+    return {"exclude": HEAD} if issubclass(kind, LeafMethod) else {}
+
+
+def complete(method: Method) -> Method:
+    """The method, with the head trained beside it.
+
+    >>> complete(jpeft.BitFit(exclude=HEAD)).members[1]
+    Train(targets='classifier', exclude=None, overrides=FrozenDict({}))
+    """
+    return Chain(method, Train(HEAD))
+
+
+def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) -> ClassificationJob:
+    """Reads the data, loads the encoder under a new head, and binds the method."""
+    _check_remat(setup)
+    source = resolve_data(config.data, config.eval, config.text, config.label, reporter.say)
+    read = functools.partial(labeled.read, text=source.text, label=source.label)
+    examples = read(source.train)
+    labels = labeled.label_names(examples)
+    train, test = base.evaluation_data(examples, source.eval, read, labeled.train_test_split, config, reporter)
+    ids = [labeled.label_ids(part, labels) for part in (train, test)]
+    folder = resolve_model(config.model, reporter.say)
+    classifier, params = load_classifier(
+        folder, len(labels), config.seed, config.quantize, mesh=setup.mesh, dtype=config.dtype
+    )
+    tokenizer = load_tokenizer(folder, classifier, config.max_length)
+    peft = base.bind(method, classifier, params, example_inputs())
+    encoded, test_encoded = (
+        encode(part.texts, tokenizer, classifier, config.max_length, part_ids)
+        for part, part_ids in zip((train, test), ids, strict=True)
+    )
+    rows = math.lcm(_EVAL_BATCH, 1 if setup.mesh is None else data_ways(setup.mesh))
+    return ClassificationJob(
+        config=config.located(),
+        model=folder,
+        files={"train": source.train, "eval": source.eval},
+        params=params,
+        peft=peft,
+        train=Batches(encoded, config.batch_size, config.seed, config.epochs),
+        mesh=setup.mesh,
+        source=source,
+        labels=labels,
+        test=Batches(test_encoded, rows),
+    )
+
+
+def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractModel:
+    """A classifier of two classes on an abstract encoder, and a batch for it."""
+    if isinstance(model, Decoder):
+        raise UserError(f"--model {config.model}: a language model; plan for it with --task chat")
+    _check_remat(setup)
+    head = jax.eval_shape(lambda: _new_head(_abstract_states(model, params), _PLANNED_LABELS, config.seed))
+    ids, row = abstract_ids(config.batch_size, config.max_length), abstract_ids(config.batch_size)
+    weight = cast(Any, jax.ShapeDtypeStruct(row.shape, jnp.float32))
+    return AbstractModel(
+        model=Classifier(model, _PLANNED_LABELS),
+        params={"encoder": params, HEAD: head},
+        inputs=example_inputs(),
+        names={"encoder": logical_names(model)},
+        batch=Batch(ids, ids, labels=row, weight=weight, rows=row),
+    )
+
+
+def _check_remat(setup: Setup) -> None:
+    if setup.remat is not None:
+        raise UserError(f"--remat {setup.remat}: is for language models, not for encoders")
+
+
+def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The accuracies, and that of always predicting the most frequent class."""
+    names = ("accuracy_before", "accuracy_after", "majority_baseline")
+    return [(name.replace("_", " "), f"{result[name]:.1%}") for name in names]
+
+
+# ------------------------------------------------------------------------------------------------------ finished runs
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The classifier of a finished run with its adapter, ready for use.
+
+    Attributes:
+        record: the content of the run's config.json.
+        source: the folder that the encoder was loaded from.
+        classifier: the module.
+        params: its base weights.
+        peft: the bound method.
+        adapter: the trained adapter.
+        tokenizer: the encoder's tokenizer.
+    """
+
+    record: Mapping[str, Any]
+    source: Path
+    classifier: Classifier
+    params: Any
+    peft: Peft
+    adapter: Any
+    tokenizer: Any
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run.
+
+        >>> run.config.method  # doctest: +SKIP
+        'lora'
+        """
+        return Config(**self.record["config"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes, in the order of the logits.
+
+        >>> run.labels  # doctest: +SKIP
+        ('great', 'other')
+        """
+        return tuple(self.record["labels"])
+
+    def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[tuple[str, float]]:
+        """The most likely label of every text, and its probability.
+
+        >>> run.predict(["good tea"])  # doctest: +SKIP
+        """
+        encoded = encode(texts, self.tokenizer, self.classifier, self.config.max_length)
+        batches = Batches(encoded, min(batch_size, len(texts)))
+        found = probabilities(scorer(self.peft), self.params, self.adapter, batches)
+        if (bad := np.flatnonzero(~np.isfinite(found).all(axis=-1))).size:
+            raise UserError(f"text {bad[0] + 1}: the model's output is not finite; was the run's --lr too high?")
+        return [(self.labels[row.argmax()], float(row.max())) for row in found]
+
+    def export(self, out: Path) -> None:
+        """Writes a HuggingFace folder with the adapter merged in.
+
+        >>> run.export(Path("merged"))  # doctest: +SKIP
+        """
+        config, merged = self.config, base.merge(self.peft, self.params, self.adapter)
+        about = f"{config.model} fine-tuned on {config.data} with {config.method} by jpeft."
+        with base.writing(out):
+            export(out, self.classifier.encoder, merged, self.labels, self.source, config.max_length, about)
+
+
+def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) -> Trained:
+    """The classifier of a finished run, with its adapter.
+
+    >>> open_run("runs/minilm-lora-1").labels  # doctest: +SKIP
+    ('great', 'other')
+    """
+    record, adapter_folder = run_folder.finished(run)
+    config = Config(**record["config"])
+    if config.task != "classify":
+        raise UserError(f"{run}: was trained to chat, not to label texts; use jpeft chat {run}")
+    folder = resolve_model(config.model, log)
+    classifier, params = load_classifier(
+        folder, len(record["labels"]), config.seed, config.quantize, dtype=config.dtype
+    )
+    tokenizer = load_tokenizer(folder, classifier, config.max_length)
+    if file_sha256(folder / "tokenizer.json") != record["tokenizer"]:
+        raise UserError(
+            f"{folder}/tokenizer.json changed since {run} was trained, so texts would get other token ids; restore it"
+        )
+    peft, adapter = load(adapter_folder, classifier, params, *example_inputs())
+    return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
+
+
+def export_run(run: Path, out: Path, requantize: bool = False) -> str:
+    """Writes a HuggingFace folder of a finished run, its adapter merged in. Returns how to use the folder.
+
+    >>> export_run(Path("runs/minilm-lora-1"), Path("merged"))  # doctest: +SKIP
+    'its README.md shows how to load it with the head'
+    """
+    if requantize:
+        raise UserError("--requantize: a classifier's folder holds plain weights")
+    open_run(run).export(out)
+    return "its README.md shows how to load it with the head"
 
 
 def export(
-    out: Path, encoder: nn.Module, merged: Any, labels: Sequence[str], source: Path, *, max_length: int, about: str
+    out: Path, encoder: Any, merged: Any, labels: Sequence[str], source: Path, max_length: int, about: str
 ) -> None:
-    """A HuggingFace folder of a merged classifier: encoder and tokenizer for transformers, the head in a file beside.
+    """Writes a merged classifier: a HuggingFace folder of encoder and tokenizer, and the head in a file of its own.
 
     Args:
-        merged: `peft.merge(params, adapter)`. source: the folder that the encoder came from.
-        max_length, about: tokens of a text, and a line on how it was trained, for the folder's README.md.
+        merged: `peft.merge(params, adapter)`.
+        source: the folder that the encoder was loaded from.
+        max_length: tokens of a text, for the folder's README.md.
+        about: a line on how the model was trained, for the folder's README.md.
 
     >>> export(out, encoder, merged, ("bad", "good"), folder, max_length=128, about="LoRA.")  # doctest: +SKIP
     """
-    from safetensors.numpy import save
-
     if out.exists():
         raise UserError(f"{out} exists; choose another folder, nothing was written")
     kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
-    where = json.dumps(str(out.absolute()))
-    readme = _README.format(about=about, labels=", ".join(labels), folder=where, max_length=max_length)
+    readme = _README.format(
+        about=about, labels=", ".join(labels), folder=repr(str(out.absolute())), max_length=max_length
+    )
     extra = {
         "README.md": readme.encode(),
-        "classifier.safetensors": save({"weight": np.ascontiguousarray(kernel.T), "bias": bias}, {"format": "pt"}),
+        "classifier.safetensors": serialize({"weight": kernel.T, "bias": bias}, {"format": "pt"}),
     }
     with new_folder(out) as folder:
-        models.save(folder, encoder, merged["encoder"], source=source, extra_files=extra)
+        save_model(folder, encoder, merged["encoder"], source=source, extra_files=extra)
         config = read_json(folder / "config.json", UserError)
         config["id2label"] = {str(index): name for index, name in enumerate(labels)}
         config["label2id"] = {name: index for index, name in enumerate(labels)}
@@ -255,9 +477,9 @@ _README = """\
 Labels: {labels}.
 
 `config.json`, `model.safetensors` and the tokenizer are an ordinary encoder with the adapter merged into its weights:
-`AutoModel` and `AutoTokenizer` load them. The head works on the mean of the states over all tokens, which is no stock
-class of transformers (`AutoModelForSequenceClassification` would put a new, untrained head on it), so its weight and
-bias lie in `classifier.safetensors`, for these lines:
+`AutoModel` and `AutoTokenizer` load them. The head works on the mean of the states over all tokens. No class of
+transformers does that (`AutoModelForSequenceClassification` would put a new, untrained head on it), so the head's
+weight and bias are in `classifier.safetensors`, and these lines apply them:
 
 ```python
 import torch

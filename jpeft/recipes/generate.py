@@ -1,0 +1,85 @@
+"""The text generator behind `jpeft generate` and `jpeft chat`: a language model, its tokenizer and an adapter.
+
+generator = open_text_generator("smollm2", adapter="runs/mine")
+ids = generator.codec.encode_chat([{"role": "user", "content": "Who are you?"}])
+for piece in generator.answer(ids, Settings()):
+    print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core.stacking import unroll
+from jpeft.errors import AdapterError, UserError
+from jpeft.io import CONFIG, load
+from jpeft.models.families import is_decoder
+from jpeft.models.loading import load as load_model
+from jpeft.quantization.tree import dequantize
+from jpeft.recipes.assets import resolve_model
+from jpeft.recipes.tasks import chat
+from jpeft.serving.text_generator import TextGenerator
+from jpeft.text import chat_template
+
+
+def open_text_generator(
+    name: str | None = None,
+    adapter: str | Path | None = None,
+    dtype: str = "float32",
+    log: Callable[[str], None] = lambda line: None,
+) -> TextGenerator:
+    """A text generator for a named model, a HuggingFace folder or a `.gguf` file, with or without an adapter.
+
+    Args:
+        name: the model. None is the base of the run that `adapter` names, quantized as it was trained on, else smollm2.
+        adapter: a run, or a folder that jpeft or HuggingFace PEFT saved.
+
+    Raises:
+        UserError: the model is not a language model, there is no adapter, or the adapter belongs to another model.
+
+    >>> open_text_generator("smollm2")  # doctest: +SKIP
+    """
+    folder = None if adapter is None else Path(adapter).expanduser()
+    if folder is not None and name is None and (folder / "metrics.jsonl").is_file():
+        run = chat.open_run(folder, log)
+        return TextGenerator.of(run.peft, run.params, run.adapter, run.tokenizer)
+    path = resolve_model(name or "smollm2", log)
+    tokenizer = chat_template.read(path)
+    if not is_decoder(path):
+        raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
+    # A CPU decodes faster with unrolled layers. An adapter is loaded onto layers as it was trained, and unrolled then.
+    on_cpu = jax.default_backend() == "cpu"
+    options: dict[str, Any] = {"scan_layers": False} if on_cpu and folder is None else {}
+    model, params = load_model(path, param_dtype=jnp.dtype(dtype), **options)
+    chat_template.check_vocabulary(tokenizer, model.config.vocab_size)
+    peft = leaves = None
+    if folder is not None:
+        peft, leaves = _load_adapter(folder, model, params)
+    if on_cpu:
+        model, params, peft, leaves = unroll(model, dequantize(params), peft, leaves)
+    return TextGenerator(model, params, tokenizer, peft, leaves)
+
+
+def _load_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
+    from jpeft import hf
+    from jpeft.hf.config import CONFIG as HF_CONFIG
+
+    inputs = chat.example_inputs()
+    if (path / HF_CONFIG).is_file():
+        return hf.load(path, model, params, *inputs)
+    if any(path.glob("model*.safetensors")):
+        raise UserError(f"{path}: a model, with no adapter of its own: --model {path}")
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--adapter {path}: no adapter there; expected a run, or a folder that jpeft or PEFT saved")
+    try:
+        return load(folder, model, params, *inputs)
+    except AdapterError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--adapter {path}: does not fit {type(model).__name__}: {error}") from error
