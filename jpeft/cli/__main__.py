@@ -1,7 +1,8 @@
-"""`python -m jpeft.cli`."""
+"""Entry point of `python -m jpeft.cli`."""
 
 import sys
 
 from jpeft.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""jpeft.cli.inspect."""
+"""`jpeft inspect`: the contents of a run or an adapter folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from jpeft.cli.terminal import result_rows
+from jpeft.cli.terminal import print_json
 
-SUMMARY = "Show what a run or an adapter folder holds; needs no model."
+SUMMARY = "Show the contents of a run or an adapter folder, without loading a model."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,17 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from jpeft.cli.results import result_rows
     from jpeft.recipes import run_folder
 
-    about = run_folder.describe(args.path)
+    summary = run_folder.describe(args.path)
     if args.json:
-        print(json.dumps(about, ensure_ascii=False))
+        print_json(summary)
         return
-    leaves, result, sites = about.pop("leaves", {}), about.pop("result", None), about.pop("sites", [])
-    config = about.pop("config", {})
-    about |= {f"config.{name}": value for name, value in config.items() if value not in (None, {})}
-    about |= {} if result is None else dict(result_rows(result))
-    for name, value in about.items():
+    leaves, result, sites = summary.pop("leaves", {}), summary.pop("result", None), summary.pop("sites", [])
+    config = summary.pop("config", {})
+    summary |= {f"config.{name}": value for name, value in config.items() if value not in (None, {})}
+    summary |= {} if result is None else dict(result_rows(result))
+    for name, value in summary.items():
         print(f"{name:24}  {value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)}")
     if leaves:
         print(f"{'sites':24}  {len(sites)}")

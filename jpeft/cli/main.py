@@ -1,6 +1,6 @@
 """The command line: `jpeft finetune | plan | predict | merge | inspect | generate | chat | quantize`.
 
-Results go to stdout, errors to stderr as one line. A command imports what it runs on only when it runs.
+Results go to stdout, errors to stderr as one line. A command imports its heavy modules only when it runs.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from jpeft.cli import chat, finetune, generate, inspect, merge, plan, predict, quantize
-from jpeft.cli.terminal import fail
+from jpeft.cli.terminal import print_error
 from jpeft.recipes.config import Interrupted
 
-# Modules of the extra [demo], whose absence is told with the command that installs them.
+# Modules of the extra [demo]; an error about a missing one names the command that installs them.
 _EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers"}
 _COMMANDS = (finetune, plan, predict, merge, generate, chat, quantize, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status.
+    """Runs a command and returns its exit status.
 
     >>> main(["inspect", "runs/minilm-lora-1"])  # doctest: +SKIP
     """
@@ -37,41 +37,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        with _terminable():
+        with _handling_signals():
             args.run_command(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as stop:
-        return fail("interrupted; nothing was left half-written", 128 + (stop.args[0] if stop.args else signal.SIGINT))
-    except BrokenPipeError:  # the reader of a pipe had enough
+        print_error("interrupted; no file was left incomplete")
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except BrokenPipeError:  # the reader of a pipe closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         message, status = _explain(error)
-        return status if _told_elsewhere(error) else fail(message, status)
+        if not _is_reported_elsewhere(error):
+            print_error(message)
+        return status
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """A polite kill is a Ctrl-C that says which signal it was."""
+def _handling_signals() -> Iterator[None]:
+    """A context in which SIGINT and SIGTERM raise a KeyboardInterrupt that holds the signal's number.
+
+    SIGINT too: a process that a shell starts in the background (`nohup jpeft … &`) inherits that SIGINT is ignored, and
+    Python then installs no handler of its own. `kill -INT` stops the command there as well.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread receives signals
         return
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _told_elsewhere(error: Exception) -> bool:
-    """Whether process 0 of several says what this process would."""
+def _is_reported_elsewhere(error: Exception) -> bool:
+    """True if process 0 of several reports this error."""
     hosts = sys.modules.get("jpeft.parallel.hosts")
     if hosts is None or hosts.is_main_process():
         return False
@@ -79,7 +87,7 @@ def _told_elsewhere(error: Exception) -> bool:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """An error in words, and the exit status for it."""
+    """The message and the exit status for an error."""
     if isinstance(error, Interrupted):
         saved = f"saved up to step {error.step}" if error.step else "before its first checkpoint"
         return f"stopped, {saved}; continue with: jpeft finetune --out {error.run} --resume", 128 + error.number
@@ -92,33 +100,31 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):
         return str(error), 1
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-        return f"out of memory ({str(error)[:120]}); a smaller --batch-size, --max-length or --rank needs less", 1
-    return f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
+        return f"out of memory ({str(error)[:120]}); use a smaller --batch-size, --max-length or --rank", 1
+    return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1
 
 
-# --- arguments ---
+# ------------------------------------------------------------------------------------------------------- arguments
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, where argparse would print the whole usage before it."""
+    """Reports a mistake in one line; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"jpeft: error: {message} ({self.prog} --help lists what there is)\n")
+        self.exit(2, f"jpeft: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jpeft", description="Parameter-efficient fine-tuning for JAX and Flax.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     common = _Parser(add_help=False)
-    common.add_argument(
-        "--json", action="store_true", help="print one JSON object to stdout, everything else to stderr"
-    )
+    common.add_argument("--json", action="store_true", help="print one JSON object to stdout, all else to stderr")
     common.add_argument("--debug", action="store_true", help="print the traceback of an error")
     for command in _COMMANDS:
         name = command.__name__.rpartition(".")[2]
-        made = commands.add_parser(name, parents=[common], help=command.SUMMARY, description=command.SUMMARY)
-        made.set_defaults(run_command=command.run)
-        command.add_arguments(made)
+        subparser = commands.add_parser(name, parents=[common], help=command.SUMMARY, description=command.SUMMARY)
+        subparser.set_defaults(run_command=command.run)
+        command.add_arguments(subparser)
     return parser
 
 

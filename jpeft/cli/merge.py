@@ -1,26 +1,27 @@
-"""jpeft.cli.merge."""
+"""`jpeft merge`: a HuggingFace folder with the adapter merged into the model."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from jpeft.cli.terminal import format_bytes
+from jpeft.cli.terminal import print_json
 from jpeft.errors import UserError
-from jpeft.recipes.config import CHAT, Config
+from jpeft.recipes import tasks
+from jpeft.recipes.config import Config
+from jpeft.units import format_bytes
 
 SUMMARY = "Write a HuggingFace folder with the adapter merged into the model."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write, which must not exist")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="merge into the unquantized model, and quantize the result as the base was; codes that came without one "
-        "are quantized again, which rounds small changes away",
+        help="merge into the unquantized weights and quantize the result like the base; for a base that was quantized "
+        "before jpeft loaded it, rounding removes small changes",
     )
 
 
@@ -29,19 +30,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise UserError(f"{args.out} exists; choose another folder, nothing was written")
-    record = run_folder.read_record(args.run)
-    chat = Config(**record["config"]).task == CHAT
-    if args.requantize and not chat:
-        raise UserError("--requantize: a classifier's folder holds plain weights")
-    if chat:
-        from jpeft.recipes import finished
-
-        finished.export(args.run, args.out, args.requantize)
-    else:
-        run_folder.open_run(args.run).export(args.out)
+    config = Config(**run_folder.read_record(args.run)["config"])
+    usage = tasks.find(config.task).export_run(args.run, args.out, args.requantize)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     if args.json:
-        print(json.dumps({"folder": str(args.out), "bytes": size}))
+        print_json({"folder": str(args.out), "bytes": size})
     else:
-        how = f"jpeft chat --model {args.out}" if chat else "its README.md shows how to load it with the head"
-        print(f"{args.out}: {format_bytes(size)}, a HuggingFace folder; {how}")
+        print(f"{args.out}: a HuggingFace folder of {format_bytes(size)} ({size:,} bytes); {usage}")
