@@ -1,4 +1,4 @@
-"""Training checkpoints: what is saved comes back bit for bit, and a killed save is as if it had not begun."""
+"""Training checkpoints: states are restored bit for bit, and a killed save leaves no trace."""
 
 import errno
 import gc
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,9 +24,18 @@ from jpeft.training import checkpoint
 from jpeft.training.checkpoint import CheckpointError, open_checkpoints, restore, restore_newest, save
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """Objects of earlier test files are left out of the collections below, which they would make slow."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
-def _collected():
-    """A read that fails half-way leaves coroutines behind, reported as errors: of the test that made them."""
+def _collected(_frozen):
+    """A read that fails half-way leaves coroutines behind. Collected here, they are errors of the test at fault."""
     yield
     gc.collect()
 
@@ -39,7 +49,7 @@ class State:
 
 
 def state(seed, rng=None):
-    """As `TrainState`: named tuples, empty states, holes, a bfloat16 leaf and a typed key."""
+    """Like `TrainState`: named tuples, empty states, holes, a bfloat16 leaf and a typed key."""
     keys = jax.random.split(jax.random.key(seed), 3)
     adapter = {
         "query": {"lora_a": jax.random.normal(keys[0], (5, 2)), "lora_b": jnp.full((2, 3), jnp.nan)},
@@ -68,7 +78,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_a_state_comes_back_bit_for_bit(tmp_path, kind):
+def test_a_state_is_restored_bit_for_bit(tmp_path, kind):
     wanted = state(4, KEYS[kind](7))
     with open_checkpoints(tmp_path / "c") as checkpoints:
         save(checkpoints, 4, wanted, {"position": 4})
@@ -79,8 +89,8 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_a_sharded_state_comes_back_on_another_mesh(tmp_path, kind):
-    """Leaves of one shape, sharded in different ways: neither mesh puts together what the other did."""
+def test_a_sharded_state_is_restored_on_another_mesh(tmp_path, kind):
+    """Leaves of one shape with several shardings: the stacks that were saved are not those of the new mesh."""
     devices = np.array(jax.devices())
 
     def placed(seed, rows, specs):
@@ -102,7 +112,7 @@ def test_a_sharded_state_comes_back_on_another_mesh(tmp_path, kind):
     assert {name: leaf.sharding for name, leaf in found.items()} == {name: leaf.sharding for name, leaf in like.items()}
 
 
-def test_many_leaves_add_little_to_a_checkpoint(tmp_path):
+def test_many_leaves_add_little_to_the_size_of_a_checkpoint(tmp_path):
     layers = {
         f"layer_{i}": {name: {"lora_a": jnp.ones((16, 4)), "lora_b": jnp.ones((4, 8))} for name in ("query", "value")}
         for i in range(200)
@@ -134,7 +144,7 @@ def test_the_best_is_kept_beside_the_latest(tmp_path):
         assert int(restore(checkpoints, state(0), checkpoints.best_step())[0].step) == 2
 
 
-def test_a_state_that_is_donated_while_it_is_saved(tmp_path):
+def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
     change = jax.jit(lambda s: jax.tree.map(lambda x: x if is_key(x) else x + 1, s), donate_argnums=0)
     with open_checkpoints(tmp_path) as checkpoints:
         now = jax.tree.map(jnp.copy, state(1))
@@ -144,22 +154,22 @@ def test_a_state_that_is_donated_while_it_is_saved(tmp_path):
         assert bits(restore(checkpoints, state(0))[0]) == bits(state(1))
 
 
-def test_a_checkpoint_has_its_manifest_from_its_first_moment(tmp_path, monkeypatch):
-    there = []
+def test_a_checkpoint_never_exists_without_its_manifest(tmp_path, monkeypatch):
+    had_manifest = []
     rename = os.rename
 
     def watch(source, target, **options):
         if os.path.basename(target) == "1":
-            there.append(os.path.exists(os.path.join(source, "manifest.json")))
+            had_manifest.append(os.path.exists(os.path.join(source, "manifest.json")))
         rename(source, target, **options)
 
     monkeypatch.setattr(os, "rename", watch)
     with open_checkpoints(tmp_path / "c") as checkpoints:
         save(checkpoints, 1, state(1), {}, wait=True)
-        assert there == [True]
+        assert had_manifest == [True]
 
 
-def test_nothing_to_restore(tmp_path):
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     with (
         open_checkpoints(tmp_path) as checkpoints,
         pytest.raises(CheckpointError, match="no checkpoint to resume from"),
@@ -168,7 +178,7 @@ def test_nothing_to_restore(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["structure", "shape", "dtype"])
-def test_another_state_than_expected(tmp_path, change):
+def test_another_state_than_expected_raises(tmp_path, change):
     like = state(0)
     if change == "structure":
         like.adapter["new"] = jnp.ones(2)
@@ -193,7 +203,7 @@ def test_nothing_is_printed(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_told_as_one_and_gives_back_what_it_took(tmp_path, monkeypatch, number):
+def test_a_full_disk_raises_its_error_and_leaves_no_partial_checkpoint(tmp_path, monkeypatch, number):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
 
@@ -215,7 +225,7 @@ def damage(folder):
         file.write_bytes(file.read_bytes()[:10])
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_a_damaged_checkpoint_is_deleted_and_the_one_before_is_restored(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             save(checkpoints, step, state(step), {"position": step}, wait=True)
@@ -226,7 +236,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
         assert bits(restore_newest(checkpoints, state(0))[0]) == bits(state(2))
 
 
-def test_a_newer_checkpoint_of_another_state_is_told_and_stays(tmp_path):
+def test_a_newer_checkpoint_of_another_state_raises_and_is_kept(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {})
         save(checkpoints, 2, {"other": jnp.ones(3)}, {}, wait=True)
@@ -239,15 +249,22 @@ REFUSED = {
     "a number": (1, {"w": 1.5}, {}, {}, TypeError, r"\['w'\] is a float, expected an array"),
     "an empty array": (1, {"w": jnp.ones((0, 3))}, {}, {}, TypeError, r"\['w'\] has shape \(0, 3\)"),
     "int64": (1, {"w": np.arange(3)}, {}, {}, TypeError, r"\['w'\] is int64, which JAX narrows"),
-    "notes": (1, {"w": jnp.ones(3)}, {"loss": np.float32(1)}, {}, TypeError, "float32 is not JSON serializable"),
-    "a loss": (1, {"w": jnp.ones(3)}, {}, {"loss": "low"}, ValueError, "low"),
+    "notes that are not JSON": (
+        1,
+        {"w": jnp.ones(3)},
+        {"loss": np.float32(1)},
+        {},
+        TypeError,
+        "float32 is not JSON serializable",
+    ),
+    "a loss that is not a number": (1, {"w": jnp.ones(3)}, {}, {"loss": "low"}, ValueError, "low"),
     "a step below 0": (-1, {"w": jnp.ones(3)}, {}, {}, CheckpointError, "step -1 is below 0"),
-    "a step again": (5, {"w": jnp.ones(3)}, {}, {}, CheckpointError, "step 5 was saved already"),
+    "a step that was saved": (5, {"w": jnp.ones(3)}, {}, {}, CheckpointError, "step 5 was saved already"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_saved_is_told_before_anything_is_written(tmp_path, what):
+def test_what_cannot_be_saved_raises_before_anything_is_written(tmp_path, what):
     step, refused, notes, options, kind, says = REFUSED[what]
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 5, {"w": jnp.ones(3)}, {})
@@ -256,7 +273,7 @@ def test_what_cannot_be_saved_is_told_before_anything_is_written(tmp_path, what)
         save(checkpoints, 6, {"w": jnp.zeros(3)}, {}, loss=jnp.float32(0.5))
         checkpoints.wait()
         assert checkpoints.all_steps() == [5, 6] and checkpoints.best_step() == 6
-        with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; there are \[5, 6\]"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; the saved steps are \[5, 6\]"):
             restore(checkpoints, {"w": jnp.ones(3)}, step=7)
     with pytest.raises(CheckpointError, match="was closed"):
         save(checkpoints, 7, {"w": jnp.ones(3)}, {})
@@ -270,7 +287,7 @@ def test_folders_that_cannot_hold_checkpoints(tmp_path):
         pass
 
 
-def test_where_all_are_damaged_none_is_deleted(tmp_path):
+def test_if_all_are_damaged_none_is_deleted(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             save(checkpoints, step, state(step), {}, wait=True)
@@ -305,7 +322,7 @@ def test_damage_is_found_before_anything_is_read(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "null", "{"])
-def test_a_manifest_that_is_damaged(tmp_path, content):
+def test_a_damaged_manifest_raises(tmp_path, content):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {}, wait=True)
         (tmp_path / "1" / "manifest.json").write_text(content)
@@ -313,7 +330,7 @@ def test_a_manifest_that_is_damaged(tmp_path, content):
             restore(checkpoints, state(0))
 
 
-def test_a_checkpoint_without_its_manifest(tmp_path):
+def test_a_missing_manifest_raises(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {}, wait=True)
         (tmp_path / "1" / "manifest.json").unlink()
@@ -325,7 +342,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_no_save_begins_on_a_disk_without_room(tmp_path, monkeypatch):
+def test_no_save_starts_on_a_full_disk(tmp_path, monkeypatch):
     with open_checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Usage(2**20))
         with pytest.raises(OSError, match="No space left on device"):
@@ -334,11 +351,7 @@ def test_no_save_begins_on_a_disk_without_room(tmp_path, monkeypatch):
 
 
 SAVING = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_checkpoint import state
-from jpeft.checkpoint import open_checkpoints, save
+from tests.training.test_checkpoint import open_checkpoints, save, state
 with open_checkpoints({folder!r}) as checkpoints:
     step = (checkpoints.latest_step() or 0) + 1
     while True:
@@ -349,22 +362,23 @@ with open_checkpoints({folder!r}) as checkpoints:
 
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
-    code = SAVING.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "c"))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", SAVING.format(folder=str(tmp_path / "c"))]
     wait, reached = random.Random(0), 0
     for _ in range(2):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-            said = int(process.stdout.readline())
+        with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+            saved = int(process.stdout.readline())
             time.sleep(wait.uniform(0.05, 0.6))  # somewhere inside a save
             process.send_signal(signal.SIGKILL)
         with open_checkpoints(tmp_path / "c") as checkpoints:
             found, notes = restore(checkpoints, state(0))
-            assert notes["position"] == int(found.step) >= said > reached
+            assert notes["position"] == int(found.step) >= saved > reached
             assert bits(found) == bits(state(int(found.step)))
             assert not list((tmp_path / "c").glob("*tmp*"))
         reached = int(found.step)
 
 
-def test_orbax_is_imported_when_it_is_used_alone():
-    code = "import sys, jpeft, jpeft.checkpoint; print('orbax.checkpoint' in sys.modules)"
+def test_orbax_is_only_imported_when_it_is_used():
+    code = "import sys, jpeft, jpeft.training.checkpoint; print('orbax.checkpoint' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False" and checkpoint.__doc__

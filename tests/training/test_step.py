@@ -1,4 +1,4 @@
-"""Training: what the step changes, what it leaves, and that a sharded step is the same step."""
+"""The training step: what it changes, what it keeps, and that a sharded step equals an unsharded one."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft.core.peft import adapter_shardings
-from jpeft.core.tree import flatten, join, map_with_path
+from jpeft.core.tree import flatten, join, map_with_path, size_bytes
 from jpeft.methods.lora_plus import lora_plus
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -46,12 +46,12 @@ METHOD = jpeft.Chain(
 def setup():
     model = Model()
     batch = {
-        # 16 examples: a micro-batch of two keeps more than one on each of 4 shards. With one, XLA's CPU partitioner
-        # computes wrong numbers for a plain row-parallel matmul (seen on jax 0.10.2 and 0.12.0, without jpeft).
+        # 16 examples, so that each of 4 shards has more than one of a micro-batch of two. With one, XLA's CPU
+        # partitioner computes wrong numbers for a plain row-parallel matmul (jax 0.10.2 and 0.12.0, without jpeft).
         "x": jax.random.normal(jax.random.key(0), (16, 6, 16)),
         "y": jax.random.randint(jax.random.key(1), (16, 6), 0, 5),
     }
-    params = model.init(jax.random.key(2), batch["x"])["params"]
+    params = jax.jit(model.init)(jax.random.key(2), batch["x"])["params"]
     peft = METHOD.bind(model, params, batch["x"])
 
     def loss_fn(adapter, params, batch, rng):
@@ -73,46 +73,68 @@ def run(setup, tx, steps=3, params=None, batch=None, **options):
     return state, metrics, adapter, step
 
 
+@pytest.fixture(scope="module")
+def gradient(setup):
+    """The gradient of the loss for an adapter, compiled once."""
+    _, params, batch, loss_fn = setup
+    return jax.jit(jax.grad(lambda adapter: loss_fn(adapter, params, batch, None)[0]))
+
+
+@pytest.fixture(scope="module")
+def base_before(setup):
+    """A copy of the base, made before any training step of `with_adam`."""
+    _, params, _, _ = setup
+    return jax.tree.map(np.array, params)
+
+
+@pytest.fixture(scope="module")
+def with_adam(setup, base_before):
+    return run(setup, optax.adam(1e-2))
+
+
+@pytest.fixture(scope="module")
+def with_sgd(setup):
+    return run(setup, optax.sgd(0.1))
+
+
 def assert_close(a, b, tolerance=1e-5):
     for (path, x), y in zip(flatten(a).items(), flatten(b).values(), strict=True):
         np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance, err_msg=join(path))
 
 
-def test_every_adapter_leaf_trains_and_the_base_stays_bit_identical(setup):
+def test_every_adapter_leaf_trains_and_the_base_stays_bit_identical(setup, base_before, with_adam):
     _, params, _, _ = setup
-    before = jax.tree.map(np.array, params)
-    state, metrics, adapter, step = run(setup, optax.adam(1e-2))
+    state, metrics, adapter, step = with_adam
     for path, leaf in flatten(state.adapter).items():
         assert not np.array_equal(leaf, flatten(adapter)[path]), join(path)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (base_before, params)), strict=True))
     assert int(state.step) == 3 and set(metrics) == {"loss", "grad_norm", "skipped", "accuracy"}
     assert step.compiled == 1  # no recompilation across steps
 
 
-def test_the_step_is_the_optimizer_on_the_gradient_of_the_adapter(setup):
-    peft, params, batch, loss_fn = setup
+def test_the_step_is_the_optimizer_on_the_gradient_of_the_adapter(setup, gradient):
+    peft, params, _, _ = setup
     tx = optax.adamw(1e-2)
     adapter = peft.init(jax.random.key(3), params)
-    opt_state = tx.init(adapter)
+    opt_state, update = tx.init(adapter), jax.jit(tx.update)
     for _ in range(3):
-        grads = jax.grad(lambda a: loss_fn(a, params, batch, None)[0])(adapter)
-        updates, opt_state = tx.update(grads, opt_state, adapter)
+        updates, opt_state = update(gradient(adapter), opt_state, adapter)
         adapter = optax.apply_updates(adapter, updates)
     assert_close(run(setup, tx)[0].adapter, adapter)
 
 
-def test_masked_optimizer_over_the_full_tree_serves_the_adapter_alone(setup):
+def test_a_masked_optimizer_for_the_full_tree_also_takes_the_adapter_alone(setup, with_adam):
     peft, params, _, _ = setup
     full = jpeft.combine(params, peft.init(jax.random.key(3), params))
     masked = jpeft.masked(optax.adam(1e-2), peft.labels(full))
-    assert_close(run(setup, masked)[0].adapter, run(setup, optax.adam(1e-2))[0].adapter, 0)
-    slots = sum(x.size for x in jax.tree.leaves(masked.init(full)))
+    assert_close(run(setup, masked)[0].adapter, with_adam[0].adapter, 0)
+    held = sum(x.size for x in jax.tree.leaves(jax.eval_shape(masked.init, full)))
     trainable = sum(np.prod(shape, dtype=int) for _, (shape, _) in peft.structure)
-    assert slots == 2 * trainable + 1  # mu, nu and a count: nothing for the base
+    assert held == 2 * trainable + 1  # mu, nu and a count; nothing for the base
 
 
-def test_accumulated_micro_batches_are_the_whole_batch(setup):
-    whole, m, _, _ = run(setup, optax.sgd(0.1))
+def test_accumulated_micro_batches_equal_the_whole_batch(setup, with_sgd):
+    whole, m, _, _ = with_sgd
     parts, n, _, _ = run(setup, optax.sgd(0.1), accumulate=4)
     assert_close(parts.adapter, whole.adapter)
     assert n["loss"] == pytest.approx(float(m["loss"]), rel=1e-5) and n["accuracy"] == pytest.approx(
@@ -122,10 +144,9 @@ def test_accumulated_micro_batches_are_the_whole_batch(setup):
         run(setup, optax.sgd(0.1), accumulate=3)
 
 
-def test_clipping_is_by_the_norm_of_the_trainable_leaves(setup):
-    peft, params, batch, loss_fn = setup
-    adapter = peft.init(jax.random.key(3), params)
-    norm = optax.tree.norm(jax.grad(lambda a: loss_fn(a, params, batch, None)[0])(adapter))
+def test_clipping_is_by_the_norm_of_the_trainable_leaves(setup, gradient):
+    peft, params, _, _ = setup
+    norm = optax.tree.norm(gradient(peft.init(jax.random.key(3), params)))
     state, metrics, before, _ = run(setup, optax.sgd(1.0), steps=1, clip=0.5)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, state.adapter, before))
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.5
@@ -148,7 +169,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(setup):
     assert np.isfinite(metrics["loss"]) and int(good.skipped) == 1
 
 
-def test_donation_takes_the_state_and_leaves_adapter_base_and_key_to_the_user(setup):
+def test_donation_deletes_the_state_but_not_the_adapter_the_base_or_the_key_it_was_made_from(setup):
     peft, params, batch, loss_fn = setup
     adapter, key, tx = peft.init(jax.random.key(3), params), jax.random.key(4), optax.adam(1e-2)
     state = jpeft.TrainState.create(peft, adapter, tx, key)
@@ -158,7 +179,7 @@ def test_donation_takes_the_state_and_leaves_adapter_base_and_key_to_the_user(se
         assert not any(x.is_deleted() for x in jax.tree.leaves(kept))
 
 
-def test_mixed_precision_computes_low_and_keeps_master_leaves_high(setup):
+def test_mixed_precision_computes_in_bfloat16_and_keeps_the_adapter_in_float32(setup, with_sgd):
     peft, params, batch, _ = setup
     seen = {}
 
@@ -168,19 +189,27 @@ def test_mixed_precision_computes_low_and_keeps_master_leaves_high(setup):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean(), {}
 
     low, m, _, _ = run((peft, params, batch, loss_fn), optax.sgd(0.1), compute_dtype=jnp.bfloat16)
-    _, n, _, _ = run(setup, optax.sgd(0.1))
+    _, n, _, _ = with_sgd
     assert seen["dtype"] == jnp.bfloat16
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low.adapter))
     assert float(m["loss"]) == pytest.approx(float(n["loss"]), rel=0.03) and m["loss"].dtype == jnp.float32
 
 
-def test_rng_differs_by_step_and_is_reproducible(setup):
+def test_the_rng_differs_by_step_and_is_reproducible(setup):
     peft, params, batch, _ = setup
 
     def loss_fn(adapter, params, batch, rng):
         return sum(x.sum() for x in jax.tree.leaves(adapter)) * 0.0, {"draw": jax.random.uniform(rng)}
 
-    runs = [[run((peft, params, batch, loss_fn), optax.sgd(0.1), steps=n)[1]["draw"] for n in (1, 2)] for _ in "ab"]
+    tx = optax.sgd(0.1)
+    step = jpeft.train_step(peft, loss_fn, tx)
+
+    def draws():
+        state = jpeft.TrainState.create(peft, peft.init(jax.random.key(3), params), tx, jax.random.key(4))
+        state, first = step(state, params, batch)
+        return first["draw"], step(state, params, batch)[1]["draw"]
+
+    runs = draws(), draws()
     assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
 
 
@@ -193,14 +222,14 @@ def test_lora_plus_is_a_higher_learning_rate_for_b(setup):
     assert_close(run(setup, tx)[0].adapter, run(setup, fast)[0].adapter, 1e-6)
 
 
-def test_a_loss_that_is_no_scalar_or_no_pair_is_an_error(setup):
+def test_a_loss_must_be_a_scalar_in_a_pair(setup):
     peft, params, batch, _ = setup
     for fn, message in [(lambda *_: jnp.ones(3), "must return"), (lambda *_: (jnp.ones(3), {}), "must be a scalar")]:
         with pytest.raises((TypeError, ValueError), match=message):
             run((peft, params, batch, fn), optax.sgd(0.1))
 
 
-def test_options_that_cannot_be_are_refused(setup):
+def test_invalid_options_raise(setup):
     peft, params, batch, loss = setup
     for clip in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="clip must be a positive number"):
@@ -281,10 +310,9 @@ def test_abstract_params_give_an_abstract_state_that_lowers(setup):
 
 def test_gradient_and_optimizer_bytes_scale_with_the_adapter(setup):
     _, params, batch, _ = setup
-    model = Model()
+    shapes = jax.eval_shape(lambda: params)
     for rank in (1, 4):
-        peft = jpeft.LoRA(rank=rank).bind(model, params, batch["x"])
-        adapter = peft.init(jax.random.key(0), params)
+        peft = jpeft.LoRA(rank=rank).bind(Model(), shapes, batch["x"])
+        adapter = peft.init(jax.random.key(0), shapes)
         state = jpeft.TrainState.create(peft, adapter, optax.adam(1e-2), jax.random.key(1))
-        size = sum(x.nbytes for x in jax.tree.leaves(adapter))
-        assert sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) == 2 * size + 4
+        assert size_bytes(state.opt_state) == 2 * size_bytes(adapter) + 4
