@@ -1,9 +1,12 @@
-"""Layers stacked along one axis, and the same layers one by one.
+"""Conversion between layers that are stacked along one axis and layers one by one.
 
-A scan over layers wants each leaf of all of them in one array, `model/layers/mlp/up_proj/kernel [layers, in, out]`: one
-layer is compiled, whatever the depth. Layers one by one, `model/layers/0/mlp/up_proj/kernel [in, out]`, are read where
-they lie: XLA CPU copies a layer's slice out of a stack before it multiplies by it, which costs a decoding step a third
-of its speed. It is also how torch names them, and so how HuggingFace adapters do.
+A scan over layers needs each leaf of all of them in one array, `model/layers/mlp/up_proj/kernel [layers, in, out]`: one
+layer is compiled, whatever the depth. Layers one by one, `model/layers/0/mlp/up_proj/kernel [in, out]`, are faster to
+decode with on a CPU: XLA CPU copies a layer's slice out of a stack before it multiplies by it, which costs a decoding
+step a third of its speed. torch, and so HuggingFace adapters, also name layers one by one.
+
+A model takes part by two attributes: `stacked_layers`, the path below which its layers are stacked or None, and
+`unrolled()`, the same model with its layers one by one.
 """
 
 from __future__ import annotations
@@ -12,13 +15,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import tree
-from jpeft.core.peft import Peft, split_variables
+from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, open_boxes, origin_of_stack
 from jpeft.core.sites import Site, Survey
 
@@ -28,11 +30,15 @@ DIFFER = "layers that differ cannot be stacked; load the model with scan_layers=
 def unstack(full: Mapping[str, Any], at: str = "model/layers") -> Any:
     """A tree of parameters or of an adapter with the layers below `at` one by one. Inverse of `stack`.
 
-    Leaves elsewhere are the same objects; boxes with the names of axes are taken off. Quantized leaves stay quantized;
-    each layer keeps the checksum of the stack that was quantized.
+    Leaves elsewhere are the same objects; boxes that name axes are removed. Quantized leaves stay quantized, and each
+    layer keeps the checksum of the original stack.
+
+    Args:
+      full: the tree with stacked layers.
+      at: the path below which the layers are stacked.
 
     Raises:
-      ValueError: the leaves below `at` do not have one first axis in common, or are one by one already.
+      ValueError: the leaves below `at` differ in the size of their first axis, or are one by one already.
 
     >>> one_by_one = unstack({"model": {"layers": {"w": np.zeros((2, 3))}, "norm": 1.0}})
     >>> sorted(one_by_one["model"]["layers"]), one_by_one["model"]["layers"]["1"]["w"].shape
@@ -46,16 +52,20 @@ def unstack(full: Mapping[str, Any], at: str = "model/layers") -> Any:
         raise ValueError(f"the leaves below {at} are not stacked alike: first axes {sorted(lengths)}")
     for path, leaf in inside.items():
         for i in range(leaf.shape[0]):
-            outside[*at.split("/"), str(i), *path] = _take(leaf, i)
+            outside[*at.split("/"), str(i), *path] = _layer_of(leaf, i)
     return tree.like(tree.unflatten(outside), full)
 
 
 def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
-    """Inverse of `unstack`.
+    """A tree with the layers below `at` stacked. Inverse of `unstack`.
+
+    Args:
+      one_by_one: the tree with layers one by one.
+      at: the path below which the layers are.
 
     Raises:
-      ValueError: the layers are not numbered from 0, or do not hold the same leaves in the same shapes and dtypes and
-        quantized alike.
+      ValueError: the layers are not numbered from 0, or differ in their leaves or in the shape, dtype or quantization
+        of one.
 
     >>> stack({"model": {"layers": {"0": {"w": np.zeros(3)}, "1": {"w": np.ones(3)}}}})["model"]["layers"]["w"].shape
     (2, 3)
@@ -67,30 +77,35 @@ def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
     if layers.keys() != {str(i) for i in range(len(layers))}:
         raise ValueError(f"the layers below {at} are not numbered 0 to {len(layers) - 1}: {', '.join(sorted(layers))}")
     for path in sorted({path for leaves in layers.values() for path in leaves}):
-        if lacking := [i for i, leaves in layers.items() if path not in leaves]:
-            raise ValueError(f"{tree.join(path)} is missing in layer {lacking[0]} below {at}: {DIFFER}")
+        if missing := [i for i, leaves in layers.items() if path not in leaves]:
+            raise ValueError(f"{tree.join(path)} is missing in layer {missing[0]} below {at}: {DIFFER}")
         leaves = [layers[str(i)][path] for i in range(len(layers))]
-        for what, kinds in (
-            ("shapes", {str(np.shape(leaf)) for leaf in leaves}),
-            ("dtypes", {str(leaf.dtype) for leaf in leaves}),
-            ("quantization", {_quantization(leaf) for leaf in leaves}),
-        ):
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"{tree.join(path)} has different {what} in the layers below {at} ({', '.join(sorted(kinds))}): "
-                    f"{DIFFER}"
-                )
-        outside[*at.split("/"), *path] = _put_together(leaves)
+        _check_alike(path, leaves, at)
+        outside[*at.split("/"), *path] = _stack_leaves(leaves)
     return tree.like(tree.unflatten(outside), one_by_one)
+
+
+def _check_alike(path: tree.Path, leaves: Sequence[Any], at: str) -> None:
+    properties = {
+        "shapes": {str(np.shape(leaf)) for leaf in leaves},
+        "dtypes": {str(leaf.dtype) for leaf in leaves},
+        "quantization": {_quantization(leaf) for leaf in leaves},
+    }
+    for name, values in properties.items():
+        if len(values) > 1:
+            raise ValueError(
+                f"{tree.join(path)} has different {name} in the layers below {at} ({', '.join(sorted(values))}): "
+                f"{DIFFER}"
+            )
 
 
 def _split(full: Mapping[str, Any], at: str) -> tuple[dict[tree.Path, Any], dict[tree.Path, Any]]:
     """The leaves below `at` by the rest of their path, and the others."""
-    start, inside, outside = tuple(at.split("/")), {}, {}
+    depth, inside, outside = len(at.split("/")), {}, {}
     for path, boxed in tree.flatten(full).items():
         leaf = open_boxes(boxed)
-        if path[: len(start)] == start:
-            inside[path[len(start) :]] = leaf
+        if _is_below(path, at):
+            inside[path[depth:]] = leaf
         else:
             outside[path] = leaf
     if () in inside:
@@ -98,9 +113,9 @@ def _split(full: Mapping[str, Any], at: str) -> tuple[dict[tree.Path, Any], dict
     return inside, outside
 
 
-def _take(leaf: Any, i: int) -> Any:
+def _layer_of(leaf: Any, i: int) -> Any:
     if isinstance(leaf, Quantized):
-        return jax.tree.map(lambda x: _take(x, i), leaf)
+        return jax.tree.map(lambda x: _layer_of(x, i), leaf)
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
 
 
@@ -111,9 +126,9 @@ def _quantization(leaf: Any) -> str:
     return f"{leaf.scheme} in blocks of {leaf.block} along {leaf.axis}{double}"
 
 
-def _put_together(leaves: Sequence[Any]) -> Any:
+def _stack_leaves(leaves: Sequence[Any]) -> Any:
     if isinstance(leaves[0], Quantized):
-        stacked = jax.tree.map(lambda *parts: _put_together(parts), *leaves)
+        stacked = jax.tree.map(lambda *parts: _stack_leaves(parts), *leaves)
         if isinstance(stacked.origin, jax.ShapeDtypeStruct):
             return stacked
         rows = np.broadcast_to(origin_of_stack(stacked.origin), stacked.origin.shape)
@@ -123,20 +138,20 @@ def _put_together(leaves: Sequence[Any]) -> Any:
     return (jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np).stack(leaves)
 
 
-def unroll(model: nn.Module, params: Any, peft: Peft | None = None, adapter: Any = None) -> tuple[Any, Any, Any, Any]:
-    """A model of `jpeft.models` and its trees with the layers one by one, as generation on a CPU wants them.
+def unroll(model: Any, params: Any, peft: Peft | None = None, adapter: Any = None) -> tuple[Any, Any, Any, Any]:
+    """A model of `jpeft.models` and its trees with the layers one by one, for fast generation on a CPU.
 
-    The Peft keeps its method, whose targets are paths in the stacked tree: save from the one it came from.
+    The Peft keeps its method, whose targets are paths in the stacked tree: save from the original one.
 
     Returns:
-      `(model, params, peft, adapter)`; as they were, where the layers are not stacked.
+      `(model, params, peft, adapter)`; unchanged if the layers are not stacked.
 
     Raises:
-      ValueError: the Peft was bound to another model, or a tree is not the model's or the Peft's.
+      ValueError: the Peft was bound to another model, or a tree does not fit the model or the Peft.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> model = Decoder(DecoderConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
-    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     >>> model, params, _, _ = unroll(model, params)
     >>> model.scan_layers, sorted(params["model"]["layers"])
     (False, ['0', '1'])
@@ -145,28 +160,28 @@ def unroll(model: nn.Module, params: Any, peft: Peft | None = None, adapter: Any
     if at is None:
         return model, params, peft, adapter
     if peft is not None and peft.model != model:
-        raise ValueError("the Peft was bound to another model than the one to unroll; give unroll its peft.model")
+        raise ValueError("the Peft was bound to another model than the one to unroll; pass peft.model")
     if peft is not None and adapter is not None:
         peft.check(adapter)
         adapter = unstack(adapter, at)
-    own, others = split_variables(params)
+    own, others = tree.split_variables(params)
     one_by_one = unstack(own, at)
     if own is not params:  # all of the model's variables were given
         one_by_one = tree.like({**others, "params": one_by_one}, params)
-    return model.clone(scan_layers=False), one_by_one, peft and unroll_peft(peft), adapter
+    return model.unrolled(), one_by_one, peft and unroll_peft(peft), adapter
 
 
 def stacked_at(model: Any) -> str | None:
-    """Below which path a model's layers lie stacked; None where they do not, or the model is not one of ours.
+    """The path below which a model's layers are stacked; None if there is none, and for models of other libraries.
 
-    >>> stacked_at(nn.Dense(3)) is None
+    >>> stacked_at(object()) is None
     True
     """
     return getattr(model, "stacked_layers", None)
 
 
 def unroll_peft(peft: Peft) -> Peft:
-    """A Peft for the same model with its layers one by one, each with the settings that the stacked ones had.
+    """A Peft for the same model with its layers one by one, each with the settings of the stacked ones.
 
     >>> import jpeft
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
@@ -185,13 +200,17 @@ def unroll_peft(peft: Peft) -> Peft:
     for path, (shape, dtype) in peft.structure:
         for own in numbered(path, at, shape[0] if shape else 0):
             structure[own] = (shape if own == path else shape[1:], dtype)
-    model = peft.model.clone(scan_layers=False)
-    return dataclasses.replace(peft, model=model, actions=tuple(actions), structure=tuple(sorted(structure.items())))
+    return dataclasses.replace(
+        peft, model=peft.model.unrolled(), actions=tuple(actions), structure=tuple(sorted(structure.items()))
+    )
 
 
 def unroll_site(site: Site, at: str | None) -> list[Site]:
-    """A site below `at` in each of the layers; another as it is. It is stacked first, or is a stacked leaf."""
-    if at is None or not _below(site.path, at):
+    """The sites of the single layers for a site below `at`; any other site alone.
+
+    The outermost stacking of a site below `at` is that of the layers; a site without one is a stacked leaf.
+    """
+    if at is None or not _is_below(site.path, at):
         return [site]
     layers = site.stack[0][1] if site.stack else site.stored[0]
     return [
@@ -201,10 +220,10 @@ def unroll_site(site: Site, at: str | None) -> list[Site]:
 
 
 def unroll_survey(seen: Survey, at: str | None) -> Survey:
-    """What the model would show with its layers one by one, from what it shows with them stacked: nothing is traced."""
+    """The survey of the model with its layers one by one, from that of the stacked model, without tracing it."""
 
     def each(sites: Sequence[Site]) -> tuple[Site, ...]:
-        return tuple(one for site in sites for one in unroll_site(site, at))
+        return tuple(own for site in sites for own in unroll_site(site, at))
 
     if at is None:
         return seen
@@ -214,17 +233,17 @@ def unroll_survey(seen: Survey, at: str | None) -> Survey:
 
 
 def numbered(path: tree.Path, at: str, layers: int) -> list[tree.Path]:
-    """A path below `at` with each layer's number in it; another as it is.
+    """The paths in the single layers for a path below `at`; any other path alone.
 
     >>> numbered(("layers", "mlp"), "layers", 2), numbered(("norm",), "layers", 2)
     ([('layers', '0', 'mlp'), ('layers', '1', 'mlp')], [('norm',)])
     """
     start = tuple(at.split("/"))
-    if not _below(path, at):
+    if not _is_below(path, at):
         return [path]
     return [(*start, str(i), *path[len(start) :]) for i in range(layers)]
 
 
-def _below(path: tree.Path, at: str) -> bool:
+def _is_below(path: tree.Path, at: str) -> bool:
     start = tuple(at.split("/"))
     return path[: len(start)] == start

@@ -1,15 +1,15 @@
-"""Linen models that read and write HuggingFace folders, and read GGUF files."""
+"""Linen models that load and save HuggingFace folders and load GGUF files."""
 
 from jpeft.core.stacking import stack as stack
 from jpeft.core.stacking import unroll as unroll
 from jpeft.core.stacking import unstack as unstack
 from jpeft.errors import ModelError as ModelError
+from jpeft.models.axes import logical_names as logical_names
+from jpeft.models.axes import logical_shardings as logical_shardings
 from jpeft.models.decoder import Decoder as Decoder
-from jpeft.models.decoder import init_cache as init_cache
-from jpeft.models.loading import FAMILIES as FAMILIES
+from jpeft.models.families import FAMILIES as FAMILIES
+from jpeft.models.families import is_decoder as is_decoder
+from jpeft.models.kv_cache import init_cache as init_cache
 from jpeft.models.loading import abstract as abstract
-from jpeft.models.loading import is_decoder as is_decoder
 from jpeft.models.loading import load as load
-from jpeft.models.loading import logical_names as logical_names
-from jpeft.models.loading import logical_shardings as logical_shardings
-from jpeft.models.loading import save as save
+from jpeft.models.saving import save as save

@@ -2,18 +2,16 @@
 
 Devlin et al. 2018, https://arxiv.org/abs/1810.04805. The parameter tree carries the names of HuggingFace's torch
 modules with `/` for `.`, and Flax's leaf names: `encoder/layer/0/attention/self/query/kernel` is torch's
-`encoder.layer.0.attention.self.query.weight`, transposed. So a HuggingFace PEFT key names the same weight here.
+`encoder.layer.0.attention.self.query.weight`, transposed. A key of HuggingFace PEFT therefore names the same weight.
 
 Inside the layers the states are flat, `[tokens, hidden]` with `tokens = batch * length`: XLA CPU is more than twice as
 slow at a contraction over `[batch, length, features]` (a dense layer with its weight gradient, 32 x 64 tokens of 384:
-37.8 ms against 16.4), and to other backends it is the same product.
+37.8 ms against 16.4). On other backends both forms are the same product.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jpeft.core.tree import Path, join
 from jpeft.linen.attention import register_attention
 from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
 
@@ -30,7 +27,7 @@ Flat = Float[Array, "tokens hidden"]
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """What of a `config.json` shapes the encoder. Names and defaults are those of HuggingFace's `BertConfig`.
+    """The configuration of the encoder. Names and defaults are those of HuggingFace's `BertConfig`.
 
     >>> BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536).hidden_act
     'gelu'
@@ -44,7 +41,7 @@ class BertConfig:
     intermediate_size: int = 3072
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    embedding_size: int | None = None  # electra's, where its embeddings are narrower than its layers
+    embedding_size: int | None = None  # in electra, embeddings may be narrower than layers
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
@@ -53,11 +50,8 @@ class BertConfig:
     pad_token_id: int = 0
 
 
-# --- the encoder ------------------------------------------------------------------------------------------------------
-
-
 class _Module(nn.Module):
-    """The fields and submodules that the modules below have in common."""
+    """Base class: the common fields and submodules."""
 
     config: BertConfig
     dtype: Any = None
@@ -104,10 +98,10 @@ class Embeddings(_Module):
 
 
 def default_positions(cfg: BertConfig, input_ids: Int[Array, "batch length"]) -> Int[Array, "#batch length"]:
-    """Positions from 0; in the roberta family real tokens count from `pad_token_id + 1` and padding stays there.
+    """Positions from 0. In the roberta family tokens count from `pad_token_id + 1`, and padding has `pad_token_id`.
 
     Raises:
-      ValueError: the input is longer than there are positions.
+      ValueError: the input is longer than the model has positions.
 
     >>> default_positions(BertConfig(model_type="roberta", pad_token_id=1), jnp.array([[0, 7, 2, 1]])).tolist()
     [[2, 3, 4, 1]]
@@ -134,7 +128,7 @@ class SelfAttention(_Module):
         return self.attend(query, key, value, mask, deterministic).reshape(x.shape)
 
     def project(self, x: Flat, batch: int, name: str) -> Float[Array, "batch length heads head_dim"]:
-        """One of the three projections, split by example and head."""
+        """Queries, keys or values, split by example and head."""
         heads, width = self.config.num_attention_heads, self.config.hidden_size
         return self.dense(width, name)(x).reshape(batch, -1, heads, width // heads)
 
@@ -146,14 +140,14 @@ class SelfAttention(_Module):
         mask: Mask,
         deterministic: bool,
     ) -> Float[Array, "batch q_length heads head_dim"]:
-        """Softmax attention: the one place where keys, values and mask pass. `kv_length` may differ from `q_length`.
+        """Softmax attention; the only use of keys, values and mask. `kv_length` may differ from `q_length`.
 
         Args:
-          mask: broadcasts to `[batch, heads, q_length, kv_length]`, True where a query may attend; None is everywhere.
-          deterministic: no dropout on the attention weights.
+          mask: broadcasts to `[batch, heads, q_length, kv_length]`, True where a query may attend; None: everywhere.
+          deterministic: disables dropout on the attention weights.
         """
-        # Heads go before positions once, so that the five products of forward and backward pass find their [length,
-        # head_dim] matrices as they lie (32 x 64 tokens, 12 heads of 32: 20 ms, the usual einsum 29, torch 19).
+        # Heads are moved before positions once, so that the [length, head_dim] matrices of the five products of forward
+        # and backward pass are contiguous (32 x 64 tokens, 12 heads of 32: 20 ms, the usual einsum 29, torch 19).
         query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
         weights = masked_softmax(jnp.einsum("bhqd,bhkd->bhqk", query, key), mask)
         weights = self.weights_dropout(weights, deterministic=deterministic)
@@ -161,7 +155,7 @@ class SelfAttention(_Module):
 
 
 class AddNorm(_Module):
-    """The end of BERT's two sublayers: `LayerNorm(residual + Dropout(Dense(x)))`."""
+    """The last step of both sublayers: `LayerNorm(residual + Dropout(Dense(x)))`."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "tokens features"], residual: Flat, deterministic: bool) -> Flat:
@@ -179,7 +173,7 @@ class Attention(_Module):
 
 
 class Intermediate(_Module):
-    """The widening half of the feed-forward sublayer."""
+    """The first half of the feed-forward sublayer."""
 
     @nn.compact
     def __call__(self, x: Flat) -> Float[Array, "tokens intermediate"]:
@@ -197,7 +191,7 @@ class Layer(_Module):
 
 
 class DistilAttention(SelfAttention):
-    """DistilBERT's attention, which holds its output projection."""
+    """DistilBERT's attention, which contains its output projection."""
 
     @nn.compact
     def __call__(self, x: Flat, batch: int, mask: Mask, deterministic: bool) -> Flat:
@@ -216,7 +210,7 @@ class DistilFeedForward(_Module):
 
 
 class DistilLayer(_Module):
-    """The same layer under DistilBERT's names."""
+    """One transformer layer under DistilBERT's names."""
 
     @nn.compact
     def __call__(self, x: Flat, batch: int, mask: Mask, deterministic: bool) -> Flat:
@@ -239,7 +233,7 @@ class Layers(_Module):
 
 
 class Encoder(_Module):
-    """The layers over whole batches; `mask` as in `SelfAttention.attend`."""
+    """The layers over `[batch, length, hidden]`; `mask` as in `SelfAttention.attend`."""
 
     layer: type[_Module] = Layer
 
@@ -255,7 +249,10 @@ class Encoder(_Module):
 class Bert(_Module):
     """A BERT-family encoder: token ids to the last layer's hidden states.
 
-    Fields: `config`; `dtype`, what it computes in (None follows the parameters); `param_dtype`.
+    Attributes:
+      config: the configuration.
+      dtype: the dtype of computation; None: the parameters' dtype.
+      param_dtype: the dtype of the parameters.
 
     >>> model = Bert(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64))
     >>> ids = jnp.array([[101, 2023, 102]])
@@ -273,10 +270,14 @@ class Bert(_Module):
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length hidden"]:
-        """Args:
-        attention_mask: 1 for tokens, 0 for padding; None is all tokens.
-        token_type_ids: None is all 0. position_ids: None is `default_positions`.
-        deterministic: no dropout; otherwise `rngs={"dropout": key}` is needed.
+        """The hidden states of the last layer.
+
+        Args:
+          input_ids: the token ids.
+          attention_mask: 1 for tokens, 0 for padding; None: all are tokens.
+          token_type_ids: None: all 0.
+          position_ids: None: `default_positions`.
+          deterministic: disables dropout; otherwise `rngs={"dropout": key}` is needed.
         """
         cfg = self.config
         states = Embeddings(**self.fields(), name="embeddings")(input_ids, token_type_ids, position_ids, deterministic)
@@ -288,138 +289,4 @@ class Bert(_Module):
         return Encoder(**self.fields(), name="encoder")(states, mask, deterministic)
 
 
-register_attention(SelfAttention)  # where prefixes go in
-
-
-# --- HuggingFace's side: a `jpeft.models.loading.Family` --------------------------------------------------------------
-
-_ARCHITECTURE = {
-    "bert": "BertModel",
-    "roberta": "RobertaModel",
-    "xlm-roberta": "XLMRobertaModel",
-    "camembert": "CamembertModel",
-    "electra": "ElectraModel",
-    "distilbert": "DistilBertModel",
-}
-_PREFIX = {"xlm-roberta": "roberta.", "camembert": "roberta."}  # the others: their own name
-_DEFAULTS = {  # where HuggingFace's config class departs from BertConfig
-    "roberta": {"vocab_size": 50265, "pad_token_id": 1},
-    "camembert": {"vocab_size": 50265, "pad_token_id": 1},
-    "xlm-roberta": {"pad_token_id": 1},
-    "electra": {"embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
-    "distilbert": {"type_vocab_size": 0},
-}
-_DISTILBERT = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "hidden_dim",
-    "hidden_act": "activation",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-}
-# Fields that change the maths in a way this encoder does not follow, each with the one value that is accepted.
-_FIXED = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute", "pruned_heads": {}}
-
-OPTIONS: frozenset[str] = frozenset()
-_EXTRAS = re.compile(
-    r"embeddings\.(position_ids|token_type_ids)"  # buffers of old checkpoints
-    r"|(pooler|cls|classifier|pre_classifier|lm_head|qa_outputs|vocab_\w+|generator_\w+|discriminator_\w+)\..*"
-)
-
-
-def from_config(config: Mapping[str, Any], *, dtype: Any = None, param_dtype: Any = jnp.float32) -> Bert:
-    """The encoder that a `config.json` describes. Inverse of `to_config`.
-
-    Raises:
-      ValueError: a field has a value that the encoder does not follow.
-
-    >>> from_config({"model_type": "distilbert", "dim": 128, "n_heads": 2}).config.hidden_size
-    128
-    """
-    for name, accepted in _FIXED.items():
-        if (config.get(name) or accepted) != accepted:
-            raise ValueError(f"{name}={config[name]!r} is not supported, only {accepted!r}")
-    model_type = config["model_type"]
-    names = _DISTILBERT if model_type == "distilbert" else {}
-    given = {"model_type": model_type, **_DEFAULTS.get(model_type, {})}
-    for field in dataclasses.fields(BertConfig):
-        value = config.get(names.get(field.name, field.name))
-        if value is not None:
-            given[field.name] = value
-    cfg = BertConfig(**given)
-    _check(cfg)
-    return Bert(cfg, dtype=dtype, param_dtype=param_dtype)
-
-
-def _check(cfg: BertConfig) -> None:
-    for field in dataclasses.fields(cfg):
-        value, kind = getattr(cfg, field.name), str(field.type)
-        if kind.startswith("int") and value is not None and not (isinstance(value, int) and value >= 0):
-            raise ValueError(f"{field.name}={value!r} is not a whole number")
-        if kind == "float" and not (isinstance(value, int | float) and value >= 0):
-            raise ValueError(f"{field.name}={value!r} is not a number that is at least 0")
-    if not isinstance(cfg.hidden_act, str) or cfg.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    if not cfg.num_attention_heads or cfg.hidden_size % cfg.num_attention_heads:
-        raise ValueError(f"hidden_size={cfg.hidden_size} does not split into {cfg.num_attention_heads} attention heads")
-
-
-def to_config(model: Bert) -> dict[str, Any]:
-    """The `config.json` of an encoder. Inverse of `from_config`.
-
-    >>> to_config(from_config({"model_type": "distilbert", "dim": 128, "n_heads": 2}))["dim"]
-    128
-    """
-    names = _DISTILBERT if model.config.model_type == "distilbert" else {}
-    fields = {names.get(k, k): v for k, v in dataclasses.asdict(model.config).items() if v is not None}
-    return {"architectures": [_ARCHITECTURE[model.config.model_type]], **fields}
-
-
-def prefix(model: Bert) -> str:
-    """What stands before the encoder's tensor names in a checkpoint that also holds a head.
-
-    >>> prefix(Bert(BertConfig(model_type="camembert")))
-    'roberta.'
-    """
-    return _PREFIX.get(model.config.model_type, f"{model.config.model_type}.")
-
-
-def extras(model: Bert) -> re.Pattern[str]:
-    """The tensors that may stand beside the encoder: heads, and buffers of old checkpoints.
-
-    >>> bool(extras(Bert(BertConfig())).fullmatch("pooler.dense.weight"))
-    True
-    """
-    return _EXTRAS
-
-
-def example_inputs(model: Bert) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The smallest inputs that the model takes, abstract.
-
-    >>> example_inputs(Bert(BertConfig()))
-    (ShapeDtypeStruct(shape=(1, 1), dtype=int32),)
-    """
-    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
-
-
-_AXES: Sequence[tuple[str, tuple[str | None, ...]]] = (
-    (r".*/(query|key|value|[qkv]_lin)", ("embed", "heads")),
-    (r".*/(attention/output/dense|out_lin)", ("heads", "embed")),
-    (r".*/(intermediate/dense|lin1)", ("embed", "mlp")),
-    (r".*/(output/dense|lin2)", ("mlp", "embed")),
-    (r".*_embeddings", (None, "embed")),  # vocabularies of encoders rarely divide
-)
-
-
-def axis_names(path: Path) -> tuple[str | None, ...]:
-    """The logical names of a parameter's axes.
-
-    >>> axis_names(("encoder", "layer", "0", "attention", "self", "query", "kernel"))
-    ('embed', 'heads')
-    """
-    owner, leaf = join(path[:-1]), path[-1]
-    names = next((names for pattern, names in _AXES if re.fullmatch(pattern, owner)), ())
-    if leaf == "bias":
-        return names[1:] if names and names[1] != "embed" else ()
-    return names if leaf in ("kernel", "embedding") else ()
+register_attention(SelfAttention)  # for prefix tuning

@@ -1,18 +1,19 @@
 """Llama and its family as one Linen decoder: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text).
 
 Touvron et al. 2023, https://arxiv.org/abs/2302.13971. The parameter tree carries the names of HuggingFace's torch
-modules with `/` for `.`, and Flax's leaf names. The layers lie stacked below `model/layers`, so that one layer is
+modules with `/` for `.`, and Flax's leaf names. The layers are stacked below `model/layers`, so that one layer is
 traced and compiled whatever their number: `model/layers/self_attn/q_proj/kernel` is `[layers, in, out]`. With
-`scan_layers=False` each has its own subtree, `model/layers/0/self_attn/q_proj/kernel`; `jpeft.models.stacking` turns
+`scan_layers=False` each has its own subtree, `model/layers/0/self_attn/q_proj/kernel`; `jpeft.core.stacking` converts
 one tree into the other.
 
-What the members of the family do differently is data here (`DecoderConfig`), down to the kind of each layer: a layer
-that sees a window and one that sees everything differ in their mask and rotary table only, so one scan holds both.
+The members of the family differ in data only (`DecoderConfig`), down to the kind of each layer: layers with a sliding
+window and layers with full attention differ in their mask and rotary table only, so one scan runs both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,33 +27,18 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jpeft.linen.attention import register_attention
 from jpeft.models import ops
+from jpeft.models.kv_cache import write_layer
+from jpeft.models.remat import LAYER_INPUT, remat_policy
 from jpeft.models.rotary import Rotary, rotate
 
-States = Float[Array, "*tokens hidden"]  # [batch, length, hidden], or with the two in one (`ops.tokens_in_one`)
+States = Float[Array, "*tokens hidden"]  # [batch, length, hidden] or [tokens, hidden], see `ops.tokens_in_one`
 Heads = Float[Array, "batch length heads head_dim"]
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-_SAVEABLE = (
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "checkpoint_dots",
-    "checkpoint_dots_with_no_batch_dims",
-)
-_LAYER_INPUT = "layer_input"
-#: Names for `Decoder.remat`, and what they are called in `jax.checkpoint_policies`; its others want arguments.
-REMAT = {
-    "full": "nothing_saveable",
-    "dots": "dots_with_no_batch_dims_saveable",
-    "offload": "save_and_offload_only_these_names",  # what comes into each layer, to the host's memory
-    **{name: name for name in _SAVEABLE},
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What shapes the decoder. Names are those of HuggingFace's configs where they have one.
+    """The configuration of the decoder. Names are those of HuggingFace's configs as far as these have the field.
 
     >>> DecoderConfig(model_type="llama", vocab_size=100, hidden_size=64, num_attention_heads=4).head_dim
     16
@@ -64,7 +50,7 @@ class DecoderConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = 0  # 0: as many as there are query heads
+    num_key_value_heads: int = 0  # 0: as many as query heads
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -72,18 +58,18 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_dropout: float = 0.0
-    attention_bias: bool = False  # of queries, keys and values
-    output_bias: bool = False  # of the attention's output projection
+    attention_bias: bool = False  # biases of the query, key and value projections
+    output_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
-    gemma: bool = False  # norms scale by 1 + w and stand after sublayers too; embeddings scale by sqrt(hidden_size)
-    query_pre_attn_scalar: float = 0.0  # scores scale by its -1/2th power; 0: head_dim
+    qk_norm: bool = False  # normalizes queries and keys by head, before rotation
+    gemma: bool = False  # norms scale by 1 + w, also after sublayers; embeddings scale by sqrt(hidden_size)
+    query_pre_attn_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
-    layer_types: tuple[str, ...] = ()  # of each layer; (): all see everything
+    layer_types: tuple[str, ...] = ()  # of each layer; (): full attention in all
     rotary: Rotary = dataclasses.field(default_factory=Rotary)
-    rotary_sliding: Rotary | None = None  # of sliding layers, where they have their own
+    rotary_sliding: Rotary | None = None  # of sliding layers; None: the same
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -100,28 +86,35 @@ class DecoderConfig:
 
     @property
     def context(self) -> int:
-        """The number of positions that the model is made for."""
+        """The number of positions that the model supports."""
         return self.rotary.context(self.max_position_embeddings)
 
     @property
     def sliding(self) -> bool | tuple[bool, ...]:
-        """Whether all layers see a window only, or none, or which."""
+        """Whether layers have a sliding window: one flag if all are alike, else one for each."""
         flags = tuple(kind == SLIDING for kind in self.layer_types)
         return flags[0] if len(set(flags)) == 1 else flags
 
 
 @flax.struct.dataclass
 class Context:
-    """What all layers share in one call. Pairs are for full and for sliding layers; they may be one and the same."""
+    """Inputs that all layers share in one call. A pair is for full and sliding layers; both may be the same object.
 
-    rotary: tuple[Any, Any]  # tables, see `Rotary.table`
-    masks: tuple[Any, Any]  # [batch, 1, queries, keys], or None for causal ones over the queries' own keys
-    index: Any = None  # where in the cache the queries' own keys go
-    shape: tuple[int, int] = flax.struct.field(default=(0, 0), pytree_node=False)  # batch, length
+    Attributes:
+      rotary: a pair of tables, see `Rotary.table`.
+      masks: a pair of `[batch, 1, queries, keys]`; None: causal over the queries' own keys.
+      index: the position in the cache of the first new key.
+      shape: batch and length.
+    """
+
+    rotary: tuple[Any, Any]
+    masks: tuple[Any, Any]
+    index: Any = None
+    shape: tuple[int, int] = flax.struct.field(default=(0, 0), pytree_node=False)
 
 
 class _Module(nn.Module):
-    """The fields and submodules that the modules below have in common."""
+    """Base class: the common fields and submodules."""
 
     config: DecoderConfig
     dtype: Any = None
@@ -131,7 +124,7 @@ class _Module(nn.Module):
         return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def dense(self, x: jax.Array, features: int, name: str, axes: tuple[str, str], bias: bool = False) -> jax.Array:
-        """A linear layer called `name`; `axes` are the logical names of its input and output."""
+        """A linear layer; `axes` are the logical names of its input and output."""
         init = nn.initializers.normal(self.config.initializer_range)
         layer = nn.Dense(
             features,
@@ -163,7 +156,7 @@ class RMSNorm(_Module):
 
 
 class SelfAttention(_Module):
-    """Grouped-query attention with rotary positions, and its projections."""
+    """Grouped-query attention with rotary embedding, and its projections."""
 
     sliding: bool | None = None
     deterministic: bool = True
@@ -173,9 +166,14 @@ class SelfAttention(_Module):
 
     @nn.compact
     def __call__(self, x: States, cache: Any, layer: Any, sliding: Any, context: Context) -> tuple[States, Any]:
-        """Args:
-        cache: `{"key", "value"}` of all layers, `[layers, batch, kv_heads, capacity, head_dim]`, or None.
-        layer: this layer's number. sliding: whether it is a sliding one.
+        """The output states, and the cache with the new keys and values.
+
+        Args:
+          x: the input states.
+          cache: `{"key", "value"}` of all layers, `[layers, batch, kv_heads, capacity, head_dim]`, or None.
+          layer: this layer's number.
+          sliding: whether this layer has a sliding window.
+          context: the inputs that all layers share.
         """
         cfg = self.config
         query = self.project(x, context.shape, cfg.num_attention_heads, "q")
@@ -186,7 +184,7 @@ class SelfAttention(_Module):
         table = _pick(sliding, context.rotary)
         query, key = rotate(query, table), rotate(key, table)
         if cache is not None:
-            cache, key, value = _remember(cache, key, value, layer, context.index)
+            cache, key, value = write_layer(cache, key, value, layer, context.index)
         out = self.attend(query, key, value, _pick(sliding, context.masks), causal=cache is None)
         out = out.reshape(*x.shape[:-1], cfg.num_attention_heads * cfg.head_dim)
         return self.dense(out, cfg.hidden_size, "o_proj", ("heads", "embed"), cfg.output_bias), cache
@@ -206,17 +204,20 @@ class SelfAttention(_Module):
         mask: ops.Mask,
         causal: bool = False,
     ) -> Float[Array, "batch queries heads head_dim"]:
-        """The one place where keys, values and mask pass, turned by their positions, with and without a cache.
+        """Attention over rotated queries and keys; the only use of keys, values and mask, with or without a cache.
 
         Args:
-          mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None is causal: the last
-            keys are the queries' own, and what stands before those is seen by all.
-          causal: whether a mask that is given lets no query attend to keys after its own, with the keys ending so.
+          query: the queries.
+          key: the keys.
+          value: the values.
+          mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None: causal; the last
+            keys are the queries' own, and all queries attend to the keys before those.
+          causal: the given mask hides all keys after a query's own, and the last keys are the queries' own.
         """
         cfg = self.config
-        drop = None
+        dropout = None
         if cfg.attention_dropout and not self.deterministic:
-            drop = lambda weights: self.weights_dropout(weights, deterministic=False)  # noqa: E731
+            dropout = functools.partial(self.weights_dropout, deterministic=False)
         return ops.attention(
             query,
             key,
@@ -225,40 +226,16 @@ class SelfAttention(_Module):
             scale=cfg.query_pre_attn_scalar**-0.5,
             window=cfg.sliding_window if self.sliding else None,
             softcap=cfg.attn_logit_softcapping,
-            dropout=drop,
+            dropout=dropout,
             causal=causal,
         )
 
 
-def known_remat(name: Any) -> str:
-    if not isinstance(name, str) or name not in REMAT:
-        raise ValueError(f"remat={name!r} is none of {', '.join(REMAT)}")
-    return name
-
-
-def _policy(name: str) -> Any:
-    policy = getattr(jax.checkpoint_policies, REMAT[known_remat(name)])
-    if name != "offload":
-        return policy
-    return policy(names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
-                  offload_src="device", offload_dst="pinned_host")  # fmt: skip
-
-
 def _pick(sliding: Any, pair: tuple[Any, Any]) -> Any:
-    """Of (full, sliding): statically, or in a scan over layers of both kinds."""
+    """One of (full, sliding); a `where` if `sliding` is traced, in a scan over layers of both kinds."""
     if isinstance(sliding, bool):
         return pair[sliding]
     return pair[0] if pair[0] is pair[1] else jax.tree.map(lambda f, s: jnp.where(sliding, s, f), *pair)
-
-
-def _remember(cache: Any, key: Heads, value: Heads, layer: Any, index: Any) -> tuple[Any, Heads, Heads]:
-    """The cache with this layer's new keys and values from `index` on, and all that it then holds of the layer."""
-    new, held = {}, []
-    for name, x in (("key", key), ("value", value)):
-        block = x.swapaxes(1, 2).astype(cache[name].dtype)[None]
-        new[name] = jax.lax.dynamic_update_slice(cache[name], block, (layer, 0, 0, index, 0))
-        held.append(jax.lax.dynamic_index_in_dim(new[name], layer, keepdims=False).swapaxes(1, 2).astype(x.dtype))
-    return new, *held
 
 
 class MLP(_Module):
@@ -274,19 +251,23 @@ class MLP(_Module):
 
 
 class Layer(_Module):
-    """One decoder layer, as the body of a scan. `sliding` is None where layers of both kinds are scanned."""
+    """One decoder layer, the body of the scan. `sliding` is None in a scan over layers of both kinds."""
 
     sliding: bool | None = None
     deterministic: bool = True
 
     @nn.compact
     def __call__(self, carry: tuple[States, Any], inputs: tuple[Any, Any], context: Context) -> tuple[Any, None]:
-        """Args:
-        carry: the states, and the cache of all layers or None. inputs: the layer's number, and whether it slides.
+        """The new carry.
+
+        Args:
+          carry: the states, and the cache of all layers or None.
+          inputs: the layer's number, and whether it has a sliding window (used if the field is None).
+          context: the inputs that all layers share.
         """
-        (x, cache), (layer, slides) = carry, inputs
-        x = checkpoint_name(x, _LAYER_INPUT)
-        sliding = slides if self.sliding is None else self.sliding
+        (x, cache), (layer, sliding) = carry, inputs
+        x = checkpoint_name(x, LAYER_INPUT)
+        sliding = sliding if self.sliding is None else self.sliding
         attention = SelfAttention(
             **self.fields(), sliding=self.sliding, deterministic=self.deterministic, name="self_attn"
         )
@@ -316,7 +297,7 @@ class Layers(_Module):
 
 
 class Model(_Module):
-    """Token ids to the normalized states of the last layer."""
+    """The decoder without its head: token ids to the normalized states of the last layer."""
 
     scan_layers: bool = True
     remat: str | None = None
@@ -343,7 +324,7 @@ class Model(_Module):
         x, context = ops.tokens_in_one(x), dataclasses.replace(context, shape=input_ids.shape)
         layer: Any = Layer
         if self.remat is not None:
-            layer = nn.remat(Layer, policy=_policy(self.remat), prevent_cse=not self.scan_layers)
+            layer = nn.remat(Layer, policy=remat_policy(self.remat), prevent_cse=not self.scan_layers)
         carry = (x, cache)
         if self.scan_layers:
             numbers = jnp.arange(cfg.num_hidden_layers)
@@ -372,12 +353,16 @@ class Model(_Module):
 class Decoder(_Module):
     """A causal language model of the Llama family: token ids to logits.
 
-    Fields: `config`; `dtype`, what it computes in (None follows the parameters); `param_dtype`; `scan_layers`, whether
-    the layers are stacked and scanned; `remat`, what the backward pass may read back from the forward pass of a layer:
-    None for everything, `"full"` for nothing but what comes into the layer, `"offload"` for that, from the host's
-    memory, `"dots"` for the products with weights, or the name of one of `jax.checkpoint_policies` that takes no
-    arguments (`REMAT`).
+    Attributes:
+      config: the configuration.
+      dtype: the dtype of computation; None: the parameters' dtype.
+      param_dtype: the dtype of the parameters.
+      scan_layers: whether the layers are stacked and scanned.
+      remat: the activations of a layer that are saved for the backward pass. None: all; `"full"`: only its input;
+        `"offload"`: only its input, in host memory; `"dots"`: the products with weights; or the name of one of
+        `jax.checkpoint_policies` that takes no arguments, see `jpeft.models.remat`.
 
+    >>> from jpeft.models.kv_cache import init_cache
     >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     ...                     num_attention_heads=4, num_key_value_heads=2)
     >>> model, ids = Decoder(cfg), jnp.array([[3, 1, 4, 1, 5]])
@@ -385,7 +370,7 @@ class Decoder(_Module):
     >>> model.apply({"params": params}, ids).shape
     (1, 5, 50)
     >>> logits, cache = model.apply({"params": params}, ids, cache=init_cache(model, batch=1, capacity=8))
-    >>> logits, cache = model.apply({"params": params}, jnp.array([[9]]), cache=cache)  # goes on where that ended
+    >>> logits, cache = model.apply({"params": params}, jnp.array([[9]]), cache=cache)  # continues there
     >>> logits.shape, int(cache["index"])
     ((1, 1, 50), 6)
     """
@@ -395,8 +380,18 @@ class Decoder(_Module):
 
     @property
     def stacked_layers(self) -> str | None:
-        """Below which path of its parameters all layers lie stacked, see `jpeft.models.stacking`."""
+        """The path in the parameter tree below which all layers are stacked, or None. See `jpeft.core.stacking`."""
         return "model/layers" if self.scan_layers else None
+
+    @property
+    def tied_modules(self) -> dict[str, str]:
+        """The modules of HuggingFace's model that share a weight here: the head, if it is tied to the embedding."""
+        return {"lm_head": "model/embed_tokens"} if self.config.tie_word_embeddings else {}
+
+    @nn.nowrap
+    def unrolled(self) -> Decoder:
+        """The same model with its layers one by one."""
+        return self.clone(scan_layers=False)
 
     def setup(self) -> None:
         cfg = self.config
@@ -421,13 +416,16 @@ class Decoder(_Module):
         logits_to_keep: int = 0,
         deterministic: bool = True,
     ) -> Any:
-        """Args:
-          attention_mask: 1 for tokens, 0 for padding on either side; None is all tokens. With a cache, of the new ones.
-          position_ids: None counts from 0, padding included; with a cache, tokens only, on from what it holds.
-          segment_ids: tokens attend within their own segment only (several examples in one row).
-          cache: as `init_cache` made it or the last call returned it.
-          logits_to_keep: of how many last positions; 0 is all.
-          deterministic: no dropout on the attention weights; otherwise `rngs={"dropout": key}` is needed.
+        """The logits of each token, or with a cache `(logits, cache)`.
+
+        Args:
+          input_ids: the token ids.
+          attention_mask: 1 for tokens, 0 for padding on either side; None: all are tokens. With a cache, of new tokens.
+          position_ids: None: counted from 0, padding included; with a cache, tokens only, continuing those in it.
+          segment_ids: tokens attend within their own segment only (several examples packed in one row).
+          cache: from `init_cache` or the previous call.
+          logits_to_keep: the number of last positions to compute logits for; 0: all.
+          deterministic: disables dropout on the attention weights; otherwise `rngs={"dropout": key}` is needed.
 
         Returns:
           Logits, float32 `[batch, length, vocabulary]`; with a cache, `(logits, cache)`.
@@ -448,16 +446,16 @@ class Decoder(_Module):
         cache: Mapping[str, Any] | None = None,
         deterministic: bool = True,
     ) -> Any:
-        """What `logits` takes, `[batch, length, hidden]`; with a cache, `(states, cache)`. Arguments as for a call."""
+        """The input of `logits`, `[batch, length, hidden]`; with a cache `(states, cache)`. Arguments as for a call."""
         if cache is None:
             context = self._context(input_ids, attention_mask, position_ids, segment_ids)
             return self.model(input_ids, None, context, deterministic)[0]
         if segment_ids is not None:
-            raise ValueError("segment_ids and a cache do not go together: a cache holds one sequence a row")
+            raise ValueError("segment_ids cannot be combined with a cache, which holds one sequence per row")
         context, seen = self._cached_context(input_ids, attention_mask, position_ids, cache)
         held = {name: cache[name] for name in ("key", "value")}
         states, held = self.model(input_ids, held, context, deterministic)
-        # What does not fit is written over the end, and a traced index cannot refuse it: NaN then, not wrong numbers.
+        # Tokens beyond the capacity overwrite the last ones, and a traced index cannot raise: NaN, not wrong logits.
         fits = cache["index"] + input_ids.shape[1] <= cache["seen"].shape[1]
         states = jnp.where(fits, states, jnp.nan)
         return states, {**held, "seen": seen, "index": cache["index"] + input_ids.shape[1]}
@@ -504,7 +502,7 @@ class Decoder(_Module):
         index = cache["index"]
         seen = jax.lax.dynamic_update_slice(cache["seen"], real, (0, index))
         full = near = ops.causal_mask(length, capacity, None, index) & seen[:, None, None, :]
-        if self.config.sliding is not False:  # a window counts tokens, not the padding that may lie between them
+        if self.config.sliding is not False:  # a window counts tokens, not the padding between them
             tokens = jnp.cumsum(seen, axis=1)
             own = jax.lax.dynamic_slice_in_dim(tokens, index, length, axis=1)
             near = full & (own[:, :, None] - tokens[:, None, :] < (self.config.sliding_window or capacity))[:, None]
@@ -514,50 +512,9 @@ class Decoder(_Module):
         cfg = self.config
         tables = {
             r: r.table(positions, cfg.head_dim, cfg.max_position_embeddings)
-            for r in dict.fromkeys((cfg.rotary, cfg.rotary_sliding or cfg.rotary))  # in one order in all processes
+            for r in dict.fromkeys((cfg.rotary, cfg.rotary_sliding or cfg.rotary))  # in the same order on all processes
         }
         return tables[cfg.rotary], tables[cfg.rotary_sliding or cfg.rotary]
 
 
-register_attention(SelfAttention)  # where prefixes go in
-
-
-def init_cache(model: Decoder, batch: int, capacity: int, dtype: Any = None) -> dict[str, jax.Array]:
-    """An empty cache: a plain tree. Rows hold one sequence each; padding in it is never attended to.
-
-    `key` and `value` are `[layers, batch, kv_heads, capacity, head_dim]`; `seen` `[batch, capacity]` says which slots
-    hold tokens; `index` is the next free slot, the same in all rows. A call that does not fit is a ValueError; inside
-    `jax.jit`, where the index is not known, it gives NaN.
-
-    Args:
-      dtype: of keys and values; None is what the model computes in.
-
-    >>> cfg = DecoderConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
-    >>> init_cache(Decoder(cfg), batch=3, capacity=16)["key"].shape
-    (2, 3, 2, 16, 8)
-    """
-    cfg = model.config
-    shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
-    dtype = dtype or model.dtype or model.param_dtype
-    return {
-        "key": jnp.zeros(shape, dtype),
-        "value": jnp.zeros(shape, dtype),
-        "seen": jnp.zeros((batch, capacity), bool),
-        "index": jnp.zeros((), jnp.int32),
-    }
-
-
-def grow_cache(cache: Mapping[str, jax.Array], capacity: int) -> dict[str, jax.Array]:
-    """The same cache with free slots up to `capacity`.
-
-    >>> cfg = DecoderConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
-    >>> grow_cache(init_cache(Decoder(cfg), batch=3, capacity=16), 32)["value"].shape
-    (2, 3, 2, 32, 8)
-    """
-    free = (0, capacity - cache["seen"].shape[1])
-    return {
-        "key": jnp.pad(cache["key"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
-        "value": jnp.pad(cache["value"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
-        "seen": jnp.pad(cache["seen"], ((0, 0), free)),
-        "index": cache["index"],
-    }
+register_attention(SelfAttention)  # for prefix tuning

@@ -1,4 +1,4 @@
-"""The HuggingFace configuration and tensor names of a decoder."""
+"""The HuggingFace configuration and tensor names of a decoder, see `jpeft.models.families.Family`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,18 @@ import jax.numpy as jnp
 
 from jpeft.core.tree import Path
 from jpeft.models import ops
-from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig, known_remat
+from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig
+from jpeft.models.remat import check_remat
 from jpeft.models.rotary import from_config as rotary_from_config
 from jpeft.models.rotary import to_config as rotary_to_config
-
-# --- HuggingFace's side: a `jpeft.models.loading.Family` --------------------------------------------------------------
 
 _GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 4, "vocab_size": 256000,
           "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
           "query_pre_attn_scalar": 256.0, "sliding_window": 4096, "tie_word_embeddings": True,
           "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
-
-
 _QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
          "sliding_window": 4096}  # fmt: skip
-
-
-_DEFAULTS: dict[str, dict[str, Any]] = {  # where HuggingFace's config class departs from DecoderConfig
+_DEFAULTS: dict[str, dict[str, Any]] = {  # where HuggingFace's config class has other defaults
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
                 "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
@@ -38,8 +33,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # where HuggingFace's config class dep
                "final_logit_softcapping": 30.0},
     "gemma3_text": {**_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072},
 }  # fmt: skip
-
-
 _ARCHITECTURE = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -48,15 +41,22 @@ _ARCHITECTURE = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-
-
 _THETA = {"gemma3_text": 1e6}
-
-
-# Fields that change the maths in a way this decoder does not follow, each with the one value that is accepted.
+# A null in these fields is a value; in the others it stands for the default.
+_NULLABLE = frozenset(
+    {
+        "sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    }
+)
+# Fields that would change the computation, each with the only supported value.
 _FIXED = {"use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
 
-
+IS_DECODER = True
 OPTIONS = frozenset({"scan_layers", "remat"})
 
 
@@ -66,66 +66,62 @@ def from_config(
     """The decoder that a `config.json` describes. `options`: `scan_layers`, `remat`. Inverse of `to_config`.
 
     Raises:
-      ValueError: a field has a value that the decoder does not follow.
+      ValueError: a field has a value that the decoder does not support.
 
     >>> from_config({"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 8}).config.num_key_value_heads
     8
     """
-    if config["model_type"] == "gemma3":  # the text part of a model that also sees
+    if config["model_type"] == "gemma3":  # the text part of a vision-language model
         config = _text_config(config)
     kind = config["model_type"]
     for name, accepted in _FIXED.items():
         if config.get(name) not in (None, accepted):
             raise ValueError(f"{name}={config[name]!r} is not supported, only {accepted!r}")
     if config.get("quantization_config"):
-        raise ValueError("its weights are quantized (quantization_config), which is not read here; load the original")
-    given = _given(kind, config)
+        raise ValueError("its weights are quantized (quantization_config), which is not supported; load the original")
+    given = _plain_fields(kind, config)
     _check_fields(given)
     given |= _attention_kinds(kind, config, given)
     cfg = DecoderConfig(model_type=kind, **given, **_rotary(kind, config))
-    _check(cfg)
+    _check_config(cfg)
     if options.get("remat") is not None:
-        known_remat(options["remat"])
+        check_remat(options["remat"])
     return Decoder(cfg, dtype=dtype, param_dtype=param_dtype, **options)
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model that also sees: its text part, with what it says of both."""
+    """The text part of a vision-language model's config, with the fields that apply to both parts."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config={text!r} is not an object")
-    both = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
-    return {**{name: config[name] for name in both if name in config}, **text, "model_type": "gemma3_text"}
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
+    return {**{name: config[name] for name in shared if name in config}, **text, "model_type": "gemma3_text"}
 
 
-def _given(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that carry over by name."""
+def _plain_fields(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `DecoderConfig` fields that follow from single fields of a config."""
     gemma = kind.startswith("gemma")
     given = dict(_DEFAULTS[kind])
     special = {"model_type", "layer_types", "rotary", "rotary_sliding", "qk_norm", "gemma", "output_bias"}
     for field in dataclasses.fields(DecoderConfig):
         name = {"hidden_act": "hidden_activation"}.get(field.name, field.name) if gemma else field.name
-        null_means_none = field.name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-                                         "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-        if field.name not in special and name in config and (config[name] is not None or null_means_none):
+        if field.name not in special and name in config and (config[name] is not None or field.name in _NULLABLE):
             given[field.name] = config[name]
     if isinstance(given.get("eos_token_id"), list):
         given["eos_token_id"] = tuple(given["eos_token_id"])
     given["gemma"] = gemma
     given["qk_norm"] = kind in ("qwen3", "gemma3_text")
     given["output_bias"] = bool(given.get("attention_bias"))
-    if kind == "qwen2":  # biases are fixed there, in these places
+    if kind == "qwen2":  # it has no field for them
         given |= {"attention_bias": True, "output_bias": False}
     if kind == "mistral":
         given |= {"attention_bias": False, "output_bias": False}
     if kind != "llama":
         given["mlp_bias"] = False
     if not gemma:
-        given["query_pre_attn_scalar"] = 0.0
-    if kind != "gemma2":  # transformers' gemma 3 has the field and does not use it
+        given |= {"query_pre_attn_scalar": 0.0, "final_logit_softcapping": None}
+    if kind != "gemma2":  # transformers' Gemma 3 has the field but does not use it
         given["attn_logit_softcapping"] = None
-    if not gemma:
-        given["final_logit_softcapping"] = None
     return given
 
 
@@ -133,38 +129,38 @@ def _attention_kinds(kind: str, config: Mapping[str, Any], given: Mapping[str, A
     """`sliding_window` and `layer_types`."""
     layers, window = given.get("num_hidden_layers", DecoderConfig.num_hidden_layers), given.get("sliding_window")
     if layers > 10_000:
-        raise ValueError(f"num_hidden_layers={layers} is not a number of layers")
+        raise ValueError(f"num_hidden_layers={layers} is more than 10,000")
     if kind == "llama" or (kind.startswith("qwen") and not config.get("use_sliding_window")):
         window = None
     listed = config.get("layer_types") if kind != "llama" else None
     if listed is not None:
         known = isinstance(listed, list | tuple) and all(entry in (SLIDING, FULL) for entry in listed)
         if not known or len(listed) != layers:
-            raise ValueError(f"layer_types={listed!r} does not say {SLIDING} or {FULL} for each of {layers} layers")
+            raise ValueError(f"layer_types={listed!r} must list {SLIDING} or {FULL} for each of {layers} layers")
         if kind == "mistral" and len(set(listed)) > 1:
             raise ValueError("mistral with layers of both kinds is another model (ministral), which is not supported")
         types = tuple(listed)
     elif kind.startswith("gemma"):
-        every = 2 if kind == "gemma2" else _whole(config, "sliding_window_pattern", 6, at_least=1)
+        every = 2 if kind == "gemma2" else _integer(config, "sliding_window_pattern", 6, at_least=1)
         types = tuple(SLIDING if (i + 1) % every else FULL for i in range(layers))
     elif kind.startswith("qwen"):
-        first = _whole(config, "max_window_layers", 28)
+        first = _integer(config, "max_window_layers", 28)
         types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(layers))
     else:
         types = ((FULL if window is None else SLIDING),) * layers
     if SLIDING in types and window is None:
-        raise ValueError(f"there are layers with {SLIDING}, but there is no sliding_window")
+        raise ValueError(f"some layers have {SLIDING}, but there is no sliding_window")
     return {"layer_types": types, "sliding_window": window if SLIDING in types else None}
 
 
-def _whole(config: Mapping[str, Any], name: str, default: int, at_least: int = 0) -> int:
+def _integer(config: Mapping[str, Any], name: str, default: int, at_least: int = 0) -> int:
     value = default if config.get(name) is None else config[name]
-    if not _is_whole(value) or value < at_least:
-        raise ValueError(f"{name}={value!r} is not a whole number that is at least {at_least}")
+    if not _is_integer(value) or value < at_least:
+        raise ValueError(f"{name}={value!r} is not an integer that is at least {at_least}")
     return value
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -176,7 +172,7 @@ def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "gemma3_text":
         return {"rotary": rotary_from_config(scaling, theta)}
     local = config.get("rope_local_base_freq") or 10000.0
-    if FULL in scaling or SLIDING in scaling:  # transformers 5 has one for each kind of layer
+    if FULL in scaling or SLIDING in scaling:  # transformers 5: one for each kind of layer
         return {
             "rotary": rotary_from_config(scaling.get(FULL), theta),
             "rotary_sliding": rotary_from_config(scaling.get(SLIDING), local),
@@ -192,31 +188,31 @@ def _check_fields(given: Mapping[str, Any]) -> None:
         value = given[name]
         if name.endswith("_token_id"):
             ids = value if isinstance(value, tuple) and "tuple" in kind else (value,)
-            if not all(map(_is_whole, ids)):
+            if not all(map(_is_integer, ids)):
                 raise ValueError(f"{name}={value!r} is not a token id")
-        elif "int" in kind and not (_is_whole(value) and 0 < value < 1 << 31):
-            raise ValueError(f"{name}={value!r:.40} is not a positive whole number of a size that can be")
+        elif "int" in kind and not (_is_integer(value) and 0 < value < 1 << 31):
+            raise ValueError(f"{name}={value!r:.40} is not a positive integer below 2**31")
         elif kind == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is neither true nor false")
+            raise ValueError(f"{name}={value!r} is not true or false")
         elif "float" in kind:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 <= value < 1e30):
-                raise ValueError(f"{name}={value!r:.40} is not a number that is at least 0")
+                raise ValueError(f"{name}={value!r:.40} is not a non-negative number")
             if value == 0 and name.endswith("_softcapping"):
-                raise ValueError(f"{name}={value!r} leaves nothing of what it caps; null caps nothing")
+                raise ValueError(f"{name}={value!r} would cap every value to 0; null disables the cap")
 
 
-def _check(cfg: DecoderConfig) -> None:
+def _check_config(cfg: DecoderConfig) -> None:
     if not isinstance(cfg.hidden_act, str) or cfg.hidden_act not in ops.ACTIVATIONS:
         raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported, only {', '.join(ops.ACTIVATIONS)}")
     if cfg.num_attention_heads % cfg.num_key_value_heads:
         raise ValueError(
-            f"{cfg.num_attention_heads} query heads do not split over {cfg.num_key_value_heads} key and value heads"
+            f"{cfg.num_attention_heads} query heads do not divide over {cfg.num_key_value_heads} key and value heads"
         )
     if cfg.head_dim > 1 << 16:
-        raise ValueError(f"head_dim={cfg.head_dim} is more than any model's")
+        raise ValueError(f"head_dim={cfg.head_dim} is more than 65,536")
     if cfg.head_dim < 2 or cfg.head_dim % 2:
-        raise ValueError(f"head_dim={cfg.head_dim} is no even number, but rotary positions turn pairs")
+        raise ValueError(f"head_dim={cfg.head_dim} is not even, but rotary embedding rotates pairs")
 
 
 def to_config(model: Decoder) -> dict[str, Any]:
@@ -249,13 +245,13 @@ def to_config(model: Decoder) -> dict[str, Any]:
         fields["use_sliding_window"] = cfg.sliding_window is not None
     if cfg.rotary_sliding is not None:
         fields["rope_local_base_freq"] = cfg.rotary_sliding.theta
-        if (scaling := rotary_to_config(cfg.rotary_sliding)) is not None:  # which only transformers 5 can say
+        if (scaling := rotary_to_config(cfg.rotary_sliding)) is not None:  # only transformers 5 has a field for it
             fields["rope_parameters"] = {FULL: fields.pop("rope_scaling"), SLIDING: scaling}
     return {"architectures": [_ARCHITECTURE[kind]], **fields}
 
 
 def prefix(model: Decoder) -> str:
-    """What stands before the text model's tensor names in a checkpoint that also sees.
+    """The prefix of the text model's tensor names in a vision-language checkpoint.
 
     >>> prefix(Decoder(DecoderConfig()))
     'language_model.'
@@ -264,7 +260,7 @@ def prefix(model: Decoder) -> str:
 
 
 def extras(model: Decoder) -> re.Pattern[str]:
-    """The tensors that may stand beside the decoder: buffers of old checkpoints, and a tied head.
+    """Matches tensors that a checkpoint may hold beside the decoder: buffers of old checkpoints, and a tied head.
 
     >>> bool(extras(Decoder(DecoderConfig(tie_word_embeddings=True))).fullmatch("lm_head.weight"))
     True
@@ -274,7 +270,7 @@ def extras(model: Decoder) -> re.Pattern[str]:
 
 
 def axis_names(path: Path) -> tuple[str | None, ...]:
-    """None beside those that the parameters' boxes tell.
+    """No axis names: the parameters' boxes have them all.
 
     >>> axis_names(("model", "norm", "scale"))
     ()
@@ -283,7 +279,7 @@ def axis_names(path: Path) -> tuple[str | None, ...]:
 
 
 def example_inputs(model: Decoder) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The smallest inputs that the model takes, abstract.
+    """The smallest inputs of the model, abstract.
 
     >>> example_inputs(Decoder(DecoderConfig()))
     (ShapeDtypeStruct(shape=(1, 1), dtype=int32),)

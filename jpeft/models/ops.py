@@ -1,4 +1,4 @@
-"""What the models compute in common: activations, softmax, attention, each in the form that its backend is fast at."""
+"""Operations that the models share: activations, softmax, attention, each in the form that is fast on its backend."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jpeft.parallel.batches import tokens_are_spread
 
 Mask = Bool[Array, "*#scores"] | None
 
-# Milliseconds below are forward + backward on one core of XLA CPU.
+# Times below are of forward + backward pass on one core of XLA CPU.
 
 
 @jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
-    """`x * Phi(x)`, by erf as torch computes it.
+    """`x * Phi(x)` by erf, as in torch.
 
-    `nn.gelu` goes by erfc, which takes four times as long (2,048 x 1,536: 31 ms against 8). Checkpointed, because
-    computing erf and exp again costs less than reading them back (6.5), and only `x` stays in memory, not three arrays.
+    `nn.gelu` uses erfc, which takes four times as long (2,048 x 1,536: 31 ms against 8). Checkpointed, because
+    recomputing erf and exp is faster than reading them back (6.5 ms), and only `x` is saved instead of three arrays.
     """
     return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
@@ -42,8 +42,8 @@ def masked_softmax(scores: Float[Array, "*batch q k"], mask: Mask) -> Float[Arra
 
 @masked_softmax.defjvp
 def _masked_softmax_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # d softmax = p (ds - <p, ds>). p is the one residual, where autodiff keeps three; it is 0 where masked, so the mask
-    # is not needed again.
+    # d softmax = p (ds - <p, ds>). p is the only residual; autodiff saves three. It is 0 where masked, so the mask is
+    # not needed again.
     weights, ds = masked_softmax(*primals), tangents[0]
     return weights, weights * (ds - (weights * ds).sum(axis=-1, keepdims=True))
 
@@ -65,7 +65,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 def rms_norm(
     x: Float[Array, "*batch features"], scale: Float[Array, " features"], eps: float, offset: float, dtype: Any
 ) -> Float[Array, "*batch features"]:
-    """`x / rms(x) * (scale + offset)` over the last axis, in float32; for the backward pass only `x` stays in memory.
+    """`x / rms(x) * (scale + offset)` over the last axis, in float32; only `x` is saved for the backward pass.
 
     >>> y = rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), 0.0, 0.0, jnp.float32)
     >>> [round(value, 4) for value in y.tolist()]
@@ -78,15 +78,15 @@ def rms_norm(
 
 @functools.partial(jax.checkpoint, static_argnums=2)
 def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
-    """`activation(gate) * up`; for the backward pass only these two stay in memory, not the three made between."""
+    """`activation(gate) * up`; only these two are saved for the backward pass, not the three intermediate arrays."""
     return ACTIVATIONS[activation](gate) * up
 
 
 def tokens_in_one(x: Float[Array, "*batch features"]) -> Float[Array, "*tokens features"]:
-    """`[batch, length, features]` as `[tokens, features]` where that is faster, else as it is.
+    """`[batch, length, features]` as `[tokens, features]` on backends where that is faster, else unchanged.
 
-    XLA CPU is: see `jpeft.geometry.base.flatten_tokens`. Whole layers run on it, so that what the backward pass needs
-    is not kept in both shapes.
+    It is faster on XLA CPU, see `jpeft.core.backend.flatten_tokens`. Whole layers run in this form, so that residuals
+    are not saved in both shapes.
 
     >>> tokens_in_one(jnp.ones((4, 5, 3))).shape
     (20, 3)
@@ -95,11 +95,14 @@ def tokens_in_one(x: Float[Array, "*batch features"]) -> Float[Array, "*tokens f
 
 
 def causal_mask(queries: int, keys: int, window: int | None = None, offset: Any = None) -> Bool[Array, "queries keys"]:
-    """Which keys each query may see: those up to its own, and of these the last `window`, where one is given.
+    """A causal mask: each query attends to the keys up to its own, or to the last `window` of these.
 
     Args:
-      offset: the index among the keys of the first query's own. By default the keys end with the queries' own, and
-        those before the first query's own (a prefix) are seen by all of them, whatever the window.
+      queries: the number of queries.
+      keys: the number of keys.
+      window: the size of the sliding window.
+      offset: the index of the first query's own key. By default the last keys are the queries' own, and all queries
+        attend to the keys before those (a prefix), whatever the window.
 
     >>> causal_mask(2, 3).astype(int).tolist()
     [[1, 1, 0], [1, 1, 1]]
@@ -130,10 +133,15 @@ def attention(
     """Softmax attention; each group of `heads / kv_heads` query heads shares a key and a value head.
 
     Args:
-      mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None is `causal_mask`.
-      scale: of the scores. softcap: `c tanh(scores / c)` after it. window: of the causal mask, where `mask` is None.
-      dropout: applied to the weights.
-      causal: whether `mask` hides, as `causal_mask` does, all keys after a query's own: they need not be looked at.
+      query: the queries.
+      key: the keys.
+      value: the values.
+      mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None: `causal_mask`.
+      scale: multiplies the scores.
+      window: the sliding window of the causal mask, if `mask` is None.
+      softcap: `c` of `c tanh(scores / c)`, applied after the scale.
+      dropout: a function of the attention weights.
+      causal: `mask` hides all keys after a query's own, as `causal_mask` does, so that they can be skipped.
 
     >>> x = jnp.ones((1, 3, 4, 8))
     >>> attention(x, x[:, :, :2], x[:, :, :2], scale=0.5).shape
@@ -142,36 +150,38 @@ def attention(
     queries, keys = query.shape[1], key.shape[1]
     if softcap is not None or dropout is not None or backend.flatten_tokens():
         mask = causal_mask(queries, keys, window) if mask is None else mask
-        # Checkpointed: the weights are quadratic in the length, and kept for every layer they would outweigh all else.
+        # Checkpointed: the weights are quadratic in the length; saved for every layer they would dominate memory.
         plain = _plain_attention if dropout else jax.checkpoint(_plain_attention, static_argnums=(4, 5, 6))
         return plain(query, key, value, mask, scale, softcap, dropout)
-    cudnn = _cudnn_can(query, queries, keys, mask)
-    if cudnn == "xla" and queries >= 2 * _BLOCK and queries <= keys and not tokens_are_spread():
+    implementation = _implementation(query, queries, keys, mask)
+    if implementation == "xla" and queries >= 2 * _MIN_BLOCK and queries <= keys and not tokens_are_spread():
         causal = causal or mask is None
         mask = causal_mask(queries, keys, window)[None, None] if mask is None else mask
         return _in_blocks(query, key, value, mask, scale, causal)
     if mask is None and queries == keys:
-        # (left, right) keys beside a query's own
+        # the numbers of keys to the left and right of a query's own
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
-            query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation=cudnn
+            query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
         )
     mask = causal_mask(queries, keys, window)[None, None] if mask is None else mask
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=cudnn)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=implementation)
 
 
-_BLOCK = 512  # queries
-_BLOCKS = 8  # at most: each is compiled for itself
+_MIN_BLOCK = 512  # queries in a block
+_MAX_BLOCKS = 8  # each block is compiled separately
 
 
 def _in_blocks(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, causal: bool
 ) -> jax.Array:
-    """Some queries after the others, for XLA writes their scores to memory, in float32: 8 rows of 2,048 tokens in 32
-    heads are 4 GiB, twice. The backward pass makes them again. Keys after a block's last query are left out, which is
-    three eighths of all scores in four blocks."""
+    """Attention over blocks of queries, one after the other, because XLA writes the scores to memory in float32.
+
+    The scores of 8 rows of 2,048 tokens in 32 heads are 4 GiB, twice. The backward pass recomputes them. Keys after a
+    block's last query are skipped: three eighths of all scores in four blocks.
+    """
     queries, keys = query.shape[1], key.shape[1]
-    size = max(_BLOCK, -(-queries // _BLOCKS))
+    size = max(_MIN_BLOCK, -(-queries // _MAX_BLOCKS))
     attend = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="xla"))
     out = []
     for first in range(0, queries, size):
@@ -179,14 +189,14 @@ def _in_blocks(
         seen = keys - queries + last if causal else keys
         part = mask[:, :, first if mask.shape[2] > 1 else 0 : last, : seen if mask.shape[3] > 1 else 1]
         block = query[:, first:last]
-        if out:  # one after the other, forward and backward, or several would lie in memory at once
+        if out:  # forces an order, forward and backward; else several blocks would be in memory at once
             block, out[-1] = jax.lax.optimization_barrier((block, out[-1]))
         out.append(attend(block, key[:, :seen], value[:, :seen], mask=part))
     return jnp.concatenate(out, axis=1)
 
 
-def _cudnn_can(query: jax.Array, queries: int, keys: int, mask: Mask) -> Any:
-    """ "cudnn" where its flash attention takes such operands, forward and backward, else "xla"."""
+def _implementation(query: jax.Array, queries: int, keys: int, mask: Mask) -> Any:
+    """ "cudnn" if its flash attention supports these operands, forward and backward, else "xla"."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     even = mask is None or (queries % 2 == 0 and keys % 2 == 0)
@@ -199,8 +209,8 @@ def _cudnn_can(query: jax.Array, queries: int, keys: int, mask: Mask) -> Any:
 def _plain_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, softcap: Any, dropout: Any
 ) -> jax.Array:
-    # Heads go before positions once, and the query heads of a group are rows of one matrix, so that all products find
-    # [rows, head_dim] matrices as they lie (4 x 256 tokens, 9 heads over 3 of 64: 27 ms, dot_product_attention 44).
+    # Heads are moved before positions once, and the query heads of a group are rows of one matrix, so that all products
+    # have contiguous [rows, head_dim] matrices (4 x 256 tokens, 9 heads over 3 of 64: 27 ms, dot_product_attention 44).
     batch, queries, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     query = (query * jnp.asarray(scale, query.dtype)).swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)

@@ -1,4 +1,4 @@
-"""Sources of a model: a HuggingFace folder or a GGUF file."""
+"""The two forms in which a model lies on disk, behind one interface: a HuggingFace folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft.errors import ModelError
-from jpeft.files import read_json
-from jpeft.models.files import CONFIG, SafeTensor, Tensor, open_safetensors, weight_files
+from jpeft.models import folder
+from jpeft.models.gguf import config as gguf_config
+from jpeft.models.gguf import tensors as gguf_tensors
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether this is a GGUF file, by its name.
+    """Whether a path names a GGUF file, by its suffix.
 
     >>> is_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
     True
@@ -22,38 +22,25 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The `config.json` of a folder, or what the metadata of a `.gguf` file say in its words."""
-    if is_gguf(path):
-        from jpeft.models import gguf
+    """The `config.json` of a folder, or the equivalent of a GGUF file's metadata.
 
-        _need_file(path)
-        return gguf.read_config(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
-    if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{path}: no {CONFIG} (is this a HuggingFace model folder?)")
-    return read_json(path / CONFIG, ModelError)
+    Raises:
+        FileNotFoundError: there is no such folder or file, or no `config.json`.
+        ModelError: it cannot be read.
+    """
+    return gguf_config.read_config(path) if is_gguf(path) else folder.read_config(path)
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of a folder or a `.gguf` file by name, readable inside the `with`."""
+def open_tensors(path: Path) -> Iterator[Mapping[str, folder.Tensor]]:
+    """The tensors of a folder or a GGUF file by HuggingFace's names, readable inside the `with`.
+
+    Raises:
+        FileNotFoundError: there is no such file, no weights, or a shard is missing.
+        ModelError: a file cannot be read.
+    """
     if is_gguf(path):
-        from jpeft.models import gguf
-
-        _need_file(path)
-        with gguf.open_tensors(path) as found:
-            yield found
-        return
-    tensors: dict[str, Tensor] = {}
-    for file_path in weight_files(path):
-        with open_safetensors(file_path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        tensors |= {name: SafeTensor(file_path, name, shape, metadata) for name, shape in shapes.items()}
-    yield tensors
-
-
-def _need_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        with gguf_tensors.open_tensors(path) as tensors:
+            yield tensors
+    else:
+        yield folder.read_tensors(path)

@@ -19,7 +19,8 @@ import jpeft
 from jpeft import models
 from jpeft.core import tree
 from jpeft.models import decoder, decoder_hf, ops
-from jpeft.models.decoder import FULL, SLIDING, init_cache
+from jpeft.models.decoder import FULL, SLIDING
+from jpeft.models.kv_cache import init_cache
 from jpeft.models.rotary import Rotary
 from tests.zoo import save_tensors
 
@@ -243,7 +244,7 @@ def test_packed_segments_are_rows_of_their_own(kind):
         np.testing.assert_allclose(logits, want, atol=2e-4, rtol=1e-4)
         one = apply({"params": params}, ids, segment_ids=0 * segments, position_ids=positions)
         assert np.abs(one - want).max() > 0.1
-    with pytest.raises(ValueError, match="segment_ids and a cache do not go together"):
+    with pytest.raises(ValueError, match="segment_ids cannot be combined with a cache"):
         model.apply({"params": params}, ids, segment_ids=segments, cache=init_cache(model, 1, 20))
 
 
@@ -638,7 +639,7 @@ def test_one_sharding_for_all_and_a_tree_of_them(tmp_path, mesh):
     assert_trees_close(again, params, atol=0)
     del shardings["model"]["norm"]
     shardings["head"] = everywhere
-    with pytest.raises(models.ModelError, match="not like the parameters: head, model/norm/scale in one of them only"):
+    with pytest.raises(models.ModelError, match="does not match the parameters: head, model/norm/scale in one of them only"):
         models.load(folder, shardings=shardings)
 
 
@@ -778,37 +779,37 @@ BAD_CONFIGS = {
     "rope no object": ("llama", {"rope_scaling": 5}, "rope_scaling=5 is not an object"),
     "rope no object by kind": ("gemma3", {"rope_parameters": {FULL: 5}}, "rope_scaling=5 is not an object"),
     "rope_theta": ("llama", {"rope_theta": "big"}, "rope_theta='big'"),
-    "layer_types too short": ("qwen2", {"layer_types": [FULL]}, "layer_types=.* for each of 3 layers"),
+    "layer_types too short": ("qwen2", {"layer_types": [FULL]}, "layer_types=.* must list .* for each of 3 layers"),
     "layer_types unknown": ("gemma2", {"layer_types": [FULL, "chunked_attention", FULL]},
-                            "chunked_attention.* does not say"),
-    "layer_types no strings": ("gemma2", {"layer_types": [[FULL], 1, None]}, "does not say"),
-    "layer_types no list": ("gemma2", {"layer_types": FULL}, "does not say"),
+                            "chunked_attention.* must list"),
+    "layer_types no strings": ("gemma2", {"layer_types": [[FULL], 1, None]}, "must list sliding_attention or full_attention"),
+    "layer_types no list": ("gemma2", {"layer_types": FULL}, "must list sliding_attention or full_attention"),
     "layer_types mixed": ("mistral", {"layer_types": [FULL, SLIDING, FULL]}, "mistral with layers of both kinds"),
     "no window for types": ("qwen2", {"use_sliding_window": False, "layer_types": [SLIDING] * 3},
                             "there is no sliding_window"),
     "no window": ("gemma2", {"sliding_window": None}, "there is no sliding_window"),
-    "window zero": ("mistral", {"sliding_window": 0}, "sliding_window=0 is not a positive whole number"),
-    "window true": ("mistral", {"sliding_window": True}, "sliding_window=True is not a positive whole number"),
-    "window string": ("gemma3", {"sliding_window": "4"}, "sliding_window='4' is not a positive whole number"),
-    "pattern": ("gemma3", {"sliding_window_pattern": "2"}, "sliding_window_pattern='2' is not a whole number"),
-    "pattern zero": ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0 is not a whole number"),
-    "window layers": ("qwen2", {"max_window_layers": "1"}, "max_window_layers='1' is not a whole number"),
-    "heads do not split": ("llama", {"num_key_value_heads": 3}, "4 query heads do not split over 3"),
-    "no heads": ("llama", {"num_attention_heads": 0}, "num_attention_heads=0 is not a positive whole number"),
-    "odd head": ("llama", {"head_dim": 7}, "head_dim=7 is no even number"),
-    "narrow": ("llama", {"hidden_size": 2}, "head_dim=0 is no even number"),
-    "string": ("llama", {"hidden_size": "big"}, "hidden_size='big' is not a positive whole number"),
-    "string heads": ("llama", {"num_attention_heads": "4"}, "num_attention_heads='4' is not a positive whole number"),
-    "fraction": ("llama", {"vocab_size": 60.5}, "vocab_size=60.5 is not a positive whole number"),
-    "negative": ("llama", {"head_dim": -8}, "head_dim=-8 is not a positive whole number"),
-    "layers": ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
-    "layers true": ("llama", {"num_hidden_layers": True}, "num_hidden_layers=True is not a positive whole number"),
-    "epsilon": ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' is not a number that is at least 0"),
+    "window zero": ("mistral", {"sliding_window": 0}, "sliding_window=0 is not a positive integer"),
+    "window true": ("mistral", {"sliding_window": True}, "sliding_window=True is not a positive integer"),
+    "window string": ("gemma3", {"sliding_window": "4"}, "sliding_window='4' is not a positive integer"),
+    "pattern": ("gemma3", {"sliding_window_pattern": "2"}, "sliding_window_pattern='2' is not an integer"),
+    "pattern zero": ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0 is not an integer"),
+    "window layers": ("qwen2", {"max_window_layers": "1"}, "max_window_layers='1' is not an integer"),
+    "heads do not split": ("llama", {"num_key_value_heads": 3}, "4 query heads do not divide over 3"),
+    "no heads": ("llama", {"num_attention_heads": 0}, "num_attention_heads=0 is not a positive integer"),
+    "odd head": ("llama", {"head_dim": 7}, "head_dim=7 is not even"),
+    "narrow": ("llama", {"hidden_size": 2}, "head_dim=0 is not even"),
+    "string": ("llama", {"hidden_size": "big"}, "hidden_size='big' is not a positive integer"),
+    "string heads": ("llama", {"num_attention_heads": "4"}, "num_attention_heads='4' is not a positive integer"),
+    "fraction": ("llama", {"vocab_size": 60.5}, "vocab_size=60.5 is not a positive integer"),
+    "negative": ("llama", {"head_dim": -8}, "head_dim=-8 is not a positive integer"),
+    "layers": ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than 10,000"),
+    "layers true": ("llama", {"num_hidden_layers": True}, "num_hidden_layers=True is not a positive integer"),
+    "epsilon": ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' is not a non-negative number"),
     "epsilon not finite": ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps=inf"),
     "epsilon not a number": ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan"),
-    "bias": ("llama", {"attention_bias": "yes"}, "attention_bias='yes' is neither true nor false"),
+    "bias": ("llama", {"attention_bias": "yes"}, "attention_bias='yes' is not true or false"),
     "cap": ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0"),
-    "cap zero": ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping=0 leaves nothing"),
+    "cap zero": ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping=0 would cap every value to 0"),
     "activation": ("llama", {"hidden_act": "mish"}, "hidden_act='mish' is not supported, only gelu"),
     "activation no string": ("gemma2", {"hidden_activation": ["silu"]}, "hidden_act=.* is not supported"),
     "eos": ("llama", {"eos_token_id": "</s>"}, "eos_token_id='</s>' is not a token id"),
@@ -828,10 +829,10 @@ def test_a_config_that_cannot_be_followed_says_where(tmp_path, case):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"scan_layer": True}, "llama models have no option scan_layer, only remat, scan_layers"),
-    ({"remat": "ful"}, "remat='ful' is none of full, dots, offload, everything_saveable"),
-    ({"remat": "save_only_these_names"}, "remat='save_only_these_names' is none of"),  # wants names: saves everything
-    ({"remat": True}, "remat=True is none of"),
-    ({"remat": ["full"]}, "remat=.* is none of"),
+    ({"remat": "ful"}, "remat='ful' is not one of full, dots, offload, everything_saveable"),
+    ({"remat": "save_only_these_names"}, "remat='save_only_these_names' is not one of"),  # wants names: saves everything
+    ({"remat": True}, "remat=True is not one of"),
+    ({"remat": ["full"]}, "remat=.* is not one of"),
 ])  # fmt: skip
 def test_an_unknown_option_is_refused(tmp_path, options, message):
     with pytest.raises(models.ModelError, match=message):

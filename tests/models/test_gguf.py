@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 from jpeft.errors import ModelError
-from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special, read_tokenizer, stop_ids
+from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special_tokens, read_tokenizer, stop_ids
 from jpeft.text import chat_template
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, ROWS, LAYERS = 32, 4, 2, 8, 64, 20, 2
@@ -24,7 +24,7 @@ TYPE = gguf.TokenType
 FIELDS = {"context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": INNER, "block_count": LAYERS,
           "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
           "attention.layer_norm_rms_epsilon": 1e-5}  # fmt: skip
-ALL_READERS = (read_config, read_tokenizer, read_special, stop_ids, read_chat_template)
+ALL_READERS = (read_config, read_tokenizer, read_special_tokens, stop_ids, read_chat_template)
 
 
 def shapes(arch):
@@ -373,12 +373,12 @@ def test_merges_that_the_file_has_stand(file):
 def test_special_tokens_chat_template_and_stop_ids(file):
     keys = gpt2_keys(eot_token_id=0) | {"tokenizer.chat_template": "{{ messages }}"}
     vocabulary(file, keys)
-    assert read_special(file) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|end|>"}
+    assert read_special_tokens(file) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|end|>"}
     assert read_chat_template(file) == "{{ messages }}" and stop_ids(file) == (2, 0)
     vocabulary(file, gpt2_keys(eos_token_id=0))
     assert read_chat_template(file) is None and stop_ids(file) == (0, 2)  # <|im_end|> ends a turn in any case
     vocabulary(file, spm_keys())
-    assert read_special(file) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert read_special_tokens(file) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     keys = gpt2_keys(token_type=None)
     assert read_tokenizer(vocabulary(file, keys)).encode("<|im_end|><tool>").ids[0] == 2 and stop_ids(file) == (2,)
 
@@ -443,15 +443,15 @@ def test_corrupt_bytes_are_an_error_or_a_file(file):
     ("content", "message"),
     [(b"", r"not a GGUF file \(it starts with b''\)"), (b"GGU", "not a GGUF file"), (b"PK\3\4" * 9, "not a GGUF file"),
      (b"GGUF" + struct.pack("<I", 1) + bytes(16), "version 1, expected 2 or 3"),
-     (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "cut short: byte 32 is needed, the file ends at 24"),
-     (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), "not a whole GGUF file"),
-     (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 7, 2**62), "not a whole GGUF file"),
+     (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "truncated: byte 32 is needed, the file ends at 24"),
+     (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), "not a complete GGUF file"),
+     (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 7, 2**62), "not a complete GGUF file"),
      (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 99), "a value of type 99"),
      (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 1, 0, 1, b"t", 2**31, 0, 0), r"shape \(\)"),
      (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0), r"shape \(0,\)"),
      (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 4, 77, 0), "type 77, which gguf does not know"),
      (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 3, 0), "rows of 33, expected multiples of Q4_1"),
-     (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**60, 0, 0), "cut short: tensor 't'")],
+     (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**60, 0, 0), "truncated: tensor 't'")],
 )  # fmt: skip
 def test_what_is_no_gguf_file(file, content, message):
     file.write_bytes(content)
@@ -476,9 +476,9 @@ def test_big_endian(file):
     [({"arch": "falcon"}, "architecture 'falcon' is not one of llama, qwen2, qwen3, gemma2, gemma3"),
      ({"drop": ["embedding_length"]}, "no llama.embedding_length in the metadata"),
      ({"drop": ["attention.layer_norm_rms_epsilon"]}, "no llama.attention.layer_norm_rms_epsilon in the metadata"),
-     ({"fields": {"block_count": "two"}}, "llama.block_count is 'two', expected a whole number"),
+     ({"fields": {"block_count": "two"}}, "llama.block_count is 'two', expected an integer"),
      ({"fields": {"block_count": 2**30}}, "block_count is 1,073,741,824, but there are"),
-     ({"fields": {"attention.head_count_kv": [1, 2]}}, r"head_count_kv is '\[1, 2\]', expected a whole number"),
+     ({"fields": {"attention.head_count_kv": [1, 2]}}, r"head_count_kv is '\[1, 2\]', expected an integer"),
      ({"fields": {"expert_count": 8}}, "llama.expert_count is 8, only 0 is supported"),
      ({"fields": {"rope.dimension_count": 4, "attention.key_length": 8}}, "dimension_count is 4, only 8 is supported"),
      ({"fields": {"attention.value_length": 4}}, "value_length is 4, only 8 is supported"),
@@ -502,7 +502,7 @@ def test_tensors_that_cannot_be_read(file):
             tensor.read()
     odd = tensors_of("llama") | {"blk.1.attn_k.weight": np.zeros((6, HIDDEN), np.float32)}
     with (
-        pytest.raises(ModelError, match=r"blk\.1\.attn_k\.weight has 6 rows, which 2 heads"),
+        pytest.raises(ModelError, match=r"blk\.1\.attn_k\.weight has 6 rows, which do not divide into 2 heads"),
         open_tensors(write(file, tensors=odd)),
     ):
         pass
@@ -515,16 +515,16 @@ def test_tensors_that_cannot_be_read(file):
      (gpt2_keys(model="t5"), "tokenizer.ggml.model 't5' is not one of gpt2, llama"),
      (gpt2_keys(model=None), "no tokenizer.ggml.model in the metadata"),
      (gpt2_keys(tokens=None), "no tokenizer.ggml.tokens in the metadata"),
-     (gpt2_keys(tokens=[1, 2]), "tokenizer.ggml.tokens holds no texts"),
-     (gpt2_keys(tokens=["a", "a"], token_type=None, bos_token_id=0, eos_token_id=0), "holds a token twice"),
+     (gpt2_keys(tokens=[1, 2]), "tokenizer.ggml.tokens holds no strings"),
+     (gpt2_keys(tokens=["a", "a"], token_type=None, bos_token_id=0, eos_token_id=0), "contains a token twice"),
      (gpt2_keys(merges=None), "no tokenizer.ggml.merges in the metadata"),
-     (gpt2_keys(merges=["q qqq"]), "tokenizers rejects what tokenizer.ggml says: .*qqq"),
+     (gpt2_keys(merges=["q qqq"]), "tokenizers rejects the metadata under tokenizer.ggml: .*qqq"),
      (gpt2_keys(token_type=[1]), "tokens, but tokenizer.ggml.token_type has 1 entries"),
-     (gpt2_keys(add_bos_token=True, bos_token_id=None), "no tokenizer.ggml.bos_token_id, which add_bos_token asks for"),
+     (gpt2_keys(add_bos_token=True, bos_token_id=None), "no tokenizer.ggml.bos_token_id, which add_bos_token needs"),
      (gpt2_keys(add_bos_token=1), "add_bos_token is '1', expected true or false"),
      (spm_keys(scores=None), "no tokenizer.ggml.scores in the metadata"),
      (spm_keys(scores=[0.0]), "tokens, but tokenizer.ggml.scores has 1 entries"),
-     (spm_keys(scores=[-1000.0] * len(spm_keys()["tokenizer.ggml.tokens"])), "scores are all alike")],
+     (spm_keys(scores=[-1000.0] * len(spm_keys()["tokenizer.ggml.tokens"])), "all tokenizer.ggml.scores are equal")],
 )  # fmt: skip
 def test_what_no_tokenizer_comes_from(file, keys, message):
     with pytest.raises(ModelError, match=message):

@@ -19,7 +19,7 @@ from jpeft.cli.main import main
 from jpeft.core import tree
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.quantized import Quantized, dequantize_leaf, quantize_array
-from jpeft.models import ModelError, quantized
+from jpeft.models import ModelError, bitsandbytes
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.quantization.tree import is_quantized
@@ -172,9 +172,9 @@ def test_an_encoder_keeps_its_quantized_pooler(tmp_path):
     base = jpeft.quantize(params)
     models.save(tmp_path / "bare", model, base)
     pooler = quantize_array(np.ones((64, 64), np.float32))
-    host = quantized.transposed(jax.tree.map(np.asarray, pooler))
+    host = bitsandbytes.transposed(jax.tree.map(np.asarray, pooler))
     source = rewrite(tmp_path / "bare", tmp_path / "source", lambda t: t.update(
-        quantized.to_tensors("pooler.dense.weight", host, True)))  # fmt: skip
+        bitsandbytes.to_tensors("pooler.dense.weight", host, True)))  # fmt: skip
     models.save(tmp_path / "out", model, base, source=source)
     same(models.load(tmp_path / "out")[1], base)
     assert (load_file(tmp_path / "out" / "model.safetensors").keys()
@@ -301,10 +301,10 @@ MISTAKES = {
     "two states": (put(f"{UP}.quant_state.jpeft__int8", u8(3)), f"{UP}: it is quantized, but has 2 quant_state"),
     "fp4": (
         renamed("bitsandbytes__fp4"),
-        f"{UP}: it is quantized as bitsandbytes fp4, which is not read",
+        f"{UP}: it is quantized as bitsandbytes fp4, which is not supported",
     ),
     "another scheme": (renamed("jpeft__int2"), f"{UP}: it is quantized as jpeft int2"),
-    "name and state": (renamed("jpeft__int8"), "says 'nf4', its name 'int8'"),
+    "name and state": (renamed("jpeft__int8"), "has quant_type 'nf4', but its name has 'int8'"),
     "no JSON": (put(STATE, np.frombuffer(b'{"quant_type', np.uint8)), f"{UP}: its quant_state is not JSON"),
     "no text": (put(STATE, np.full(9, 255, np.uint8)), f"{UP}: its quant_state is not JSON"),
     "no object": (put(STATE, np.frombuffer(b"[1]", np.uint8)), f"{UP}: its quant_state is not a JSON object"),
@@ -316,7 +316,7 @@ MISTAKES = {
     "blocks across rows": (state(blocksize=128), "has blocks of 128 that do not divide its rows of 64"),
     "axis": (state(axis=-2), "has axis -2"),
     "dtype": (state(dtype="int8"), "has dtype 'int8'"),
-    "no offset": (state(nested_offset=None), "has no nested_offset, but nested_absmax is there"),
+    "no offset": (state(nested_offset=None), "has no nested_offset, but nested_absmax is present"),
     "offset": (state(nested_offset="big"), "has nested_offset 'big'"),
     "nested blocksize": (state(nested_blocksize=128), "has nested_blocksize 128"),
     "short absmax": (put(f"{UP}.absmax", u8(63)), "its absmax has 63 numbers"),

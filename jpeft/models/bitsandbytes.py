@@ -1,13 +1,13 @@
-"""Quantized tensors of a model's files, in the form of bitsandbytes and transformers, to trade 4-bit folders with them.
+"""Quantized tensors in a model's files, in the form of bitsandbytes and transformers or in jpeft's own.
 
-A linear layer's NF4 weight is `X.weight`, two codes to a byte in torch's order `[out, in]`, `X.weight.absmax`, its
-scales, `X.weight.quant_map`, the codebook, and `X.weight.quant_state.bitsandbytes__nf4`, the rest as JSON in bytes.
-Double quantization adds `X.weight.nested_absmax` and `X.weight.nested_quant_map`. Of what bitsandbytes has no form for
-(other schemes, embeddings, blocks along the outputs) codes and scales keep their axes, and the state is called
-`X.weight.quant_state.jpeft__<scheme>`.
+A linear layer's NF4 weight is `X.weight`, two codes per byte in torch's order `[out, in]`; `X.weight.absmax`, its
+scales; `X.weight.quant_map`, the codebook; and `X.weight.quant_state.bitsandbytes__nf4`, everything else as the bytes
+of a JSON object. Double quantization adds `X.weight.nested_absmax` and `X.weight.nested_quant_map`. Where bitsandbytes
+has no form (other schemes, embeddings, blocks along the outputs) codes and scales keep their axes, and the state is
+named `X.weight.quant_state.jpeft__<scheme>`.
 
-The checksum of what was quantized stands in the files' own metadata: a state with a key that bitsandbytes does not know
-is refused by it.
+The checksums of the original weights are in the file's metadata, because bitsandbytes rejects a state with a key that
+it does not know.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from jpeft.core import fingerprint
 from jpeft.core.quantized import GROUP, NF4, SCALE_CODES, SCHEMES, Quantized
 from jpeft.core.sites import HEAD_NAMES
 from jpeft.errors import ModelError
-from jpeft.models.files import Tensor
+from jpeft.models.folder import Tensor
 
-METADATA = "jpeft.origin"  # of a safetensors file: JSON, the checksum in hexadecimal digits by tensor name
-READ = "bitsandbytes' 4-bit NF4 and jpeft's own"
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
+_METADATA = "jpeft.origin"  # key of a safetensors file's metadata: JSON, tensor name → checksum in hexadecimal
+_SUPPORTED = "bitsandbytes' 4-bit NF4 and jpeft's own"
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # the block sizes of bitsandbytes
 _DTYPES = ("float32", "bfloat16", "float16")
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)")
 _STATE = re.compile(r"quant_state\.(\w+?)__(\w+)")
 _INT8 = ".SCB"  # the scales of LLM.int8()
-# Linear layers that a model may have beside those that are written: without weights of theirs, transformers would take
-# them for quantized ones.
+# Linear layers that transformers' model may have beside those in the file. transformers would take them for quantized.
 _HEADS = HEAD_NAMES | {"pooler"}
 
 
 def transposed(weight: Quantized) -> Quantized:
-    """A quantized matrix with its axes swapped, from a kernel's `[in, out]` to torch's `[out, in]` and back. The order
-    of its scales, in which they are grouped, is the same in both.
+    """A quantized matrix with its axes swapped, from a kernel's `[in, out]` to torch's `[out, in]` or back.
+
+    The scales are grouped in the same order in both.
 
     >>> from jpeft.quantization import quantize_array
     >>> q = quantize_array(np.ones((64, 2), np.float32))
@@ -56,51 +56,56 @@ def transposed(weight: Quantized) -> Quantized:
 # --- the configuration ----------------------------------------------------------------------------------------------
 
 
-def without_quantization(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """A `config.json` without its `quantization_config`, which is checked.
+def without_quantization(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
+    """A `config.json` without its `quantization_config`.
 
     Raises:
-        ModelError: it tells of a form that is not read here.
+        ModelError: the form of quantization is not supported.
     """
     text = config.get("text_config")
-    for holder in (config, text if isinstance(text, Mapping) else {}):
-        if found := holder.get("quantization_config"):
-            _check_config(found, where)
+    for fields in (config, text if isinstance(text, Mapping) else {}):
+        if quantization := fields.get("quantization_config"):
+            _check_config(quantization, where)
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     if isinstance(text, Mapping):
         plain["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
     return plain
 
 
-def _check_config(found: Any, where: Path) -> None:
-    if not isinstance(found, Mapping):
+def _check_config(config: Any, where: Path | str) -> None:
+    if not isinstance(config, Mapping):
         raise ModelError(f"{where}: quantization_config is not an object")
-    eight = bool(found.get("load_in_8bit", found.get("_load_in_8bit")))
-    four = bool(found.get("load_in_4bit", found.get("_load_in_4bit")))
-    method = found.get("quant_method", "bitsandbytes" if eight or four else None)  # once not written
+    is_8bit = bool(config.get("load_in_8bit", config.get("_load_in_8bit")))
+    is_4bit = bool(config.get("load_in_4bit", config.get("_load_in_4bit")))
+    method = config.get("quant_method", "bitsandbytes" if is_8bit or is_4bit else None)  # older files lack it
     if method == "jpeft":
         return
-    kind = found.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
-    if method == "bitsandbytes" and four and kind == "nf4":
+    kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+    if method == "bitsandbytes" and is_4bit and kind == "nf4":
         return
     if method == "bitsandbytes":
-        method = "bitsandbytes LLM.int8()" if eight else f"bitsandbytes {kind}"
+        method = "bitsandbytes LLM.int8()" if is_8bit else f"bitsandbytes {kind}"
     raise ModelError(
-        f"{where}: its weights are quantized (quantization_config: {method}), which is not read here, only {READ}; "
-        "load the original"
+        f"{where}: its weights are quantized (quantization_config: {method}), which is not supported, only "
+        f"{_SUPPORTED}; load the original"
     )
 
 
 def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], dtype: str) -> dict[str, Any] | None:
-    """The `quantization_config` for tensors to write, as transformers wants it; None where none is quantized.
+    """The `quantization_config` of transformers for the tensors of a file; None if none is quantized.
 
-    `embeddings` are tensors that are no linear layer's; `dtype` is what to compute in.
+    Args:
+        tensors: the tensors to write.
+        embeddings: the names of those that do not belong to a linear layer.
+        dtype: the dtype of computation.
     """
     states = {parts[1]: parts[2] for parts in map(_PART.fullmatch, tensors) if parts and _STATE.fullmatch(parts[2])}
     if not states:
         return None
     nested = {f"{name}.nested_absmax" in tensors for name in states}
-    if set(states.values()) != {"quant_state.bitsandbytes__nf4"} or len(nested) > 1:  # one form for a whole folder
+    if (
+        set(states.values()) != {"quant_state.bitsandbytes__nf4"} or len(nested) > 1
+    ):  # transformers has one form per folder
         return {"quant_method": "jpeft"}
     matrices = {name for name, value in tensors.items() if name.endswith(".weight") and value.ndim == 2}
     plain = {name.removesuffix(".weight") for name in matrices - states.keys() - set(embeddings)}
@@ -120,9 +125,11 @@ def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], d
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def to_tensors(name: str, weight: Quantized, linear: bool) -> dict[str, np.ndarray]:
-    """A quantized matrix in torch's layout as the tensors of a file. Inverse of `QuantizedTensor.read`, but for the
-    checksum, which goes into the `metadata`."""
+def to_tensors(name: str, weight: Quantized, is_linear: bool) -> dict[str, np.ndarray]:
+    """The tensors of a file for a quantized matrix in torch's layout. Inverse of `QuantizedTensor.read`.
+
+    The checksum is not among them; it goes into the `metadata`.
+    """
     codes, scales = np.asarray(weight.codes), np.asarray(weight.scales)
     state: dict[str, Any] = {
         "quant_type": weight.scheme,
@@ -136,7 +143,7 @@ def to_tensors(name: str, weight: Quantized, linear: bool) -> dict[str, np.ndarr
         out = {f"{name}.nested_absmax": np.asarray(weight.groups), f"{name}.nested_quant_map": SCALE_CODES}
         offset = float(np.asarray(weight.offset))
         state |= {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
-    if weight.scheme == "nf4" and linear and weight.axis == -1 and weight.block in _BLOCKS:
+    if weight.scheme == "nf4" and is_linear and weight.axis == -1 and weight.block in _BLOCKS:
         form, codes, scales = "bitsandbytes", codes.reshape(-1, 1), scales.reshape(-1)
         out[f"{name}.quant_map"] = np.asarray(NF4, np.float32)
     else:
@@ -146,9 +153,9 @@ def to_tensors(name: str, weight: Quantized, linear: bool) -> dict[str, np.ndarr
 
 
 def metadata(origins: Mapping[str, Any]) -> dict[str, str]:
-    """What a file says of the checksums of its quantized tensors. Inverse of `read_metadata`."""
+    """The file metadata with the checksums of quantized tensors. Inverse of `read_metadata`."""
     lines = {name: fingerprint.in_hex(origin) for name, origin in origins.items() if origin is not None}
-    return {METADATA: json.dumps(lines)} if lines else {}
+    return {_METADATA: json.dumps(lines)} if lines else {}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -156,20 +163,29 @@ def metadata(origins: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized matrix in a file, its state checked: a `Tensor` whose `read` gives a `Quantized` in torch's layout,
-    on the host; its `origin` is None where the file does not tell it."""
+    """A quantized matrix in a file: a `Tensor` whose `read` returns a `Quantized` in torch's layout, on the host.
+
+    Attributes:
+        path: the file that holds the codes.
+        name: the weight's name.
+        shape: the weight's shape in torch's order.
+        parts: the tensors that it consists of, by the rest of their name; "" is the codes.
+        scheme: a key of `SCHEMES`.
+        state: the checked `quant_state`.
+        origin: the checksum of the original weight; None if the file does not hold it.
+    """
 
     path: Path
     name: str
     shape: tuple[int, ...]
-    parts: Mapping[str, Tensor]  # by what follows the name; "" is the codes
+    parts: Mapping[str, Tensor]
     scheme: str
     state: Mapping[str, Any]
     origin: np.ndarray | None
 
     @property
-    def names(self) -> Iterable[str]:
-        """Of the tensors that it consists of."""
+    def part_names(self) -> Iterable[str]:
+        """The names of the tensors that it consists of."""
         return [part.name for part in self.parts.values()]
 
     @property
@@ -181,7 +197,7 @@ class QuantizedTensor:
         return self.state["blocksize"]
 
     def read(self) -> Quantized:
-        scales_shape = _shortened(self.shape, self.axis, self.block)
+        scales_shape = _divided(self.shape, self.axis, self.block)
         nested = "nested_absmax" in self.parts
         scales = self._read("absmax", np.uint8 if nested else np.float32).reshape(scales_shape)
         groups = self._read("nested_absmax", np.float32).reshape(-1) if nested else None
@@ -191,16 +207,22 @@ class QuantizedTensor:
             if part in self.parts and not np.allclose(self._read(part, np.float32), table, rtol=1e-5, atol=1e-8):
                 raise self._error(f"its {part} is not {'NF4' if table is NF4 else 'bitsandbytes'}'s")
         return Quantized(
-            codes=self._codes(), scales=scales, groups=groups,
-            offset=np.float32(self.state["nested_offset"]) if nested else None, origin=self.origin,
-            scheme=self.scheme, block=self.block, axis=self.axis, dtype=jnp.dtype(self.state["dtype"]),
-        )  # fmt: skip
+            codes=self._codes(),
+            scales=scales,
+            groups=groups,
+            offset=np.float32(self.state["nested_offset"]) if nested else None,
+            origin=self.origin,
+            scheme=self.scheme,
+            block=self.block,
+            axis=self.axis,
+            dtype=jnp.dtype(self.state["dtype"]),
+        )
 
     def _codes(self) -> np.ndarray:
         bits = SCHEMES[self.scheme].bits
-        shape = _shortened(self.shape, self.axis, 8 // bits)
+        shape = _divided(self.shape, self.axis, 8 // bits)
         raw = self.parts[""].read()
-        # Any dtype may be the storage of bitsandbytes' bytes (`bnb_4bit_quant_storage`).
+        # bitsandbytes can store its bytes as any dtype (`bnb_4bit_quant_storage`).
         codes = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
         if codes.size != math.prod(shape):
             raise self._error(f"it has {codes.size:,} bytes of codes, {math.prod(shape):,} are needed")
@@ -217,10 +239,10 @@ class QuantizedTensor:
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model's files, with those that make up a quantized one as that one. The codes are not read.
+    """The tensors of a model's files, with the parts of each quantized one combined. Codes are not read yet.
 
     Raises:
-        ModelError: parts are missing or do not fit together, or the form is not read here; it names the tensor.
+        ModelError: parts are missing or inconsistent, or the form is not supported; it names the tensor.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     out = {}
@@ -228,7 +250,9 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if found := _PART.fullmatch(name):
             parts.setdefault(found[1], {})[found[2]] = tensor
         elif name.endswith(_INT8):
-            raise ModelError(f"{tensor.path}: {name} is of bitsandbytes LLM.int8(), which is not read, only {READ}")
+            raise ModelError(
+                f"{tensor.path}: {name} is of bitsandbytes LLM.int8(), which is not supported, only {_SUPPORTED}"
+            )
         else:
             out[name] = tensor
     origins: dict[Path, dict[str, np.ndarray]] = {}
@@ -237,12 +261,12 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             own[""] = codes = out[name]
             if codes.path not in origins:
                 origins[codes.path] = read_metadata(getattr(codes, "metadata", {}), codes.path)
-        group = _group(name, own)
-        out[name] = dataclasses.replace(group, origin=origins[group.path].get(name))
+        tensor = _combine(name, own)
+        out[name] = dataclasses.replace(tensor, origin=origins[tensor.path].get(name))
     return out
 
 
-def _group(name: str, parts: dict[str, Tensor]) -> QuantizedTensor:
+def _combine(name: str, parts: dict[str, Tensor]) -> QuantizedTensor:
     where = f"{next(iter(parts.values())).path}: {name}"
     states = {part: found for part in parts if (found := _STATE.fullmatch(part))}
     if len(states) != 1:
@@ -250,19 +274,24 @@ def _group(name: str, parts: dict[str, Tensor]) -> QuantizedTensor:
     ((key, found),) = states.items()
     form, scheme = found[1], found[2]
     if form not in ("bitsandbytes", "jpeft") or scheme not in SCHEMES or (form == "bitsandbytes" and scheme != "nf4"):
-        raise ModelError(f"{where}: it is quantized as {form} {scheme}, which is not read here, only {READ}")
+        raise ModelError(f"{where}: it is quantized as {form} {scheme}, which is not supported, only {_SUPPORTED}")
     maps = {"quant_map"} if form == "bitsandbytes" else set()
     nested = {"nested_absmax", "nested_quant_map"}
     needed = {"", "absmax"} | maps | (nested if nested & parts.keys() else set())
-    if lacking := sorted(needed - parts.keys()):
-        raise ModelError(f"{where}: it is quantized, but {f'{name}.{lacking[0]}'.rstrip('.')} is missing")
+    if missing := sorted(needed - parts.keys()):
+        raise ModelError(f"{where}: it is quantized, but {f'{name}.{missing[0]}'.rstrip('.')} is missing")
     state = _state(parts[key], where)
-    if problem := _problem(state, form, scheme, bool(nested & parts.keys())):
+    if problem := _state_problem(state, form, scheme, bool(nested & parts.keys())):
         raise ModelError(f"{where}: its quant_state {problem}")
     shape = tuple(state["shape"])
-    scales = math.prod(_shortened(shape, state.get("axis", -1), state["blocksize"]))
-    for part, size in (("absmax", scales), ("nested_absmax", -(-scales // GROUP)), ("quant_map", len(NF4)),
-                       ("nested_quant_map", len(SCALE_CODES))):  # fmt: skip
+    scales = math.prod(_divided(shape, state.get("axis", -1), state["blocksize"]))
+    sizes = {
+        "absmax": scales,
+        "nested_absmax": -(-scales // GROUP),
+        "quant_map": len(NF4),
+        "nested_quant_map": len(SCALE_CODES),
+    }
+    for part, size in sizes.items():
         if part in parts and (got := math.prod(parts[part].shape)) != size:
             raise ModelError(f"{where}: its {part} has {got:,} numbers, a weight of shape {shape} needs {size:,}")
     return QuantizedTensor(parts[""].path, name, shape, parts, scheme, state, None)
@@ -278,8 +307,8 @@ def _state(tensor: Tensor, where: str) -> dict[str, Any]:
     return state
 
 
-def _problem(state: Mapping[str, Any], form: str, scheme: str, nested: bool) -> str | None:
-    """What is wrong with a state, in words."""
+def _state_problem(state: Mapping[str, Any], form: str, scheme: str, nested: bool) -> str | None:
+    """The first invalid entry of a state, as the end of an error message; None if it is valid."""
 
     def is_count(value: Any) -> TypeGuard[int]:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -287,9 +316,9 @@ def _problem(state: Mapping[str, Any], form: str, scheme: str, nested: bool) -> 
     shape, block, axis = state.get("shape"), state.get("blocksize"), state.get("axis", -1)
     offset = state.get("nested_offset")
     if state.get("quant_type") != scheme:
-        return f"says {state.get('quant_type')!r}, its name {scheme!r}"
+        return f"has quant_type {state.get('quant_type')!r}, but its name has {scheme!r}"
     if not isinstance(shape, list) or len(shape) != 2 or not all(map(is_count, shape)):
-        return f"has shape {shape!r}, expected that of a matrix"
+        return f"has shape {shape!r}, expected two sizes"
     if not is_count(block) or block % 2:
         return f"has blocksize {block!r}"
     if axis not in ((-1, -2) if form == "jpeft" else (-1,)) or isinstance(axis, bool):
@@ -299,24 +328,25 @@ def _problem(state: Mapping[str, Any], form: str, scheme: str, nested: bool) -> 
     if shape[-1 if axis == -1 else -2] % block:
         return f"has blocks of {block} that do not divide its rows of {shape[axis]}"
     if nested != (offset is not None):
-        return f"has {'no' if nested else 'a'} nested_offset, but nested_absmax is {'there' if nested else 'missing'}"
+        return f"has {'no' if nested else 'a'} nested_offset, but nested_absmax is {'present' if nested else 'missing'}"
     if nested and (isinstance(offset, bool) or not isinstance(offset, (int, float)) or not math.isfinite(offset)):
         return f"has nested_offset {offset!r}"
     if nested and state.get("nested_blocksize") != GROUP:
-        return f"has nested_blocksize {state.get('nested_blocksize')!r}, only {GROUP} is read"
+        return f"has nested_blocksize {state.get('nested_blocksize')!r}, only {GROUP} is supported"
     return None
 
 
-def _shortened(shape: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:
-    short = list(shape)
-    short[axis] //= by
-    return tuple(short)
+def _divided(shape: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:
+    """The shape with one axis divided by a number."""
+    divided = list(shape)
+    divided[axis] //= by
+    return tuple(divided)
 
 
-def read_metadata(found: Mapping[str, str], path: Path) -> dict[str, np.ndarray]:
-    """The checksums that a file's metadata tell, by tensor name. Inverse of `metadata`."""
+def read_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, np.ndarray]:
+    """The checksums in a file's metadata, by tensor name. Inverse of `metadata`."""
     try:
-        lines = json.loads(found.get(METADATA, "{}"))
+        lines = json.loads(metadata.get(_METADATA, "{}"))
         return {name: fingerprint.from_hex(digits) for name, digits in lines.items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path}: the metadata {METADATA} are damaged ({error})") from None
+        raise ModelError(f"{path}: the metadata {_METADATA} are damaged ({error})") from None

@@ -1,6 +1,6 @@
-"""The files of a model: `config.json` and safetensors, one file or many. A `.gguf` file is read by `jpeft.models.gguf`.
+"""The files of a HuggingFace model folder: `config.json`, and safetensors in one file or several shards.
 
-Nothing here knows a model: tensors have torch's names and layout.
+Tensors have torch's names and layout; nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Tensor(Protocol):
-    """A tensor in a file: its shape costs nothing, its bytes are read when asked for."""
+    """A tensor in a file. Only `read` reads its bytes."""
 
     @property
     def path(self) -> Path: ...
@@ -31,7 +31,7 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As torch has it."""
+        """The shape in torch's order."""
         ...
 
     def read(self) -> np.ndarray:
@@ -41,22 +41,61 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SafeTensor:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: the file.
+        name: the tensor's name in the file.
+        shape: the shape in torch's order.
+        metadata: the file's metadata.
+    """
+
     path: Path
     name: str
     shape: tuple[int, ...]
-    metadata: Mapping[str, str]  # of the file
+    metadata: Mapping[str, str]
 
     def read(self) -> np.ndarray:
-        # The file is mapped for one tensor at a time: pages of it that were read count as ours until it is unmapped.
-        with open_safetensors(self.path) as file:
+        # The file is mapped for one tensor at a time: pages that were read count as ours until it is unmapped.
+        with _open_safetensors(self.path) as file:
             try:
                 return file.get_tensor(self.name)
-            except (AttributeError, TypeError) as error:  # a dtype that numpy does not have, such as float8
-                raise ModelError(f"{self.path}: {self.name} has a dtype that is not read here ({error})") from None
+            except (AttributeError, TypeError) as error:  # a dtype that numpy lacks, such as float8
+                raise ModelError(f"{self.path}: the dtype of {self.name} is not supported ({error})") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no `config.json` in it.
+        ModelError: the file is not a JSON object.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} (is this a HuggingFace model folder?)")
+    return read_json(folder / CONFIG, ModelError)
+
+
+def read_tensors(folder: Path) -> dict[str, SafeTensor]:
+    """The tensors of a folder by name. Their bytes are not read yet.
+
+    Raises:
+        FileNotFoundError: there are no weights, or a shard is missing.
+        ModelError: the weights are pickles only, or a file is damaged.
+    """
+    tensors: dict[str, SafeTensor] = {}
+    for path in _weight_files(folder):
+        with _open_safetensors(path) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        tensors |= {name: SafeTensor(path, name, shape, metadata) for name, shape in shapes.items()}
+    return tensors
 
 
 @contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     import safetensors
 
     try:
@@ -66,7 +105,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -86,7 +125,7 @@ def _shards(folder: Path) -> list[Path]:
         raise ModelError(f"{folder / INDEX}: no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name:  # an index may not point out of its folder
+        if Path(name).name != name:  # an index must not point outside its folder
             raise ModelError(f"{folder / INDEX}: {name!r} is not a file name")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}, which {INDEX} lists")

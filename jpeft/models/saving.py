@@ -1,0 +1,159 @@
+"""Saves a model as a HuggingFace folder that transformers loads."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from jpeft.core.quantized import Quantized
+from jpeft.errors import ModelError
+from jpeft.files import new_folder, write_json, write_safetensors
+from jpeft.models import bitsandbytes
+from jpeft.models.families import Family, build_model, family_of, read_model_config
+from jpeft.models.folder import CONFIG, WEIGHTS
+from jpeft.models.gguf.tokenizer import write_tokenizer
+from jpeft.models.layout import (
+    Slot,
+    abstract_leaves,
+    check_shapes,
+    leaves_by_path,
+    list_slots,
+    match_tensors,
+    torch_value,
+    used_prefix,
+)
+from jpeft.models.sources import is_gguf, open_tensors, read_config
+
+# `save` does not copy these from the source: it writes its own config and weights, and other weights would be stale.
+_NOT_COPIED = re.compile(
+    r"\..*|config\.json|.*\.(index\.json|safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|gguf|tflite)"
+)
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    params: Mapping[str, Any],
+    source: str | os.PathLike[str] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes a HuggingFace folder that transformers loads. Inverse of `load`, bit for bit.
+
+    Quantized leaves are written in bitsandbytes' form, which transformers loads, if all are NF4 with blocks along the
+    inputs of linear layers (as from `jpeft.quantize`, for inputs that 64 divides). Other forms only jpeft reads.
+
+    Args:
+        path: the folder to write. After a failure there is no folder.
+        model: a model that `load` returned.
+        params: its whole tree (merge an adapter first). Each leaf keeps its dtype and its quantization.
+        source: the folder or `.gguf` file that the model was loaded from. Everything else in it is kept: tokenizer,
+            pooling, other fields of its `config.json`, the tensors of poolers and heads.
+        extra_files: more files to write, name → content.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder.
+        ModelError: `params` is not the model's tree, or `source` holds another model.
+
+    >>> import tempfile
+    >>> import jax, jax.numpy as jnp
+    >>> from jpeft.models.bert import Bert, BertConfig
+    >>> tiny = Bert(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> folder = Path(tempfile.mkdtemp()) / "tiny"
+    >>> save(folder, tiny, tiny.init(jax.random.key(0), jnp.array([[101, 102]]))["params"])
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'model.safetensors']
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path}: exists and is not an empty folder")
+    family = family_of(model)
+    leaves, shapes = leaves_by_path(params), abstract_leaves(family, model)
+    check_shapes(
+        "params",
+        {name: leaf.shape for name, leaf in shapes.items()},
+        {name: np.shape(leaf) for name, leaf in leaves.items()},
+    )
+    slots = list_slots(model, shapes)
+    base = _Source(family.to_config(model)) if source is None else _read_source(Path(source), family, model, slots)
+    config, tensors, origins = dict(base.config), dict(base.tensors), dict(base.origins)
+    embeddings = set()
+    for slot in slots:
+        name, value = base.prefix + slot.tensor_name, torch_value(slot, leaves)
+        if isinstance(value, Quantized):
+            tensors |= bitsandbytes.to_tensors(name, value, slot.is_kernel)
+            origins[name] = value.origin
+        else:
+            tensors[name] = value
+        if slot.path.endswith("/embedding"):
+            embeddings.add(name)
+    dtype = _dtype_name(leaves)
+    if (quantization := bitsandbytes.config_for(tensors, embeddings, dtype)) is not None:
+        config["quantization_config"] = quantization
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    with new_folder(path) as new:
+        if source is not None:
+            _copy_companions(Path(source), new)
+        write_json(new / CONFIG, config, sort_keys=True)
+        write_safetensors(new / WEIGHTS, tensors, {"format": "pt", **bitsandbytes.metadata(origins)})
+        for name, content in (extra_files or {}).items():
+            (new / name).write_bytes(content)
+
+
+def _dtype_name(leaves: Mapping[str, Any]) -> str:
+    names = {str(leaf.dtype) for leaf in leaves.values()}
+    return names.pop() if len(names) == 1 else "float32"
+
+
+class _Source(NamedTuple):
+    """The parts of a source that the saved folder keeps.
+
+    Attributes:
+        config: its `config.json`, without quantization.
+        tensors: its tensors beside the model.
+        prefix: the prefix of its model's tensor names.
+        origins: the checksums of the quantized ones among `tensors`, by name.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray] = {}
+    prefix: str = ""
+    origins: Mapping[str, Any] = {}
+
+
+def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]) -> _Source:
+    if build_model(*read_model_config(source), model.dtype, model.param_dtype, {})[1].config != model.config:
+        raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
+    if is_gguf(source):
+        return _Source(family.to_config(model))
+    with open_tensors(source) as stored:
+        tensors = bitsandbytes.gather(stored)
+        of_model = set(match_tensors(source, family, model, slots, tensors).values())
+        kept, origins = {}, {}
+        for name, tensor in tensors.items():
+            if name in of_model:
+                continue
+            if isinstance(tensor, bitsandbytes.QuantizedTensor):
+                kept |= {part: stored[part].read() for part in tensor.part_names}
+                origins[name] = tensor.origin
+            else:
+                kept[name] = tensor.read()
+        config = bitsandbytes.without_quantization(read_config(source), source / CONFIG)
+        return _Source(config, kept, used_prefix(family, model, tensors), origins)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copies the tokenizer, other small files, and numbered module folders of sentence-transformers (`1_Pooling`)."""
+    if is_gguf(source):
+        return write_tokenizer(source, folder)
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and re.match(r"\d+_", path.name):
+            shutil.copytree(path, folder / path.name)
+        elif path.is_file() and not _NOT_COPIED.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
