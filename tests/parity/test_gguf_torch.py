@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special, read_tokenizer
+from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special_tokens, read_tokenizer
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256,
@@ -91,7 +91,7 @@ def test_smollm2s_tokens_are_transformers(smollm2_file):
         assert ids == theirs.encode(text, add_special_tokens=False), text
         assert ours.decode(ids, skip_special_tokens=False) == text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    special = read_special(smollm2_file)
+    special = read_special_tokens(smollm2_file)
     assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
                        "pad_token": "<|im_end|>"}  # fmt: skip
     assert read_chat_template(smollm2_file) == theirs.chat_template
@@ -261,9 +261,9 @@ def test_byte_level_tokens_are_those_of_the_published_tokenizer(pre, theirs, tmp
 def test_llama3s_split_is_transformers():
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from jpeft.models.gguf_tokenizer import _SPLITS
+    from jpeft.models.gguf.tokenizer import _PRE_TOKENIZERS
 
-    assert _SPLITS["llama-bpe"] == TikTokenConverter(vocab_file="").pattern
+    assert _PRE_TOKENIZERS["llama-bpe"] == TikTokenConverter(vocab_file="").pattern
 
 
 @pytest.mark.filterwarnings("ignore")
