@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import jpeft
+from jpeft.linen import registry
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 
@@ -118,4 +119,4 @@ def test_the_method_and_the_geometry_that_the_readme_adds(registries):
     assert jnp.allclose(peft.apply(params, adapter, x), merged, atol=1e-6)
     assert not jnp.allclose(merged, model.apply({"params": params}, x))
     exec(geometry, {"jpeft": jpeft})
-    assert "TheirLinear" in jpeft.geometry.REGISTRY
+    assert "TheirLinear" in registry.REGISTRY

@@ -1,4 +1,4 @@
-"""Which backend what is being traced will run on: XLA's backends are fast at different forms of one computation."""
+"""The backend that traced code will run on; some computations have a faster form on each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
 def backend() -> str:
-    """`cpu`, `gpu` or `tpu`: what `compiling_for` says, else JAX's default.
+    """The backend, "cpu", "gpu" or "tpu": that of `compiling_for`, or JAX's default.
 
     >>> with compiling_for("tpu"): backend()
     'tpu'
@@ -32,7 +32,7 @@ def flatten_tokens() -> bool:
 
 @contextlib.contextmanager
 def compiling_for(platform: str | None) -> Iterator[None]:
-    """What is traced in here is compiled for another backend than the default. None is the default."""
+    """A context in which code is traced for another backend than the default. None is the default."""
     token = _target.set(platform)
     try:
         yield

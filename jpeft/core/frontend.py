@@ -1,7 +1,7 @@
-"""The protocol of a front end: how the engine runs models of one module system.
+"""The interface of a front end, which runs the models of one module system.
 
-`jpeft.core` knows trees and sites. A front end finds the sites of a module and runs the module under an adapter;
-`jpeft.binding` picks the one that accepts a model.
+`jpeft.core` knows trees and sites, but no modules. A front end finds the sites of a model and runs the model under an
+adapter; `jpeft.binding` picks the front end that accepts a model.
 """
 
 from __future__ import annotations
@@ -9,43 +9,48 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from jpeft.core.sites import Survey
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
 
 class FrontEnd(Protocol):
-    """Static and hashable. ``peft`` is a `jpeft.core.peft.Peft` that was bound through this front end."""
+    """The interface of a front end: static and hashable. ``peft`` is a `Peft` that was bound through it.
+
+    Attributes:
+      accepted: the models that it accepts, for error messages, such as "a flax.linen Module".
+    """
+
+    @property
+    def accepted(self) -> str: ...
 
     def accepts(self, model: Any) -> bool:
-        """Whether ``model`` is a module of this kind."""
+        """Whether ``model`` is a module of this module system."""
         ...
 
     def survey(self, model: Any, params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
-        """The sites of a model, found in one abstract call.
+        """The candidate sites of a model, found in one abstract call.
 
         Raises:
-          ValueError: ``params`` are not the model's.
+          ValueError: ``params`` do not fit the model.
         """
         ...
 
     def run(self, peft: Any, params: Any, adapter: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The outputs of the model under the adapter."""
+        """The outputs of the model under the adapter. See `Peft.apply`."""
         ...
 
     def overlay(self, peft: Any, params: Any, adapter: Any) -> Any:
-        """The tree that the unmodified model runs on inside `intercept`."""
+        """The tree that the unmodified model runs on inside `intercept`. See `Peft.overlay`."""
         ...
 
     def intercept(self, peft: Any) -> AbstractContextManager[None]:
-        """A context in which calls of the model's modules apply the adapter's leaves that they find beside their own."""
+        """A context in which module calls apply the adapter leaves that lie beside their own. See `Peft.intercept`."""
         ...
 
     def module(self, peft: Any) -> Any:
-        """A module of this kind whose parameters are the base's and the adapter's together."""
+        """A module whose parameters are the base's and the adapter's combined. See `Peft.module`."""
         ...
 
 
@@ -54,7 +59,7 @@ _bypassed: contextvars.ContextVar[bool] = contextvars.ContextVar("bypassed", def
 
 @contextlib.contextmanager
 def bypassed() -> Iterator[None]:
-    """A context in which front ends run models as if there were no adapter, to compare a program with and without."""
+    """A context in which front ends ignore adapters, to compare programs with and without one."""
     token = _bypassed.set(True)
     try:
         yield

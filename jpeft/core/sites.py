@@ -1,4 +1,4 @@
-"""Sites: the places of a model that a method acts on, and how leaves there are stacked by scans and experts."""
+"""Sites: the places in a model that a method acts on, and the stacking of leaves there by scans."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import jax.numpy as jnp
 from jpeft.core.geometry.base import Geometry, Raw
 from jpeft.core.tree import Path, join
 
-# (axis, size) of each stacking, outermost first: what nn.scan and nn.vmap take off a stored leaf on the way in.
+# (axis, size) of each stacking of a stored leaf, outermost first: the axes that nn.scan and nn.vmap slice off.
 Stack = tuple[tuple[int, int], ...]
 
 FUSED = "fused"  # computed inside the module's own call
-BOX = "box"  # the changed weight is built when the module asks for its parameter
-MERGE = "merge"  # the changed weight is built before the model runs
-REPLACE = "replace"  # a base leaf of the adapter's own
+BOX = "box"  # the changed weight is computed when the module asks for its parameter
+MERGE = "merge"  # the changed weight is computed before the model runs
+REPLACE = "replace"  # an adapter leaf takes the place of a base leaf
+
+# Names of output heads in transformers and Linen models, for models that wrap their output.
+HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,21 @@ class Site:
     """One place that a method acts on: a weight, a module's output, an attention, or a leaf.
 
     Attributes:
-      path: of the owner module in the parameter tree (of the leaf itself for ``kind="leaf"``).
-      kind: "weight" | "output" | "attention" | "leaf".
-      owner: the owner's class name.
-      leaf: the weight's name in its owner, "" where the site is no weight.
-      geometry: how the owner uses the weight; for an output, that of the weight which makes it, if one does.
-      inputs, outputs: sizes of the matrix; ``outputs`` is the feature size for "output" sites.
-      heads: (key/value heads, key dimension, value dimension) of an attention.
+      path: path of the owner module in the parameter tree; for a "leaf" site, of the leaf.
+      kind: "weight", "output", "attention" or "leaf".
+      owner: class name of the owner.
+      leaf: name of the weight in its owner; "" for a site that is not a weight.
+      geometry: how the owner uses the weight; for an "output" site, that of the weight that computes it, if any.
+      inputs: number of rows of the weight as a matrix.
+      outputs: number of its columns; for an "output" site, the number of features.
+      heads: (number of key/value heads, key dimension, value dimension) of an attention.
+      dtype: dtype of the weight, output or leaf.
+      stored: shape of the weight or leaf in the parameter tree.
       stack: the scanned and vmapped axes of leaves here.
       via: the path taken: "fused", "box", "merge" or "replace".
-      bias: whether the owner has one. role: what a method noted about the site.
-      head: whether its output is the model's output.
+      head: whether the weight's output is the model's output.
+      bias: whether the owner has a bias.
+      role: a note of the method about the site.
     """
 
     path: Path
@@ -57,55 +64,57 @@ class Site:
 
     @property
     def name(self) -> str:
-        """What targets match: the owner's path, or ``owner/leaf`` for a raw weight."""
+        """The path that targets match: the owner's, or ``owner/leaf`` for a raw weight."""
         return join((*self.path, self.leaf)) if self.prefix else join(self.path)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every path that this site answers to."""
+        """All paths that targets may use for this site."""
         if self.kind == "leaf":
             return tuple(join(self.path[: n + 1]) for n in range(len(self.path)))
         return (self.name, join((*self.path, self.leaf))) if self.leaf else (self.name,)
 
     @property
     def weight_path(self) -> Path:
-        """Where the base weight (or leaf) lies in the tree."""
+        """Path of the base weight (or leaf) in the parameter tree."""
         return self.path if self.kind == "leaf" else (*self.path, self.leaf)
 
     @property
     def bias_path(self) -> Path | None:
-        """Where its bias lies, if it has one."""
+        """Path of the bias in the parameter tree; None without a bias."""
         return (*self.path, self.geometry.bias) if self.bias and self.geometry and self.geometry.bias else None
 
     @property
     def linear(self) -> bool:
-        """Whether "all-linear" means this: a linear weight (or its output), no embedding and not the output head."""
+        """Whether "all-linear" includes it: a linear weight or its output, but no embedding and not the output head."""
         return self.geometry is not None and self.geometry.linear and not self.head
 
     @property
     def lookup(self) -> bool:
+        """Whether the weight is an embedding table."""
         return self.geometry is not None and self.geometry.lookup
 
     @property
-    def conv(self) -> bool:
-        return self.geometry is not None and self.geometry.channels is not None
-
-    @property
     def prefix(self) -> str:
-        """Put before the names of adapter leaves, so that two raw weights of one owner have leaves of their own."""
+        """Prefix of the names of adapter leaves. Two raw weights of one owner need different names."""
         return f"{self.leaf}_" if isinstance(self.geometry, Raw) else ""
 
     @property
     def batch(self) -> tuple[int, ...]:
+        """Sizes of the batch axes of the weight as a matrix: heads, experts, groups, parts."""
         return self.geometry.batch if self.geometry is not None else ()
 
     @property
     def channels(self) -> int:
-        """Distinct input features: those of the matrix, or fewer for a convolution."""
+        """Number of distinct input features: the rows of the matrix or, for a convolution, its input channels."""
         return (self.geometry.channels if self.geometry is not None else None) or self.inputs
 
     def split(self, parts: int) -> Site:
-        """The same weight as ``parts`` equal blocks of outputs."""
+        """The same weight as ``parts`` matrices, each with an equal block of the outputs.
+
+        Raises:
+          ValueError: the outputs do not divide into ``parts``.
+        """
         if parts == 1 or self.geometry is None:
             return self
         if self.outputs % parts:
@@ -113,64 +122,69 @@ class Site:
         return replace(self, geometry=self.geometry.split(parts), outputs=self.outputs // parts)
 
 
-def stack_first(x: jax.Array, stack: Stack) -> jax.Array:
-    """Moves the stacked axes of a stored leaf to the front, outermost first. Inverse of `stack_back`."""
-    for i, (axis, _) in enumerate(stack):
-        x = jnp.moveaxis(x, axis + i if axis >= 0 else axis, i)
-    return x
-
-
-def stack_back(x: jax.Array, stack: Stack) -> jax.Array:
-    """Inverse of `stack_first`."""
-    for i, (axis, _) in reversed(list(enumerate(stack))):
-        x = jnp.moveaxis(x, i, axis + i if axis >= 0 else axis)
-    return x
-
-
-def map_axes(fn: Callable[..., Any], depth: int, in_axes: Any = 0) -> Callable[..., Any]:
-    """``fn`` vmapped over ``depth`` leading axes."""
-    for _ in range(depth):
-        fn = jax.vmap(fn, in_axes=in_axes)
-    return fn
-
-
-def derive_entries(site: Site, roles: Sequence[str | None], entries: Sequence[Any]) -> tuple[Any, ...]:
-    """The sharding entries of an adapter leaf from those of the base weight it belongs to.
-
-    Args:
-      site: the weight.
-      roles: what each axis of the leaf is: "in", "out", or None (rank).
-      entries: a mesh axis, a logical name or None for each stored axis of the base weight.
-
-    Returns:
-      Entries for each stored axis of the leaf. An axis that merges several axes of the weight takes the sharding of
-      the major one, and none where a minor one is sharded: only then are the shards contiguous.
-    """
-    assert site.geometry is not None
-    rest = list(entries) + [None] * (len(site.stored) - len(entries))
-    stacked = [rest.pop(axis) for axis, _ in site.stack]
-    both, ins, outs = site.geometry.axes()
-
-    def major(axes: tuple[int, ...]) -> Any:
-        return rest[axes[0]] if axes and all(rest[a] is None for a in axes[1:]) else None
-
-    batch = [major(both)] + [None] * (len(site.batch) - 1) if site.batch else []
-    leaf = batch + [major(ins) if r == "in" else major(outs) if r == "out" else None for r in roles]
-    for (axis, _), entry in reversed(list(zip(site.stack, stacked, strict=True))):
-        leaf.insert(axis if axis >= 0 else len(leaf) + 1 + axis, entry)
-    return tuple(leaf)
-
-
-# Heads by the names that transformers and Linen models give them, for where a wrapper hides the model's output.
-HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
-
-
 @dataclass(frozen=True)
 class Survey:
-    """What a model offers to methods: candidate sites of each kind, and every path in it."""
+    """The candidate sites of a model, by kind.
+
+    Attributes:
+      weights: its weights.
+      outputs: the outputs of its modules.
+      attentions: its attentions.
+      leaves: the leaves of its parameter tree.
+      names: the paths of all its modules and leaves.
+    """
 
     weights: tuple[Site, ...]
     outputs: tuple[Site, ...]
     attentions: tuple[Site, ...]
     leaves: tuple[Site, ...]
     names: tuple[str, ...]
+
+
+def stack_first(x: jax.Array, stack: Stack) -> jax.Array:
+    """A stored leaf with its stacked axes in front, outermost first. Inverse of `stack_back`."""
+    for i, (axis, _) in enumerate(stack):
+        x = jnp.moveaxis(x, axis + i if axis >= 0 else axis, i)
+    return x
+
+
+def stack_back(x: jax.Array, stack: Stack) -> jax.Array:
+    """A leaf with its stacked axes where they are stored. Inverse of `stack_first`."""
+    for i, (axis, _) in reversed(list(enumerate(stack))):
+        x = jnp.moveaxis(x, i, axis + i if axis >= 0 else axis)
+    return x
+
+
+def map_axes(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
+    """``fn`` vmapped over ``depth`` leading axes."""
+    for _ in range(depth):
+        fn = jax.vmap(fn)
+    return fn
+
+
+def derive_entries(site: Site, roles: Sequence[str | None], entries: Sequence[Any]) -> tuple[Any, ...]:
+    """The partition spec entries of an adapter leaf, from those of the base weight that it belongs to.
+
+    Args:
+      site: the weight.
+      roles: the role of each axis of the leaf: "in", "out", or None (rank).
+      entries: a mesh axis, a logical name or None for each stored axis of the base weight.
+
+    Returns:
+      Entries for each stored axis of the leaf. An axis that merges several axes of the weight is sharded as the major
+      one, and not at all if a minor one is sharded: its shards would not be contiguous.
+    """
+    assert site.geometry is not None
+    rest = list(entries) + [None] * (len(site.stored) - len(entries))
+    stacked = [rest.pop(axis) for axis, _ in site.stack]
+    batch_axes, in_axes, out_axes = site.geometry.axes()
+
+    def merged(axes: tuple[int, ...]) -> Any:
+        return rest[axes[0]] if axes and all(rest[a] is None for a in axes[1:]) else None
+
+    by_role = {"in": merged(in_axes), "out": merged(out_axes), None: None}
+    batch = [merged(batch_axes)] + [None] * (len(site.batch) - 1) if site.batch else []
+    leaf = batch + [by_role.get(role) for role in roles]
+    for (axis, _), entry in reversed(list(zip(site.stack, stacked, strict=True))):
+        leaf.insert(axis if axis >= 0 else len(leaf) + 1 + axis, entry)
+    return tuple(leaf)

@@ -1,7 +1,7 @@
-"""The target language: which weights a method acts on, named by the path of their owner.
+"""The target language: which weights a method acts on, named by the paths of their owners.
 
 A target is a regular expression that matches a whole path (``r".*/(query|value)"``), a list of whole paths or of
-suffixes at a ``/`` boundary (``["query", "value"]``), ``"all-linear"``, or a callable ``(path, site) -> bool``.
+suffixes at a ``/`` (``["query", "value"]``), ``"all-linear"``, or a callable ``(path, site) -> bool``.
 """
 
 from __future__ import annotations
@@ -13,105 +13,130 @@ from typing import Any
 from jpeft.core.tree import nearest
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool] | None
+Predicate = Callable[[Any], bool]
 
 ALL_LINEAR = "all-linear"
 
 
 class TargetError(ValueError):
-    """A target that names nothing, or names it wrongly. The message lists the nearest paths."""
+    """A target that is malformed or matches nothing. The message lists the nearest paths."""
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A regular expression, or a `TargetError` that says where it is malformed."""
+    """A compiled regular expression.
+
+    Raises:
+      TargetError: the pattern is malformed.
+    """
     try:
         return re.compile(pattern)
     except re.error as e:
         raise TargetError(f"target {pattern!r} is not a regular expression: {e}") from e
 
 
-def matches_entry(entry: str, name: str) -> bool:
-    """Whether a list entry names this path: the whole of it, or a suffix at a ``/``.
+def matches_entry(entry: str, path: str) -> bool:
+    """Whether an entry of a list of targets matches a path: all of it, or a suffix at a ``/``.
 
     >>> matches_entry("query", "encoder/layer/0/query"), matches_entry("ery", "encoder/query")
     (True, False)
     """
-    return name == entry or name.endswith("/" + entry)
+    return path == entry or path.endswith("/" + entry)
+
+
+def matches(targets: Targets, site: Any) -> bool:
+    """Whether a target matches a site. None matches no site.
+
+    Args:
+      targets: a target in any form.
+      site: has ``name`` and, optionally, ``names`` (all paths that it answers to) and ``linear``.
+
+    Raises:
+      TargetError: the target is malformed.
+    """
+    return any(predicate(site) for _, predicate in _predicates(targets))
+
+
+def select(
+    candidates: Sequence[Any], targets: Targets, exclude: Targets = None, *, what: str, others: Iterable[str] = ()
+) -> list[Any]:
+    """The candidates that ``targets`` matches and ``exclude`` does not, in their order.
+
+    Args:
+      candidates: sites, as for `matches`.
+      targets: the sites to take.
+      exclude: the sites to leave out, even if ``targets`` matches them.
+      what: the method's name, for error messages.
+      others: paths of the model that the method cannot act on, for error messages.
+
+    Raises:
+      TargetError: ``targets`` or ``exclude`` is malformed or has an entry that matches nothing, or ``exclude`` leaves
+        no site.
+    """
+    if targets is None or (not callable(targets) and not targets):
+        raise TargetError(f"{what} has no targets; give a regular expression, a list of paths, or {ALL_LINEAR!r}")
+    others = list(others)
+
+    def matched(targets: Targets, field: str) -> set[int]:
+        found: set[int] = set()
+        for entry, predicate in _predicates(targets):
+            hits = {i for i, site in enumerate(candidates) if predicate(site)}
+            # Also for exclude: a misspelled entry would train more than was asked for.
+            if not hits:
+                raise TargetError(_no_match(entry, candidates, what, others, field))
+            found |= hits
+        return found
+
+    chosen = matched(targets, "target") - matched(exclude, "exclude")
+    if not chosen:
+        raise TargetError(f"{what}: exclude={exclude!r} leaves nothing of targets={targets!r}")
+    return [site for i, site in enumerate(candidates) if i in chosen]
+
+
+def _predicates(targets: Targets) -> list[tuple[str, Predicate]]:
+    """A predicate of sites for each entry of a target, with the entry's text for error messages."""
+    if targets is None:
+        return []
+    if callable(targets):
+        return [(repr(targets), lambda site: bool(targets(site.name, site)))]
+    if targets == ALL_LINEAR:
+        return [(ALL_LINEAR, lambda site: bool(getattr(site, "linear", False)))]
+    if isinstance(targets, str):
+        pattern = compile_pattern(targets)
+        return [(targets, lambda site: any(pattern.fullmatch(n) for n in _names(site)))]
+    is_list = isinstance(targets, Iterable) and not isinstance(targets, Mapping)
+    if not is_list or not all(isinstance(entry, str) for entry in targets):
+        raise TargetError(
+            f"targets must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable "
+            f"(path, site) -> bool; got {targets!r}"
+        )
+    return [(entry, _entry_predicate(entry)) for entry in targets]
+
+
+def _entry_predicate(entry: str) -> Predicate:
+    return lambda site: any(matches_entry(entry, n) for n in _names(site))
 
 
 def _names(site: Any) -> tuple[str, ...]:
     return getattr(site, "names", None) or (site.name,)
 
 
-def _selector(targets: Targets) -> list[tuple[str, Callable[[Any], bool]]]:
-    """One named predicate for each entry, so that an entry which matches nothing can be reported."""
-    if targets is None:
-        return []
-    if callable(targets):
-        return [(repr(targets), lambda s: bool(targets(s.name, s)))]
-    if targets == ALL_LINEAR:
-        return [(ALL_LINEAR, lambda s: bool(getattr(s, "linear", False)))]
-    if isinstance(targets, str):
-        pattern = compile_pattern(targets)
-        return [(targets, lambda s: any(pattern.fullmatch(n) for n in _names(s)))]
-    if (
-        isinstance(targets, Mapping)
-        or not isinstance(targets, Iterable)
-        or not all(isinstance(t, str) for t in targets)
-    ):
-        raise TargetError(
-            f"targets must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable "
-            f"(path, site) -> bool; got {targets!r}"
-        )
-    return [(t, lambda s, t=t: any(matches_entry(t, n) for n in _names(s))) for t in targets]
-
-
-def select(
-    candidates: Sequence[Any], targets: Targets, exclude: Targets = None, *, what: str, others: Iterable[str] = ()
-) -> list[Any]:
-    """The candidates that ``targets`` names and ``exclude`` does not, in their order.
-
-    Args:
-      candidates: sites; each has ``name``, optionally ``names`` (other paths it answers to) and ``linear``.
-      targets: what to take. exclude: what to leave out; it wins.
-      what: the method's name, for messages.
-      others: paths that exist in the model but that the method cannot act on, for messages.
-
-    Raises:
-      TargetError: an entry that matches nothing, a malformed one, or no target left after ``exclude``.
-    """
-    chosen: list[Any] = []
-    if targets is None or (not callable(targets) and not targets):
-        raise TargetError(f"{what} has no targets; give a regular expression, a list of paths, or {ALL_LINEAR!r}")
-    for entry, predicate in _selector(targets):
-        hits = [s for s in candidates if predicate(s)]
-        if not hits:
-            raise TargetError(_no_match(entry, candidates, what, list(others)))
-        chosen += hits
-    # An exclusion that matches nothing is as much a typing error as a target that does: more would train than asked.
-    excluded: set[int] = set()
-    for entry, predicate in _selector(exclude):
-        hits = {id(s) for s in candidates if predicate(s)}
-        if not hits:
-            raise TargetError(_no_match(entry, candidates, what, list(others), "exclude"))
-        excluded |= hits
-    taken = {id(s) for s in chosen} - excluded
-    if not taken:
-        raise TargetError(f"{what}: exclude={exclude!r} leaves nothing of targets={targets!r}")
-    return [s for s in candidates if id(s) in taken]
-
-
-def _no_match(entry: str, candidates: Sequence[Any], what: str, others: list[str], field: str = "target") -> str:
-    names = [s.name for s in candidates]
+def _no_match(entry: str, candidates: Sequence[Any], what: str, others: list[str], field: str) -> str:
+    """The error message for an entry that matches no candidate."""
+    names = [site.name for site in candidates]
     if not names:
         return f"{what}: {field} {entry!r} matches nothing; the model has nothing that {what} can act on"
-    known = [o for o in others if o not in names]
-    unusable = []
     if field == "target" and entry != ALL_LINEAR:
-        try:
-            unusable = [o for o in known if re.fullmatch(entry, o) or matches_entry(entry, o)]
-        except re.error:
-            unusable = []
-    if unusable:
-        return f"{what} cannot act on {unusable[0]!r}, which target {entry!r} names{nearest(entry, names)}"
-    hint = nearest(re.sub(r"[.*()\\^$?+]", "", entry.split("|")[0]), names) or f"; there are: {', '.join(names[:8])}"
+        unusable = _first_match(entry, (o for o in others if o not in names))
+        if unusable is not None:
+            return f"{what} cannot act on {unusable!r}, which target {entry!r} names{nearest(entry, names)}"
+    first_option = re.sub(r"[.*()\\^$?+]", "", entry.split("|")[0])
+    hint = nearest(first_option, names) or f"; candidates: {', '.join(names[:8])}"
     return f"{what}: {field} {entry!r} matches nothing{hint}"
+
+
+def _first_match(entry: str, paths: Iterable[str]) -> str | None:
+    """The first path that an entry matches, be it a regular expression or an entry of a list."""
+    try:
+        return next((path for path in paths if re.fullmatch(entry, path) or matches_entry(entry, path)), None)
+    except re.error:
+        return None

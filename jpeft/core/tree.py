@@ -1,7 +1,8 @@
 """Parameter trees: paths, overlay, partition, labels and optimizer masking.
 
-A *tree* is nested mappings (``dict`` or ``FrozenDict``) whose leaves are arrays, shapes, labels, boxes
-(``nn.Partitioned``) or ``None``, a hole. Paths are tuples of keys, printed with ``/``.
+A *tree* is nested mappings (``dict`` or ``FrozenDict``). Its leaves are arrays, abstract arrays, labels or boxes
+(Flax's ``AxisMetadata``, such as ``Partitioned``); ``None`` is a *hole*. A *path* is a tuple of keys, printed with
+``/``.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ FROZEN = "frozen"
 
 
 def join(path: Iterable[str]) -> str:
-    """A path as text: ``("encoder", "kernel")`` -> ``"encoder/kernel"``; the root is ``"."``."""
+    """A path as text; the root is ``"."``.
+
+    >>> join(("encoder", "kernel"))
+    'encoder/kernel'
+    """
     return "/".join(path) or "."
 
 
 def flatten(tree: Tree) -> dict[Path, Any]:
-    """The leaves of a tree by path, holes left out. Inverse of `unflatten`.
+    """The leaves of a tree by path, without holes. Inverse of `unflatten`.
 
     >>> flatten({"a": {"b": 1, "c": None}})
     {('a', 'b'): 1}
@@ -64,34 +69,41 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 
 
 def like(tree: Any, reference: Tree) -> Any:
-    """``tree`` in the container type of ``reference``: frozen if that is frozen."""
+    """``tree`` in the container type of ``reference``: a ``FrozenDict`` if that is one, else as it is."""
     return freeze(tree) if isinstance(reference, FrozenDict) else tree
 
 
 def peek(leaf: Any) -> Any:
-    """What a leaf holds, for its shape, dtype and sharding: a box that has these itself, and would compute to give
-    more (a quantized weight), stays closed.
+    """A leaf as something with shape, dtype and sharding: a box's content, or a box that has these itself.
 
-    >>> import flax.linen as nn
-    >>> peek(nn.Partitioned(jnp.ones(3), names=("embed",))).shape
+    A quantized weight has them itself; opening it would dequantize it.
+
+    >>> peek(meta.Partitioned(jnp.ones(3), names=("embed",))).shape
     (3,)
     """
     return leaf if hasattr(leaf, "shape") else meta.unbox(leaf)
 
 
 def box_as(leaf: Any, value: Any) -> Any:
-    """A value in the box that a leaf is in, if it is in one. `flax.core.meta.replace_boxed` would open the box first,
-    which dequantizes a quantized weight.
+    """A value in the same box as ``leaf``, or as it is if ``leaf`` has no box.
 
-    >>> import flax.linen as nn
-    >>> box_as(nn.Partitioned(jnp.ones(3), names=("embed",)), jnp.zeros(2)).names
+    `flax.core.meta.replace_boxed` would open the box first, which dequantizes a quantized weight.
+
+    >>> box_as(meta.Partitioned(jnp.ones(3), names=("embed",)), jnp.zeros(2)).names
     ('embed',)
     """
     return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
 
 
 def split_variables(params: Tree) -> tuple[Tree, dict[str, Any]]:
-    """The parameters, and the other collections where all of a model's variables were given."""
+    """The parameters, and the other collections if ``params`` holds all variables of a model.
+
+    Raises:
+      TypeError: not a tree of mappings.
+
+    >>> split_variables({"params": {"w": 1}, "batch_stats": {"mean": 0}})
+    ({'w': 1}, {'batch_stats': {'mean': 0}})
+    """
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be a tree of mappings, got {type(params).__name__}")
     if isinstance(params.get("params"), Mapping) and all(isinstance(v, Mapping) for v in params.values()):
@@ -100,16 +112,20 @@ def split_variables(params: Tree) -> tuple[Tree, dict[str, Any]]:
 
 
 def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = ()) -> Any:
-    """Maps ``fn(path, leaf)`` over the leaves; containers and holes stay as they are."""
+    """A tree of ``fn(path, leaf)``; containers and holes stay.
+
+    >>> map_with_path(lambda path, x: join(path), {"a": {"b": 1}})
+    {'a': {'b': 'a/b'}}
+    """
     if isinstance(tree, Mapping):
         return like({k: map_with_path(fn, v, (*path, k)) for k, v in tree.items()}, tree)
     return None if tree is None else fn(path, tree)
 
 
 def combine(base: Tree, overlay: Tree) -> Any:
-    """Lays ``overlay`` over ``base``: its leaves are added or take the place of base leaves; holes give way.
+    """Lays ``overlay`` over ``base``: its leaves are added to the base's or replace them.
 
-    Neither argument is changed and no array is copied. Inverse of `partition`.
+    A hole gives way to the other tree. Neither argument is changed and no array is copied. Inverse of `partition`.
 
     Args:
       base: e.g. the pretrained ``params``, or the ``trainable`` half of a partition.
@@ -119,7 +135,7 @@ def combine(base: Tree, overlay: Tree) -> Any:
       A new tree in ``base``'s container type.
 
     Raises:
-      ValueError: a leaf on one side is a subtree on the other.
+      ValueError: one tree has a leaf where the other has a subtree.
 
     >>> combine({"dense": {"kernel": 1, "bias": 2}}, {"dense": {"bias": 3, "lora_a": 4}})
     {'dense': {'kernel': 1, 'bias': 3, 'lora_a': 4}}
@@ -146,16 +162,16 @@ def combine(base: Tree, overlay: Tree) -> Any:
 
 
 def partition(tree: Tree, labels: Tree) -> tuple[Any, Any]:
-    """Splits a tree by its labels into ``(trainable, frozen)``: the same structure twice, holes are None.
+    """Splits a tree by labels into ``(trainable, frozen)``: the same structure twice, with None for the other half.
 
     Inverse of `combine`: ``combine(*partition(tree, labels))`` is ``tree``.
 
     Args:
       tree: any tree, e.g. ``combine(params, adapter)``.
-      labels: "trainable" or "frozen" for every leaf, e.g. ``peft.labels(tree)``. It may cover more than ``tree``.
+      labels: "trainable" or "frozen" for every leaf, e.g. ``peft.labels(tree)``; may have more leaves than ``tree``.
 
     Raises:
-      ValueError: a leaf without a label, or a label that is neither word.
+      ValueError: a leaf without a label, or a label other than these two.
 
     >>> partition({"w": 1, "b": 2}, {"w": "frozen", "b": "trainable"})
     ({'w': None, 'b': 2}, {'w': 1, 'b': None})
@@ -169,10 +185,13 @@ def partition(tree: Tree, labels: Tree) -> tuple[Any, Any]:
 
 
 def masked(tx: optax.GradientTransformation, labels: Tree) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that keeps state for and updates the trainable leaves alone; frozen leaves get zero updates.
+    """An optimizer for the trainable leaves only; frozen leaves get zero updates and no optimizer state.
 
-    For loops that carry the full tree. It also takes a part of that tree, e.g. the adapter by itself, because
-    labels are looked up by path.
+    For training loops that carry the full tree. It also takes a part of that tree, e.g. the adapter alone: labels are
+    looked up by path.
+
+    Raises:
+      ValueError: in ``init`` and ``update``, for a leaf without a label.
 
     >>> import optax, jax.numpy as jnp
     >>> tx = masked(optax.adam(1e-3), {"w": "frozen", "lora_a": "trainable"})
@@ -181,15 +200,15 @@ def masked(tx: optax.GradientTransformation, labels: Tree) -> optax.GradientTran
     5
     """
 
-    def of(tree: Tree) -> Any:
+    def labels_of(tree: Tree) -> Any:
         found = _labels_for(tree, labels)
         return map_with_path(lambda p, _: found[p], tree)
 
-    return optax.multi_transform({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, of)
+    return optax.multi_transform({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, labels_of)
 
 
 def _labels_for(tree: Tree, labels: Tree) -> dict[Path, str]:
-    """Label by path for every leaf of ``tree``; every way in which they do not fit is an error."""
+    """The labels by path. Raises a ValueError if a leaf of ``tree`` has none, or one that is not a label."""
     known = flatten(labels)
     for path in flatten(tree):
         if path not in known:
@@ -200,37 +219,37 @@ def _labels_for(tree: Tree, labels: Tree) -> dict[Path, str]:
 
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
-    """The end of an error message: the names closest to one that was not found, or nothing."""
+    """The end of an error message: the names closest to one that was not found, or an empty string."""
     depth = name.count("/") + 1
 
-    def likeness(other: str) -> float:
+    def similarity(other: str) -> float:
         # A suffix such as `query` is far from `encoder/layer/0/attention/self/query` by edit distance alone.
         tail = "/".join(other.split("/")[-depth:])
         return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (other, tail))
 
-    scores = {other: likeness(other) for other in names}
+    scores = {other: similarity(other) for other in names}
     close = sorted((x for x in scores if scores[x] >= 0.4), key=lambda x: -scores[x])
     return f"; nearest: {', '.join(close[:n])}" if close else ""
 
 
 def size_bytes(tree: Tree) -> int:
-    """Bytes that the leaves of a tree take, from their shapes and dtypes."""
+    """The bytes of a tree's leaves, from their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
-    """A leaf's ``NamedSharding`` on more than nothing, or None: traced and single-device leaves have none."""
+    """A leaf's ``NamedSharding``, or None: tracers and leaves on a single device have none."""
     leaf = peek(leaf)
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def count(tree: Tree) -> int:
-    """How many numbers a tree holds: of a quantized weight those that it stands for."""
+    """The number of parameters in a tree; a quantized weight counts as the array that it stands for."""
     return sum(peek(leaf).size for leaf in flatten(tree).values())
 
 
 def all_finite(tree: Tree) -> jax.Array:
-    """True where no floating leaf holds a NaN or an infinity. A scalar boolean."""
+    """A scalar boolean: whether every floating leaf is free of NaN and infinity."""
     checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack(checks).all() if checks else jnp.asarray(True)

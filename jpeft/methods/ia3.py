@@ -1,6 +1,6 @@
 """IA3: learned scales of activations (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
 
-y = (x W + b) * l           l: [out], for keys and values
+y = (x W + b) * l           l: [out], for key and value projections
 y = (x * l) W + b           l: [in], for the second layer of a feed-forward block
 """
 
@@ -13,21 +13,23 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jpeft.checks import POSITIVE_INT
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.core.targets import ALL_LINEAR, Targets, compile_pattern, matches_entry, select
-from jpeft.methods.base import POSITIVE_INT, WeightMethod, check_fields, dtype_name
+from jpeft.core.targets import Targets, matches, select
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(WeightMethod):
-    """Scales the outputs of weights or, where ``feedforward`` names them, their inputs.
+    """Scales the outputs of weights or, where ``feedforward`` matches, their inputs.
 
     Attributes:
-      feedforward: those of the targets whose input is scaled: a regular expression, a list of paths, or None.
-      dtype: of the leaves. targets, exclude, overrides: see `Method`.
+      feedforward: the targets whose input is scaled: a regular expression, a list of paths, or None for no target.
+      dtype: of the leaves.
+      targets, exclude, overrides, parts: see `WeightMethod`.
 
-    Leaves at a site: ``ia3_out [out]`` or ``ia3_in [in]`` (for a convolution, one a channel), all ones at first.
+    Leaves at a site, all ones at first: ``ia3_out [out]`` or ``ia3_in [in]`` (for a convolution, one per channel).
 
     >>> import jpeft
     >>> method = jpeft.IA3(targets=["key", "value", "output/dense"], feedforward=["output/dense"])
@@ -47,21 +49,12 @@ class IA3(WeightMethod):
 
     def sites(self, survey: Any) -> list[Site]:
         sites = super().sites(survey)
-        if self.feedforward is not None:  # an entry that names none of the sites is an error
+        if self.feedforward is not None:  # raises if an entry matches no site
             select(sites, self.feedforward, what="IA3.feedforward", others=survey.names)
         return sites
 
     def prepare(self, site: Site) -> Site:
-        return replace(super().prepare(site), role="feedforward" if self._is_feedforward(site) else "")
-
-    def _is_feedforward(self, site: Site) -> bool:
-        if self.feedforward is None or callable(self.feedforward):
-            return bool(self.feedforward and self.feedforward(site.name, site))
-        if self.feedforward == ALL_LINEAR:
-            return site.linear
-        if isinstance(self.feedforward, str):
-            return any(compile_pattern(self.feedforward).fullmatch(n) for n in site.names)
-        return any(matches_entry(t, n) for t in self.feedforward for n in site.names)
+        return replace(super().prepare(site), role="feedforward" if matches(self.feedforward, site) else "")
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         if site.role == "feedforward":
@@ -75,7 +68,7 @@ class IA3(WeightMethod):
         return y * leaves["ia3_out"].astype(y.dtype)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        if "ia3_in" in leaves:  # the rows of a convolution's matrix are (place in the window, channel)
+        if "ia3_in" in leaves:  # the rows of a convolution's matrix are (position in the window, channel)
             scale = leaves["ia3_in"]
             return w * jnp.tile(scale, w.shape[0] // scale.shape[0])[:, None]
         return w * leaves["ia3_out"]

@@ -1,4 +1,4 @@
-"""What a geometry is, and the two that hold for any weight: split into parts, and raw."""
+"""The interface of a geometry, and the two geometries that hold for any weight: `Parts` and `Raw`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class Call:
     """One call of a module, as a geometry sees it. While a method is bound, arrays are abstract.
 
     Attributes:
-      module: the called module, whose fields a geometry may read.
-      method: the name of its method.
-      args, kwargs: the call's arguments.
-      shapes: the shapes of the module's own parameters, in its scope.
-      convolve: ``(image, kernel) -> image``, of a convolution: the module's own, with its stride and padding, by another
-        kernel in the stored layout and without bias or groups.
+      module: the called module; a geometry may read its fields.
+      method: name of the called method.
+      args: positional arguments.
+      kwargs: keyword arguments.
+      shapes: shapes of the module's own parameters, in its scope.
+      convolve: ``(image, kernel) -> image``, for a convolution: the module's convolution (stride, padding, …) with
+        another kernel in the stored layout, without bias or groups.
     """
 
     module: Any
@@ -34,25 +35,33 @@ class Call:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a module uses one weight. Static and hashable: it becomes part of a `Peft`.
+    """How a module uses one weight: static and hashable, part of a `Peft`.
 
-    Subclasses give ``view``/``unview`` (the weight), and for the fused path ``operand``/``restore`` (the input) and
-    ``result``/``output`` (the output). ``batch`` are the leading axes of the view; the core maps methods over them.
+    A subclass defines `view` and `unview` (the weight). If a call can be computed without the changed weight
+    (``fused``), it also defines `operand` and `restore` (the input) and `result` and `output` (the output).
+
+    Attributes:
+      leaf: name of the weight in its owner.
+      bias: name of the bias, or None.
+      argument: index of the positional argument that is the input.
+      linear: whether "all-linear" includes the weight.
+      lookup: whether the input is an index into the weight.
+      fused: whether a call can be computed without materializing the changed weight.
+      channels: number of distinct input features, if the matrix has more rows than that (convolutions).
     """
 
     leaf: str = "kernel"
     bias: str | None = "bias"
-    argument: int = 0  # which positional argument of the call is the input
+    argument: int = 0
 
-    linear = True  # is it part of "all-linear"?
-    lookup = False  # is the input a table index?
-    fused = True  # can a call be computed without materializing the changed weight?
-    channels: ClassVar[int | None] = (
-        None  # distinct input features, where they are fewer than the matrix's rows (convolution)
-    )
+    linear = True
+    lookup = False
+    fused = True
+    channels: ClassVar[int | None] = None
 
     @property
     def batch(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of the view. The core maps methods over them."""
         return ()
 
     def view(self, w: jax.Array) -> jax.Array:
@@ -60,7 +69,7 @@ class Geometry:
         raise TypeError(f"{type(self).__name__} does not define view")
 
     def unview(self, m: jax.Array) -> jax.Array:
-        """Inverse of `view`."""
+        """The weight as it is stored. Inverse of `view`."""
         raise TypeError(f"{type(self).__name__} does not define unview")
 
     def view_bias(self, b: jax.Array) -> jax.Array:
@@ -68,23 +77,49 @@ class Geometry:
         return b.reshape(*self.batch, -1)
 
     def unview_bias(self, m: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Inverse of `view_bias`."""
+        """The bias as it is stored, in ``shape``. Inverse of `view_bias`."""
         return m.reshape(shape)
 
+    def operand(self, call: Call, dtype: Any) -> Any:
+        """The call's input as ``[batch..., tokens..., in]``, an array or something that multiplies like one."""
+        raise TypeError(f"{type(self).__name__} does not define operand")
+
+    def restore(self, call: Call, x: Any) -> Any:
+        """The input in the module's own layout; None if a changed operand has no such form. Inverse of `operand`."""
+        raise TypeError(f"{type(self).__name__} does not define restore")
+
+    def result(self, call: Call, y: jax.Array) -> jax.Array:
+        """The module's output as ``[batch..., tokens..., out]``. Inverse of `output`."""
+        raise TypeError(f"{type(self).__name__} does not define result")
+
+    def output(self, call: Call, y: jax.Array) -> jax.Array:
+        """The output in the module's own layout. Inverse of `result`."""
+        raise TypeError(f"{type(self).__name__} does not define output")
+
+    @property
+    def takes_operand(self) -> bool:
+        """Whether the module itself accepts `operand` as its input and then returns `result`."""
+        return False
+
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Which axes of the stored weight are its batch, its inputs and its outputs, major first: for shardings."""
+        """The axes of the stored weight that are its batch, its inputs and its outputs, major first; for shardings."""
         return (), (), ()
 
     def split(self, parts: int) -> Geometry:
-        """The same weight as ``parts`` equal blocks of outputs, each with leaves of its own (a fused q, k, v)."""
+        """The same weight as ``parts`` matrices, each with an equal block of the outputs (a fused q, k, v)."""
         return self if parts == 1 else Parts(self.leaf, self.bias, self.argument, self, parts)
 
 
 @dataclass(frozen=True)
 class Parts(Geometry):
-    """A weight whose outputs are equal blocks, each a matrix of its own over the same input."""
+    """A weight whose outputs are equal blocks: each block is a matrix of its own, with the same input.
 
-    inner: Any = dataclasses.field(default_factory=Geometry)
+    Attributes:
+      inner: geometry of the whole weight.
+      parts: number of blocks.
+    """
+
+    inner: Geometry = dataclasses.field(default_factory=Geometry)
     parts: int = 1
 
     @property
@@ -100,8 +135,8 @@ class Parts(Geometry):
         return self.inner.fused
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        both, ins, _ = self.inner.axes()
-        return both, ins, ()  # a block boundary need not be a shard boundary
+        batch, inputs, _ = self.inner.axes()
+        return batch, inputs, ()  # the boundary of a block need not be one of a shard
 
     def view(self, w: jax.Array) -> jax.Array:
         m = self.inner.view(w)
@@ -119,7 +154,8 @@ class Parts(Geometry):
         return self.inner.unview_bias(m.reshape(*m.shape[:-2], -1), shape)
 
     def operand(self, call: Call, dtype: Any) -> Any:
-        return self.inner.operand(call, dtype)  # shared by the parts: the core does not map it
+        """The input of the whole weight. The parts share it: the core does not map over it."""
+        return self.inner.operand(call, dtype)
 
     def restore(self, call: Call, x: Any) -> Any:
         return self.inner.restore(call, x)
@@ -135,7 +171,11 @@ class Parts(Geometry):
 
 @dataclass(frozen=True)
 class Raw(Geometry):
-    """A parameter that is read inside a larger method: ``[batch..., in, out]`` as it is stored."""
+    """A parameter that is read inside a larger method: ``[batch..., in, out]`` as it is stored.
+
+    Attributes:
+      shape: shape of the parameter in its scope.
+    """
 
     bias: str | None = None
     shape: tuple[int, ...] = ()

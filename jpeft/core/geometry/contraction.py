@@ -1,4 +1,4 @@
-"""Weights whose use is an einsum: dense layers, projections to heads, experts."""
+"""Weights used in an einsum: dense layers, projections to heads, experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from jpeft.core.geometry.base import Call, Geometry
 
 
 def labels_of(spec: str) -> tuple[str, str, str]:
-    """The axes of input, weight and output in an einsum of the two; a ValueError where it is none of a matrix."""
+    """The axis labels of input, weight and output in an einsum spec.
+
+    Raises:
+      ValueError: not an einsum of two operands, or one whose weight is not a matrix.
+
+    >>> labels_of("...i,io->...o")
+    ('...i', 'io', '...o')
+    """
     try:
         operands, y = spec.replace(" ", "").split("->")
         x, w = operands.split(",")
@@ -30,8 +37,12 @@ def labels_of(spec: str) -> tuple[str, str, str]:
 class Contraction(Geometry):
     """A weight used as ``y = einsum(spec, x, w)``, e.g. ``...i,io->...o`` for a dense layer.
 
-    Axes of the weight in x but not in y are its inputs, in y but not in x its outputs, in both its batch.
-    ``shape`` is the weight's shape in the einsum; a weight that is stored flattened (T5X) is reshaped to it.
+    An axis of the weight that is in x but not in y is an input, in y but not in x an output, in both a batch axis.
+
+    Attributes:
+      spec: the einsum, with the input as first and the weight as second operand.
+      shape: shape of the weight in the einsum.
+      stored: shape of the stored weight, which may be flattened (T5X).
     """
 
     spec: str = "...i,io->...o"
@@ -40,9 +51,10 @@ class Contraction(Geometry):
 
     @property
     def _roles(self) -> tuple[str, str, str]:
+        """Labels of the weight's batch, input and output axes."""
         x, w, y = labels_of(self.spec)
-        both = "".join(c for c in w if c in x and c in y)
-        return both, "".join(c for c in w if c in x and c not in y), "".join(c for c in w if c not in x)
+        batch = "".join(c for c in w if c in x and c in y)
+        return batch, "".join(c for c in w if c in x and c not in y), "".join(c for c in w if c not in x)
 
     def _size(self, labels: str) -> int:
         w = labels_of(self.spec)[1]
@@ -50,20 +62,20 @@ class Contraction(Geometry):
 
     @property
     def batch(self) -> tuple[int, ...]:
-        both = self._roles[0]
-        return (self._size(both),) if both else ()
+        labels = self._roles[0]
+        return (self._size(labels),) if labels else ()
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         w = labels_of(self.spec)[1]
-        if self.stored and self.stored != self.shape:  # stored as [in, out]
+        if self.stored and self.stored != self.shape:  # flattened to [in, out]
             return (), (0,), (1,)
-        both, ins, outs = (tuple(w.index(c) for c in role) for role in self._roles)
-        return both, ins, outs
+        batch, ins, outs = (tuple(w.index(c) for c in role) for role in self._roles)
+        return batch, ins, outs
 
     def view(self, w: jax.Array) -> jax.Array:
         _, labels, _ = labels_of(self.spec)
-        both, ins, outs = self._roles
-        w = _transpose(w.reshape(self.shape), labels, both + ins + outs)
+        batch, ins, outs = self._roles
+        w = _transpose(w.reshape(self.shape), labels, batch + ins + outs)
         return w.reshape(*self.batch, self._size(ins), self._size(outs))
 
     def unview(self, m: jax.Array) -> jax.Array:
@@ -74,26 +86,27 @@ class Contraction(Geometry):
 
     def _bias_labels(self) -> str:
         _, w, y = labels_of(self.spec)
-        return "".join(c for c in y if c in w)  # a bias is added to the output, so it has the output's order
+        return "".join(c for c in y if c in w)  # in the order of the output, to which the bias is added
 
     def view_bias(self, b: jax.Array) -> jax.Array:
         labels = self._bias_labels()
-        both, _, outs = self._roles
-        b = _transpose(b.reshape([self._size(c) for c in labels]), labels, both + outs)
+        batch, _, outs = self._roles
+        b = _transpose(b.reshape([self._size(c) for c in labels]), labels, batch + outs)
         return b.reshape(*self.batch, self._size(outs))
 
     def unview_bias(self, m: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        both, _, outs = self._roles
-        m = m.reshape([self._size(c) for c in both + outs])
-        return _transpose(m, both + outs, self._bias_labels()).reshape(shape)
+        batch, _, outs = self._roles
+        m = m.reshape([self._size(c) for c in batch + outs])
+        return _transpose(m, batch + outs, self._bias_labels()).reshape(shape)
 
     def _layout(self, call: Call) -> tuple[str, str, str, dict[str, int]]:
-        """Labels of a call's x and y, the ellipsis written out for its rank; those of its tokens; and x's sizes."""
+        """Labels of the call's x and y without ellipsis, labels of its token axes, and the size of each axis of x."""
         x, w, y = labels_of(self.spec)
         shape = call.args[self.argument].shape
         if "..." in x:
-            free = [chr(0x4E00 + i) for i in range(len(shape) - len(x.replace("...", "")))]
-            x, y = x.replace("...", "".join(free)), y.replace("...", "".join(free))
+            # Labels for the axes of the ellipsis, from a block of Unicode that no spec uses.
+            free = "".join(chr(0x4E00 + i) for i in range(len(shape) - len(x.replace("...", ""))))
+            x, y = x.replace("...", free), y.replace("...", free)
         if len(x) != len(shape):
             raise ValueError(
                 f"geometry {self.spec!r} was bound to inputs of rank {len(x)}; this call has rank {len(shape)}"
@@ -107,29 +120,25 @@ class Contraction(Geometry):
         return x.reshape(*self.batch, *middle, self._size(features))
 
     def operand(self, call: Call, dtype: Any) -> jax.Array:
-        """The input as ``[batch..., tokens..., in]``. Inverse of `restore`."""
         labels, _, tokens, sizes = self._layout(call)
         return self._flat(call.args[self.argument].astype(dtype), labels, tokens, self._roles[1], sizes)
 
     def restore(self, call: Call, x: jax.Array) -> jax.Array:
-        """Inverse of `operand`."""
         labels, _, tokens, sizes = self._layout(call)
         order = self._roles[0] + tokens + self._roles[1]
         return _transpose(x.reshape([sizes[c] for c in order]), order, labels)
 
     def result(self, call: Call, y: jax.Array) -> jax.Array:
-        """The module's output as ``[batch..., tokens..., out]``. Inverse of `output`."""
         _, labels, tokens, sizes = self._layout(call)
         return self._flat(y, labels, tokens, self._roles[2], sizes)
 
     def output(self, call: Call, y: jax.Array) -> jax.Array:
-        """Inverse of `result`."""
         _, labels, tokens, sizes = self._layout(call)
         order = self._roles[0] + tokens + self._roles[2]
         return _transpose(y.reshape([sizes[c] if c in sizes else self._size(c) for c in order]), order, labels)
 
-    def flat_call(self, call: Call) -> bool:
-        """Whether the module itself may be called on the flattened operand, its output then being the result."""
+    @property
+    def takes_operand(self) -> bool:
         return self.spec == "...i,io->...o"
 
 

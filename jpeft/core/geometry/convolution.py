@@ -1,4 +1,4 @@
-"""Convolutions: the weight is a matrix over the windows of the input."""
+"""Convolutions: the kernel is a matrix that multiplies the windows of the input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from jpeft.core.geometry.base import Call, Geometry
 @jax.tree_util.register_pytree_node_class
 @dataclass
 class Patches:
-    """The matrix ``[tokens..., window * channels]`` of a convolution's input windows, never materialized."""
+    """The matrix ``[tokens..., window * channels]`` of a convolution's input windows, never materialized.
+
+    Attributes:
+      image: the input.
+      convolve: ``(image, matrix) -> image``: the convolution with a kernel ``[window * channels, k]``.
+    """
 
     image: jax.Array
     convolve: Callable[[jax.Array, jax.Array], jax.Array]
@@ -38,21 +43,29 @@ class Patches:
         return y.reshape(-1, y.shape[-1]) if backend.flatten_tokens() else y
 
     def __mul__(self, scale: jax.Array) -> Patches:
-        """Scales each input channel: ``scale`` has one entry a channel, the same at every place in the window."""
+        """The windows with scaled channels. ``scale`` has one entry per channel, for all positions in the window."""
         return Patches(self.image * scale.astype(self.dtype), self.convolve)
 
     def map(self, fn: Callable[[jax.Array], jax.Array]) -> Patches:
+        """The windows of ``fn(image)``."""
         return Patches(fn(self.image), self.convolve)
 
 
 @dataclass(frozen=True)
 class Convolution(Geometry):
-    """A kernel ``[window..., in / groups, out]``: rows of the matrix are (place in the window, channel)."""
+    """A kernel ``[window..., in / groups, out]``. Rows of the matrix are (position in the window, channel).
+
+    Attributes:
+      shape: shape of the kernel.
+      groups: number of feature groups.
+      transposed: whether the kernel is stored as ``[window..., out, in]`` (``ConvTranspose(transpose_kernel=True)``).
+      masked: whether the module masks its kernel. Such a call is not linear in the kernel's view.
+    """
 
     shape: tuple[int, ...] = ()
     groups: int = 1
-    transposed: bool = False  # ConvTranspose(transpose_kernel=True) stores [window..., out, in]
-    masked: bool = False  # a masked kernel is not linear in the view
+    transposed: bool = False
+    masked: bool = False
 
     @property
     def fused(self) -> bool:  # type: ignore[override]
@@ -80,7 +93,7 @@ class Convolution(Geometry):
         return jnp.swapaxes(w, -1, -2) if self.transposed else w
 
     def _convolve(self, call: Call) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """The module's own convolution by another kernel ``[window * channels, k]``."""
+        """The module's convolution with another kernel, given as ``[window * channels, k]``."""
 
         def convolve(image: jax.Array, a: jax.Array) -> jax.Array:
             assert call.convolve is not None
@@ -105,14 +118,10 @@ class Convolution(Geometry):
         return y.reshape(*self.batch, -1, y.shape[-1]) if backend.flatten_tokens() else y
 
     def output(self, call: Call, y: jax.Array) -> jax.Array:
-        spatial = jax.eval_shape(self._convolve(call), self._first(call), self._one(call)).shape[:-1]
+        x = call.args[0]
+        one_group = jax.ShapeDtypeStruct((*x.shape[:-1], self.channels), x.dtype)
+        one_filter = jax.ShapeDtypeStruct((math.prod(self.shape[:-2]) * self.channels, 1), x.dtype)
+        spatial = jax.eval_shape(self._convolve(call), one_group, one_filter).shape[:-1]
         if self.groups > 1:
             return jnp.moveaxis(y.reshape(self.groups, *spatial, -1), 0, -2).reshape(*spatial, -1)
         return y.reshape(*spatial, -1)
-
-    def _first(self, call: Call) -> jax.ShapeDtypeStruct:
-        x = call.args[0]
-        return jax.ShapeDtypeStruct((*x.shape[:-1], self.channels), x.dtype)
-
-    def _one(self, call: Call) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((math.prod(self.shape[:-2]) * self.channels, 1), call.args[0].dtype)

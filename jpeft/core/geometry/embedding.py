@@ -1,4 +1,4 @@
-"""Embedding tables: looked up by id, and used transposed as an output head."""
+"""Embedding tables: indexed by token id, and used transposed as an output head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from jpeft.core.geometry.base import Call, Geometry
 @jax.tree_util.register_pytree_node_class
 @dataclass
 class Lookup:
-    """The one-hot matrix ``[tokens..., vocabulary]`` that an embedding's ids stand for, never materialized."""
+    """The one-hot matrix ``[tokens..., vocabulary]`` of token ids, never materialized.
+
+    Attributes:
+      ids: the token ids.
+      weight: a factor for each token, or None.
+      dtype: dtype of products with the matrix.
+    """
 
     ids: jax.Array
     weight: jax.Array | None
@@ -40,7 +46,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Embedding(Geometry):
-    """A table ``[vocabulary, features]``: looked up by id, and by ``attend`` used transposed as an output head."""
+    """A table ``[vocabulary, features]``: indexed by token id or, in ``attend``, used transposed."""
 
     leaf: str = "embedding"
     bias: str | None = None
@@ -61,7 +67,7 @@ class Embedding(Geometry):
         return Lookup(jnp.asarray(call.args[0]), None, dtype)
 
     def restore(self, call: Call, x: Any) -> None:
-        return None  # a changed one-hot matrix is no longer an id: multiply by the weight instead
+        return None  # a changed one-hot matrix is not an id; the caller multiplies by the weight instead
 
     def result(self, call: Call, y: jax.Array) -> jax.Array:
         return y
@@ -71,7 +77,7 @@ class Embedding(Geometry):
 
 
 def attend(view: Callable[[Any], jax.Array], query: jax.Array, vocabulary: int) -> jax.Array:
-    """``query @ W.T`` for a linear map ``x -> x @ W``, by transposing the map rather than building ``W``."""
+    """``query @ W.T`` for a linear map ``view: x -> x @ W``, by transposing the map; ``W`` is never materialized."""
     x = jax.ShapeDtypeStruct((*query.shape[:-1], vocabulary), query.dtype)
     (y,) = jax.linear_transpose(view, x)(query)
     return y
