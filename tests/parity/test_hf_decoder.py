@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft.errors import AdapterError
+from jpeft.methods import METHODS
+from tests.hf.outside import DoRA, VeRA
 from tests.zoo import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, transformers' and peft's own
@@ -93,10 +95,10 @@ def tensor_names(folder):
         return set(file.keys())
 
 
-def made_in_torch(base_folder, folder, config):
-    """A LoRA made and disturbed in PEFT, saved to a folder; and its logits."""
+def made_in_torch(base_folder, folder, config, kind=LoraConfig):
+    """A LoRA or another adapter, made and disturbed in PEFT, saved to a folder; and its logits."""
     torch.manual_seed(1)
-    adapted = get_peft_model(in_torch(base_folder), LoraConfig(**config))
+    adapted = get_peft_model(in_torch(base_folder), kind(**config))
     with torch.no_grad():
         # Parameters of tied adapters share their storage, which is not to be disturbed twice.
         for p in {p.data_ptr(): p for p in adapted.parameters() if p.requires_grad}.values():
@@ -374,3 +376,34 @@ def test_half_precision(base, tmp_path):
     np.testing.assert_array_equal(np.asarray(ours[2].astype(jnp.float32)).T, theirs)
     got, want = logits(peft, params, adapter), torch_logits(adapted.float())
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+# Methods from outside of jpeft, which declare their forms in tests/hf/outside.py.
+OUTSIDE = {
+    "VeRA": (VeRA, {"r": 8, "d_initial": 0.5, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "VeRA, biases": (VeRA, {"r": 8, "target_modules": ["q_proj"], "bias": "vera_only", "modules_to_save": ["norm"]}),
+    "VeRA, regenerated": (
+        VeRA,
+        {"r": 8, "target_modules": ["k_proj", "up_proj"], "projection_prng_key": 5, "save_projection": False},
+    ),
+    "DoRA": (DoRA, {"use_dora": True, "r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_method_from_outside(case, base, linen, tmp_path, monkeypatch):
+    method, config = OUTSIDE[case]
+    monkeypatch.setitem(METHODS, method.__name__, method)
+    want = made_in_torch(base("qwen2"), tmp_path / "torch", config, VeraConfig if method is VeRA else LoraConfig)
+    assert np.abs(want - torch_logits(in_torch(base("qwen2")))).max() > 1e-2
+    for scan in SCANS:
+        model, params = linen("qwen2", scan)
+        peft, adapter = jpeft.hf.load(tmp_path / "torch", model, params, jnp.asarray(IDS))
+        assert type(peft.method.methods()[0]) is method
+        close(logits(peft, params, adapter), want)
+        jpeft.hf.save(tmp_path / f"back {scan}", peft, adapter, params)
+    for file in FILES:
+        assert (tmp_path / "back True" / file).read_bytes() == (tmp_path / "back False" / file).read_bytes()
+    if "regenerated" not in case:
+        assert tensor_names(tmp_path / "torch") == tensor_names(tmp_path / "back True")
+    close(torch_logits(PeftModel.from_pretrained(in_torch(base("qwen2")), tmp_path / "back True")), want)
