@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -111,6 +112,21 @@ def file_sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder for downloads and compiled programs: `$JPEFT_CACHE`, else the platform's (`~/.cache/jpeft` on Linux).
+
+    >>> cache_folder().is_absolute()
+    True
+    """
+    if chosen := os.environ.get("JPEFT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "jpeft"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jpeft"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jpeft"
 
 
 # -------------------------------------------------------------------------------------------------------------- JSON

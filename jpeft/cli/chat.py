@@ -51,7 +51,7 @@ def _read_line(interactive: bool) -> str | None:
 
 
 def _encode(generator: Any, conversation: Any) -> Any:
-    ids, limit = generator.codec.encode_chat(conversation.messages), generator.model.config.max_position_embeddings
+    ids, limit = generator.tokenizer.encode_chat(conversation.messages), generator.model.config.max_position_embeddings
     if len(ids) >= limit:
         raise UserError(f"the conversation has {len(ids)} tokens, and the model takes at most {limit}: start a new one")
     return ids

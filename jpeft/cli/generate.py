@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> None:
     if any(isinstance(prompt, str) and not prompt.strip() for prompt in prompts):
         raise UserError("the prompt is empty: give some text")
     generator, settings = open_text_generator(args)
-    codec = generator.codec
-    raw = args.raw or (not codec.template and not args.messages and not args.system)
-    ids = [codec.encode(p) if raw else codec.encode_chat(_as_messages(p, args.system)) for p in prompts]
+    tokenizer = generator.tokenizer
+    raw = args.raw or (not tokenizer.template and not args.messages and not args.system)
+    ids = [tokenizer.encode(p) if raw else tokenizer.encode_chat(_as_messages(p, args.system)) for p in prompts]
     if len(ids) > 1:
-        texts = generator.answers(ids, settings)
+        texts = generator.generate(ids, settings)
         if args.json:
             print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
         else:
@@ -68,7 +68,7 @@ def print_answer(generator: Any, ids: Sequence[int], settings: Any, quiet: bool)
     from jpeft.serving.text_generator import Speed
 
     speed, pieces = Speed(), []
-    for piece in generator.answer(ids, settings, speed):
+    for piece in generator.stream(ids, settings, speed):
         pieces.append(piece)
         if not quiet:
             print(piece, end="", flush=True)

@@ -1,8 +1,8 @@
 """The text generator behind `jpeft generate` and `jpeft chat`: a language model, its tokenizer and an adapter.
 
 generator = open_text_generator("smollm2", adapter="runs/mine")
-ids = generator.codec.encode_chat([{"role": "user", "content": "Who are you?"}])
-for piece in generator.answer(ids, Settings()):
+ids = generator.tokenizer.encode_chat([{"role": "user", "content": "Who are you?"}])
+for piece in generator.stream(ids, Settings()):
     print(piece, end="", flush=True)
 """
 

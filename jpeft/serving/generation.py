@@ -1,19 +1,18 @@
-"""Generation with a decoder over a cache of keys and values, with or without an adapter.
+"""Generation of token ids with a decoder and a key-value cache, with or without an adapter.
 
     tokens = jpeft.generate(model, params, [[1, 17, 4]], max_new_tokens=64, stop_ids=(2,))
     tokens = jpeft.generate(model, params, prompts, peft=peft, adapter=adapter, temperature=0.7, key=jax.random.key(0))
 
-Two programs are compiled for a shape: one reads the prompts and draws the first token, one loops over tokens. Prompts
-are padded on the left to a power of two and so is the cache, so that lengths, limits and sampling settings change
-nothing that is compiled. What a row draws depends on the key, its own number and its own tokens alone.
+Two programs are compiled per shape: prefill reads the prompts and samples the first token, decode loops over further
+tokens. Prompts are padded on the left to a power of two, and so is the cache; other lengths, limits and sampling
+settings compile nothing new. The samples of a row depend on the key, its index and its own tokens only.
 
-On a CPU, give the layers one by one (`jpeft.models.unroll`): a scan copies each layer's weights before it uses them.
+On a CPU, unroll the layers (`jpeft.models.unroll`): a scan copies each layer's weights before it uses them.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,49 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jpeft.checks import is_number
 from jpeft.core.peft import Peft
-from jpeft.models.decoder import Decoder, grow_cache, init_cache
+from jpeft.models.decoder import Decoder
+from jpeft.models.kv_cache import grow_cache, init_cache
 
-_NO_TOKEN = -2  # where the logits are no numbers
-_STOPS = 8  # stop ids are padded to a multiple of it
-
-
-@dataclass(frozen=True)
-class _Runner:
-    """What is static in a compiled program."""
-
-    model: Decoder
-    peft: Peft | None
-
-    def __call__(self, trees: tuple[Any, Any], input_ids: jax.Array, **kwargs: Any) -> tuple[jax.Array, Any]:
-        params, adapter = trees
-        if self.peft is None:
-            return self.model.apply({"params": params}, input_ids, **kwargs)
-        return self.peft.apply(params, adapter, input_ids, **kwargs)
+_INVALID = -2  # the token of a row whose logits are not finite
+_STOP_IDS = 8  # stop ids are padded to a multiple of it
 
 
 class GenerationError(ValueError):
-    """Prompts or settings that cannot be generated from; the message says which and why."""
-
-
-class _Sampling(NamedTuple):
-    """Arrays, so that another temperature is no other program."""
-
-    keys: Key[Array, " batch"]  # one a row
-    temperature: Float[Array, ""]  # 0: the likeliest token
-    top_k: Int[Array, ""]  # as large as the vocabulary: off
-    top_p: Float[Array, ""]  # 1: off
-    stop_ids: Int[Array, " stops"]
-    vocabulary: Int[Array, ""]  # ids from here on are never drawn
-
-
-class _State(NamedTuple):
-    """Between two tokens."""
-
-    cache: Any
-    tokens: Int[Array, "batch room"]
-    done: Bool[Array, " batch"]
-    count: Int[Array, ""]  # of tokens drawn
+    """Prompts or settings that generation cannot run with."""
 
 
 def generate(
@@ -88,22 +55,26 @@ def generate(
     """Continues a batch of prompts.
 
     Args:
-      model: a decoder of `jpeft.models`. params: its tree.
+      model: a decoder of `jpeft.models`.
+      params: its parameters.
       prompts: token ids, of any lengths.
-      peft, adapter: to run it under; the Peft of this model.
-      max_new_tokens: at most so many for each prompt. None is 256, or what the longest prompt leaves of the context.
-      temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), and `key` is
-        needed. top_k: of the k likeliest only. top_p: of the likeliest that make up this probability.
-      stop_ids: ids that end a row. None is what the model's config has as `eos_token_id`; () ends none.
-      vocabulary: only ids below are drawn, where the embedding has more rows than the tokenizer has tokens.
-      min_prompt_length: prompts are padded to this length at least; a larger one means fewer programs to compile.
+      peft: the bound method of `adapter`.
+      adapter: an adapter to apply.
+      max_new_tokens: the maximum for each prompt. None: 256, or as many as the longest prompt leaves of the context.
+      temperature: 0: greedy decoding. Above 0: sampling from softmax(logits / temperature), which needs a `key`.
+      top_k: sample from the k most likely tokens.
+      top_p: sample from the most likely tokens with this total probability.
+      stop_ids: token ids that end a row. None: the `eos_token_id` of the model's config. (): none.
+      key: the random key for sampling.
+      vocabulary: never generate ids from here on; for embeddings with more rows than the tokenizer has tokens.
+      min_prompt_length: pad prompts to at least this length. A larger one means fewer programs to compile.
 
     Returns:
-      The new tokens of each prompt, up to and with its stop id.
+      The new tokens of each prompt, including its stop id.
 
     Raises:
-      GenerationError: no prompts, an empty one, an id outside the vocabulary, more tokens than the model has positions
-        for, a setting that makes no sense; weights under which the logits are no numbers.
+      GenerationError: a prompt is empty, too long for the model's context or has ids outside the vocabulary; a setting
+        is out of range; the logits are not finite.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> cfg = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -113,18 +84,31 @@ def generate(
     >>> [len(row) for row in generate(model, params, [[3, 1, 4], [1]], max_new_tokens=5)]
     [5, 5]
     """
-    steps = _Steps(model, params, prompts, peft, adapter, max_new_tokens, temperature, top_k, top_p, stop_ids, key,
-                   vocabulary, min_prompt_length)  # fmt: skip
-    steps.advance(steps.limit - 1)
-    return steps.rows()
+    settings = _Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
+    decoding = _Decoding(_Forward.of(model, peft, adapter), (params, adapter), prompts, settings)
+    decoding.advance(decoding.limit - 1)
+    return decoding.rows()
 
 
 def stream(
-    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], **settings: Any
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    peft: Peft | None = None,
+    adapter: Any = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    key: Key[Array, ""] | None = None,
+    vocabulary: int | None = None,
+    min_prompt_length: int = 16,
 ) -> Iterator[list[int | None]]:
-    """The same tokens one by one, as they are made: for each step the new token of each row, None once it has ended.
+    """Yields the tokens of `generate` step by step: the new token of each row, None once the row has ended.
 
-    Arguments as for `generate`; they are checked at once.
+    Args: as for `generate`. They are checked at once, before the first token is requested.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> model = Decoder(DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -133,23 +117,12 @@ def stream(
     >>> len(list(stream(model, params, [[3, 1, 4]], max_new_tokens=5)))
     5
     """
-    return _one_by_one(_Steps(model, params, prompts, **{**(generate.__kwdefaults__ or {}), **settings}))
-
-
-def _one_by_one(steps: _Steps) -> Iterator[list[int | None]]:
-    before = np.zeros(steps.batch, bool)
-    while True:
-        count, done = steps.progress()
-        token = np.asarray(steps.state.tokens[:, count - 1])
-        yield [None if ended else int(t) for ended, t in zip(before, token, strict=True)]
-        if count >= steps.limit or done.all():
-            return
-        before = done
-        steps.advance(1)
+    settings = _Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
+    return _Decoding(_Forward.of(model, peft, adapter), (params, adapter), prompts, settings).steps()
 
 
 def bucket(length: int, min_prompt_length: int, most: int) -> int:
-    """The length that `length` is padded to: a power of two, but not below `min_prompt_length` or above `most`.
+    """The padded length: a power of two, at least `min_prompt_length` and at most `most`.
 
     >>> bucket(5, 16, 8192), bucket(17, 16, 8192), bucket(5000, 16, 6000)
     (16, 32, 6000)
@@ -157,67 +130,174 @@ def bucket(length: int, min_prompt_length: int, most: int) -> int:
     return max(length, min(most, max(min_prompt_length, 1 << (length - 1).bit_length())))
 
 
-class _Steps:
-    """One generation under way."""
+# -------------------------------------------------------------------------------------------------------- arguments
 
-    def __init__(
-        self,
-        model: Decoder,
-        params: Any,
-        prompts: Sequence[Sequence[int]],
-        peft: Peft | None,
-        adapter: Any,
-        max_new_tokens: int | None,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        stop_ids: Sequence[int] | None,
-        key: Key[Array, ""] | None,
-        vocabulary: int | None,
-        min_prompt_length: int,
-    ):
+
+@dataclass(frozen=True)
+class _Forward:
+    """The model, with its bound method if there is one. Static in compiled programs."""
+
+    model: Decoder
+    peft: Peft | None
+
+    @classmethod
+    def of(cls, model: Any, peft: Peft | None, adapter: Any) -> _Forward:
         if not isinstance(model, Decoder):
             raise TypeError(f"model must be a decoder of jpeft.models, got {type(model).__name__}")
         if (peft is None) != (adapter is None):
-            raise GenerationError("give peft and adapter together, or neither")
+            raise GenerationError("peft and adapter must be given together")
         if peft is not None and peft.model != model:
             raise GenerationError(
-                "the Peft was bound to another model; are layers stacked in one? see jpeft.models.unroll"
+                "the Peft was bound to another model; if the layers of one are unrolled, see jpeft.models.unroll"
             )
+        return cls(model, peft)
+
+    def __call__(self, trees: tuple[Any, Any], input_ids: jax.Array, **kwargs: Any) -> tuple[jax.Array, Any]:
+        params, adapter = trees
+        if self.peft is None:
+            return self.model.apply({"params": params}, input_ids, **kwargs)
+        return self.peft.apply(params, adapter, input_ids, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of `generate`."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_ids: Sequence[int] | None
+    key: Key[Array, ""] | None
+    vocabulary: int | None
+    min_prompt_length: int
+
+    def check(self) -> None:
+        for name in ("max_new_tokens", "top_k", "vocabulary"):
+            value = getattr(self, name)
+            if value is not None and not (_is_integer(value) and value > 0):
+                raise GenerationError(f"{name} must be a positive integer, got {value!r}")
+        if not (is_number(self.temperature) and self.temperature >= 0):
+            raise GenerationError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise GenerationError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        stop_ids = () if self.stop_ids is None else self.stop_ids
+        if not isinstance(stop_ids, Collection) or not all(map(_is_integer, stop_ids)):
+            raise GenerationError(f"stop_ids must be token ids, got {stop_ids!r}")
+        if self.temperature > 0 and self.key is None:
+            raise GenerationError("sampling with a temperature above 0 needs a key, e.g. key=jax.random.key(0)")
+
+    def sampling(self, config: Any, batch: int) -> _Sampling:
+        """The settings as arrays, with the defaults of a model's config."""
+        stop_ids = self.stop_ids
         if stop_ids is None:
-            eos = model.config.eos_token_id
+            eos = config.eos_token_id
             stop_ids = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
-        _check_settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary)
-        ids, mask, max_new_tokens = _left_padded(prompts, model.config, max_new_tokens, min_prompt_length)
-        self.batch, width = ids.shape
-        self.limit, self.run, self.trees = max_new_tokens, _Runner(model, peft), (params, adapter)
-        most = model.config.vocab_size
-        vocabulary = most if vocabulary is None else min(vocabulary, most)
         stops = [int(i) for i in stop_ids]
-        stops += [-1] * (-len(stops) % _STOPS or (0 if stops else _STOPS))
-        key = jax.random.key(0) if key is None else key  # not used where the temperature is 0
-        self.sampling = _Sampling(
-            keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.batch)),
-            temperature=jnp.float32(temperature),
-            top_k=jnp.int32(vocabulary if top_k is None else min(top_k, vocabulary)),
-            top_p=jnp.float32(1.0 if top_p is None else top_p),
+        stops += [-1] * (-len(stops) % _STOP_IDS or (0 if stops else _STOP_IDS))
+        size = config.vocab_size
+        vocabulary = size if self.vocabulary is None else min(self.vocabulary, size)
+        key = jax.random.key(0) if self.key is None else self.key  # unused at a temperature of 0
+        return _Sampling(
+            keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
+            temperature=jnp.float32(self.temperature),
+            top_k=jnp.int32(vocabulary if self.top_k is None else min(self.top_k, vocabulary)),
+            top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
             stop_ids=jnp.asarray(stops, jnp.int32),
             vocabulary=jnp.int32(vocabulary),
         )
-        capacity = bucket(width + max_new_tokens, min_prompt_length, 1 << 62)
-        self.state = _prefill(self.run, self.trees, ids, mask, self.sampling, capacity)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], config: Any, new: int) -> list[np.ndarray]:
+    if not len(prompts):
+        raise GenerationError("no prompts")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row = np.asarray(prompt)
+        if row.ndim != 1 or not row.size:
+            found = "not a sequence of token ids" if row.size else "empty"
+            raise GenerationError(f"prompt {i} is {found}")
+        if not np.issubdtype(row.dtype, np.integer):
+            raise GenerationError(f"prompt {i} has the dtype {row.dtype.name}, expected integer token ids")
+        if row.min() < 0 or row.max() >= config.vocab_size:
+            bad = row[(row < 0) | (row >= config.vocab_size)][0]
+            raise GenerationError(
+                f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {config.vocab_size - 1}"
+            )
+        if row.size + new > config.context:
+            raise GenerationError(
+                f"prompt {i} has {row.size} tokens; with {new} new ones it exceeds the model's context of "
+                f"{config.context}; shorten it, or reduce max_new_tokens"
+            )
+        rows.append(row)
+    return rows
+
+
+def _left_padded(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
+    """Token ids `[batch, width]`, padded on the left, and their mask."""
+    ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        ids[i, width - row.size :], mask[i, width - row.size :] = row, True
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+class _Sampling(NamedTuple):
+    """Sampling settings as arrays, so that other values compile nothing new."""
+
+    keys: Key[Array, " batch"]
+    temperature: Float[Array, ""]  # 0: greedy
+    top_k: Int[Array, ""]  # the size of the vocabulary: off
+    top_p: Float[Array, ""]  # 1: off
+    stop_ids: Int[Array, " stops"]
+    vocabulary: Int[Array, ""]  # ids from here on are never generated
+
+
+class _State(NamedTuple):
+    """The state between two tokens."""
+
+    cache: Any
+    tokens: Int[Array, "batch room"]
+    done: Bool[Array, " batch"]
+    count: Int[Array, ""]  # new tokens so far
+
+
+class _Decoding:
+    """The generation of one batch. Prefill runs at once, decode on request."""
+
+    def __init__(self, forward: _Forward, trees: Any, prompts: Sequence[Sequence[int]], settings: _Settings):
+        settings.check()
+        config = forward.model.config
+        rows = _check_prompts(prompts, config, settings.max_new_tokens or 1)
+        longest = max(row.size for row in rows)
+        new = settings.max_new_tokens
+        self.limit = min(256, config.context - longest) if new is None else int(new)
+        self.forward, self.trees = forward, trees
+        self.sampling = settings.sampling(config, len(rows))
+        width = bucket(longest, settings.min_prompt_length, config.context)
+        capacity = bucket(width + self.limit, settings.min_prompt_length, 1 << 62)
+        self.state = _prefill(forward, trees, *_left_padded(rows, width), self.sampling, capacity)
 
     def advance(self, steps: int) -> None:
+        """Decodes up to `steps` more tokens."""
         if steps > 0:
-            self.state = _decode(self.run, self.trees, self.state, self.sampling, jnp.int32(steps))
+            self.state = _decode(self.forward, self.trees, self.state, self.sampling, jnp.int32(steps))
 
     def progress(self) -> tuple[int, np.ndarray]:
+        """The number of new tokens, and which rows have ended."""
         count = int(self.state.count)
-        if bool((self.state.tokens[:, count - 1] == _NO_TOKEN).any()):
-            raise GenerationError("the model's logits are no numbers (NaN or infinite): look at its weights, and dtype")
+        if bool((self.state.tokens[:, count - 1] == _INVALID).any()):
+            raise GenerationError("the model's logits are not finite (NaN or infinite); check its weights and dtype")
         return count, np.asarray(self.state.done)
 
     def rows(self) -> list[list[int]]:
+        """The new tokens of each row, up to its stop id."""
         count, _ = self.progress()
         stops = set(np.asarray(self.sampling.stop_ids).tolist())
         rows = []
@@ -226,55 +306,70 @@ class _Steps:
             rows.append(row[:end])
         return rows
 
+    def steps(self) -> Iterator[list[int | None]]:
+        """The new token of each row, step by step."""
+        ended = np.zeros(self.state.done.shape, bool)
+        while True:
+            count, done = self.progress()
+            tokens = np.asarray(self.state.tokens[:, count - 1]).tolist()
+            yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
+            if count >= self.limit or done.all():
+                return
+            ended = done
+            self.advance(1)
 
-@functools.partial(jax.jit, static_argnames=("run", "capacity"))
-def _prefill(run: _Runner, trees: Any, ids: jax.Array, mask: jax.Array, sampling: _Sampling, capacity: int) -> _State:
+
+@functools.partial(jax.jit, static_argnames=("forward", "capacity"))
+def _prefill(
+    forward: _Forward, trees: Any, ids: jax.Array, mask: jax.Array, sampling: _Sampling, capacity: int
+) -> _State:
+    """Reads the prompts and samples the first token."""
     batch, width = ids.shape
-    cache = init_cache(run.model, batch, width)  # as wide as the prompts: they need not look at empty slots
-    logits, cache = run(trees, ids, attention_mask=mask, cache=cache, logits_to_keep=1)
-    token = _draw(logits[:, -1], sampling, 0)
+    cache = init_cache(forward.model, batch, width)  # no wider, so that attention skips the empty slots
+    logits, cache = forward(trees, ids, attention_mask=mask, cache=cache, logits_to_keep=1)
+    token = _sample(logits[:, -1], sampling, 0)
     tokens = jnp.zeros((batch, capacity - width), jnp.int32).at[:, 0].set(token)
     return _State(grow_cache(cache, capacity), tokens, jnp.isin(token, sampling.stop_ids), jnp.int32(1))
 
 
-@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
-def _decode(run: _Runner, trees: Any, state: _State, sampling: _Sampling, steps: jax.Array) -> _State:
-    """Up to `steps` more tokens, until every row has ended."""
+@functools.partial(jax.jit, static_argnames="forward", donate_argnames="state")
+def _decode(forward: _Forward, trees: Any, state: _State, sampling: _Sampling, steps: jax.Array) -> _State:
+    """Generates up to `steps` more tokens, until every row has ended."""
     last = state.count + steps
 
-    def go_on(state: _State) -> jax.Array:
-        failed = (jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1) == _NO_TOKEN).any()
+    def unfinished(state: _State) -> jax.Array:
+        failed = (jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1) == _INVALID).any()
         return (state.count < last) & ~state.done.all() & ~failed
 
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1)
-        logits, cache = run(trees, token, cache=state.cache)
-        token = _draw(logits[:, -1], sampling, state.count)
+        logits, cache = forward(trees, token, cache=state.cache)
+        token = _sample(logits[:, -1], sampling, state.count)
         tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
         return _State(cache, tokens, state.done | jnp.isin(token, sampling.stop_ids), state.count + 1)
 
-    return jax.lax.while_loop(go_on, step, state)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def _draw(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: Any) -> Int[Array, " batch"]:
+def _sample(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: Any) -> Int[Array, " batch"]:
     """The next token of each row."""
     logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocabulary, logits, -jnp.inf)
 
     def sampled() -> jax.Array:
-        # The likeliest are at 0, so that no temperature is low enough to make them infinite.
+        # The largest logit becomes 0, so that no temperature is low enough to make it infinite.
         scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
         off = (sampling.top_k >= sampling.vocabulary) & (sampling.top_p >= 1.0)
-        kept = jax.lax.cond(off, lambda: scaled, lambda: _likeliest(scaled, sampling.top_k, sampling.top_p))
+        kept = jax.lax.cond(off, lambda: scaled, lambda: _most_likely(scaled, sampling.top_k, sampling.top_p))
         keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, count)
         return jax.vmap(jax.random.categorical)(keys, kept)
 
     token = jax.lax.cond(sampling.temperature > 0, sampled, lambda: logits.argmax(axis=-1))
-    sound = jnp.isfinite(logits.max(axis=-1))
-    return jnp.where(sound, token, _NO_TOKEN).astype(jnp.int32)
+    finite = jnp.isfinite(logits.max(axis=-1))
+    return jnp.where(finite, token, _INVALID).astype(jnp.int32)
 
 
-def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Minus infinity but for the `top_k` likeliest, and of these the fewest that make up `top_p` of them."""
+def _most_likely(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits of the `top_k` most likely tokens, and of these the fewest that make up `top_p`; -inf elsewhere."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     ordered = jnp.take_along_axis(logits, order, axis=-1)
     ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
@@ -282,57 +377,3 @@ def _likeliest(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p
     above = jnp.cumsum(share, axis=-1) - share
     ordered = jnp.where((above < top_p) | (top_p >= 1), ordered, -jnp.inf)  # rounded, `above` may reach 1
     return jnp.put_along_axis(logits, order, ordered, axis=-1, inplace=False)
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], cfg: Any, new: int | None, min_prompt_length: int
-) -> tuple[jax.Array, jax.Array, int]:
-    """Prompts as one array, `[batch, bucket]`, where it holds tokens, and the limit of new ones."""
-    if not len(prompts):
-        raise GenerationError("no prompts")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row = np.asarray(prompt)
-        if row.ndim != 1 or not row.size:
-            raise GenerationError(f"prompt {i} is empty" if not row.size else f"prompt {i} is no sequence of token ids")
-        if not np.issubdtype(row.dtype, np.integer):
-            raise GenerationError(f"prompt {i} holds {row.dtype.name}, expected token ids")
-        if row.min() < 0 or row.max() >= cfg.vocab_size:
-            bad = row[(row < 0) | (row >= cfg.vocab_size)][0]
-            raise GenerationError(f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {cfg.vocab_size - 1}")
-        if row.size + (new or 1) > cfg.context:
-            raise GenerationError(
-                f"prompt {i} has {row.size} tokens; with {new or 1} new ones it is longer than the model's context of "
-                f"{cfg.context}; shorten it, or ask for fewer new tokens"
-            )
-        rows.append(row)
-    longest = max(row.size for row in rows)
-    width = bucket(longest, min_prompt_length, cfg.context)
-    ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        ids[i, width - row.size :], mask[i, width - row.size :] = row, True
-    return jnp.asarray(ids), jnp.asarray(mask), min(256, cfg.context - longest) if new is None else int(new)
-
-
-def _check_settings(
-    new: Any, temperature: Any, top_k: Any, top_p: Any, stop_ids: Any, key: Any, vocabulary: Any
-) -> None:
-    for name, value in (("max_new_tokens", new), ("top_k", top_k), ("vocabulary", vocabulary)):
-        if not (_is_whole(value) and value > 0) and value is not None:
-            raise GenerationError(f"{name} must be a whole number from 1, got {value!r}")
-    if not (_is_number(temperature) and 0 <= temperature < math.inf):
-        raise GenerationError(f"temperature must be a number from 0, got {temperature!r}")
-    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
-        raise GenerationError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-    if not isinstance(stop_ids, Collection) or not all(map(_is_whole, stop_ids)):
-        raise GenerationError(f"stop_ids must be token ids, got {stop_ids!r}")
-    if temperature > 0 and key is None:
-        raise GenerationError("a temperature above 0 draws tokens at random: give a key, e.g. key=jax.random.key(0)")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""A decoder with its tokenizer, generating text."""
+"""Text generation: a decoder with its tokenizer, and optionally an adapter."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import platform
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jpeft import models
 from jpeft.core.peft import Peft
+from jpeft.core.stacking import unroll
+from jpeft.files import cache_folder
 from jpeft.quantization.tree import dequantize
-from jpeft.recipes.assets import cache_folder
 from jpeft.serving import generation
-from jpeft.text import chat_template
+from jpeft.text.chat_template import ChatTokenizer, Stream
 
-_SHORTEST = 256  # prompts are padded to it, so that the turns of a talk seldom meet a length that is not compiled
+# Prompts are padded to at least this length, so that the growing prompts of a conversation seldom compile anew.
+_MIN_PROMPT_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How tokens are chosen: see `jpeft.generate`."""
+    """Sampling settings. See `jpeft.generate`; `seed` stands for its `key`."""
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -35,51 +36,71 @@ class Settings:
 
 @dataclass
 class Speed:
-    """How fast an answer came."""
+    """The speed of an answer, filled in while it is generated.
 
-    prompt: int = 0  # tokens
+    Attributes:
+        prompt: tokens of the prompt.
+        new: new tokens.
+        compiled: seconds for the first two tokens, each of which may include compilation.
+        rest: seconds for the other tokens.
+    """
+
+    prompt: int = 0
     new: int = 0
-    compiled: float = 0.0  # seconds for the first two tokens: each may have waited for a program to be compiled
-    rest: float = 0.0  # seconds for the others
+    compiled: float = 0.0
+    rest: float = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the second; None where there is none."""
+        """The rate of the tokens after the second one; None if there are none."""
         return (self.new - 2) / self.rest if self.new > 2 and self.rest else None
 
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A decoder with its tokenizer, and the adapter it runs under, if any."""
+    """A decoder with its tokenizer, and the adapter it runs with.
+
+    Attributes:
+        model: a decoder of `jpeft.models`.
+        params: its parameters.
+        tokenizer: its tokenizer and chat template.
+        peft: the bound method of the adapter, if there is one.
+        adapter: the adapter, if there is one.
+    """
 
     model: Any
     params: Any
-    codec: chat_template.ChatTokenizer
+    tokenizer: ChatTokenizer
     peft: Any = None
     adapter: Any = None
 
     @classmethod
-    def of(cls, peft: Peft, params: Any, adapter: Any, codec: chat_template.ChatTokenizer) -> TextGenerator:
-        """A model under its adapter, in the form that decoding is fast in on this backend.
+    def of(cls, peft: Peft, params: Any, adapter: Any, tokenizer: ChatTokenizer) -> TextGenerator:
+        """A model with an adapter, in the form that decodes fastest on this backend.
 
-        On a CPU the adapter is merged where it can be, codes become weights again, which every token would open anew,
-        and layers stand one by one: then there is no Peft, and memory holds the model unquantized. Elsewhere nothing
-        changes.
+        On a CPU, the adapter is merged if it can be, quantized weights are dequantized, which each token would do anew,
+        and stacked layers are unrolled. Memory then holds the unquantized model. Other backends run it as it is.
         """
         if jax.default_backend() != "cpu":
-            return cls(peft.model, params, codec, peft, adapter)
+            return cls(peft.model, params, tokenizer, peft, adapter)
         if all(action.method.mergeable for action in peft.actions):
-            model, plain, _, _ = models.unroll(peft.model, dequantize(peft.merge(params, adapter)))
-            return cls(model, plain, codec)
-        model, plain, peft, adapter = models.unroll(peft.model, dequantize(params), peft, adapter)
-        return cls(model, plain, codec, peft, adapter)
+            model, merged, _, _ = unroll(peft.model, dequantize(peft.merge(params, adapter)))
+            return cls(model, merged, tokenizer)
+        model, params, peft, adapter = unroll(peft.model, dequantize(params), peft, adapter)
+        return cls(model, params, tokenizer, peft, adapter)
 
-    def answer(self, ids: Sequence[int], settings: Settings, speed: Speed | None = None) -> Iterator[str]:
-        """The text that goes on after a prompt, piece by piece."""
+    def stream(self, ids: Sequence[int], settings: Settings, speed: Speed | None = None) -> Iterator[str]:
+        """Yields the completion of a prompt piece by piece.
+
+        Args:
+            ids: the token ids of the prompt.
+            settings: the sampling settings.
+            speed: filled in as tokens are generated.
+        """
         speed = speed or Speed()
-        text, began = chat_template.Stream(self.codec), time.perf_counter()
-        for (token,) in generation.stream(self.model, self.params, [ids], **self._settings(settings)):
-            assert token is not None  # the only row ends the stream
+        text, began = Stream(self.tokenizer), time.perf_counter()
+        for (token,) in generation.stream(self.model, self.params, [ids], **self._arguments(settings)):
+            assert token is not None  # the stream ends with its only row
             now = time.perf_counter()
             speed.prompt, speed.new = len(ids), speed.new + 1
             if speed.new <= 2:
@@ -90,43 +111,29 @@ class TextGenerator:
             yield text.push(token)
         yield text.finish()
 
-    def answers(self, prompts: Sequence[Sequence[int]], settings: Settings) -> list[str]:
-        """The texts that go on after several prompts, made as one batch."""
-        rows = generation.generate(self.model, self.params, prompts, **self._settings(settings))
-        return [self.codec.decode(row) for row in rows]
+    def generate(self, prompts: Sequence[Sequence[int]], settings: Settings) -> list[str]:
+        """The completions of several prompts, generated as one batch."""
+        rows = generation.generate(self.model, self.params, prompts, **self._arguments(settings))
+        return [self.tokenizer.decode(row) for row in rows]
 
-    def _settings(self, settings: Settings) -> dict[str, Any]:
-        chosen = asdict(settings)
+    def _arguments(self, settings: Settings) -> dict[str, Any]:
         return {
             "peft": self.peft,
             "adapter": self.adapter,
-            "stop_ids": self.codec.stop_ids,
-            "key": jax.random.key(chosen.pop("seed")),
-            **chosen,
-            "vocabulary": self.codec.size,
-            "min_prompt_length": _SHORTEST,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "stop_ids": self.tokenizer.stop_ids,
+            "key": jax.random.key(settings.seed),
+            "vocabulary": self.tokenizer.size,
+            "min_prompt_length": _MIN_PROMPT_LENGTH,
         }
-
-
-def keep_compiled() -> None:
-    """Keeps compiled programs in the cache folder: the next process starts at once.
-
-    Machines that share the folder each have their own: a CPU's programs use the instructions it has.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    about = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "") \
-        if cpuinfo.is_file() else platform.processor()  # fmt: skip
-    folder = cache_folder() / f"compiled-{platform.machine()}-{zlib.crc32(about.encode()):08x}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a cache that cannot be written is no reason to stop
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 @dataclass
 class Conversation:
-    """Turns so far, as a chat template wants them."""
+    """The messages of a conversation so far, as chat templates take them."""
 
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -136,9 +143,27 @@ class Conversation:
             self.messages.append({"role": "system", "content": self.system})
 
     def add(self, role: str, content: str) -> None:
+        """Appends a message."""
         self.messages.append({"role": role, "content": content})
 
     def take_back(self) -> None:
-        """Forgets a last turn of the user's that was not answered."""
+        """Removes a last message of the user that was not answered."""
         if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the cache folder, so that the next process need not compile them.
+
+    Machines that share the folder have separate caches, since a program for a CPU uses the instructions it has.
+    """
+    cpuinfo, features = Path("/proc/cpuinfo"), platform.processor()
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    folder = cache_folder() / f"compiled-{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # without a cache, programs are compiled again
+    jax.config.update("jax_compilation_cache_dir", str(folder))

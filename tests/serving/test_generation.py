@@ -16,7 +16,7 @@ from jpeft.core import tree
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig
 from jpeft.serving import generation
-from jpeft.serving.generation import GenerationError, _decode, _likeliest, _prefill, generate, stream
+from jpeft.serving.generation import GenerationError, _decode, _most_likely, _prefill, generate, stream
 
 # A layer that sees all and one that sees a window, shorter than the prompts.
 CONFIG = DecoderConfig(
@@ -107,7 +107,7 @@ def greedy(prompts=PROMPTS, new=NEW, method=None, vocabulary=None):
 
 @pytest.mark.parametrize(("method", "scan_layers"), [(None, True), (None, False), ("lora", True), ("lora", False),
                                                      ("prefix", True)])  # fmt: skip
-def test_ragged_prompts_get_the_likeliest_tokens_of_uncached_passes(method, scan_layers):
+def test_ragged_prompts_get_the_most_likely_tokens_of_uncached_passes(method, scan_layers):
     want = greedy(method=method)
     assert run(method=method, scan_layers=scan_layers) == want
     assert len({token for row in want for token in row}) > 5  # no loop of one token
@@ -215,7 +215,7 @@ def test_a_rows_draws_depend_on_nothing_but_itself():
 
 @pytest.mark.parametrize("settings", [{"temperature": 1e-6}, {"temperature": 5.0, "top_k": 1},
                                       {"temperature": 1.0, "top_p": 1e-6}], ids=str)  # fmt: skip
-def test_cold_or_narrow_draws_are_the_likeliest_tokens(settings):
+def test_cold_or_narrow_draws_are_the_most_likely_tokens(settings):
     assert run(key=KEY, **settings) == greedy()
 
 
@@ -245,7 +245,7 @@ def test_the_tokens_kept_are_those_that_transformers_keeps():
         [[0.1], [1], [2], [4], [9], [30]]
     )
     logits = logits.astype(np.float32)
-    kept = jax.jit(_likeliest)
+    kept = jax.jit(_most_likely)
     for k in (None, 1, 2, 7, 59, 60):
         for p in (None, 1e-4, 0.1, 0.5, 0.9, 0.999):
             got = kept(logits, jnp.int32(k or 60), jnp.float32(p or 1.0))
@@ -257,7 +257,7 @@ def test_top_p_of_one_keeps_everything_however_unlikely():
     """Where the sum of all shares before a token is rounded to 1, or beyond."""
     logits = np.random.default_rng(0).normal(size=(16, 5000)).astype(np.float32)
     logits[:, 2000:] -= 20
-    kept = jax.jit(_likeliest)(logits, jnp.int32(4000), jnp.float32(1.0))
+    kept = jax.jit(_most_likely)(logits, jnp.int32(4000), jnp.float32(1.0))
     assert (np.isfinite(kept).sum(axis=1) == 4000).all()
 
 
@@ -333,9 +333,9 @@ def test_parameters_on_a_mesh_give_the_same_tokens():
 def test_weights_that_are_not_numbers_are_an_error(settings):
     model, params = tiny()
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(GenerationError, match="logits are no numbers"):
+    with pytest.raises(GenerationError, match="logits are not finite"):
         generate(model, nan, PROMPTS, max_new_tokens=NEW, **settings)
-    with pytest.raises(GenerationError, match="logits are no numbers"):
+    with pytest.raises(GenerationError, match="logits are not finite"):
         list(stream(model, nan, PROMPTS, max_new_tokens=NEW, **settings))
 
 
@@ -355,28 +355,28 @@ def test_defaults_are_the_models_own_stop_ids_and_what_the_context_leaves():
 BAD = {
     "no prompts": ({"prompts": []}, "no prompts"),
     "empty prompt": ({"prompts": [[1], []]}, "prompt 1 is empty"),
-    "one prompt, not in a list": ({"prompts": [1, 2]}, "prompt 0 is no sequence of token ids"),
-    "text": ({"prompts": ["hello"]}, "prompt 0 is no sequence of token ids"),
-    "nested": ({"prompts": [[[1, 2]]]}, "prompt 0 is no sequence of token ids"),
+    "one prompt, not in a list": ({"prompts": [1, 2]}, "prompt 0 is not a sequence of token ids"),
+    "text": ({"prompts": ["hello"]}, "prompt 0 is not a sequence of token ids"),
+    "nested": ({"prompts": [[[1, 2]]]}, "prompt 0 is not a sequence of token ids"),
     "too large": ({"prompts": [[1], [3, 60]]}, "prompt 1 has the token id 60, but the vocabulary is 0 to 59"),
     "negative": ({"prompts": [[-1]]}, "prompt 0 has the token id -1"),
-    "floats": ({"prompts": [[1.0, 2.0]]}, "prompt 0 holds float64, expected token ids"),
-    "booleans": ({"prompts": [[True]]}, "prompt 0 holds bool"),
+    "floats": ({"prompts": [[1.0, 2.0]]}, "prompt 0 has the dtype float64, expected integer token ids"),
+    "booleans": ({"prompts": [[True]]}, "prompt 0 has the dtype bool"),
     "too long": ({"prompts": [[1] * 55]}, "prompt 0 has 55 tokens; with 10 new ones .* context of 64"),
     "too many": ({"max_new_tokens": 64}, "prompt 0 has 12 tokens; with 64 new ones"),
-    "none": ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1, got 0"),
+    "none": ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
     "half": ({"max_new_tokens": 1.5}, "max_new_tokens must be .* got 1.5"),
     "true": ({"max_new_tokens": True}, "max_new_tokens must be .* got True"),
-    "cold": ({"temperature": -1.0}, "temperature must be a number from 0, got -1.0"),
+    "cold": ({"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
     "hot": ({"temperature": float("inf"), "key": KEY}, "temperature must be .* got inf"),
     "no number": ({"temperature": float("nan"), "key": KEY}, "temperature must be .* got nan"),
     "on": ({"temperature": True, "key": KEY}, "temperature must be .* got True"),
-    "no key": ({"temperature": 0.5}, r"give a key, e\.g\. key=jax.random.key\(0\)"),
-    "top_k": ({"top_k": 0}, "top_k must be a whole number from 1, got 0"),
+    "no key": ({"temperature": 0.5}, r"needs a key, e\.g\. key=jax.random.key\(0\)"),
+    "top_k": ({"top_k": 0}, "top_k must be a positive integer, got 0"),
     "top_k half": ({"top_k": 2.5}, "top_k must be .* got 2.5"),
     "top_p": ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     "top_p in percent": ({"top_p": 90}, "top_p must be .* got 90"),
-    "vocabulary": ({"vocabulary": 0}, "vocabulary must be a whole number from 1, got 0"),
+    "vocabulary": ({"vocabulary": 0}, "vocabulary must be a positive integer, got 0"),
     "vocabulary negative": ({"vocabulary": -5}, "vocabulary must be .* got -5"),
     "stop id": ({"stop_ids": [2.5]}, r"stop_ids must be token ids, got \[2.5\]"),
     "no stop id": ({"stop_ids": [None]}, r"stop_ids must be token ids, got \[None\]"),
@@ -404,9 +404,9 @@ def test_numbers_of_numpy_are_numbers():
 
 def test_a_peft_must_be_this_models_and_have_its_adapter():
     model, params, peft, adapter = setup("lora")
-    with pytest.raises(GenerationError, match="give peft and adapter together"):
+    with pytest.raises(GenerationError, match="peft and adapter must be given together"):
         generate(model, params, PROMPTS, peft=peft)
-    with pytest.raises(GenerationError, match="give peft and adapter together"):
+    with pytest.raises(GenerationError, match="peft and adapter must be given together"):
         generate(model, params, PROMPTS, adapter=adapter)
     one_by_one, its_params, _, _ = setup(None, scan_layers=False)
     with pytest.raises(GenerationError, match=r"bound to another model.*jpeft\.models\.unroll"):

@@ -269,7 +269,7 @@ def samples(
     generator = TextGenerator.of(peft, params, adapter, tokenizer)
     ids = [tokenizer.encode_chat(list(messages)) for messages, _ in prompts]
     room = peft.model.config.max_position_embeddings - max(map(len, ids))
-    texts = generator.answers(ids, Settings(min(new_tokens, room)))
+    texts = generator.generate(ids, Settings(min(new_tokens, room)))
     return [
         Sample(messages[-1]["content"], reference, text)
         for (messages, reference), text in zip(prompts, texts, strict=True)
