@@ -13,11 +13,18 @@ import optax
 import pytest
 
 import jpeft
+from jpeft import _moved
+from jpeft.linen import registry
 from jpeft.linen import registry
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 
-MODULES = [m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.")]
+MODULES = [m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.") if not m.name.endswith("__main__")]
+# Their examples compile whole models.
+SLOW = {
+    "jpeft.core.quantized", "jpeft.core.stacking", "jpeft.models.bert", "jpeft.models.decoder", "jpeft.models.loading",
+    "jpeft.models.saving", "jpeft.serving.generation",
+}  # fmt: skip
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -33,9 +40,34 @@ def _as_users_do():
         yield
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.exhaustive) if name in SLOW else name for name in MODULES
+])  # fmt: skip
 def test_docstrings(name, registries):
     assert not doctest.testmod(importlib.import_module(name)).failed
+
+
+def test_slow_examples_are_of_modules_that_exist():
+    assert set(MODULES) >= SLOW
+
+
+@pytest.mark.parametrize(("old", "new"), _moved.MOVED.items())
+def test_old_submodule_names_give_the_module_that_has_their_content(old, new):
+    assert getattr(jpeft, old) is importlib.import_module(new)
+
+
+@pytest.mark.parametrize("old", _moved.SPLIT)
+def test_old_names_of_modules_that_were_split_are_refused_with_the_new_ones(old):
+    with pytest.raises(ImportError, match=f"jpeft.{old} has moved: see jpeft"):
+        getattr(jpeft, old)
+    for name in re.findall(r"jpeft[a-z._]+[a-z]", _moved.SPLIT[old]):
+        importlib.import_module(name)
+
+
+def test_an_import_that_a_notebook_showed_keeps_working():
+    from jpeft.conversations import Batch
+
+    assert Batch is importlib.import_module("jpeft.text.conversations").Batch
 
 
 @pytest.mark.parametrize("name", [n for n, v in vars(jpeft).items() if n[0] != "_" and callable(v)])
@@ -56,6 +88,7 @@ def test_the_surface_in_twenty_lines(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter.safetensors", "config.json"]
 
 
+@pytest.mark.exhaustive
 def test_language_models(tmp_path, monkeypatch):
     code = readme("path/to/llama")
     monkeypatch.chdir(tmp_path)
@@ -69,6 +102,7 @@ def test_language_models(tmp_path, monkeypatch):
     assert (tmp_path / "hf" / "adapter_config.json").is_file()
 
 
+@pytest.mark.exhaustive
 def test_quantized_bases(tmp_path, monkeypatch):
     code = readme("path/to/qwen")
     monkeypatch.chdir(tmp_path)
@@ -83,6 +117,7 @@ def test_quantized_bases(tmp_path, monkeypatch):
     assert jpeft.quantization.is_quantized(scope["base"]) and not jpeft.quantization.is_quantized(scope["merged"])
 
 
+@pytest.mark.exhaustive
 def test_meshes(tmp_path, monkeypatch):
     code = readme("path/to/mistral")
     monkeypatch.chdir(tmp_path)
