@@ -1,4 +1,4 @@
-"""Executes the notebooks beside this file, in place, so that what they show is what they do.
+"""Executes notebooks in place, so that their outputs are those of their code.
 
 python notebooks/execute.py [quickstart.ipynb ...]
 """
@@ -13,12 +13,12 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Runs every notebook, or those named, and writes its outputs back; the first error ends it."""
+    """Executes the named notebooks, or all, and writes their outputs; stops at the first error."""
     for path in [HERE / name for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(HERE)}}).execute()
         nbformat.write(notebook, path)
-        print(f"{path.name}: {sum(c.cell_type == 'code' for c in notebook.cells)} cells ran")
+        print(f"{path.name}: {sum(cell.cell_type == 'code' for cell in notebook.cells)} cells executed")
 
 
 if __name__ == "__main__":
