@@ -204,8 +204,12 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(saved):
     path, _, _, _ = saved
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_KILLED), str(path)],
-        cwd=os.path.dirname(os.path.dirname(__file__)), capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     seen = [json.loads(line) for line in done.stdout.splitlines()]
     assert [status for status, _ in seen] == [signal.SIGKILL] * (len(seen) - 1) + [0] and len(seen) > 4
     values = [value for _, found in seen for value in found]

@@ -1,4 +1,4 @@
-"""Generation over a cache held to the model without one, step by step; what is drawn, and what is compiled for it."""
+"""Generation with a key-value cache against full forward passes; sampling, and the programs that are compiled."""
 
 import dataclasses
 import functools
@@ -18,11 +18,18 @@ from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig
 from jpeft.serving import generation
 from jpeft.serving.generation import GenerationError, _decode, _most_likely, _prefill, generate, stream
 
-# A layer that sees all and one that sees a window, shorter than the prompts.
+# A layer with full attention and one with a sliding window that is shorter than the prompts.
 CONFIG = DecoderConfig(
-    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, sliding_window=5, layer_types=(FULL, SLIDING),
-)  # fmt: skip
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    sliding_window=5,
+    layer_types=(FULL, SLIDING),
+)
 PROMPTS = [np.random.default_rng(n).integers(0, 60, n).tolist() for n in (12, 1, 7)]
 NEW = 10
 IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -31,14 +38,14 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_to_compile():
-    """Most of the time goes to compiling; what is compiled need not be fast."""
+    """Compiling takes most of the time; the programs need not be fast."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def filled(shapes, seed=0):
-    """Far from uniform: ties would make tokens a matter of rounding."""
+    """Random weights, large enough that rounding cannot change the most likely token."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype), shapes)
 
@@ -73,7 +80,7 @@ def run(prompts=PROMPTS, how=generate, method=None, scan_layers=True, **settings
 
 @functools.cache
 def uncached(method=None):
-    """Ids `[batch, 48]`, padded on the right, to the logits of a whole forward pass."""
+    """A forward pass without a cache: ids `[batch, 48]`, padded on the right, to logits."""
     model, params, peft, adapter = setup(method)
     if peft is None:
         return jax.jit(lambda ids: model.apply({"params": params}, ids))
@@ -98,52 +105,71 @@ def _greedy(prompts, new, method, vocabulary):
 
 
 def greedy(prompts=PROMPTS, new=NEW, method=None, vocabulary=None):
-    """The likeliest token of a whole forward pass, again and again."""
+    """Greedy decoding without a cache."""
     return [list(row) for row in _greedy(tuple(map(tuple, prompts)), new, method, vocabulary)]
 
 
 # --- greedy ---
 
 
-@pytest.mark.parametrize(("method", "scan_layers"), [(None, True), (None, False), ("lora", True), ("lora", False),
-                                                     ("prefix", True)])  # fmt: skip
-def test_ragged_prompts_get_the_most_likely_tokens_of_uncached_passes(method, scan_layers):
+@pytest.mark.parametrize(
+    ("method", "scan_layers"),
+    [
+        (None, True),
+        pytest.param(None, False, marks=pytest.mark.exhaustive),
+        ("lora", True),
+        ("lora", False),
+        ("prefix", True),
+    ],
+)
+def test_greedy_decoding_equals_forward_passes_without_a_cache(method, scan_layers):
     want = greedy(method=method)
     assert run(method=method, scan_layers=scan_layers) == want
-    assert len({token for row in want for token in row}) > 5  # no loop of one token
+    assert len({token for row in want for token in row}) > 5  # not one repeated token
     assert method is None or want != greedy()
 
 
-def test_each_prompt_alone_gets_the_tokens_it_gets_in_a_batch():
+def test_a_prompt_alone_gives_the_tokens_of_a_batch():
     assert [run([prompt])[0] for prompt in PROMPTS] == greedy()
 
 
-@pytest.mark.parametrize("length", [15, 16, 17])
-def test_lengths_around_a_bucket(length):
+@pytest.mark.parametrize(
+    ("length", "limits"),
+    [
+        (15, (1, 16)),
+        (16, (1, 16)),  # 16 + 16 fill the cache of 32
+        (17, (1, 16, 17)),
+        pytest.param(15, (17,), marks=pytest.mark.exhaustive),
+        pytest.param(16, (17,), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_lengths_around_a_bucket(length, limits):
     prompts = [(PROMPTS[0] * 2)[:length], PROMPTS[1], PROMPTS[2]]
-    for new in (1, 16, 17):  # 16 + 16 fill the cache of 32
+    for new in limits:
         assert run(prompts, max_new_tokens=new) == [row[:new] for row in greedy(prompts, 17)]
 
 
-def test_up_to_the_last_position_of_the_model():
-    prompts = [PROMPTS[0], PROMPTS[1], (PROMPTS[0] * 4)[:38]]
-    rows = run(prompts, max_new_tokens=26)  # 38 + 26 = 64
-    assert [row[:10] for row in rows] == greedy(prompts, 10)
-    assert [len(row) for row in rows] == [26] * 3
+@pytest.mark.parametrize("length", [32, pytest.param(38, marks=pytest.mark.exhaustive)])
+def test_up_to_the_last_position_of_the_model(length):
+    prompts = [PROMPTS[0], PROMPTS[1], (PROMPTS[0] * 4)[:length]]
+    for limit in (CONFIG.context - length, None):  # by default, as many as the context leaves
+        rows = run(prompts, max_new_tokens=limit)
+        assert [row[:10] for row in rows] == greedy(prompts, 10)
+        assert [len(row) for row in rows] == [CONFIG.context - length] * 3
 
 
 def test_a_longer_bucket_gives_the_same_tokens():
     assert run(min_prompt_length=32) == greedy()
 
 
-def test_only_ids_of_the_tokenizer_are_drawn():
+def test_only_ids_of_the_vocabulary_are_generated():
     assert run(vocabulary=9) == greedy(vocabulary=9)
     drawn = {token for row in run(vocabulary=9, temperature=3.0, key=KEY) for token in row}
     assert max(drawn) < 9 and len(drawn) > 4
-    assert run(vocabulary=600) == greedy()  # more than there are
+    assert run(vocabulary=600) == greedy()  # larger than the model's
 
 
-# --- ends ---
+# --- stop ids ---
 
 
 def cut(rows, stops):
@@ -151,19 +177,20 @@ def cut(rows, stops):
 
 
 @pytest.mark.parametrize("at", [0, 3, NEW - 1])
-def test_a_stop_id_ends_its_row_and_is_part_of_it(at):
+def test_a_stop_id_ends_its_row_and_is_included(at):
     want = greedy()
     for stops in ((want[0][at],), (want[0][at], want[2][1], 59)):
         assert run(stop_ids=stops) == cut(want, stops)
 
 
-def test_when_all_rows_have_ended_nothing_more_is_computed():
+def test_decoding_stops_when_all_rows_have_ended():
     want = greedy()
     stops = [row[2] for row in want]
     rows, steps = run(stop_ids=stops), list(run(how=stream, stop_ids=stops))
     assert rows == cut(want, stops) and len(steps) == max(map(len, rows)) <= 3
 
 
+@pytest.mark.exhaustive
 def test_many_stop_ids():
     stops = list(range(0, 60, 3))
     assert run(stop_ids=stops) == cut(greedy(), stops)
@@ -172,57 +199,58 @@ def test_many_stop_ids():
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.8, "key": KEY, "top_k": 20}, {"max_new_tokens": 1}], ids=str
 )
-def test_a_stream_is_generate_token_by_token(settings):
+def test_stream_gives_the_tokens_of_generate(settings):
     rows = run(**settings)
     for stop in (rows[0][-1], rows[1][len(rows[1]) // 2], 60):
         want = cut(rows, [stop])
         steps = list(run(how=stream, stop_ids=[stop], **settings))
         assert len(steps) == max(map(len, want))
-        for i, row in enumerate(want):  # None once it has ended, and for good
+        for i, row in enumerate(want):  # None from its end on
             assert [step[i] for step in steps] == row + [None] * (len(steps) - len(row))
         assert run(stop_ids=[stop], **settings) == want
 
 
-def test_a_stream_checks_its_arguments_before_it_is_read():
+def test_stream_checks_its_arguments_at_once():
     with pytest.raises(GenerationError, match="no prompts"):
         run([], how=stream)
 
 
-# --- draws ---
+# --- sampling ---
 
 
-def test_draws_follow_the_key():
+def test_samples_depend_on_the_key():
     settings = {"temperature": 1.5}
     rows = run(key=KEY, **settings)
     assert rows == run(key=jax.random.key(0), **settings)
     assert rows != run(key=jax.random.key(1), **settings) and rows != greedy()
     same = run([PROMPTS[0]] * 3, key=KEY, **settings)
-    assert len(set(map(tuple, same))) == 3  # rows with one prompt draw on their own
+    assert len(set(map(tuple, same))) == 3  # rows with the same prompt sample independently
 
 
-def test_a_rows_draws_depend_on_nothing_but_itself():
+def test_the_samples_of_a_row_depend_on_that_row_only():
     settings = {"temperature": 1.0, "top_p": 0.9, "key": KEY}
     want = run(**settings)
     others = [PROMPTS[0], [9, 9, 9], [1, 2]]
-    assert run(others, **settings)[0] == want[0]  # the other rows
+    assert run(others, **settings)[0] == want[0]  # other rows
     assert run([*others[:2], PROMPTS[2]], **settings)[2] == want[2]
-    assert run([PROMPTS[0]], **settings)[0] == want[0]  # how many there are
+    assert run([PROMPTS[0]], **settings)[0] == want[0]  # the batch size
     assert run(min_prompt_length=32, **settings) == want  # padding
-    assert [row[:4] for row in run(max_new_tokens=4, **settings)] == [row[:4] for row in want]  # how far it goes
+    assert [row[:4] for row in run(max_new_tokens=4, **settings)] == [row[:4] for row in want]  # the limit
     stop = want[1][0]
-    assert run(stop_ids=[stop], **settings) == cut(want, [stop])  # where another ends
+    assert run(stop_ids=[stop], **settings) == cut(want, [stop])  # the end of another row
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1e-6}, {"temperature": 5.0, "top_k": 1},
-                                      {"temperature": 1.0, "top_p": 1e-6}], ids=str)  # fmt: skip
-def test_cold_or_narrow_draws_are_the_most_likely_tokens(settings):
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-6}, {"temperature": 5.0, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-6}], ids=str
+)
+def test_cold_or_narrow_sampling_is_greedy(settings):
     assert run(key=KEY, **settings) == greedy()
 
 
 def test_no_temperature_is_too_low():
-    """Logits over it are beyond float32."""
+    """Logits divided by it exceed float32."""
     model, params = tiny()
-    params = {**params, "lm_head": {"kernel": 50 * params["lm_head"]["kernel"]}}  # the same order of tokens
+    params = {**params, "lm_head": {"kernel": 50 * params["lm_head"]["kernel"]}}  # the order of tokens stays
     assert generate(model, params, PROMPTS, max_new_tokens=NEW, temperature=1e-37, key=KEY) == greedy()
 
 
@@ -240,7 +268,7 @@ def huggingface(scores, k, p):
     return scores
 
 
-def test_the_tokens_kept_are_those_that_transformers_keeps():
+def test_top_k_and_top_p_keep_the_tokens_of_transformers():
     logits = np.random.default_rng(0).normal(size=(6, 60)).astype(np.float32) * np.array(
         [[0.1], [1], [2], [4], [9], [30]]
     )
@@ -253,15 +281,15 @@ def test_the_tokens_kept_are_those_that_transformers_keeps():
             np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=f"top_k={k} top_p={p}")
 
 
-def test_top_p_of_one_keeps_everything_however_unlikely():
-    """Where the sum of all shares before a token is rounded to 1, or beyond."""
+def test_top_p_of_one_keeps_every_token():
+    """Also where the rounded sum of all shares before a token reaches 1."""
     logits = np.random.default_rng(0).normal(size=(16, 5000)).astype(np.float32)
     logits[:, 2000:] -= 20
     kept = jax.jit(_most_likely)(logits, jnp.int32(4000), jnp.float32(1.0))
     assert (np.isfinite(kept).sum(axis=1) == 4000).all()
 
 
-def test_frequencies_are_the_probabilities():
+def test_frequencies_of_samples_are_their_probabilities():
     rows = 3000
     logits = next_logits([[5]] * 3)[0].astype(np.float64)
 
@@ -278,7 +306,7 @@ def test_frequencies_are_the_probabilities():
         assert (np.abs(got - wanted) <= 5 * np.sqrt(wanted / rows)).all() and (wanted > 0.02).sum() > 4
 
 
-# --- what is compiled, what is touched ---
+# --- compiled programs, parameters ---
 
 
 def programs():
@@ -291,16 +319,23 @@ def test_lengths_in_a_bucket_and_settings_compile_nothing_new():
     for prompts in ([[1]] * 3, [[1] * 16, [2] * 3, [3]], PROMPTS):
         for new in (1, 2, 16):
             run(prompts, max_new_tokens=new)
-    for settings in ({"temperature": 0.3}, {"temperature": 2}, {"temperature": 1.0, "top_k": 3},
-                     {"temperature": 1.0, "top_p": 0.5, "top_k": 100}, {"stop_ids": [1]}, {"stop_ids": range(8)},
-                     {"vocabulary": 50}):  # fmt: skip
+    for settings in (
+        {"temperature": 0.3},
+        {"temperature": 2},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.0, "top_p": 0.5, "top_k": 100},
+        {"stop_ids": [1]},
+        {"stop_ids": range(8)},
+        {"vocabulary": 50},
+    ):
         run(key=jax.random.key(7), **settings)
     list(run(how=stream))
     assert programs() == before
-    run([[1]] * 5)  # what is counted does tell: another batch
-    assert programs() == (before[0] + 1, before[1] + 1)
+    run([[1]] * 5, max_new_tokens=1)  # another batch size does compile
+    assert programs() == (before[0] + 1, before[1])
 
 
+@pytest.mark.exhaustive
 def test_depth_does_not_change_the_number_of_programs():
     deep = dataclasses.replace(CONFIG, num_hidden_layers=6, layer_types=(FULL, SLIDING) * 3)
     model, params = tiny(deep)
@@ -309,13 +344,13 @@ def test_depth_does_not_change_the_number_of_programs():
     assert programs() == (before[0] + 1, before[1] + 1)
 
 
-def test_the_trees_are_left_as_they_are():
+def test_the_trees_are_unchanged():
     model, params, peft, adapter = setup("lora")
     before = jax.tree.map(np.array, (params, adapter))
     first = run(method="lora")
     assert run(method="lora") == first
     for (path, leaf), old in zip(tree.flatten(params).items(), jax.tree.leaves(before[0]), strict=True):
-        assert np.array_equal(leaf, old), path  # also: not donated
+        assert np.array_equal(leaf, old), path  # also not donated
     assert all(map(np.array_equal, jax.tree.leaves(adapter), jax.tree.leaves(before[1])))
     assert generate(model, before[0], PROMPTS, peft=peft, adapter=before[1], max_new_tokens=NEW) == first  # numpy
 
@@ -339,7 +374,17 @@ def test_weights_that_are_not_numbers_are_an_error(settings):
         list(stream(model, nan, PROMPTS, max_new_tokens=NEW, **settings))
 
 
-def test_defaults_are_the_models_own_stop_ids_and_what_the_context_leaves():
+def test_the_default_stop_ids_are_the_models():
+    model, params = tiny()
+    stops = tuple(range(0, 60, 3))  # many
+    stopping = model.clone(config=dataclasses.replace(model.config, eos_token_id=stops))
+    assert generate(stopping, params, PROMPTS, max_new_tokens=NEW) == cut(greedy(), stops)
+    others = [stop + 60 for stop in stops]
+    assert generate(stopping, params, PROMPTS, max_new_tokens=NEW, stop_ids=others) == greedy()
+
+
+@pytest.mark.exhaustive
+def test_defaults_are_the_models_stop_ids_and_the_rest_of_the_context():
     model, params = tiny()
     rows = generate(model, params, PROMPTS, stop_ids=())
     assert {len(row) for row in rows} == {model.config.context - max(map(len, PROMPTS))}
@@ -382,12 +427,12 @@ BAD = {
     "no stop id": ({"stop_ids": [None]}, r"stop_ids must be token ids, got \[None\]"),
     "one stop id, not in a list": ({"stop_ids": 2}, "stop_ids must be token ids, got 2"),
     "stop text": ({"stop_ids": "2"}, "stop_ids must be token ids, got '2'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", [generate, stream])
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_said_before_anything_runs(case, how):
+def test_a_mistake_is_reported_before_anything_runs(case, how):
     settings, message = BAD[case]
     before = programs()
     with pytest.raises(GenerationError, match=message):
@@ -395,14 +440,19 @@ def test_a_mistake_is_said_before_anything_runs(case, how):
     assert programs() == before
 
 
-def test_numbers_of_numpy_are_numbers():
-    settings = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "top_k": np.int32(5),
-                "top_p": np.float64(0.9), "stop_ids": np.array([59])}  # fmt: skip
+def test_numpy_numbers_are_accepted():
+    settings = {
+        "max_new_tokens": np.int64(3),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(5),
+        "top_p": np.float64(0.9),
+        "stop_ids": np.array([59]),
+    }
     plain = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 5, "top_p": 0.9, "stop_ids": [59]}
     assert run([np.array(p) for p in PROMPTS], key=KEY, **settings) == run(key=KEY, **plain)
 
 
-def test_a_peft_must_be_this_models_and_have_its_adapter():
+def test_a_peft_must_belong_to_the_model_and_have_an_adapter():
     model, params, peft, adapter = setup("lora")
     with pytest.raises(GenerationError, match="peft and adapter must be given together"):
         generate(model, params, PROMPTS, peft=peft)
@@ -415,5 +465,5 @@ def test_a_peft_must_be_this_models_and_have_its_adapter():
         generate(Bert(BertConfig()), params, PROMPTS)
 
 
-def test_generate_is_at_the_top():
+def test_generate_and_stream_are_top_level_names():
     assert jpeft.generate is generation.generate and jpeft.stream is generation.stream

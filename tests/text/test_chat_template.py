@@ -111,15 +111,18 @@ def test_variables_of_a_template():
     ("template", "text"),
     [
         ("{% for m in messages %}\n  {% if m.role == 'user' %}\nU\n  {% endif %}\n{% endfor %}\n", "U\n"),
-        ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}"
-         "{% endfor %}", "02"),
+        (
+            "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}"
+            "{% endfor %}",
+            "02",
+        ),
         ("{{ {'b': '<é>', 'a': 1} | tojson }}", '{"b": "<é>", "a": 1}'),
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, indent=1, separators=(',', ':')) }}", '{\n "a":2,\n "b":1\n}'),
         ("{{ 'é' | tojson(ensure_ascii=true) }}{{ messages[0].content | e }}", '"\\u00e9"Tea?'),
         ("{{ strftime_now('%Y') | int > 2000 }}", "True"),
         ("{% macro f(x) %}<{{ x }}>{% endmacro %}{% set n = namespace(v=1) %}{% set n.v = 2 %}{{ f(n.v) }}", "<2>"),
     ],
-)  # fmt: skip
+)
 def test_the_environment(template, text):
     assert chat_tokenizer("byte-level", template).render(ASK) == text
 
@@ -260,7 +263,7 @@ def streamed(chat, ids):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(draw=st.data())
 def test_a_stream_gives_the_decoded_text(name, draw):
     chat = chat_tokenizer(name)
@@ -269,7 +272,7 @@ def test_a_stream_gives_the_decoded_text(name, draw):
     streamed(chat, draw.draw(st.lists(few, max_size=40)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text(min_size=1))
 def test_a_stream_gives_the_encoded_text(text):
     for name in ("byte-level", "gemma"):
@@ -367,10 +370,16 @@ def test_a_token_that_only_the_config_declares_special_is_one_token(folder):
         ({"chat_template.jinja": "J", "chat_template.json": {"chat_template": "P"}}, "J"),
         ({"chat_template.json": {"chat_template": "P"}}, CHATML),
         ({"tokenizer_config.json": {}, "chat_template.json": {"chat_template": "P"}}, "P"),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "rag", "template": "R"},
-                                                      {"name": "default", "template": "D"}]}}, "D"),
+        (
+            {
+                "tokenizer_config.json": {
+                    "chat_template": [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]
+                }
+            },
+            "D",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_may_hold_the_template(folder, files, template):
     for name, content in files.items():
         write(folder, name, content)

@@ -194,7 +194,7 @@ def test_positions_of_roberta_begin_after_the_padding():
 lengths = st.lists(st.integers(1, 128), min_size=1, max_size=90)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=35)
 @given(lengths, st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_every_epoch_shows_every_example_once(lengths, size, seed, epochs):
     batches = labeled.Batches(encoded(lengths), size, seed, epochs)
@@ -206,7 +206,7 @@ def test_every_epoch_shows_every_example_once(lengths, size, seed, epochs):
         assert sorted(rows[rows >= 0]) == list(range(len(lengths)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=35)
 @given(lengths, st.integers(1, 9), st.data())
 def test_a_resumed_run_sees_the_same_batches(lengths, size, draw):
     batches = labeled.Batches(encoded(lengths), size, seed=5, epochs=3)
@@ -217,7 +217,7 @@ def test_a_resumed_run_sees_the_same_batches(lengths, size, draw):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=35)
 @given(lengths, st.integers(1, 9))
 def test_rows_are_padded_and_empty_rows_have_no_weight(lengths, size):
     source = encoded(lengths)
