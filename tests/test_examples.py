@@ -15,7 +15,6 @@ import pytest
 import jpeft
 from jpeft import _moved
 from jpeft.linen import registry
-from jpeft.linen import registry
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 
