@@ -1,7 +1,7 @@
-"""Binding: a method and a model become a `Peft`.
+"""Binds a method to a model: the result is a `Peft`.
 
-A front end finds the sites of the model in one abstract call; the method chooses among them and says, abstractly, which
-leaves it keeps there.
+A front end finds the sites of the model in one abstract call. The method selects some of them, and its ``init`` is
+evaluated abstractly for the shapes of its leaves there.
 """
 
 from __future__ import annotations
@@ -30,37 +30,43 @@ def bind(method: Method, model: Any, params: Tree, /, *inputs: Any, **kwargs: An
 
 
 def front_end(model: Any) -> FrontEnd:
-    """The front end that runs a model.
+    """The front end that accepts a model.
 
     Raises:
-      TypeError: ``model`` is no module that a front end accepts.
+      TypeError: no front end accepts ``model``.
     """
-    # Imported when something is bound: `jpeft.methods` stays free of module systems.
+    # Imported late, so that `jpeft.methods` does not import a module system.
     from jpeft.linen.frontend import LINEN
 
     if LINEN.accepts(model):
         return LINEN
-    hint = "; bind its .module, which is one" if LINEN.accepts(getattr(model, "module", None)) else ""
-    raise TypeError(f"model must be a flax.linen Module, got {type(model).__name__}{hint}")
+    hint = "; bind its .module" if LINEN.accepts(getattr(model, "module", None)) else ""
+    raise TypeError(f"model must be {LINEN.accepted}, got {type(model).__name__}{hint}")
 
 
 def survey_model(model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
-    """The sites of a model: the first half of `bind`, which depends on no method.
+    """The candidate sites of a model: the half of `bind` that does not depend on the method.
 
     Raises:
-      TypeError: ``model`` is no module. ValueError: ``params`` do not fit it.
+      TypeError: no front end accepts ``model``.
+      ValueError: ``params`` do not fit it.
     """
     return front_end(model).survey(model, params, inputs, kwargs)
 
 
 def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Peft:
-    """The second half of `bind`, for a model that was surveyed already."""
+    """The other half of `bind`, for a model that was surveyed before.
+
+    Raises:
+      TargetError: a target matches nothing.
+      ValueError: the method cannot act on a site, or a leaf's path is taken.
+    """
     base = flatten(split_variables(params)[0])
     structure: dict[Path, tuple[tuple[int, ...], str]] = {}
     actions: list[Action] = []
     shared_paths: list[Path] = []
-    # Sites that differ in their path alone have leaves of the same shapes: an initialization that takes an SVD is
-    # traced once, not once a layer.
+    # Sites that differ only in their path have leaves of the same shapes. An initialization with an SVD takes long to
+    # trace, so it is traced once, not once per layer.
     shapes: dict[tuple[Method, Site], tuple[Leaves, tuple[str, ...]]] = {}
     for i, (slug, member) in enumerate(zip(slugs(method), method.methods(), strict=True)):
         sites = member.sites(survey)
@@ -82,12 +88,19 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
             _claim(structure, {action.leaf_path(n): x for n, x in stored.items()}, base, member, site.kind == "leaf")
             actions.append(action)
     size = sum(math.prod(np.shape(peek(x))) for x in base.values())
-    laid = tuple(sorted(structure.items()))
-    return Peft(model, method, front_end(model), tuple(actions), laid, tuple(shared_paths), size)
+    return Peft(
+        model=model,
+        method=method,
+        frontend=front_end(model),
+        actions=tuple(actions),
+        structure=tuple(sorted(structure.items())),
+        shared_paths=tuple(shared_paths),
+        base_size=size,
+    )
 
 
 def _leaf_shapes(method: Method, site: Site, weight: Any, shared: Leaves) -> tuple[Leaves, tuple[str, ...]]:
-    """The leaves at a site, abstract and as stored, and the names of those that the method expands them to."""
+    """The abstract leaves at a site as they are stored, and the names of the leaves that ``expand`` makes of them."""
 
     def init(key: jax.Array) -> Leaves:
         return init_leaves(method, site, key, None if weight is None else jnp.zeros(weight.shape, weight.dtype))
@@ -105,8 +118,11 @@ def _claim(
 ) -> None:
     """Adds leaves to the structure.
 
+    Args:
+      stands_in: whether the leaves replace leaves of the model.
+
     Raises:
-      ValueError: a path that is taken, by another method or by the model (unless the leaf stands in for the model's).
+      ValueError: another method or the model has a leaf at one of the paths.
     """
     for path, leaf in leaves.items():
         if path in structure:

@@ -1,7 +1,7 @@
-"""Attention geometries: where a module's keys, values and mask pass, after any position encoding.
+"""Attention hooks: they run an attention module with changed keys, values and mask, after any position encoding.
 
-A hook runs a module's method with its keys, values and mask changed. Keys and values are ``[..., length, heads,
-head_dim]``, the mask is boolean and broadcasts to ``[..., heads, query_length, length]``, or is None.
+Keys and values are ``[..., length, heads, head_dim]``. The mask is boolean and broadcasts to
+``[..., heads, query_length, length]``, or is None.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import jax
 
 from jpeft.core.method import pad_left
 
+# (key, value, mask) -> changed (key, value, mask)
 Extend = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+# (next_fun, args, kwargs, module, extend) -> output
 Hook = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], nn.Module, Extend], Any]
 
 
 def attend_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend: Extend) -> Any:
-    """For a method ``attend(query, key, value, mask, ...)``, which is how jpeft's own models show their attention."""
+    """The hook for a method ``attend(query, key, value, mask, ...)``, as jpeft's own models have it."""
     query, key, value, *rest = args
     mask = kwargs.get("mask", rest[0] if rest else None)
     key, value, mask = extend(key, value, mask)
@@ -30,10 +32,10 @@ def attend_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend
 
 
 def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend: Extend) -> Any:
-    """For ``nn.MultiHeadDotProductAttention``: swaps its ``attention_fn`` for the duration of the call."""
+    """The hook for ``nn.MultiHeadDotProductAttention``: replaces its ``attention_fn`` during the call."""
     inner = module.attention_fn  # type: ignore[attr-defined]
 
-    @functools.wraps(inner)  # flax passes only what the signature names
+    @functools.wraps(inner)  # Flax passes only the arguments in the signature
     def wrapped(query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any, **kw: Any) -> Any:
         length = key.shape[-3]
         key, value, mask = extend(key, value, kw.get("mask"))
@@ -43,7 +45,7 @@ def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, 
             kw["bias"] = pad_left(kw["bias"], key.shape[-3] - length, length, 0)
         return inner(query, key, value, *rest, **kw)
 
-    # The bound module is Flax's own clone, made for this call; nothing of the user's is touched.
+    # The bound module is a clone that Flax made for this call; the user's module is not changed.
     object.__setattr__(module, "attention_fn", wrapped)
     try:
         return next_fun(*args, **kwargs)
@@ -57,12 +59,12 @@ _REGISTRY: dict[str, tuple[str, Hook]] = {
 
 
 def register_attention(owner: type | str, method: str = "attend", hook: Hook = attend_hook) -> None:
-    """Tells prefix methods where an attention's keys and values pass.
+    """Registers an attention module, so that prefix tuning finds its keys and values.
 
     Args:
       owner: the attention module's class, or its name.
-      method: the method to run changed; by default one called ``attend(query, key, value, mask, ...)``.
-      hook: how to run it.
+      method: name of the method that computes the attention.
+      hook: runs that method with changed keys and values. The default is for ``attend(query, key, value, mask, ...)``.
 
     >>> register_attention("MyAttention")
     """
@@ -71,6 +73,6 @@ def register_attention(owner: type | str, method: str = "attend", hook: Hook = a
 
 
 def find(owner: str, method: str) -> Hook | None:
-    """The hook for a method of ``owner`` (see `jpeft.geometry.owner_of`), or None."""
+    """The hook for a method of ``owner`` (see `registry.owner_of`), or None."""
     entry = _REGISTRY.get(owner) or _REGISTRY.get(owner.rsplit(".", 1)[-1])
     return entry[1] if entry and entry[0] == method else None

@@ -1,6 +1,6 @@
-"""The box: a leaf of ``params`` that gives the merged weight when a module asks for its parameter.
+"""Boxes: leaves of ``params`` that return the merged weight when a module asks for its parameter.
 
-It serves weights that no interceptor can reach, such as ``self.param("w")`` used inside a larger method.
+They serve weights that the interceptor cannot reach, such as ``self.param("w")`` used inside a larger method.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
     """See `Peft.overlay`."""
     tree, _ = split_variables(params)
     leaves = peft.check(adapter)
-    laid, used = peft.replaced(flatten(tree), leaves), peft.expanded(leaves)
+    full, used = peft.replaced(flatten(tree), leaves), peft.expanded(leaves)
     for path, actions in by_weight(peft.actions, (BOX, MERGE)).items():
         own, bias = [used[a] for a in actions], actions[0].site.bias_path
-        targets = [(path, False)]
-        if bias in laid and any(a.method.changes_bias for a in actions):
-            targets.append((bias, True))
-        for target, is_bias in targets:
+        changed = [(path, False)]
+        if bias in full and any(a.method.changes_bias for a in actions):
+            changed.append((bias, True))
+        for target, is_bias in changed:
             if actions[0].site.via == BOX:
-                laid[target] = Changed(laid[target], tuple(own), tuple(actions), is_bias)
+                full[target] = Changed(full[target], tuple(own), tuple(actions), is_bias)
             else:
-                laid[target] = merge_leaf(actions, own, laid[target], is_bias)
+                full[target] = merge_leaf(actions, own, full[target], is_bias)
     markers: dict[Path, list[Action]] = {}
     for action in peft.actions:
         if action.site.kind != "leaf" and action.site.via == FUSED:
-            laid |= {action.leaf_path(n): x for n, x in used[action].items()}
+            full |= {action.leaf_path(n): x for n, x in used[action].items()}
             markers.setdefault(action.site.path, []).append(action)
-    laid |= {(*path, MARKER): Marker(tuple(actions)) for path, actions in markers.items()}
-    return unflatten(laid)
+    full |= {(*path, MARKER): Marker(tuple(actions)) for path, actions in markers.items()}
+    return unflatten(full)
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Marker:
-    """Lies among a site's leaves, holds no array, and makes the tree structure tell one method from another.
+    """A static leaf beside a site's leaves, which makes the tree structure depend on the method.
 
-    ``nn.jit`` caches a module's trace by that structure: without the marker, a LoRA of another alpha would be served
-    the trace of the first.
+    ``nn.jit`` caches a module's trace by that structure. Without the marker, a LoRA with another alpha would reuse the
+    trace of the first.
     """
 
     actions: tuple[Action, ...]
@@ -60,7 +60,14 @@ MARKER = "jpeft"
 
 @jax.tree_util.register_pytree_node_class
 class Changed(meta.AxisMetadata):
-    """A weight or bias with its adapter leaves: opened, it gives the changed one, a layer at a time under a scan."""
+    """A weight or bias with its adapter leaves. Unboxed, it is the merged one, one layer at a time under a scan.
+
+    Attributes:
+      value: the base weight or bias.
+      leaves: the adapter leaves of each action.
+      actions: the actions, in order.
+      bias: whether this is a bias.
+    """
 
     def __init__(self, value: Any, leaves: tuple[Leaves, ...], actions: tuple[Action, ...], bias: bool = False):
         self.value, self.leaves, self.actions, self.bias = value, leaves, actions, bias

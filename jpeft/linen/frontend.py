@@ -1,4 +1,4 @@
-"""The front end for Flax Linen: `jpeft.core.frontend.FrontEnd` for ``flax.linen.Module``."""
+"""The front end for Flax Linen models; see `jpeft.core.frontend.FrontEnd`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from jpeft.linen.survey import survey
 
 @dataclass(frozen=True)
 class LinenFrontEnd:
-    """Runs Linen modules under the interceptor and boxes of `jpeft.linen.inject`."""
+    """Runs Linen modules with the interceptor of `jpeft.linen.inject` and the boxes of `jpeft.linen.box`."""
+
+    @property
+    def accepted(self) -> str:
+        return "a flax.linen Module"
 
     def accepts(self, model: Any) -> bool:
         """Whether ``model`` is a Linen module."""
         return isinstance(model, nn.Module)
 
     def survey(self, model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
-        """The sites of a model, found in one abstract ``model.apply``."""
+        """The candidate sites of a model, found in one abstract ``model.apply``."""
         tree, others = split_variables(params)
         try:
             return survey(model, {"params": tree, **others}, inputs, kwargs)
@@ -41,9 +45,9 @@ class LinenFrontEnd:
         tree, others = split_variables(params)
         if is_bypassed():
             return peft.model.apply({**others, "params": tree}, *inputs, **kwargs)
-        laid = self.overlay(peft, tree, adapter)
+        full = self.overlay(peft, tree, adapter)
         with self.intercept(peft):
-            out = peft.model.apply({**others, "params": laid}, *inputs, **kwargs)
+            out = peft.model.apply({**others, "params": full}, *inputs, **kwargs)
         return _without_adapter(out, tree) if kwargs.get("mutable") else out
 
     def overlay(self, peft: Peft, params: Tree, adapter: Tree) -> Any:
@@ -63,7 +67,7 @@ LINEN = LinenFrontEnd()
 
 
 def _without_adapter(out: Any, params: Tree) -> Any:
-    """``(y, state)`` with no trace of the adapter in ``state["params"]``."""
+    """``(y, state)`` from ``model.apply(mutable=...)``, with base leaves only in ``state["params"]``."""
     y, state = out
     if "params" not in state:
         return out

@@ -267,8 +267,7 @@ class _Operation:
             dtype = canonicalize_dtype(*([] if is_index else [x]), weight_dtype, dtype=call.module.dtype)
         else:
             dtype = canonicalize_dtype(x, weight_dtype)
-        has_bias = geometry.bias is not None and geometry.bias in variables
-        bias = meta.unbox(variables[geometry.bias]) if has_bias else None
+        bias = meta.unbox(variables.get(geometry.bias)) if geometry.bias is not None else None
         return cls(
             call=seen,
             run=functools.partial(call.run_on, geometry.argument),

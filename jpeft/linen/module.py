@@ -13,20 +13,26 @@ from jpeft.linen import inject
 
 
 class PeftModule(nn.Module):
-    """The adapted model as a module. Its parameters are the full tree, with the model's own paths."""
+    """The adapted model as a module.
+
+    Its parameters are ``combine(params, adapter)``, with the model's own paths.
+
+    Attributes:
+      peft: the bound method, with the model.
+    """
 
     peft: Peft
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """``model.apply`` on the full tree: ``method=`` and captured paths are the model's own."""
+        """``model.apply`` on the full tree; ``method=`` and captured intermediates refer to the model."""
         params, adapter = self.peft.split(variables["params"])
         others = {k: v for k, v in variables.items() if k != "params"}
         return self.peft.apply({"params": params, **others} if others else params, adapter, *args, **kwargs)
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As a part of a larger module, or under ``init`` and ``bind``."""
+        """The model's call inside a larger module, or under ``init`` and ``bind``."""
         peft, scope = self.peft, self.scope
         assert scope is not None
         if self.is_initializing() and not _has_adapter(peft, scope.variables().get("params", {})):
@@ -41,11 +47,11 @@ class PeftModule(nn.Module):
             with inject.intercept(peft.by_owner(), inner.path):
                 return peft.model.clone(parent=inner, name=None)(*args, **kwargs)
 
-        def lay(variables: Any) -> Any:
+        def overlaid(variables: Any) -> Any:
             full = variables.get("params")
             return {**variables, "params": peft.overlay(*peft.split(full))} if full else variables
 
-        return lift.map_variables(body, "params", lay, mutable=False)(scope, *args)
+        return lift.map_variables(body, "params", overlaid, mutable=False)(scope, *args)
 
 
 def _has_adapter(peft: Peft, params: Any) -> bool:

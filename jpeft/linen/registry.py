@@ -1,4 +1,4 @@
-"""Which geometry a call has: by the class that defines the called method, or by that class's name."""
+"""The registry of geometries: a call's geometry, by the class that defines the called method or that class's name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,31 +21,32 @@ from jpeft.core.geometry.embedding import Embedding
 Factory = Callable[[Call], "Geometry | None"]
 
 
-def _stored_as(spec: str) -> Factory:
+def _dense(spec: str) -> Factory:
+    """The factory for a layer with a two-dimensional ``kernel``, used in an einsum."""
+
     def factory(call: Call) -> Geometry | None:
-        shape = call.shapes.get("kernel")  # None: parameters that are not this model's, which Flax will say
+        shape = call.shapes.get("kernel")  # None if the parameters do not fit the model: Flax raises
         return None if shape is None else Contraction(spec=spec, shape=shape, stored=shape)
 
     return factory
 
 
 def _dense_general(call: Call) -> Geometry | None:
-    """``nn.DenseGeneral`` and, by name, T5X's and Flaxformer's, which store the kernel as a matrix."""
+    """``nn.DenseGeneral``; and T5X's and Flaxformer's ``DenseGeneral``, which store the kernel as a matrix."""
     module: Any = call.module
     x, stored = call.args[0], call.shapes.get("kernel")
     if stored is None or not hasattr(module, "axis") or not hasattr(module, "features"):
         return None
-    as_tuple = lambda v: (v,) if isinstance(v, int) else tuple(v)  # noqa: E731
-    axis = tuple(a % x.ndim for a in as_tuple(module.axis))
-    if isinstance(module, nn.DenseGeneral):  # which sorts its axes; T5X keeps their order
+    features = _as_tuple(module.features)
+    axis = tuple(a % x.ndim for a in _as_tuple(module.axis))
+    if isinstance(module, nn.DenseGeneral):  # nn.DenseGeneral sorts its axes, T5X does not
         axis = tuple(sorted(axis))
-    dims = tuple(a % x.ndim for a in as_tuple(getattr(module, "batch_dims", ())))
-    shape = tuple(x.shape[d] for d in dims) + tuple(x.shape[a] for a in axis) + as_tuple(module.features)
+    dims = tuple(a % x.ndim for a in _as_tuple(getattr(module, "batch_dims", ())))
+    shape = tuple(x.shape[d] for d in dims) + tuple(x.shape[a] for a in axis) + features
     if math.prod(shape) != math.prod(stored):
         return None
-    xs = "".join(chr(97 + i) for i in range(x.ndim))
-    outs = "".join(chr(65 + i) for i in range(len(as_tuple(module.features))))
-    if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # any rank will do
+    xs, outs = string.ascii_lowercase[: x.ndim], string.ascii_uppercase[: len(features)]
+    if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # the last axes: inputs of any rank
         ins = xs[: len(axis)]
         return Contraction(spec=f"...{ins},{ins}{outs}->...{outs}", shape=shape, stored=stored)
     batch, ins = "".join(xs[d] for d in dims), "".join(xs[a] for a in axis)
@@ -53,7 +55,7 @@ def _dense_general(call: Call) -> Geometry | None:
 
 
 def _einsum(call: Call) -> Geometry | None:
-    """``nn.Einsum(x[, eqn])`` and, by name, Gemma's and openpi's ``Einsum(eqn, x)`` with their own parameter name."""
+    """``nn.Einsum(x[, eqn])``; and Gemma's and openpi's ``Einsum(eqn, x)``, whose parameter is called ``w``."""
     strings = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, str)]
     spec = strings[0] if strings else getattr(call.module, "einsum_str", None)
     argument = next((i for i, a in enumerate(call.args) if not isinstance(a, str)), None)
@@ -63,15 +65,16 @@ def _einsum(call: Call) -> Geometry | None:
     try:
         labels_of(spec)
     except ValueError:
-        return None  # e.g. a weight with a summed-out axis: not a matrix
+        return None  # not a matrix, e.g. because the einsum sums over an axis of the weight alone
     shape = call.shapes[weights[0]]
     return Contraction(leaf=weights[0], argument=argument, spec=spec.replace(" ", ""), shape=shape, stored=shape)
 
 
 def _conv(call: Call) -> Geometry | None:
+    """``nn.Conv`` and ``nn.ConvTranspose``, but not ``nn.ConvLocal``, which has a kernel for every position."""
     module: Any = call.module
     shape = call.shapes.get("kernel")
-    if shape is None or not getattr(module, "shared_weights", True):  # ConvLocal: a kernel for every place
+    if shape is None or not getattr(module, "shared_weights", True):
         return None
     transposed = bool(getattr(module, "transpose_kernel", False))
     groups = getattr(module, "feature_group_count", 1)
@@ -83,54 +86,64 @@ def _embed(call: Call) -> Geometry:
     return Embedding()
 
 
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# Owners by class, or by class name where importing the class would cost a dependency; method -> geometry.
+# The methods of a class that use its weight, and the factory of their geometry. A class of another package is matched
+# by its bare name, so that the package need not be imported.
 REGISTRY: dict[str, tuple[tuple[str, ...], Factory]] = {
-    _full_name(nn.Dense): (("__call__",), _stored_as("...i,io->...o")),
+    _full_name(nn.Dense): (("__call__",), _dense("...i,io->...o")),
     _full_name(nn.DenseGeneral): (("__call__",), _dense_general),
     _full_name(nn.Einsum): (("__call__",), _einsum),
     _full_name(nn.Conv): (("__call__",), _conv),
     _full_name(nn.ConvTranspose): (("__call__",), _conv),
     _full_name(nn.Embed): (("__call__", "attend"), _embed),
-    # transformers' GPT-2 keeps its kernel as (out, in).
-    "FlaxConv1D": (("__call__",), _stored_as("...i,oi->...o")),
+    # transformers' GPT-2 stores its kernel as (out, in).
+    "FlaxConv1D": (("__call__",), _dense("...i,oi->...o")),
     "Einsum": (("__call__",), _einsum),
     "DenseGeneral": (("__call__",), _dense_general),
 }
-# nn.Conv's call is defined on a private base class.
+# A private base class defines nn.Conv's __call__.
 REGISTRY[_full_name(nn.Conv.__mro__[1])] = REGISTRY[_full_name(nn.Conv)]
 
 
 def register_geometry(owner: type | str, geometry: Geometry | Factory | str, methods: tuple[str, ...] = ("__call__",)):
-    """Tells jpeft how a module uses its weight.
+    """Registers how a module uses its weight.
 
     Args:
-      owner: the module's class, or its name (then nothing need be imported).
-      geometry: an einsum of input and weight such as ``"...i,oi->...o"`` (the weight is then the owner's only matrix);
-        or a `Geometry`; or a function from a `Call` to a geometry, or to None where it cannot say.
-      methods: the methods that use the weight so.
+      owner: the module's class, or its name, which needs no import.
+      geometry: an einsum of input and weight such as ``"...i,oi->...o"``, for an owner with a single matrix; or a
+        `Geometry`; or a function from a `Call` to a geometry, or to None for a call that it cannot explain.
+      methods: names of the methods that use the weight this way.
 
     Raises:
-      ValueError: an einsum that is malformed. TypeError: something else than the three.
+      ValueError: a malformed einsum.
+      TypeError: ``geometry`` is none of the three.
 
     >>> register_geometry("MyLinear", "...i,oi->...o")
     """
+    name = owner if isinstance(owner, str) else _full_name(owner)
+    REGISTRY[name] = (tuple(methods), _factory(geometry))
+
+
+def _factory(geometry: Geometry | Factory | str) -> Factory:
     if isinstance(geometry, str):
-        labels_of(geometry)
-        factory: Factory = lambda call, spec=geometry: _by_spec(call, spec)  # noqa: E731
-    elif isinstance(geometry, Geometry):
-        factory = lambda call: geometry  # noqa: E731
-    elif callable(geometry):
-        factory = geometry
-    else:
-        raise TypeError(f"geometry must be an einsum, a Geometry or a function of a Call; got {geometry!r}")
-    REGISTRY[owner if isinstance(owner, str) else _full_name(owner)] = (tuple(methods), factory)
+        labels_of(geometry)  # raises if malformed
+        return functools.partial(_by_spec, spec=geometry)
+    if isinstance(geometry, Geometry):
+        return lambda call: geometry
+    if callable(geometry):
+        return geometry
+    raise TypeError(f"geometry must be an einsum, a Geometry or a function of a Call; got {geometry!r}")
 
 
 def _by_spec(call: Call, spec: str) -> Geometry:
+    """The contraction of an owner's only parameter of the weight's rank."""
     weights = [n for n, s in call.shapes.items() if len(s) == len(labels_of(spec)[1])]
     if len(weights) != 1:
         raise ValueError(
@@ -150,7 +163,7 @@ def make_call(
 
 
 def _convolve_like(module: nn.Module, image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution with the module's stride and padding, by another kernel and without bias or groups."""
+    """The module's convolution with another kernel, without bias or groups."""
     kind: Any = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
     fields: dict[str, Any] = {f.name: getattr(module, f.name) for f in dataclasses.fields(kind) if f.init}
     fields |= {"parent": None, "name": None, "use_bias": False}
@@ -162,7 +175,7 @@ def _convolve_like(module: nn.Module, image: jax.Array, kernel: jax.Array) -> ja
 
 @functools.lru_cache(maxsize=1024)
 def signature_of(function: Any) -> inspect.Signature | None:
-    """A method's signature, ``self`` included, or None for what has none."""
+    """A method's signature, with ``self``; None for a callable without one."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -170,17 +183,17 @@ def signature_of(function: Any) -> inspect.Signature | None:
 
 
 def by_position(function: Any, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with those given by name at their position, where geometries and hooks look for them."""
+    """A call's arguments, with those given by name moved to their position, where geometries and hooks read them."""
     signature = signature_of(getattr(function, "func", function))
     try:
         bound = signature.bind(module, *args, **kwargs) if kwargs and signature is not None else None
-    except TypeError:  # the module itself will say what is wrong
+    except TypeError:  # wrong arguments: the module itself raises
         bound = None
     return (args, dict(kwargs)) if bound is None else (bound.args[1:], bound.kwargs)
 
 
 def owner_of(function: Any) -> str:
-    """The class that defines a method, fully named; a subclass that overrides a method is another owner."""
+    """The full name of the class that defines a method. A subclass that overrides the method is another owner."""
     function = getattr(function, "func", function)
     function = getattr(function, "__func__", function)
     return f"{function.__module__}.{function.__qualname__.rsplit('.', 1)[0]}"
