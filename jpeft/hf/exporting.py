@@ -265,7 +265,8 @@ def _card(name: str, spec: HFSpec, config: Mapping[str, Any]) -> str:
     base = config["base_model_name_or_path"]
     tags = f"tags: [{spec.peft_type.lower()}, jpeft]"
     header = ["library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else []), tags]
-    settings = "".join(f"{f.key} {config[f.key]}, " for f in spec.fields if f.pattern)
+    settings = [f"{f.name} {config[f.key]}" for f in spec.fields if f.pattern]
+    line = ", ".join([*settings, f"on {len(config['target_modules'])} modules"]).capitalize()
     return "\n".join(
         [
             "---",
@@ -273,9 +274,7 @@ def _card(name: str, spec: HFSpec, config: Mapping[str, Any]) -> str:
             "---",
             f"# A {name} adapter",
             "",
-            f"{settings}on {len(config['target_modules'])} modules"
-            + (f" of {base}" if base else "")
-            + "; trained in JAX with jpeft.",
+            line + (f" of {base}" if base else "") + "; trained in JAX with jpeft.",
             "",
             "```python",
             "from peft import PeftModel",

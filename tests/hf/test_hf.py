@@ -3,6 +3,7 @@
 tests/parity/test_hf_peft.py holds the same code to PEFT itself.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -57,14 +58,22 @@ class Classifier(nn.Module):
 IDS = jnp.asarray([[1, 2, 3, 4], [8, 7, 6, 5]])
 
 
-def made(model, method, seed=0):
+def filled(abstract, seed):
+    """A tree of random numbers in the shapes and dtypes of another: made by numpy, so that nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape).astype(x.dtype)), abstract)
+
+
+@functools.cache
+def parameters(model):
+    return filled(jax.eval_shape(model.init, jax.random.key(0), IDS)["params"], 0)
+
+
+def made(model, method):
     """The model's parameters, the bound method, and an adapter that does something."""
-    params = model.init(jax.random.key(seed), IDS)["params"]
+    params = parameters(model)
     peft = method.bind(model, params, IDS)
-    leaves, tree = jax.tree.flatten(peft.init(jax.random.key(1), params))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [x + jax.random.normal(k, x.shape).astype(x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return params, peft, jax.tree.unflatten(tree, noisy)
+    return params, peft, filled(peft.init(jax.random.key(1), jax.eval_shape(lambda: params)), 1)
 
 
 @pytest.fixture
@@ -170,7 +179,7 @@ def test_what_is_written(tmp_path):
 
 def test_the_least_that_peft_writes(tmp_path):
     model = Encoder()
-    params = model.init(jax.random.key(0), IDS)["params"]
+    params = parameters(model)
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(8, 6)).astype("f"), rng.normal(size=(6, 8)).astype("f")
     names = [f"base_model.model.layer.{i}.query.lora_{x}.weight" for i in range(2) for x in "AB"]
@@ -211,8 +220,7 @@ def test_prefix_is_found(model, prefix, saved, tmp_path):
     _, _, adapter = saved
     params, peft, _ = made(Encoder(), jpeft.LoRA(rank=2, alpha=3, targets=["query"]))
     jpeft.hf.save(tmp_path / "other", peft, adapter, params, prefix=prefix)
-    full = model.init(jax.random.key(0), IDS)["params"]
-    _, read = jpeft.hf.load(tmp_path / "other", model, full, IDS)
+    _, read = jpeft.hf.load(tmp_path / "other", model, parameters(model), IDS)
     same(read["encoder"] if isinstance(model, Classifier) else read, adapter)
 
 
@@ -224,7 +232,7 @@ def test_prefix_is_chosen_where_several_fit(saved):
         def __call__(self, ids):
             return Encoder(name="left")(ids) + Encoder(name="right")(ids)
 
-    params = Towers().init(jax.random.key(0), IDS)["params"]
+    params = parameters(Towers())
     with pytest.raises(AdapterError, match=r"several places.*prefix=\{'left/': ''\} or prefix=\{'right/': ''\}"):
         jpeft.hf.load(folder, Towers(), params, IDS)
     _, read = jpeft.hf.load(folder, Towers(), params, IDS, prefix={"right/": ""})
@@ -495,11 +503,11 @@ class Odd(nn.Module):
 )
 def test_weight_that_torch_has_no_module_for(target, match, tmp_path):
     model, x = Odd(), jnp.ones((2, 4, 6))
-    params = model.init(jax.random.key(0), x)["params"]
-    peft = jpeft.LoRA(rank=2, targets=[target]).bind(model, params, x)
-    adapter = peft.init(jax.random.key(0), params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    peft = jpeft.LoRA(rank=2, targets=[target]).bind(model, shapes, x)
+    adapter = filled(peft.init(jax.random.key(0), shapes), 1)
     with pytest.raises(ValueError, match=match):
-        jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+        jpeft.hf.save(tmp_path / "hf", peft, adapter, shapes)
     assert not (tmp_path / "hf").exists()
 
 

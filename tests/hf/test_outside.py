@@ -18,6 +18,7 @@ from jpeft.core.interchange import HFSpec, SharedTensor, Tensor
 from jpeft.errors import AdapterError
 from jpeft.methods import METHODS
 from tests.hf.outside import DoRA, VeRA
+from tests.hf.test_hf import filled
 from tests.zoo import same
 
 X = jnp.ones((2, 4))
@@ -37,12 +38,12 @@ def registered(monkeypatch):
 
 @pytest.fixture(scope="module")
 def params():
-    return Layers().init(jax.random.key(0), X)["params"]
+    return filled(jax.eval_shape(Layers().init, jax.random.key(0), X)["params"], 0)
 
 
 def made(method, params):
     peft = method.bind(Layers(), params, X)
-    return peft, jax.tree.map(lambda x: x + 0.5, peft.init(jax.random.key(1), params))
+    return peft, filled(peft.init(jax.random.key(1), jax.eval_shape(lambda: params)), 1)
 
 
 def edit(folder, change=lambda tensors: None, **fields):
@@ -213,7 +214,7 @@ def test_kind_of_module_that_a_method_does_not_adapt(tmp_path):
             return nn.Embed(5, 4, name="words")(ids)
 
     ids = jnp.ones((1, 2), int)
-    tree = Word().init(jax.random.key(0), ids)["params"]
+    tree = jax.eval_shape(Word().init, jax.random.key(0), ids)["params"]
     peft = VeRA(rank=2, targets=["words"]).bind(Word(), tree, ids)
     with pytest.raises(ValueError, match=r"'words' has no counterpart.*VERA acts on: embedding"):
-        jpeft.hf.save(tmp_path / "hf", peft, peft.init(jax.random.key(0), tree), tree)
+        jpeft.hf.save(tmp_path / "hf", peft, filled(peft.init(jax.random.key(0), tree), 1), tree)
