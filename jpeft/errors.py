@@ -4,15 +4,15 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The command line prints it as one line, without a traceback."""
+    """A mistake of the user. The command line prints its message as one line, without a traceback."""
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be read, or does not belong to this model. The message says what, and what to do."""
+    """An adapter that cannot be read or does not belong to the model."""
 
 
 class ModelError(ValueError):
-    """A model folder or tree that cannot be used; the message is one line that names what is wrong."""
+    """A model folder or parameter tree that cannot be used."""
 
 
 class PlanError(UserError):

@@ -1,8 +1,8 @@
-"""Saving and loading adapters: a folder with ``adapter.safetensors`` and ``config.json``, and nothing of the base.
+"""Adapter folders: ``adapter.safetensors`` and ``config.json``, without the base weights.
 
-A save is atomic. The new tensors are written beside the old ones, then ``config.json``, which holds their SHA-256, is
-replaced in one step, then the tensors take their name. Killed before that step, the folder is the old adapter; killed
-after it, `load` finds the new tensors beside.
+A save is atomic. The new tensors are written next to the old ones, then ``config.json``, which holds their SHA-256, is
+replaced in one step, then the tensors get their name. Killed before that step, the folder holds the old adapter; killed
+after it, `load` finds the new tensors under their temporary name.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jpeft import methods
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.peft import Peft, split_variables
 from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
 from jpeft.files import file_sha256, read_json, read_safetensors, serialize, sync_folder, write_atomically
+from jpeft.methods import Chain, from_dict
 from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
 
 FORMAT = 1
@@ -37,16 +37,19 @@ _FIELDS = {"format", "jpeft", "method", "sites", "base", "sha256"}
 
 
 def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) -> None:
-    """Writes an adapter as a folder. Inverse of `load`, bit exact.
+    """Writes an adapter to a folder. Inverse of `load`, bit exact.
 
     Args:
-      path: the folder; made if need be. An adapter that is there is replaced, atomically. On several hosts, all call
-        this, and the first of them writes.
-      peft: the bound method. adapter: its leaves. params: the base, of which only a fingerprint is kept.
+      path: the folder, made if it does not exist. An adapter in it is replaced atomically. With several processes, all
+        must call this; the main process writes.
+      peft: the bound method.
+      adapter: the adapter.
+      params: the base weights. Only their fingerprint is saved.
 
     Raises:
-      ValueError: an adapter or a base that is not this Peft's. FileExistsError: the folder holds another config.json,
-        a model's perhaps. OSError: it cannot be written. What was there is intact in each case.
+      ValueError: the adapter or the base weights do not belong to this Peft.
+      FileExistsError: the folder holds a config.json of something else, such as a model.
+      OSError: the folder cannot be written. In each case, files in it stay as they are.
     """
     leaves = peft.check(adapter)
     tree, _ = split_variables(params)
@@ -64,14 +67,14 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
 
 def _write(folder: FilePath, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _settle(folder)
+    _finish_killed_save(folder)
     blob = serialize(tensors)
     config["sha256"] = hashlib.sha256(blob).hexdigest()
     try:
         write_atomically(folder / _PENDING, blob)
         write_atomically(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
     except BaseException:
-        _settle(folder)  # if it came between the two, the new configuration stands
+        _finish_killed_save(folder)  # if config.json was replaced already, the new adapter is complete
         (folder / _PENDING).unlink(missing_ok=True)
         raise
     os.replace(folder / _PENDING, folder / TENSORS)
@@ -79,51 +82,55 @@ def _write(folder: FilePath, config: dict[str, Any], tensors: Mapping[str, np.nd
 
 
 def _check_base(peft: Peft, base: Mapping[Path, Any]) -> None:
-    """Raises unless the parameters are of the model that the Peft was bound to."""
+    """Raises a ValueError if the parameters are not those of the model that the Peft was bound to."""
     for site in peft.sites:
         if site.stored and (found := np.shape(peek(base.get(site.weight_path, ())))) != site.stored:
             raise ValueError(
-                f"params are not those that this Peft was bound to: {join(site.weight_path)!r} has shape "
-                f"{found if site.weight_path in base else 'none: it is missing'}, expected {site.stored}"
+                f"params are not those that this Peft was bound to: {join(site.weight_path)!r} "
+                f"{f'has shape {found}' if site.weight_path in base else 'is missing'}, expected {site.stored}"
             )
     size = sum(math.prod(np.shape(peek(x))) for x in base.values())
     if size != peft.base_size:
-        raise ValueError(f"params hold {size:,} numbers, the model that this Peft was bound to {peft.base_size:,}")
+        raise ValueError(f"params have {size:,} numbers, expected {peft.base_size:,} as in the model of this Peft")
 
 
-def _settle(folder: FilePath) -> None:
-    """Makes a folder ready to be saved into: an adapter that a killed save left half renamed gets its name.
+def _finish_killed_save(folder: FilePath) -> None:
+    """Renames the tensors that a killed save left under their temporary name, if config.json is theirs.
 
     Raises:
-      FileExistsError: a config.json that is no adapter's, which would be lost.
+      FileExistsError: the folder holds a config.json that is not an adapter's.
     """
     if not (folder / CONFIG).exists():
         return
     try:
         sha256 = read_config(folder)["sha256"]
     except AdapterError as e:
-        raise FileExistsError(f"{folder} holds a {CONFIG} that is no adapter's; choose another folder ({e})") from e
+        raise FileExistsError(f"{folder} holds a {CONFIG} that is not an adapter's; choose another folder ({e})") from e
     if (found := _tensor_file(folder, sha256)).name == _PENDING:
         os.replace(found, folder / TENSORS)
 
 
 def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, **kwargs: Any) -> tuple[Peft, Any]:
-    """Reads an adapter folder and binds its method to a model. Inverse of `save`.
+    """Reads an adapter from a folder and binds its method to a model. Inverse of `save`.
 
     Args:
-      path: the folder. model, params, *inputs, **kwargs: as for ``method.bind``.
+      path: the folder.
+      model: the model, as for ``method.bind``.
+      params: its base weights.
+      *inputs: as for ``model.apply``.
+      **kwargs: as for ``model.apply``.
 
     Returns:
-      ``(peft, adapter)``; the adapter takes the container, shardings and boxes that ``peft.init`` would give it.
+      ``(peft, adapter)``. The adapter has the container, shardings and boxes that ``peft.init`` would give it.
 
     Raises:
-      AdapterError: no adapter there; a file that is truncated, changed, or no safetensors; an unknown field; another
-        base (the first leaf that differs is named); a leaf that is missing, extra or misshapen.
+      AdapterError: there is no adapter; a file is truncated or changed; a field is unknown; the base weights are not
+        those it was trained on (names the first leaf that differs); a leaf is missing, unknown or has another shape.
     """
     folder = FilePath(path)
     config = read_config(folder)
     try:
-        method = methods.from_dict(config["method"])
+        method = from_dict(config["method"])
     except (ValueError, TypeError) as e:
         raise AdapterError(f"{folder / CONFIG}: {e}") from e
     tree, _ = split_variables(params)
@@ -133,17 +140,15 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
     names = [site.name for site in peft.sites]
     if names != config["sites"]:
         first = next(iter(set(names) ^ set(config["sites"])), "their order")
-        raise AdapterError(
-            f"{folder}: its sites are not those that {method.name} finds in this model; differs: {first}"
-        )
+        raise AdapterError(f"{folder}: its sites are not those of {method.name} in this model; differs: {first}")
     return peft, _leaves(folder, config, peft, tree)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``config.json`` of an adapter folder, checked: what it is, without a model.
+    """The checked ``config.json`` of an adapter folder. Needs no model.
 
     Raises:
-      AdapterError: no folder, no configuration, or one that this version cannot read, by field.
+      AdapterError: the folder or the file does not exist, or this version cannot read a field of it.
     """
     folder = FilePath(path)
     file = folder / CONFIG
@@ -157,7 +162,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterError(f"{file} has format {config['format']!r}; this jpeft reads {FORMAT}: upgrade jpeft")
     if wrong := sorted(config.keys() ^ _FIELDS):
         what = "unknown" if wrong[0] in config else "missing"
-        raise AdapterError(f"{file}: {what} field {wrong[0]!r}; there are {', '.join(sorted(_FIELDS))}")
+        raise AdapterError(f"{file}: {what} field {wrong[0]!r}; the fields are {', '.join(sorted(_FIELDS))}")
     kinds = {"method": dict, "sites": list, "base": dict, "sha256": str}
     for field, kind in kinds.items():
         if not isinstance(config[field], kind):
@@ -172,19 +177,19 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
     for name in sorted(expected.keys() - tensors.keys()):
         raise AdapterError(f"{file} lacks {name!r}, which {peft.method.name} needs")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise AdapterError(f"{file} has {name!r}, which {peft.method.name} does not know{nearest(name, expected)}")
+        raise AdapterError(f"{file} has {name!r}, unknown to {peft.method.name}{nearest(name, expected)}")
     for name, (_, shape, dtype) in expected.items():
         got = tensors[name]
         if (got.shape, got.dtype.name) != (shape, dtype):
             raise AdapterError(f"{file}: {name!r} is {got.dtype.name}{list(got.shape)}, expected {dtype}{list(shape)}")
     if file_sha256(file) != config["sha256"]:
-        raise AdapterError(f"{file} is not the file that {CONFIG} was written with: its SHA-256 differs; save it again")
+        raise AdapterError(f"{file} is not the file that {CONFIG} was saved with: its SHA-256 differs; save it again")
     leaves = {path: jnp.asarray(tensors[name]) for name, (path, _, _) in expected.items()}
     return like(unflatten(peft.place_like_base(leaves, flatten(params))), params)
 
 
 def _tensor_file(folder: FilePath, sha256: str) -> FilePath:
-    """The tensors that the configuration belongs to: under their name, or beside it after a save that was killed."""
+    """The file of the tensors with this SHA-256: under its name, or a temporary one after a killed save."""
     pending = folder / _PENDING
     if pending.is_file() and file_sha256(pending) == sha256:
         return pending
@@ -192,16 +197,16 @@ def _tensor_file(folder: FilePath, sha256: str) -> FilePath:
 
 
 def _serializable(peft: Peft) -> Any:
-    """The method with functions among its targets replaced by the sites that they chose."""
+    """The method, with targets that are functions replaced by the sites that they chose."""
 
-    def fixed(index: int, member: Any) -> Any:
+    def by_name(index: int, member: Any) -> Any:
         if not (callable(member.targets) or callable(member.exclude)):
             return member
         names = [a.site.name for a in peft.actions if a.member == index]
         return dataclasses.replace(member, targets="|".join(map(re.escape, names)), exclude=None)
 
-    members = [fixed(i, m) for i, m in enumerate(peft.method.methods())]
-    return methods.Chain(*members) if isinstance(peft.method, methods.Chain) else members[0]
+    members = [by_name(i, m) for i, m in enumerate(peft.method.methods())]
+    return Chain(*members) if isinstance(peft.method, Chain) else members[0]
 
 
 def _version() -> str:

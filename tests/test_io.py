@@ -1,7 +1,8 @@
-"""Saving and loading: bit exact, atomic, and clear about everything that does not fit."""
+"""Adapter folders: bit-exact round trips, atomic saves, and errors for everything that does not match."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,13 +33,22 @@ MODEL, X = Model(), jnp.ones((2, 4))
 METHOD = jpeft.Chain(jpeft.LoRA(rank=2, alpha=4, targets=["up"], overrides={"up": {"rank": 3}}), jpeft.Train("head"))
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
     params = MODEL.init(jax.random.key(0), X)["params"]
     peft = METHOD.bind(MODEL, params, X)
     adapter = jax.tree.map(lambda x: x + 0.5, peft.init(jax.random.key(1), params))
-    jpeft.save(tmp_path / "adapter", peft, adapter, params)
-    return tmp_path / "adapter", params, peft, adapter
+    jpeft.save(folder, peft, adapter, params)
+    return folder, params, peft, adapter
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    """`(folder, params, peft, adapter)`, in a folder of the test's own."""
+    folder, *others = trained
+    shutil.copytree(folder, tmp_path / "adapter")
+    return tmp_path / "adapter", *others
 
 
 def same(a, b):
@@ -51,7 +61,7 @@ def edit(path, **changes):
     (path / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not ...}))
 
 
-def test_round_trip_is_bit_exact_and_holds_the_adapter_alone(saved):
+def test_round_trip_is_bit_exact_and_saves_only_the_adapter(saved):
     path, params, peft, adapter = saved
     found, loaded = jpeft.load(path, MODEL, params, X)
     assert found == peft and found.method == METHOD and same(loaded, adapter)
@@ -62,22 +72,22 @@ def test_round_trip_is_bit_exact_and_holds_the_adapter_alone(saved):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_leaves_round_trip(tmp_path, dtype):
-    params = MODEL.init(jax.random.key(0), X)["params"]
+def test_low_precision_leaves_round_trip(trained, tmp_path, dtype):
+    params = trained[1]
     peft = jpeft.LoRA(rank=2, targets=["up"], dtype=dtype, init_weights="random").bind(MODEL, params, X)
     adapter = peft.init(jax.random.key(1), params)
     jpeft.save(tmp_path / "a", peft, adapter, params)
     assert same(jpeft.load(tmp_path / "a", MODEL, params, X)[1], adapter)
 
 
-def test_targets_given_as_a_function_are_saved_as_the_sites_they_chose(tmp_path):
-    params = MODEL.init(jax.random.key(0), X)["params"]
+def test_targets_given_as_a_function_are_saved_as_site_names(trained, tmp_path):
+    params = trained[1]
     peft = jpeft.LoRA(rank=2, targets=lambda path, site: path == "up").bind(MODEL, params, X)
     jpeft.save(tmp_path / "a", peft, peft.init(jax.random.key(1), params), params)
     assert [s.name for s in jpeft.load(tmp_path / "a", MODEL, params, X)[0].sites] == ["up"]
 
 
-def test_another_base_is_refused_naming_the_first_leaf_that_differs(saved):
+def test_another_base_is_an_error_that_names_a_leaf(saved):
     path, params, _, _ = saved
     other = jpeft.combine(params, {"up": {"kernel": params["up"]["kernel"].at[1, 2].add(1e-3)}})
     with pytest.raises(AdapterError, match=r"another base: the values of 'up/kernel' differ"):
@@ -104,7 +114,7 @@ def test_another_base_is_refused_naming_the_first_leaf_that_differs(saved):
         ({"sha256": "0" * 64}, "SHA-256 differs"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused_by_field(saved, change, message):
+def test_an_invalid_configuration_is_an_error_that_names_the_field(saved, change, message):
     path, params, _, _ = saved
     edit(path, **change)
     with pytest.raises(AdapterError, match=message):
@@ -115,13 +125,13 @@ def test_a_configuration_that_does_not_fit_is_refused_by_field(saved, change, me
     ("damage", "message"),
     [
         (lambda t: t.pop("up/lora_a"), "lacks 'up/lora_a'"),
-        (lambda t: t.update({"up/lora_c": t["up/lora_a"]}), "has 'up/lora_c', which"),
+        (lambda t: t.update({"up/lora_c": t["up/lora_a"]}), "has 'up/lora_c', unknown to"),
         (lambda t: t.update({"up/lora_a": t["up/lora_a"][:, :1]}), r"float32\[4, 1\], expected float32\[4, 3\]"),
         (lambda t: t.update({"up/lora_a": t["up/lora_a"].astype(np.float16)}), r"float16\[4, 3\], expected float32"),
         (lambda t: t.update({"up/lora_a": t["up/lora_a"] + 1}), "SHA-256 differs"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(saved, damage, message):
+def test_tensors_that_do_not_match_are_an_error_that_names_them(saved, damage, message):
     path, params, _, _ = saved
     tensors = load_file(path / "adapter.safetensors")
     damage(tensors)
@@ -140,7 +150,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(saved, damage, message):
         (lambda b: b"PK\x03\x04" + b, "is a pickle"),
     ],
 )
-def test_a_damaged_or_hostile_file_is_refused(saved, content, message):
+def test_a_damaged_or_unsafe_file_is_an_error(saved, content, message):
     path, params, _, _ = saved
     file = path / "adapter.safetensors"
     file.write_bytes(content(file.read_bytes()))
@@ -148,7 +158,7 @@ def test_a_damaged_or_hostile_file_is_refused(saved, content, message):
         jpeft.load(path, MODEL, params, X)
 
 
-def test_what_is_not_there_is_said(saved, tmp_path):
+def test_missing_files(saved, tmp_path):
     path, params, _, _ = saved
     with pytest.raises(AdapterError, match="is not a folder"):
         jpeft.load(tmp_path / "nowhere", MODEL, params, X)
@@ -156,15 +166,15 @@ def test_what_is_not_there_is_said(saved, tmp_path):
     with pytest.raises(AdapterError, match=r"adapter\.safetensors does not exist"):
         jpeft.load(path, MODEL, params, X)
     (path / "config.json").write_text("{")
-    with pytest.raises(AdapterError, match="config.json: not JSON"):
+    with pytest.raises(AdapterError, match=r"config\.json: not JSON"):
         read_config(path)
     (path / "config.json").unlink()
     with pytest.raises(AdapterError, match=r"has no config\.json"):
         read_config(path)
 
 
-# Replaces an adapter whose leaves are all 1 by one whose leaves are all 2, again and again: each time in a process that
-# is killed one file operation later than the time before, until one comes to the end.
+# Repeatedly replaces an adapter of ones by an adapter of twos, each time in a process that is killed one file operation
+# later than before, until one finishes.
 _KILLED = """
     import json, os, signal, sys
     import jax, numpy as np, jpeft
@@ -219,7 +229,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(saved):
 
 
 def fails_on_a_full_disk_and_keeps(path, adapter, params, peft, monkeypatch):
-    """A save of other numbers over an adapter fails, and leaves that one and nothing else."""
+    """Saving other numbers over an adapter fails and leaves only the old adapter."""
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -237,33 +247,33 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
     fails_on_a_full_disk_and_keeps(path, adapter, params, peft, monkeypatch)
 
 
-def test_a_save_over_one_that_was_killed_halfway_keeps_that_one_until_it_is_done(saved, monkeypatch):
+def test_a_failed_save_keeps_the_adapter_of_a_killed_one(saved, monkeypatch):
     path, params, peft, adapter = saved
-    # Killed between the renames: the configuration is the new one's, its tensors lie beside the old ones.
+    # Killed between the renames: config.json is new, and its tensors have their temporary name next to the old ones.
     os.replace(path / "adapter.safetensors", path / "adapter.safetensors.new")
     (path / "adapter.safetensors").write_bytes(b"the old tensors")
     fails_on_a_full_disk_and_keeps(path, adapter, params, peft, monkeypatch)
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "bert"}', '{"format": 1, "config": {}}', "not JSON", "[]"])
-def test_a_configuration_of_something_else_is_not_overwritten(saved, tmp_path, content):
+def test_the_config_of_something_else_is_not_overwritten(saved, tmp_path, content):
     _, params, peft, adapter = saved
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(content)
-    with pytest.raises(FileExistsError, match=r"holds a config\.json that is no adapter's; choose another folder"):
+    with pytest.raises(FileExistsError, match=r"holds a config\.json that is not an adapter's; choose another folder"):
         jpeft.save(tmp_path / "model", peft, adapter, params)
     assert os.listdir(tmp_path / "model") == ["config.json"]
     assert (tmp_path / "model" / "config.json").read_text() == content
 
 
-def test_a_base_that_the_peft_was_not_bound_to_is_not_written_down(saved, tmp_path):
+def test_saving_with_another_base_is_an_error(saved, tmp_path):
     _, params, peft, adapter = saved
     wide = {**params, "up": {**params["up"], "kernel": jnp.ones((5, 8))}}
     more = {**params, "other": {"kernel": jnp.ones(3)}}
     for base, message in [
-        ({"head": params["head"]}, "'up/kernel' has shape none: it is missing, expected"),
+        ({"head": params["head"]}, "'up/kernel' is missing, expected"),
         (wide, r"'up/kernel' has shape \(5, 8\), expected \(4, 8\)"),
-        (more, "params hold 70 numbers, the model that this Peft was bound to 67"),
+        (more, "params have 70 numbers, expected 67 as in the model of this Peft"),
     ]:
         with pytest.raises(ValueError, match=message):
             jpeft.save(tmp_path / "a", peft, adapter, base)
@@ -271,7 +281,7 @@ def test_a_base_that_the_peft_was_not_bound_to_is_not_written_down(saved, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool"])
-def test_fingerprint_is_the_same_on_host_and_device_and_sees_every_bit_and_place(dtype):
+def test_fingerprint_is_equal_on_host_and_device_and_depends_on_places(dtype):
     x = (8 * jax.random.normal(jax.random.key(0), (7, 5, 3))).astype("int8")
     x = x > 0 if dtype == "bool" else x.astype(dtype)
     host = np.asarray(x)
@@ -280,8 +290,8 @@ def test_fingerprint_is_the_same_on_host_and_device_and_sees_every_bit_and_place
     assert not np.array_equal(_on_host(host), _on_host(np.swapaxes(host, 0, 2)))
 
 
-def test_fingerprint_does_not_depend_on_container_box_or_sharding():
-    params = MODEL.init(jax.random.key(0), X)["params"]
+def test_fingerprint_does_not_depend_on_container_box_or_sharding(trained):
+    params = trained[1]
     boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), params)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
