@@ -9,8 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from jpeft.core import tree
-from jpeft.models.families import family_of
-from jpeft.models.layout import abstract_leaves, tree_of
+from jpeft.models.families import abstract_leaves, family_of
+from jpeft.models.layout import tree_of
 from jpeft.parallel.rules import Rules, param_shardings
 
 

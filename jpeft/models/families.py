@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import flax.linen as nn
+import jax
 
 from jpeft.core import tree
 from jpeft.errors import ModelError
 from jpeft.models import bert_hf, bitsandbytes, decoder_hf
 from jpeft.models.folder import CONFIG
+from jpeft.models.layout import leaves_by_path
 from jpeft.models.sources import is_gguf, read_config
 
 
@@ -113,6 +115,11 @@ def is_decoder(path: str | os.PathLike[str]) -> bool:
 def read_model_config(path: Path) -> tuple[dict[str, Any], Path]:
     """The configuration of a folder or a GGUF file, and the file that holds it."""
     return read_config(path), path if is_gguf(path) else path / CONFIG
+
+
+def abstract_leaves(family: Family, model: nn.Module) -> dict[str, Any]:
+    """Shapes and dtypes of a model's leaves by `/`-separated path."""
+    return leaves_by_path(jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))["params"])
 
 
 def build_model(

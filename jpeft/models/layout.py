@@ -1,4 +1,4 @@
-"""How the leaves of a parameter tree correspond to the tensors of a checkpoint.
+"""The correspondence between the leaves of a parameter tree and the tensors of a checkpoint.
 
 A leaf's path is its tensor's name with `/` for `.` and Flax's leaf name: `…/query/kernel` is `….query.weight`
 transposed, `…/LayerNorm/scale` is `….LayerNorm.weight`, `…/word_embeddings/embedding` is `….word_embeddings.weight`. A
@@ -8,20 +8,18 @@ leaf of stacked layers is one tensor per layer. The leaves themselves follow fro
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from jpeft.core import tree
 from jpeft.core.quantized import Quantized, open_boxes
-from jpeft.core.stacking import stacked_at
 from jpeft.errors import ModelError
 from jpeft.models import bitsandbytes
-from jpeft.models.families import Family
 from jpeft.models.folder import Tensor
 
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -76,14 +74,9 @@ def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree.unflatten({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
 
 
-def abstract_leaves(family: Family, model: nn.Module) -> dict[str, Any]:
-    """Shapes and dtypes of the model's leaves by path."""
-    return leaves_by_path(jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))["params"])
-
-
-def list_slots(model: Any, shapes: Mapping[str, Any]) -> list[Slot]:
-    """The slots of a model with these leaves."""
-    stacked, slots = stacked_at(model), []
+def list_slots(shapes: Mapping[str, Any], stacked: str | None) -> list[Slot]:
+    """The slots of a model with these leaves, whose layers are stacked below the path ``stacked``."""
+    slots = []
     for path, leaf in shapes.items():
         if stacked is None or not path.startswith(f"{stacked}/"):
             slots.append(Slot(path, path, None, leaf.shape))
@@ -101,21 +94,27 @@ def torch_value(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray | Quantized
     return slot.transpose(jax.tree.map(np.asarray, jax.device_get(leaf)))
 
 
-def used_prefix(family: Family, model: Any, tensors: Mapping[str, Any]) -> str:
-    """The prefix of the model's tensor names in these tensors; empty if they have none."""
-    prefix = family.prefix(model)
+def used_prefix(prefix: str, tensors: Mapping[str, Any]) -> str:
+    """The prefix if some tensors have it; else empty."""
     return prefix if any(name.startswith(prefix) for name in tensors) else ""
 
 
 def match_tensors(
-    source: Path, family: Family, model: Any, slots: Sequence[Slot], tensors: Mapping[str, Tensor]
+    source: Path, slots: Sequence[Slot], tensors: Mapping[str, Tensor], prefix: str, extras: re.Pattern[str]
 ) -> dict[Slot, str]:
     """The name of each slot's tensor.
 
+    Args:
+        source: the folder or file, for error messages.
+        slots: the slots of the model.
+        tensors: the tensors by name.
+        prefix: the prefix of the model's tensor names; it may be absent.
+        extras: matches the names, without prefix, of tensors that may be there beside the model.
+
     Raises:
-        ModelError: tensors are missing, not part of the model, or have another shape; it starts with ``source``.
+        ModelError: tensors are missing, not part of the model, or have another shape.
     """
-    prefix, extras = used_prefix(family, model, tensors), family.extras(model)
+    prefix = used_prefix(prefix, tensors)
     by_tensor_name = {slot.tensor_name: slot for slot in slots}
     names, shapes = {}, {}
     for name, tensor in tensors.items():

@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jpeft.core.quantized import Quantized
+from jpeft.core.stacking import stacked_at
 from jpeft.errors import ModelError
 from jpeft.files import read_json
 from jpeft.models import bitsandbytes
-from jpeft.models.families import build_model, read_model_config
-from jpeft.models.layout import abstract_leaves, leaves_by_path, list_slots, match_tensors, tree_of
+from jpeft.models.families import abstract_leaves, build_model, read_model_config
+from jpeft.models.layout import leaves_by_path, list_slots, match_tensors, tree_of
 from jpeft.models.placing import place_leaves, shardings_by_path
 from jpeft.models.reading import TensorReader
 from jpeft.models.sources import is_gguf, open_tensors
@@ -78,8 +79,8 @@ def load(
         if layers > len(tensors):  # tracing so many layers would take too long
             raise ModelError(f"{path}: config.json has {layers:,} layers, but there are {len(tensors)} tensors")
         shapes = abstract_leaves(family, model)
-        slots = list_slots(model, shapes)
-        names = match_tensors(path, family, model, slots, tensors)
+        slots = list_slots(shapes, stacked_at(model))
+        names = match_tensors(path, slots, tensors, family.prefix(model), family.extras(model))
         reader = TensorReader(names, tensors, param_dtype, _plan_quantization(shapes, quantize))
         leaves = place_leaves(shapes, slots, reader, shardings_by_path(shardings, model, shapes))
     return model, tree_of(leaves)

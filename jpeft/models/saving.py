@@ -13,15 +13,15 @@ import flax.linen as nn
 import numpy as np
 
 from jpeft.core.quantized import Quantized
+from jpeft.core.stacking import stacked_at
 from jpeft.errors import ModelError
 from jpeft.files import new_folder, write_json, write_safetensors
 from jpeft.models import bitsandbytes
-from jpeft.models.families import Family, build_model, family_of, read_model_config
+from jpeft.models.families import Family, abstract_leaves, build_model, family_of, read_model_config
 from jpeft.models.folder import CONFIG, WEIGHTS
 from jpeft.models.gguf.tokenizer import write_tokenizer
 from jpeft.models.layout import (
     Slot,
-    abstract_leaves,
     check_shapes,
     leaves_by_path,
     list_slots,
@@ -80,7 +80,7 @@ def save(
         {name: leaf.shape for name, leaf in shapes.items()},
         {name: np.shape(leaf) for name, leaf in leaves.items()},
     )
-    slots = list_slots(model, shapes)
+    slots = list_slots(shapes, stacked_at(model))
     base = _Source(family.to_config(model)) if source is None else _read_source(Path(source), family, model, slots)
     config, tensors, origins = dict(base.config), dict(base.tensors), dict(base.origins)
     embeddings = set()
@@ -134,7 +134,8 @@ def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]
         return _Source(family.to_config(model))
     with open_tensors(source) as stored:
         tensors = bitsandbytes.gather(stored)
-        of_model = set(match_tensors(source, family, model, slots, tensors).values())
+        prefix = family.prefix(model)
+        of_model = set(match_tensors(source, slots, tensors, prefix, family.extras(model)).values())
         kept, origins = {}, {}
         for name, tensor in tensors.items():
             if name in of_model:
@@ -145,7 +146,7 @@ def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]
             else:
                 kept[name] = tensor.read()
         config = bitsandbytes.without_quantization(read_config(source), source / CONFIG)
-        return _Source(config, kept, used_prefix(family, model, tensors), origins)
+        return _Source(config, kept, used_prefix(prefix, tensors), origins)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
