@@ -1,4 +1,4 @@
-"""Layers stacked and one by one: trees, and every method on a decoder before and after `unroll`."""
+"""Stacked layers and layers one by one: trees, and every method on a decoder before and after `unroll`."""
 
 import json
 
@@ -24,33 +24,41 @@ IDS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 MASK = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fast_compilation():
+    """Most of the time goes into compiling programs that run once, so they need not be optimized."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def tiny(model_type="qwen2", **fields):
-    """A decoder and its parameters, in which nothing is 0 or 1."""
+    """A decoder and its parameters, none of which is 0 or 1."""
     model = from_config({"model_type": model_type, **TINY, **fields})
     return model, filled(nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]))
 
 
 def filled(abstract, seed=0):
-    """A tree of these shapes, of random numbers: quicker than what an `init` compiles."""
+    """A tree of random numbers with these shapes, which is faster than compiling an `init`."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), abstract)
 
 
 def bound(method, model, params, **kwargs):
-    """A Peft and an adapter that does something."""
+    """A Peft and an adapter that changes the outputs."""
     peft = method.bind(model, params, IDS, **kwargs)
     return peft, filled(peft.init(jax.random.key(0), jax.eval_shape(lambda p: p, params)), 1)
 
 
 @pytest.fixture(scope="module")
 def qwen():
-    """With biases."""
+    """A decoder with biases."""
     return tiny()
 
 
 @pytest.fixture(scope="module")
 def gemma():
-    """With layers of two kinds, more norms and a tied head."""
+    """A decoder with layers of two kinds, more norms and a tied head."""
     return tiny("gemma2", query_pre_attn_scalar=4.0, sliding_window=3)
 
 
@@ -82,7 +90,7 @@ def test_stack_is_the_inverse_of_unstack(qwen):
     }
 
 
-def test_containers_boxes_and_other_kinds_of_leaves(qwen):
+def test_stack_and_unstack_keep_containers_and_kinds_of_leaves(qwen):
     _, params = qwen
     assert isinstance(unstack(freeze(params)), FrozenDict) and isinstance(stack(unstack(freeze(params))), FrozenDict)
     on_host = jax.tree.map(np.asarray, params)
@@ -120,7 +128,7 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize(("fn", "match"), [(unstack, m) for m in UNSTACKABLE] + [(stack, m) for m in UNLIKE])
-def test_trees_that_are_refused(fn, match):
+def test_stack_and_unstack_reject_layers_that_differ(fn, match):
     layers = (UNSTACKABLE if fn is unstack else UNLIKE)[match]
     with pytest.raises(ValueError, match=match):
         fn({"a": {"layers": layers}}, "a/layers")
@@ -151,7 +159,8 @@ METHODS = {
 }  # fmt: skip
 
 
-def unrolled_alike(model, params, method):
+def check_unrolled(model, params, method):
+    """Unrolling changes no output, no merged weight, and gives the leaves that `bind` would."""
     peft, adapter = bound(method, model, params, attention_mask=MASK)
     want = jax.jit(peft.apply)(params, adapter, IDS, attention_mask=MASK)
     model1, params1, peft1, adapter1 = unroll(model, params, peft, adapter)
@@ -159,7 +168,6 @@ def unrolled_alike(model, params, method):
     got = jax.jit(peft1.apply)(params1, adapter1, IDS, attention_mask=MASK)
     np.testing.assert_allclose(got[MASK == 1], want[MASK == 1], atol=2e-5)
     same(stack(adapter1), adapter)
-    # It is what a method would be bound to there: the same leaves in the same shapes, labeled alike.
     assert {join(p): s for p, s in peft1.structure} == {
         join(p): (tuple(x.shape), x.dtype.name) for p, x in flatten(adapter1).items()
     }
@@ -170,8 +178,8 @@ def unrolled_alike(model, params, method):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_acts_alike_on_layers_one_by_one(name, qwen):
-    unrolled_alike(*qwen, METHODS[name])
+def test_every_method_is_the_same_on_layers_one_by_one(name, qwen):
+    check_unrolled(*qwen, METHODS[name])
 
 
 def test_layers_of_two_kinds_and_a_tied_head(gemma):
@@ -183,8 +191,7 @@ def test_layers_of_two_kinds_and_a_tied_head(gemma):
     np.testing.assert_allclose(jax.jit(peft1.apply)(params1, adapter1, IDS), want, atol=2e-5)
 
 
-def test_what_unroll_shows_is_what_a_survey_would(qwen):
-    """Binding by the same targets there finds the same sites."""
+def test_unrolled_sites_are_those_that_bind_finds(qwen):
     model, params = qwen
     model1, params1, *_ = unroll(model, params)
     for method in (METHODS["LoRA"], METHODS["Bottleneck"], METHODS["PrefixTuning"], METHODS["BitFit"]):
@@ -194,7 +201,7 @@ def test_what_unroll_shows_is_what_a_survey_would(qwen):
         assert peft1.structure == there.structure
 
 
-def test_unroll_takes_what_bind_takes(qwen):
+def test_unroll_accepts_variables_and_abstract_trees(qwen):
     model, params = qwen
     peft, adapter = bound(METHODS["LoRA"], model, params)
     _, variables, _, _ = unroll(model, freeze({"params": params, "cache": {"x": jnp.ones(2)}}))
@@ -215,7 +222,7 @@ def test_unroll_takes_what_bind_takes(qwen):
             unroll(*bad)
 
 
-# --- HuggingFace's folders; tests/parity/test_hf_decoder.py holds the same to PEFT itself -----------------------------
+# --- HuggingFace folders; tests/parity/test_hf_decoder.py compares them with PEFT -------------------------------------
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 FOLDERS = {
@@ -231,7 +238,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folder_of_stacked_layers(name, qwen, tmp_path):
-    """Read back it is the same, and it is what layers one by one write."""
+    """A folder round-trips, and is the same as from layers one by one."""
     model, params = qwen
     peft, adapter = bound(FOLDERS[name], model, params)
     jpeft.hf.save(tmp_path / "stacked", peft, adapter, params)
@@ -271,7 +278,7 @@ def test_folder_of_a_tied_decoder(gemma, tmp_path):
     assert sorted(read["model"]) == ["layers"]
 
 
-def test_layers_of_a_folder_that_differ(qwen, tmp_path):
+def test_a_folder_whose_layers_differ_loads_one_by_one_only(qwen, tmp_path):
     model, params = qwen
     jpeft.hf.save(tmp_path, *bound(jpeft.LoRA(rank=2, targets=["q_proj", "v_proj"]), model, params), params)
     config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
@@ -286,7 +293,7 @@ def test_layers_of_a_folder_that_differ(qwen, tmp_path):
 
 
 def test_decoder_inside_another_model_is_not_unrolled(tmp_path):
-    """Its layers are stacked at a place that is not said: what cannot be written is named, as before."""
+    """The path of its stacked layers is not known, so that saving raises an error that names the site."""
 
     class Wrapped(nn.Module):
         @nn.compact

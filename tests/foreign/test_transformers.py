@@ -1,4 +1,4 @@
-"""Models that nobody here wrote, unchanged: transformers 4.57.6's Flax classes. Run by .ci/run, which installs them."""
+"""Third-party models, unchanged: the Flax classes of transformers 4.57.6. Run by .ci/run, which installs them."""
 
 import warnings
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of transformers' own imports
     import transformers
 
-# transformers 4.57 says that its Flax classes go, and warms up its generation with defaults it then warns about.
+# transformers 4.57 warns that its Flax classes are deprecated, and about the defaults of its own generation.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
@@ -28,7 +28,7 @@ transformers.logging.set_verbosity_error()
 
 
 class _OldNumpy:
-    """``jax.numpy`` as transformers' T5 knew it: newer jax calls the bound of ``clip`` ``max``."""
+    """``jax.numpy`` as transformers' T5 expects it: newer jax renamed ``a_max`` of ``clip`` to ``max``."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(jnp, name)
@@ -46,15 +46,26 @@ POSITIONS = np.broadcast_to(np.arange(6, dtype="int32"), IDS.shape)
 
 @dataclass(frozen=True)
 class Foreign:
-    """A class, a tiny configuration, the inputs of its Linen module, and which weights are its queries and values."""
+    """A transformers model.
+
+    Attributes:
+      model: its Flax class.
+      config: its configuration class.
+      fields: a tiny configuration.
+      inputs: the inputs of its Linen module.
+      query_value: the targets of its query and value projections.
+      table: the path of its embedding.
+      tied: whether its head is the embedding.
+      generates: the prompt for generation; None: it does not generate.
+    """
 
     model: str
     config: str
     fields: dict[str, Any]
     inputs: dict[str, Any]
     query_value: str
-    table: str = ""  # its embedding
-    tied: bool = False  # whether its head is that table too
+    table: str = ""
+    tied: bool = False
     generates: Any = None
 
     def load(self):
@@ -62,7 +73,7 @@ class Foreign:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = getattr(transformers, self.model)(config, seed=0)
-        # Their own start, of deviation 0.02, is nearly linear and nearly zero; norms stay as they are.
+        # Their initial weights, of deviation 0.02, are nearly linear and nearly zero; norms keep theirs.
         drawn = flatten(numbers(model.params, 0.3))
         kept = {p: x for p, x in flatten(model.params).items() if "norm" in "/".join(p).lower() or "ln_" in "/".join(p)}
         model.params = unflatten({**drawn, **kept})
@@ -146,7 +157,7 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def _as_transformers_runs():
-    """transformers adds integers to booleans; and its tiny models are quicker run than optimized."""
+    """Standard promotion, because transformers adds integers to booleans; and fast compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -174,7 +185,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_three_steps_change_every_adapter_leaf_and_no_base_bit(name, method, loaded):
+def test_three_steps_change_every_adapter_leaf_and_no_base_weight(name, method, loaded):
     foreign, hf = MODELS[name], loaded(name)
     module, params = hf.module, hf.params
     before = jax.tree.map(np.array, params)
@@ -191,7 +202,7 @@ def test_three_steps_change_every_adapter_leaf_and_no_base_bit(name, method, loa
 
     @jax.jit
     def step(params, adapter, state):
-        # A loss that no symmetry of the outputs flattens.
+        # A loss without symmetries, so that all gradients differ from 0.
         def loss(a):
             logits = run(params, a)
             return (logits * jnp.cos(jnp.arange(logits.size, dtype=logits.dtype)).reshape(logits.shape)).sum()
@@ -218,7 +229,7 @@ def test_three_steps_change_every_adapter_leaf_and_no_base_bit(name, method, loa
 
 @pytest.mark.parametrize("name", [n for n, f in MODELS.items() if f.generates is not None])
 @pytest.mark.parametrize("method", ["all-linear", "embedding"])
-def test_generate_inside_intercept_is_generate_of_the_merged_model(name, method, loaded):
+def test_generate_inside_intercept_equals_generate_of_the_merged_model(name, method, loaded):
     foreign, hf = MODELS[name], loaded(name)
     peft = METHODS[method](foreign).bind(hf.module, hf.params, **foreign.inputs)
     adapter = moved(peft, hf.params, 0.5)

@@ -1,6 +1,7 @@
-"""The decoder held to its own formulas in numpy float64: every family, with and without a cache, scanned and not."""
+"""The decoder against its formulas in numpy float64: every family, with and without a cache, scanned or not."""
 
 import functools
+import itertools
 import json
 import math
 import tracemalloc
@@ -27,7 +28,7 @@ from tests.zoo import save_tensors
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
-# Between them: full, sliding and mixed layers, soft-caps, normalized queries and keys, biases, a tied head.
+# Together they cover full, sliding and mixed layers, soft-caps, normalized queries and keys, biases, a tied head.
 KINDS = {
     "llama": {"model_type": "llama", "rope_theta": 500.0},
     "mistral": {"model_type": "mistral", "sliding_window": 4},
@@ -44,21 +45,13 @@ def build(config, **options):
     return decoder_hf.from_config({**SIZES, **config}, **options)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    """Most of the time goes to compiling; what is compiled need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def shapes(model):
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int)))["params"]
 
 
 @functools.cache
 def tiny(kind, **options):
-    """A model and its tree, in numpy, no two layers, norms or biases alike."""
+    """A model and its tree in numpy; no two layers, norms or biases are equal."""
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
@@ -70,8 +63,18 @@ def tiny(kind, **options):
     return model, params if model.scan_layers else models.unstack(params)
 
 
+@functools.cache
+def jitted(model):
+    """One compiled program for all tests of equal models and shapes."""
+    return jax.jit(model.apply, static_argnames="logits_to_keep")
+
+
+def exhaustive(*values, **options):
+    return pytest.param(*values, marks=pytest.mark.exhaustive, **options)
+
+
 def padded(side, rows=ROWS, width=WIDTH):
-    """Rows as one batch, and its mask."""
+    """The rows as one batch with padding on one side, and its mask."""
     ids, mask = np.zeros((len(rows), width), int), np.zeros((len(rows), width), int)
     for i, row in enumerate(rows):
         at = slice(width - len(row), width) if side == "left" else slice(len(row))
@@ -90,8 +93,8 @@ def linear(x, leaves):
     return x @ leaves["kernel"] + leaves.get("bias", 0.0)
 
 
-def turned(x, theta):
-    """[length, heads, head_dim]: the pairs (i, i + head_dim / 2) as complex numbers, turned by position."""
+def rotated(x, theta):
+    """Rotary embedding of `[length, heads, head_dim]`: pairs (i, i + head_dim / 2) as complex numbers, rotated."""
     half = x.shape[-1] // 2
     angles = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
@@ -99,7 +102,7 @@ def turned(x, theta):
 
 
 def attended(query, key, value, scale, window=None, softcap=None, allowed=None):
-    """One row, [length, heads, head_dim]. Keys before the queries' own are a prefix, which every query sees."""
+    """Attention of one row, `[length, heads, head_dim]`. Keys before the queries' own are a prefix for all queries."""
     group = query.shape[1] // key.shape[1]
     key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
     scores = np.einsum("qhd,khd->hqk", query, key) * scale
@@ -116,7 +119,7 @@ def attended(query, key, value, scale, window=None, softcap=None, allowed=None):
 
 
 def reference(model, params, row, prefix=None):
-    """The logits of one row of tokens. prefix: keys and values `[length, kv_heads, head_dim]` of each layer."""
+    """The logits of one row of tokens. `prefix`: keys and values `[length, kv_heads, head_dim]` of each layer."""
     cfg = model.config
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     layers = params["model"]["layers"]
@@ -136,7 +139,7 @@ def reference(model, params, row, prefix=None):
             query = normed(query, attention["q_norm"]["scale"], cfg)
             key = normed(key, attention["k_norm"]["scale"], cfg)
         theta = (cfg.rotary_sliding if kind == SLIDING and cfg.rotary_sliding else cfg.rotary).theta
-        query, key = turned(query, theta), turned(key, theta)
+        query, key = rotated(query, theta), rotated(key, theta)
         if prefix is not None:
             key, value = np.concatenate([prefix[i][0], key]), np.concatenate([prefix[i][1], value])
         window = cfg.sliding_window if kind == SLIDING else None
@@ -158,29 +161,31 @@ def reference(model, params, row, prefix=None):
 
 
 def assert_rows(logits, mask, want, err_msg=""):
-    """The logits of each row's tokens are those of the row alone."""
+    """Compares the logits of each row's tokens with those of the row alone."""
     for i, row in enumerate(want):
         got = np.asarray(logits[i])[np.asarray(mask[i]) == 1]
         np.testing.assert_allclose(got, row, atol=2e-4, rtol=1e-4, err_msg=f"row {i} {err_msg}")
 
 
-@pytest.mark.parametrize(("kind", "scan_layers"), [*((kind, True) for kind in KINDS), ("mistral", False),
-                                                   ("qwen2", False), ("gemma3", False)])  # fmt: skip
-def test_logits_of_each_row_are_the_formulas_whatever_the_padding(kind, scan_layers):
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"),
+    [*((kind, True) for kind in KINDS), exhaustive("mistral", False), exhaustive("qwen2", False), ("gemma3", False)],
+)
+def test_logits_are_those_of_the_formulas_with_padding_on_either_side(kind, scan_layers):
     model, params = tiny(kind, scan_layers=scan_layers)
     want = [reference(model, params, row) for row in ROWS]
-    apply = jax.jit(model.apply)
+    apply = jitted(model)
     for side in ("left", "right"):
         ids, mask = padded(side)
         assert_rows(apply({"params": params}, ids, mask), mask, want, side)
-    if kind in ("llama", "mistral"):  # layers of one kind need no mask
+    if kind in ("llama", "mistral"):  # models with layers of one kind run without a mask
         assert_rows(apply({"params": params}, ids, None)[:1], mask[:1], want[:1], "no mask")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [exhaustive(kind) if kind in ("mistral", "qwen3") else kind for kind in KINDS])
 def test_a_cache_filled_in_chunks_and_token_by_token_gives_the_same_logits(kind, side):
-    """Three chunks of four slots, padded on either side, then three tokens; the window is shorter than the text."""
+    """Three chunks of four slots with padding on one side, then three tokens; the window is shorter than the text."""
     scan_layers = kind not in ("llama", "gemma3")
     model, params = tiny(kind, scan_layers=scan_layers)
     rows = [np.concatenate([row, [5, 8, 9]]) for row in ROWS]
@@ -206,15 +211,15 @@ def _with_cache(model):
 
 
 def test_a_cache_of_another_dtype():
-    model, params = tiny("llama")
-    ids, mask = padded("left")
+    model, params = tiny("llama", scan_layers=False)
+    ids, mask = (x[:, -4:] for x in padded("left"))
     want = _with_cache(model)(params, ids, init_cache(model, 3, 20), mask)[0]
     logits, cache = _with_cache(model)(params, ids, init_cache(model, 3, 20, jnp.bfloat16), mask)
     assert cache["key"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     assert 0 < np.abs(logits - want).max() < 0.1 * np.abs(want).max()
 
 
-def test_only_differences_of_positions_matter():
+def test_logits_depend_on_differences_of_positions_only():
     model, params = tiny("llama")
     ids, counted = ROWS[0][None], np.arange(WIDTH)[None]
     apply = jax.jit(lambda positions: model.apply({"params": params}, ids, position_ids=positions))
@@ -223,22 +228,22 @@ def test_only_differences_of_positions_matter():
     assert np.abs(apply(2 * counted) - want).max() > 0.1
 
 
-def test_only_the_last_logits():
+def test_logits_to_keep_returns_the_last_logits():
     model, params = tiny("gemma2")
     ids, mask = padded("left")
-    apply = jax.jit(model.apply, static_argnames="logits_to_keep")
+    apply = jitted(model)
     last = apply({"params": params}, ids, mask, logits_to_keep=2)
     np.testing.assert_allclose(last, apply({"params": params}, ids, mask)[:, -2:], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_packed_segments_are_rows_of_their_own(kind):
+def test_packed_segments_have_the_logits_of_separate_rows(kind):
     model, params = tiny(kind)
     ids = np.concatenate(ROWS)[None]
     segments = np.repeat(np.arange(3), LENGTHS)[None]
     restarted = np.concatenate([np.arange(n) for n in LENGTHS])[None]
     want = np.concatenate([reference(model, params, row) for row in ROWS])[None]
-    apply = jax.jit(model.apply)
+    apply = jitted(model)
     for positions in (np.arange(sum(LENGTHS))[None], restarted):
         logits = apply({"params": params}, ids, segment_ids=segments, position_ids=positions)
         np.testing.assert_allclose(logits, want, atol=2e-4, rtol=1e-4)
@@ -248,7 +253,7 @@ def test_packed_segments_are_rows_of_their_own(kind):
         model.apply({"params": params}, ids, segment_ids=segments, cache=init_cache(model, 1, 20))
 
 
-def test_a_row_of_padding_alone_is_finite_in_value_and_gradient():
+def test_value_and_gradient_of_a_row_of_padding_only_are_finite():
     model, params = tiny("gemma3")
     ids, mask = padded("left")
     mask[1] = 0
@@ -256,7 +261,7 @@ def test_a_row_of_padding_alone_is_finite_in_value_and_gradient():
     assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-# --- layers stacked, one by one, computed again ---
+# --- stacked layers, layers one by one, rematerialization ---
 
 
 def loss_of(model):
@@ -291,12 +296,12 @@ def test_stacked_layers_have_the_gradients_of_layers_one_by_one():
     assert_trees_close(models.unstack(stacked), one_by_one)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_saveable", "offload"])
+@pytest.mark.parametrize("remat", ["full", exhaustive("dots"), exhaustive("dots_saveable"), "offload"])
 def test_remat_changes_no_gradient(remat):
     assert_trees_close(gradient("qwen2", remat=remat), gradient("qwen2", scan_layers=True))
 
 
-def test_remat_holds_less_memory_in_a_gradient_step():
+def test_remat_uses_less_memory_in_a_gradient_step():
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
     def temporary(remat):
@@ -309,14 +314,14 @@ def test_remat_holds_less_memory_in_a_gradient_step():
 
 
 def equations(jaxpr):
-    """How many there are, at all depths."""
+    """The number of equations at all depths."""
     inner = [x for eqn in jaxpr.eqns for p in eqn.params.values() for x in (p if isinstance(p, tuple) else (p,))]
     inner = [getattr(x, "jaxpr", x) for x in inner]
     return len(jaxpr.eqns) + sum(equations(x) for x in inner if hasattr(x, "eqns"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
-def test_what_is_traced_and_compiled_does_not_grow_with_depth(kind):
+@pytest.mark.parametrize("kind", ["llama", exhaustive("qwen2"), "gemma3"])
+def test_the_program_does_not_grow_with_depth(kind):
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def sizes(layers, **options):
@@ -328,11 +333,11 @@ def test_what_is_traced_and_compiled_does_not_grow_with_depth(kind):
 
     (few, short), (many, long) = sizes(2), sizes(8)
     assert many == few
-    assert abs(long - short) < 0.01 * short  # the flags of the layers, and digits
-    assert kind != "llama" or sizes(3, scan_layers=False)[0] > few  # what is counted does tell
+    assert abs(long - short) < 0.01 * short  # longer lists of flags and more digits only
+    assert kind != "llama" or sizes(3, scan_layers=False)[0] > few  # the count does grow with layers one by one
 
 
-def test_bfloat16_computes_close_to_float32():
+def test_bfloat16_is_close_to_float32():
     model, params = tiny("qwen3")
     ids, mask = padded("left")
     want = np.concatenate([reference(model, params, row) for row in ROWS])
@@ -361,7 +366,7 @@ def test_attention_dropout_follows_the_caller():
         return drop({"params": params}, ids, rngs={"dropout": jax.random.key(seed)})
 
     plain = reference(*tiny("llama"), ROWS[0])[None]
-    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, ids), plain, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(jitted(model)({"params": params}, ids), plain, atol=2e-4, rtol=1e-4)
     np.testing.assert_array_equal(run(0), run(0))
     assert np.abs(run(0) - run(1)).max() > 0.1 and np.abs(run(0) - plain).max() > 0.1
     with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
@@ -369,7 +374,7 @@ def test_attention_dropout_follows_the_caller():
 
 
 def test_attention_dropout_is_right_on_average():
-    """Of the weights, after the softmax: the output is linear in them."""
+    """Dropout acts on the weights after the softmax, in which the output is linear."""
     module = decoder.SelfAttention(build({"model_type": "llama", "attention_dropout": 0.3}).config, deterministic=False)
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(1, 5, heads, 8)), jnp.float32) for heads in (4, 2, 2))
@@ -382,35 +387,42 @@ def test_attention_dropout_is_right_on_average():
     assert runs.std(0).max() > 0.3
 
 
-# --- attention and positions alone ---
+# --- attention and rotary embedding ---
 
 
 @pytest.fixture(params=["here", "jax"])
 def path(request, monkeypatch):
-    """Our attention as CPUs run it, and `jax.nn.dot_product_attention` as others do."""
+    """The attention that runs on CPUs, and `jax.nn.dot_product_attention`, which runs elsewhere."""
     if request.param == "jax":
         monkeypatch.setattr("jpeft.core.backend.flatten_tokens", lambda: False)
     return request.param
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kv_heads", [2, 4])
+def attention_cases():
+    """All combinations. Outside of an orthogonal array, in which all pairs of values occur, they are exhaustive."""
+    for a, b, c, d, e in itertools.product((0, 1), repeat=5):
+        case = (("here", "jax")[a], (2, 4)[b], bool(c), (None, 3)[d], (None, 2.0)[e])
+        yield pytest.param(*case, marks=() if (d, e) == (a ^ b, a ^ c) else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("path", "kv_heads", "masked", "window", "softcap"), list(attention_cases()), indirect=["path"]
+)
 def test_attention_is_the_formula(path, kv_heads, masked, window, softcap):
-    """With as many keys as queries, and with a prefix of three more, which all see whatever the window."""
+    """With as many keys as queries, and with a prefix of three more keys, to which all attend whatever the window."""
+    attend = jax.jit(functools.partial(ops.attention, scale=0.4, window=window, softcap=softcap))
     rng = np.random.default_rng(0)
     for before in (0, 3):
         query = rng.normal(size=(2, 6, 4, 8))
         key, value = (rng.normal(size=(2, 6 + before, kv_heads, 8)) for _ in range(2))
         allowed = np.tril(rng.random((2, 6, 6)) < 0.6) | np.eye(6, dtype=bool) if masked else [None, None]
         mask = None
-        if masked:  # explicit: causal and window are in it
+        if masked:  # an explicit mask contains causality and window
             near = np.subtract.outer(np.arange(6), np.arange(6)) < (window or 6)
             mask = np.concatenate([np.ones((2, 6, before), bool), allowed & near], axis=-1)[:, None]
         operands = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
         mask = None if mask is None else jnp.asarray(mask)
-        got = ops.attention(*operands, mask, scale=0.4, window=window, softcap=softcap)
+        got = attend(*operands, mask)
         want = [attended(*row, 0.4, window, softcap, a) for *row, a in zip(query, key, value, allowed, strict=True)]
         np.testing.assert_allclose(got, want, atol=3e-6, err_msg=f"{before} before")
 
@@ -419,14 +431,14 @@ def test_a_decoder_runs_on_either_attention(path):
     model, params = tiny("mistral")
     ids, mask = padded("left")
     want = [reference(model, params, row) for row in ROWS]
-    # a function of its own: what was traced on the other path must not be taken for it
+    # a function of its own, because one traced on the other path would be found in the cache
     apply = jax.jit(lambda p, ids, mask: model.apply({"params": p}, ids, mask))
     assert_rows(apply(params, ids, mask), mask, want)
     assert_rows(apply(params, ids, None)[:1], mask[:1], want[:1])
 
 
 def llama3(f, factor, low, high, trained):
-    """As in Meta's code: by wavelength."""
+    """The frequencies by wavelength, as in Meta's code."""
     out = []
     for x in f:
         wavelength = 2 * math.pi / x
@@ -441,7 +453,7 @@ def llama3(f, factor, low, high, trained):
 
 
 def yarn(f, factor, fast, slow, trained, theta, truncate=True):
-    """As in the paper's code: interpolated where a pair turns less than `slow` times, as it was above `fast` times."""
+    """As in the paper's code: divided for pairs that turn less than `slow` times, unchanged above `fast` times."""
     dim = 2 * len(f)
     low, high = (dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
     if truncate:
@@ -472,19 +484,19 @@ FREQUENCIES = {
 
 @pytest.mark.parametrize("name", FREQUENCIES)
 def test_rotary_frequencies_are_the_formulas(name):
-    scaling, frequencies, length = FREQUENCIES[name]
+    scaling, frequencies, scale = FREQUENCIES[name]
     config = {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": scaling, "max_position_embeddings": 1024}
     rotary = build(config).config.rotary
-    if name not in ("default", "linear"):  # some pairs divided, some not
+    if name not in ("default", "linear"):  # some frequencies are divided, some are not
         assert (ratio := PLAIN / frequencies).max() > 1 and ratio.min() == 1
     positions = np.array([[0, 3, 70]])
     cos, sin = rotary.table(jnp.asarray(positions), 16, 1024)
     np.testing.assert_allclose(rotary.frequencies(16, 1024), frequencies, rtol=1e-6)
-    np.testing.assert_allclose(cos, np.cos(positions[..., None] * frequencies) * length, atol=2e-5)
-    np.testing.assert_allclose(sin, np.sin(positions[..., None] * frequencies) * length, atol=2e-5)
+    np.testing.assert_allclose(cos, np.cos(positions[..., None] * frequencies) * scale, atol=2e-5)
+    np.testing.assert_allclose(sin, np.sin(positions[..., None] * frequencies) * scale, atol=2e-5)
 
 
-def test_dynamic_rotary_grows_with_each_rows_own_length():
+def test_dynamic_rotary_depends_on_the_length_of_each_row():
     rotary = Rotary(theta=500.0, rope_type="dynamic", factor=3.0)
     positions = jnp.array([[0, 1, 7], [0, 1, 19]])  # within the trained 8, and beyond
     cos, _ = rotary.table(positions, 16, 8)
@@ -498,7 +510,7 @@ def test_dynamic_rotary_grows_with_each_rows_own_length():
 
 
 def with_prefix(kind, method, **options):
-    """A Peft, its adapter, and the keys and values of each layer that it stands for, in numpy."""
+    """A Peft, its adapter, and the keys and values that it adds to each layer, in numpy."""
     model, params = tiny(kind, **options)
     peft = method.bind(model, params, jnp.zeros((1, 4), int))
     rng, shapes = np.random.default_rng(0), jax.eval_shape(peft.init, jax.random.key(1), params)
@@ -526,21 +538,25 @@ NETWORK = jpeft.PrefixTuning(length=5, reparametrize=True, hidden=6, embedding=7
 
 @pytest.mark.parametrize(
     ("kind", "scan_layers", "method"),
-    [("llama", True, PREFIX), ("mistral", True, NETWORK), ("mistral", False, PREFIX), ("gemma2", True, PREFIX),
-     ("qwen2", False, NETWORK)],
-    ids=["full", "window, network", "window, one by one", "mixed", "mixed, one by one, network"],
-)  # fmt: skip
-def test_a_prefix_is_more_keys_and_values_that_every_query_sees(kind, scan_layers, method):
-    """Causal, padded on both sides, beyond any window, and over a cache, in chunks and token by token."""
+    [
+        pytest.param("llama", True, PREFIX, id="full"),
+        pytest.param("mistral", True, NETWORK, id="window, network"),
+        exhaustive("mistral", False, PREFIX, id="window, one by one"),
+        exhaustive("gemma2", True, PREFIX, id="mixed"),
+        pytest.param("qwen2", False, NETWORK, id="mixed, one by one, network"),
+    ],
+)
+def test_a_prefix_adds_keys_and_values_for_all_queries(kind, scan_layers, method):
+    """With padding on either side, beyond the window, and with a cache, in chunks and token by token."""
     peft, params, adapter, prefix = with_prefix(kind, method, scan_layers=scan_layers)
     want = [reference(peft.model, params, row, prefix) for row in ROWS]
     assert np.abs(want[0] - reference(peft.model, params, ROWS[0])).max() > 0.1
     apply = jax.jit(peft.apply)
     for side in ("right", "left"):
         ids, mask = padded(side)
-        counted = np.maximum(mask.cumsum(axis=1) - 1, 0)  # a prefix stands before the tokens, not before the padding
+        counted = np.maximum(mask.cumsum(axis=1) - 1, 0)  # the prefix is before the tokens, not before the padding
         assert_rows(apply(params, adapter, ids, mask, counted), mask, want, side)
-    if kind in ("llama", "mistral"):  # layers of one kind need no mask
+    if kind in ("llama", "mistral"):  # models with layers of one kind run without a mask
         assert_rows(apply(params, adapter, ids, None)[:1], mask[:1], want[:1], "no mask")
     cache, pieces = init_cache(peft.model, 3, 16), []
     step = jax.jit(lambda p, a, ids, mask, cache: peft.apply(p, a, ids, mask, cache=cache))
@@ -551,7 +567,7 @@ def test_a_prefix_is_more_keys_and_values_that_every_query_sees(kind, scan_layer
     assert_rows(np.concatenate(pieces, axis=1), mask, want, "cache")
 
 
-# --- names of axes, placing ---
+# --- axis names, placing ---
 
 
 RULES = [("vocab", "tensor"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("embed", "fsdp")]
@@ -559,7 +575,7 @@ RULES = [("vocab", "tensor"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_names_its_axes(kind, scan_layers):
+def test_every_parameter_has_axis_names(kind, scan_layers):
     model = build(KINDS[kind], scan_layers=scan_layers)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
     specs = tree.flatten(nn.get_partition_spec(boxed)["params"])
@@ -576,7 +592,7 @@ def test_every_parameter_names_its_axes(kind, scan_layers):
 
 
 def torch_tensors(model, params):
-    """The tensors of a HuggingFace folder, by this file's own account."""
+    """The tensors of a HuggingFace folder, with names that this file derives itself."""
     layers = {} if "0" in params["model"]["layers"] else {"layers": {
         str(i): jax.tree.map(lambda leaf, i=i: leaf[i], params["model"]["layers"])
         for i in range(model.config.num_hidden_layers)}}  # fmt: skip
@@ -602,7 +618,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_parameters_are_loaded_onto_a_mesh_and_give_the_same_logits(tmp_path, mesh, scan_layers):
+def test_parameters_loaded_onto_a_mesh_give_the_same_logits(tmp_path, mesh, scan_layers):
     folder = write(tmp_path / "m", "qwen2")
     model, params = models.load(
         folder, scan_layers=scan_layers, shardings=lambda m: models.logical_shardings(m, mesh, RULES)
@@ -617,7 +633,7 @@ def test_parameters_are_loaded_onto_a_mesh_and_give_the_same_logits(tmp_path, me
     assert_rows(logits, mask, [reference(*tiny("qwen2"), row) for row in ROWS])
 
 
-def test_layers_may_be_split_over_devices(tmp_path, mesh):
+def test_layers_can_be_sharded(tmp_path, mesh):
     tensors = torch_tensors(*tiny("llama"))
     tensors = {name: value for name, value in tensors.items() if ".layers.2." not in name}
     folder = write(tmp_path / "m", tensors=tensors, num_hidden_layers=2)
@@ -629,7 +645,7 @@ def test_layers_may_be_split_over_devices(tmp_path, mesh):
         np.testing.assert_array_equal(up[i], tensors[f"model.layers.{i}.mlp.up_proj.weight"].T)
 
 
-def test_one_sharding_for_all_and_a_tree_of_them(tmp_path, mesh):
+def test_load_with_one_sharding_and_with_a_tree(tmp_path, mesh):
     folder = write(tmp_path / "m")
     everywhere = NamedSharding(mesh, P())
     model, params = models.load(folder, shardings=everywhere)
@@ -639,15 +655,17 @@ def test_one_sharding_for_all_and_a_tree_of_them(tmp_path, mesh):
     assert_trees_close(again, params, atol=0)
     del shardings["model"]["norm"]
     shardings["head"] = everywhere
-    with pytest.raises(models.ModelError, match="does not match the parameters: head, model/norm/scale in one of them only"):
+    with pytest.raises(
+        models.ModelError, match="does not match the parameters: head, model/norm/scale in one of them only"
+    ):
         models.load(folder, shardings=shardings)
 
 
-# --- reading folders ---
+# --- folders ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_gives_the_stacked_tree_and_is_written_back(tmp_path, kind):
+def test_a_folder_loads_as_stacked_tree_and_round_trips(tmp_path, kind):
     want_model, want = tiny(kind)
     model, params = models.load(write(tmp_path / "m", kind))
     assert model == want_model
@@ -658,7 +676,7 @@ def test_a_folder_gives_the_stacked_tree_and_is_written_back(tmp_path, kind):
     assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
 
 
-def test_shards_give_the_layers_one_by_one_in_any_dtype(tmp_path):
+def test_shards_load_one_by_one_in_bfloat16(tmp_path):
     want = models.unstack(tiny("gemma2")[1])
     folder = write(tmp_path / "m", "gemma2", shards=3)
     model, params = models.load(folder, scan_layers=False, param_dtype=jnp.bfloat16)
@@ -668,15 +686,15 @@ def test_shards_give_the_layers_one_by_one_in_any_dtype(tmp_path):
 
 @pytest.mark.parametrize(("options", "tensors"), [({}, 1), ({"shardings": "one"}, 1), ({"scan_layers": False}, 2)],
                          ids=["stacked", "placed", "one by one"])  # fmt: skip
-def test_host_memory_holds_a_tensor_or_two_beside_the_leaves(tmp_path, options, tensors):
-    """By what numpy and safetensors allocate; one by one, JAX lets go of a tensor when it is given the next."""
+def test_host_memory_holds_one_or_two_tensors_beside_the_leaves(tmp_path, options, tensors):
+    """Measured by the allocations of numpy and safetensors; one by one, JAX frees a tensor only with the next one."""
     size = 32 * 2**16 * 4
     config = {**KINDS["llama"], "intermediate_size": 2**16}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes(build(config)))
     folder = write(tmp_path / "m", tensors=torch_tensors(build(config), zeros), intermediate_size=2**16)
     if "shardings" in options:
         options = {"shardings": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
-    models.load(folder, **options)  # what is traced and imported once is not counted
+    models.load(folder, **options)  # traces and imports, which happen once, are not counted
     tracemalloc.start()
     try:
         models.load(folder, **options)
@@ -713,8 +731,14 @@ BAD_TENSORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("case", BAD_TENSORS)
+@pytest.mark.parametrize(
+    ("case", "scan_layers"),
+    [
+        *((case, True) for case in BAD_TENSORS),
+        *((case, False) for case in ("missing", "misshapen")),
+        *(exhaustive(case, False) for case in BAD_TENSORS if case not in ("missing", "misshapen")),
+    ],
+)
 def test_a_bad_tensor_is_named_with_its_layer(tmp_path, case, scan_layers):
     change, message = BAD_TENSORS[case]
     folder = write(tmp_path / "m", tensors=change(torch_tensors(*tiny("llama"))))
@@ -730,7 +754,7 @@ def test_a_truncated_shard_is_named(tmp_path):
         models.load(folder)
 
 
-def test_buffers_and_a_tied_head_may_stand_in_the_file(tmp_path):
+def test_buffers_and_a_tied_head_in_the_file_are_ignored(tmp_path):
     model, params = tiny("qwen3")
     extra = {"lm_head.weight": np.ones((60, 32), np.float32),
              "model.layers.2.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}  # fmt: skip
@@ -738,7 +762,7 @@ def test_buffers_and_a_tied_head_may_stand_in_the_file(tmp_path):
     assert_trees_close(models.load(folder)[1], params, atol=0)
 
 
-def test_the_text_part_of_a_model_that_also_sees(tmp_path):
+def test_the_text_part_of_a_vision_language_model_loads(tmp_path):
     model, params = tiny("gemma3")
     tensors = {f"language_model.{name}": value for name, value in torch_tensors(model, params).items()}
     folder = write(tmp_path / "m", tensors=tensors | {"vision_tower.x.weight": np.ones((2, 2), np.float32)})
@@ -782,7 +806,8 @@ BAD_CONFIGS = {
     "layer_types too short": ("qwen2", {"layer_types": [FULL]}, "layer_types=.* must list .* for each of 3 layers"),
     "layer_types unknown": ("gemma2", {"layer_types": [FULL, "chunked_attention", FULL]},
                             "chunked_attention.* must list"),
-    "layer_types no strings": ("gemma2", {"layer_types": [[FULL], 1, None]}, "must list sliding_attention or full_attention"),
+    "layer_types no strings": ("gemma2", {"layer_types": [[FULL], 1, None]},
+                               "must list sliding_attention or full_attention"),
     "layer_types no list": ("gemma2", {"layer_types": FULL}, "must list sliding_attention or full_attention"),
     "layer_types mixed": ("mistral", {"layer_types": [FULL, SLIDING, FULL]}, "mistral with layers of both kinds"),
     "no window for types": ("qwen2", {"use_sliding_window": False, "layer_types": [SLIDING] * 3},
@@ -819,7 +844,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_a_config_that_cannot_be_followed_says_where(tmp_path, case):
+def test_an_unsupported_config_names_the_field(tmp_path, case):
     kind, fields, message = BAD_CONFIGS[case]
     folder = write(tmp_path / "m", kind, tensors={}, **fields)
     with pytest.raises(models.ModelError, match=f"config.json: .*{message}") as error:
@@ -830,16 +855,16 @@ def test_a_config_that_cannot_be_followed_says_where(tmp_path, case):
 @pytest.mark.parametrize(("options", "message"), [
     ({"scan_layer": True}, "llama models have no option scan_layer, only remat, scan_layers"),
     ({"remat": "ful"}, "remat='ful' is not one of full, dots, offload, everything_saveable"),
-    ({"remat": "save_only_these_names"}, "remat='save_only_these_names' is not one of"),  # wants names: saves everything
+    ({"remat": "save_only_these_names"}, "remat='save_only_these_names' is not one of"),  # needs names
     ({"remat": True}, "remat=True is not one of"),
     ({"remat": ["full"]}, "remat=.* is not one of"),
 ])  # fmt: skip
-def test_an_unknown_option_is_refused(tmp_path, options, message):
+def test_an_unknown_option_is_an_error(tmp_path, options, message):
     with pytest.raises(models.ModelError, match=message):
         models.load(write(tmp_path / "m", tensors={}), **options)
 
 
-def test_nulls_are_the_defaults_of_the_family():
+def test_null_fields_have_the_defaults_of_the_family():
     fields = ("vocab_size", "head_dim", "num_key_value_heads", "rms_norm_eps", "hidden_act", "tie_word_embeddings",
               "rope_scaling", "rope_theta", "layer_types", "quantization_config", "attention_bias")  # fmt: skip
     for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
@@ -863,7 +888,7 @@ MORE_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", [*KINDS, *MORE_CONFIGS])
-def test_the_config_written_is_the_inverse_of_the_config_read(name):
+def test_to_config_is_the_inverse_of_from_config(name):
     config = {**KINDS, **MORE_CONFIGS}[name]
     model = build(config)
     assert model != build({"model_type": config["model_type"], "sliding_window": 7, "rope_theta": 3.0})

@@ -1,4 +1,4 @@
-"""jpeft.models.gguf on files that are written here with `gguf`, as llama.cpp's converter writes them."""
+"""jpeft.models.gguf on files that this test writes with `gguf`, in the form of llama.cpp's converter."""
 
 import itertools
 import json
@@ -16,7 +16,14 @@ import pytest
 import tokenizers
 
 from jpeft.errors import ModelError
-from jpeft.models.gguf import open_tensors, read_chat_template, read_config, read_special_tokens, read_tokenizer, stop_ids
+from jpeft.models.gguf import (
+    open_tensors,
+    read_chat_template,
+    read_config,
+    read_special_tokens,
+    read_tokenizer,
+    stop_ids,
+)
 from jpeft.text import chat_template
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, ROWS, LAYERS = 32, 4, 2, 8, 64, 20, 2
@@ -28,7 +35,7 @@ ALL_READERS = (read_config, read_tokenizer, read_special_tokens, stop_ids, read_
 
 
 def shapes(arch):
-    """GGUF name → torch shape, by this file's own account."""
+    """GGUF name → torch shape, which this file derives itself."""
     layer = {"attn_q": (HEADS * HEAD, HIDDEN), "attn_k": (KV_HEADS * HEAD, HIDDEN), "attn_v": (KV_HEADS * HEAD, HIDDEN),
              "attn_output": (HIDDEN, HEADS * HEAD), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
              "ffn_down": (HIDDEN, INNER), "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}  # fmt: skip
@@ -46,7 +53,7 @@ def tensors_of(arch, seed=0):
 
 
 def write(path, arch="llama", tensors=None, fields=(), keys=(), drop=(), endianess=gguf.GGUFEndian.LITTLE):
-    """A file; `fields` of the architecture and `keys` of the rest, whose values may be `(GGUFValueType, value)`."""
+    """Writes a file. `fields`: metadata of the architecture, `keys`: others; values may be `(GGUFValueType, value)`."""
     writer = gguf.GGUFWriter(path, arch, endianess=endianess)
     for key, value in ({f"{arch}.{k}": v for k, v in {**FIELDS, **dict(fields)}.items()} | dict(keys)).items():
         kind, value = value if isinstance(value, tuple) else (gguf.GGUFValueType.get_type(value), value)
@@ -107,11 +114,11 @@ SLIDE, FULL = "sliding_attention", "full_attention"
           "rope_local_base_freq": 2e4, "layer_types": [FULL, FULL]}),
     ],
 )  # fmt: skip
-def test_config(file, arch, fields, expected):
+def test_read_config(file, arch, fields, expected):
     assert read_config(write(file, arch, fields=fields)) == COMMON | expected
 
 
-def test_the_period_of_sliding_layers_and_the_scale_of_the_27b_models(file):
+def test_period_of_sliding_layers_and_query_scale_of_the_27b_models(file):
     fields = {"block_count": 62, "attention.sliding_window": 16, "attention.head_count": 2}
     tensors = tensors_of("gemma3") | {f"blk.{i}.spare": np.zeros(1, np.float32) for i in range(62)}
     config = read_config(write(file, "gemma3", tensors, fields | {"attention.key_length": 8}))
@@ -119,7 +126,7 @@ def test_the_period_of_sliding_layers_and_the_scale_of_the_27b_models(file):
     assert config["query_pre_attn_scalar"] == HIDDEN / 2 and config["head_dim"] == 8
 
 
-def test_heads_biases_and_special_ids(file):
+def test_config_of_heads_biases_and_special_ids(file):
     more = {"output.weight": (ROWS, HIDDEN), "blk.0.attn_q.bias": (HIDDEN,), "blk.0.ffn_up.bias": (INNER,)}
     tensors = tensors_of("llama") | {name: np.zeros(shape, np.float32) for name, shape in more.items()}
     keys = {f"tokenizer.ggml.{name}_token_id": value for name, value in (("bos", 3), ("eos", 4), ("padding", 5))}
@@ -140,7 +147,7 @@ def llama3_divisors(factor, theta=5e5, head=128, low=1.0, high=4.0, length=8192)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_comes_from_its_tensor(file, factor):
+def test_llama3_scaling_follows_from_its_tensor(file, factor):
     tensors = tensors_of("llama") | {"rope_freqs.weight": llama3_divisors(factor)}
     fields = {"rope.freq_base": 5e5}
     config = read_config(write(file, "llama", tensors, fields))
@@ -155,7 +162,7 @@ def test_llama3_scaling_comes_from_its_tensor(file, factor):
         read_config(write(file, "llama", tensors | other, fields))
 
 
-def test_yarn_and_what_is_refused_of_it(file):
+def test_yarn_scaling_and_unsupported_fields(file):
     fields = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
             "beta_slow": 1.0}  # fmt: skip
@@ -177,7 +184,7 @@ def permuted(weight, heads):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
-def test_tensors_are_those_of_huggingface(file, arch):
+def test_tensors_have_huggingface_names_and_values(file, arch):
     plain = tensors_of(arch) | {f"blk.1.attn_{x}.bias": np.arange(n, dtype=np.float32)
                                 for x, n in (("q", HEADS * HEAD), ("k", KV_HEADS * HEAD))}  # fmt: skip
     written = dict(plain)
@@ -206,7 +213,7 @@ def test_tensors_are_those_of_huggingface(file, arch):
 
 
 @pytest.mark.parametrize("quantized", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantized_weights_are_permuted_and_dequantized(file, quantized):
+def test_quantized_weights_are_dequantized_and_unpermuted(file, quantized):
     kind = gguf.GGMLQuantizationType[quantized]
     weight = tensors_of("llama")["blk.0.attn_q.weight"]
     packed = gguf.quantize(permuted(weight, HEADS), kind)
@@ -216,7 +223,7 @@ def test_quantized_weights_are_permuted_and_dequantized(file, quantized):
     assert value.dtype == np.float32
 
 
-def test_dtypes_of_the_file_and_names_that_are_not_known(file):
+def test_stored_dtypes_and_unknown_names_are_kept(file):
     half, brain = np.arange(6, dtype=np.float16).reshape(2, 3), np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3)
     extra = {"blk.0.attn_v.weight": half, "blk.0.ffn_up.weight": (brain.view(np.uint8), gguf.GGMLQuantizationType.BF16),
              "blk.0.attn_sinks.weight": np.ones(4, np.float32), "output.weight": half}  # fmt: skip
@@ -237,7 +244,7 @@ TEXTS = ["Hello world", "  two  spaces ", "def f(x):\n    return x ** 2  # ok\n"
 
 
 def byte_level(special=("<|end|>", "<|im_start|>", "<|im_end|>", "<tool>")):
-    """A small vocabulary: special tokens, all bytes, words learned from `TEXTS`."""
+    """The tokens and merges of a small vocabulary: special tokens, all bytes, words learned from `TEXTS`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -295,7 +302,7 @@ def test_byte_level(file, pre):
 
 def test_whole_words_of_the_vocabulary_are_kept_by_llama3(file):
     keys = gpt2_keys("llama-bpe", add_bos_token=False)
-    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "zzz"]  # no merges lead there
+    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "zzz"]  # no merges produce it
     keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], int(TYPE.NORMAL)]
     assert len(read_tokenizer(vocabulary(file, keys)).encode("zzz").ids) == 1
     assert len(read_tokenizer(vocabulary(file, keys | {"tokenizer.ggml.pre": "gpt-2"})).encode("zzz").ids) == 3
@@ -314,7 +321,7 @@ def test_bos_and_eos(file, pre, bos, eos, around):
 
 
 def spm_keys(user_defined=(), **more):
-    """A vocabulary as SentencePiece trains one: the later a piece was learned, the lower its score."""
+    """A vocabulary as SentencePiece trains it: pieces that were learned later have lower scores."""
     pieces = ["▁t", "he", "▁the", "in", "▁a", "an", "▁an", "th", "the", "▁▁", "▁▁▁▁", "er", "in▁", "the▁", "nin", "ni"]
     letters = ["▁", *"etainhrsx.,é1"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *user_defined, *pieces, *letters]
@@ -327,7 +334,7 @@ def spm_keys(user_defined=(), **more):
 
 
 def sentencepiece(keys, text):
-    """SentencePiece's BPE, by its definition: join the best neighbors, leftmost first, until none are a piece."""
+    """SentencePiece's BPE by definition: joins the best neighbors, leftmost first, until no pair is a piece."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     score = {t: s for t, s, kind in zip(tokens, keys["tokenizer.ggml.scores"], types, strict=True) if kind == 1}
     symbols = list(text.replace(" ", "▁"))
@@ -352,11 +359,11 @@ def test_sentencepiece(file, prefix):
         assert ids == sentencepiece(keys, " " + text if text and prefix is not False else text)
         assert tokenizer.decode(ids) == text
     bos = read_tokenizer(vocabulary(file, spm_keys(add_bos_token=None))).encode("the</s>an")
-    assert bos.tokens == ["<s>", "▁the", "</s>", "▁an"]  # the default is a bos, and each text has its own prefix
+    assert bos.tokens == ["<s>", "▁the", "</s>", "▁an"]  # a bos by default, and a space prefix for each text
 
 
-def test_sentencepiece_with_user_defined_pieces_is_gemmas(file):
-    """Whitespace runs are user-defined there, written with spaces, and matched before anything is joined."""
+def test_sentencepiece_with_user_defined_pieces_as_in_gemma(file):
+    """Runs of spaces are user-defined pieces, written with spaces, and matched before pieces are joined."""
     keys = spm_keys(user_defined=("\n\n", "  ", "    ", "<start_of_turn>"), add_space_prefix=False)
     tokenizer = read_tokenizer(vocabulary(file, keys, "gemma3"))
     tokens = tokenizer.encode("the\n\n     an<start_of_turn> the  an").tokens
@@ -365,7 +372,7 @@ def test_sentencepiece_with_user_defined_pieces_is_gemmas(file):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_merges_that_the_file_has_stand(file):
+def test_merges_in_the_file_are_used(file):
     keys = spm_keys(scores=None, merges=["t h", "th e"], add_space_prefix=False)
     assert read_tokenizer(vocabulary(file, keys)).encode("thean").tokens == ["the", "a", "n"]
 
@@ -376,19 +383,19 @@ def test_special_tokens_chat_template_and_stop_ids(file):
     assert read_special_tokens(file) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|end|>"}
     assert read_chat_template(file) == "{{ messages }}" and stop_ids(file) == (2, 0)
     vocabulary(file, gpt2_keys(eos_token_id=0))
-    assert read_chat_template(file) is None and stop_ids(file) == (0, 2)  # <|im_end|> ends a turn in any case
+    assert read_chat_template(file) is None and stop_ids(file) == (0, 2)  # <|im_end|> always ends a turn
     vocabulary(file, spm_keys())
     assert read_special_tokens(file) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     keys = gpt2_keys(token_type=None)
     assert read_tokenizer(vocabulary(file, keys)).encode("<|im_end|><tool>").ids[0] == 2 and stop_ids(file) == (2,)
 
 
-def test_a_codec_of_the_file(file):
+def test_chat_tokenizer_of_the_file(file):
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    codec = chat_template.read(vocabulary(file, gpt2_keys(eot_token_id=0) | {"tokenizer.chat_template": template}))
-    ids = codec.encode_chat([{"role": "user", "content": "I go"}])
-    assert (ids[0], ids[-1]) == (1, 2) and codec.decode(ids) == "I go"
-    assert codec.stop_ids == (2, 0) and codec.where == str(file)
+    tokenizer = chat_template.read(vocabulary(file, gpt2_keys(eot_token_id=0) | {"tokenizer.chat_template": template}))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "I go"}])
+    assert (ids[0], ids[-1]) == (1, 2) and tokenizer.decode(ids) == "I go"
+    assert tokenizer.stop_ids == (2, 0) and tokenizer.where == str(file)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -410,7 +417,7 @@ def tiny(path):
     return write(path, "llama", tensors, keys=keys)
 
 
-def test_cut_short_anywhere(file):
+def test_a_file_truncated_anywhere_is_an_error(file):
     read_all(tiny(file))
     content = file.read_bytes()
     for length in [*range(0, 1500, 3), len(content) // 2, len(content) - 64]:
@@ -420,7 +427,7 @@ def test_cut_short_anywhere(file):
         assert "\n" not in str(error.value) and str(error.value).startswith(f"{file}: ")
 
 
-def test_corrupt_bytes_are_an_error_or_a_file(file):
+def test_corrupt_bytes_raise_a_model_error_or_nothing(file):
     tiny(file)
     content, rng = file.read_bytes(), random.Random(0)
     errors = 0
@@ -453,20 +460,20 @@ def test_corrupt_bytes_are_an_error_or_a_file(file):
      (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 3, 0), "rows of 33, expected multiples of Q4_1"),
      (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**60, 0, 0), "truncated: tensor 't'")],
 )  # fmt: skip
-def test_what_is_no_gguf_file(file, content, message):
+def test_malformed_headers_are_an_error(file, content, message):
     file.write_bytes(content)
     for reader in ALL_READERS:
         with pytest.raises(ModelError, match=message):
             reader(file)
 
 
-def test_no_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder_are_not_found(tmp_path):
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
             read_config(path)
 
 
-def test_big_endian(file):
+def test_big_endian_is_an_error(file):
     with pytest.raises(ModelError, match="big-endian"):
         read_config(write(file, tensors={}, endianess=gguf.GGUFEndian.BIG))
 
@@ -486,12 +493,12 @@ def test_big_endian(file):
      ({"keys": {"tokenizer.ggml.eos_token_id": 9, "tokenizer.ggml.tokens": ["a", "b"]}}, "eos_token_id is 9, but"),
      ({"tensors": {}}, "no tensor token_embd.weight")],
 )  # fmt: skip
-def test_what_no_config_comes_from(file, change, message):
+def test_unsupported_metadata_is_an_error(file, change, message):
     with pytest.raises(ModelError, match=message):
         read_config(write(file, **change))
 
 
-def test_tensors_that_cannot_be_read(file):
+def test_unsupported_tensors_are_an_error(file):
     kind = next(k for k in gguf.GGMLQuantizationType if k.name == "Q8_K")
     block, size = gguf.GGML_QUANT_SIZES[kind]
     unknown = {"blk.0.attn_v.weight": (np.zeros((4, size), np.uint8), kind)}
@@ -526,18 +533,18 @@ def test_tensors_that_cannot_be_read(file):
      (spm_keys(scores=[0.0]), "tokens, but tokenizer.ggml.scores has 1 entries"),
      (spm_keys(scores=[-1000.0] * len(spm_keys()["tokenizer.ggml.tokens"])), "all tokenizer.ggml.scores are equal")],
 )  # fmt: skip
-def test_what_no_tokenizer_comes_from(file, keys, message):
+def test_invalid_tokenizer_metadata_is_an_error(file, keys, message):
     with pytest.raises(ModelError, match=message):
         read_tokenizer(vocabulary(file, keys))
 
 
-def test_more_tokens_than_embeddings(file):
+def test_more_tokens_than_embeddings_is_an_error(file):
     count = len(gpt2_keys()["tokenizer.ggml.tokens"])
     with pytest.raises(ModelError, match=f"{count} tokens, but token_embd.weight has {ROWS} rows"):
         read_tokenizer(write(file, keys=gpt2_keys()))
 
 
-def test_a_package_that_is_missing_is_named(file, monkeypatch):
+def test_the_missing_gguf_package_is_named(file, monkeypatch):
     write(file, keys=gpt2_keys())
     monkeypatch.setitem(sys.modules, "gguf", None)
     for reader in ALL_READERS:

@@ -1,4 +1,4 @@
-"""jpeft.models without torch: folders written here with safetensors, read, run, written again."""
+"""Encoders, loading and saving without torch, on folders that this file writes with safetensors."""
 
 import functools
 import json
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from jpeft import models
@@ -34,7 +36,7 @@ IDS = jnp.array([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 
 
 def tensors_of(model_type="bert", prefix="", seed=0):
-    """Random tensors under HuggingFace's names, by this file's own account of them, not by jpeft's."""
+    """Random tensors under HuggingFace's names, which this file derives itself."""
     rng = np.random.default_rng(seed)
     model = bert_hf.from_config({"model_type": model_type, **CONFIGS[model_type]})
     params = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
@@ -48,7 +50,7 @@ def tensors_of(model_type="bert", prefix="", seed=0):
 
 
 def write(folder, model_type="bert", tensors=None, shards=1, **fields):
-    """A HuggingFace folder."""
+    """Writes a HuggingFace folder; `fields` are further fields of its config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, **CONFIGS[model_type], **fields}))
     tensors = tensors_of(model_type) if tensors is None else tensors
@@ -61,14 +63,20 @@ def folder(tmp_path):
     return write(tmp_path / "bert")
 
 
+@functools.cache
+def jitted(model):
+    """One compiled program for all tests of equal models."""
+    return jax.jit(model.apply)
+
+
 def states(folder, *inputs, **kwargs):
     model, params = models.load(folder)
-    return jax.jit(model.apply)({"params": params}, *inputs, **kwargs)
+    return jitted(model)({"params": params}, *inputs, **kwargs)
 
 
 @pytest.fixture
 def lenient():
-    """Flax's own LayerNorm promotes its half-precision input."""
+    """Flax's LayerNorm promotes its half-precision input."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -84,7 +92,7 @@ def assert_same(a, b):
 # --- load ---
 
 
-def test_names_and_layout(folder):
+def test_load_names_and_transposes_leaves(folder):
     _, params = models.load(folder)
     tensors = load_file(folder / "model.safetensors")
     query = params["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"]
@@ -98,7 +106,7 @@ def test_names_and_layout(folder):
     assert len(tree.flatten(params)) == len(tensors)
 
 
-def test_prefix_heads_and_old_names(tmp_path):
+def test_load_accepts_a_prefix_heads_and_tensorflow_names(tmp_path):
     want = states(write(tmp_path / "plain"), IDS)
     tensors = tensors_of(prefix="bert.")
     for new, old in (("weight", "gamma"), ("bias", "beta")):
@@ -108,25 +116,25 @@ def test_prefix_heads_and_old_names(tmp_path):
     np.testing.assert_array_equal(states(write(tmp_path / "headed", tensors=tensors), IDS), want)
 
 
-def test_shards(tmp_path):
+def test_load_reads_shards(tmp_path):
     want = states(write(tmp_path / "whole"), IDS)
     np.testing.assert_array_equal(states(write(tmp_path / "shards", shards=3), IDS), want)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files(tmp_path, dtype, lenient):
+def test_load_reads_half_precision_files(tmp_path, dtype, lenient):
     half = {name: value.astype(dtype) for name, value in tensors_of().items()}
     folder = write(tmp_path / "half", tensors=half)
     _, params = models.load(folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     model, params = models.load(folder, param_dtype=dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
-    out = jax.jit(model.apply)({"params": params}, IDS)
+    out = jitted(model)({"params": params}, IDS)
     assert out.dtype == dtype
     np.testing.assert_allclose(out.astype(jnp.float32), states(folder, IDS), atol=0.15)
 
 
-def test_compute_dtype(folder, lenient):
+def test_dtype_of_computation(folder, lenient):
     model, params = models.load(folder, dtype=jnp.bfloat16)
     assert params["encoder"]["layer"]["0"]["output"]["dense"]["kernel"].dtype == jnp.float32
     grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, IDS).astype(jnp.float32).std()))(params)
@@ -185,7 +193,8 @@ BAD = {
     "activation": (config(hidden_act="mish"), "hidden_act='mish' is not supported"),
     "heads": (config(num_attention_heads=3), "hidden_size=16 does not split into 3"),
     "not a number": (config(hidden_size="big"), "hidden_size='big' is not a non-negative integer"),
-    "more layers than tensors": (config(num_hidden_layers=10**9), "config.json has 1,000,000,000 layers, but there are"),
+    "more layers than tensors": (config(num_hidden_layers=10**9),
+                                 "config.json has 1,000,000,000 layers, but there are"),
     "not json": (not_json, "config.json: not JSON"),
     "truncated": (truncated, "not a whole safetensors file"),
     "pickle": (pickle_only, "only pytorch_model.bin, a pickle"),
@@ -194,12 +203,13 @@ BAD = {
     "extra": (add("encoder.layer.7.x", np.ones(3, np.float32)), "not part of the model: encoder.layer.7.x"),
     "shape": (add(QUERY, np.ones((16, 8), np.float32)),
               r"query/kernel has shape \(8, 16\), the model needs \(16, 16\)"),
-    "quantized": (add(QUERY, np.ones((16, 16), np.int8)), "query.weight is int8; quantized weights of this form are not supported"),
+    "quantized": (add(QUERY, np.ones((16, 16), np.int8)),
+                  "query.weight is int8; quantized weights of this form are not supported"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_errors_name_what_is_wrong(tmp_path, case):
+def test_load_errors_name_the_problem(tmp_path, case):
     make, message = BAD[case]
     make(tmp_path / "m")
     with pytest.raises(models.ModelError, match=message) as error:
@@ -207,7 +217,7 @@ def test_errors_name_what_is_wrong(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_not_there(tmp_path):
+def test_load_of_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         models.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
@@ -233,7 +243,7 @@ def test_save_is_the_inverse_of_load(tmp_path, model_type):
     assert_same(params_again, params)
 
 
-def test_save_keeps_what_the_source_holds(tmp_path):
+def test_save_keeps_the_rest_of_the_source(tmp_path):
     head = {"bert.pooler.dense.weight": np.full((2, 2), 3, np.float32), "classifier.bias": np.ones(2, np.float32)}
     source = write(tmp_path / "a", tensors=tensors_of(prefix="bert.") | head, shards=2, architectures=["Mine"])
     (source / "vocab.txt").write_text("[PAD]")
@@ -261,7 +271,7 @@ def test_save_bfloat16(tmp_path, folder, lenient):
     assert_same(models.load(tmp_path / "half", param_dtype=jnp.bfloat16)[1], params)
 
 
-def test_save_refuses(tmp_path, folder):
+def test_save_rejects_invalid_arguments(tmp_path, folder):
     model, params = models.load(folder)
     with pytest.raises(FileExistsError, match="is not an empty folder"):
         models.save(folder, model, params)
@@ -295,10 +305,16 @@ def test_every_family_ignores_padding(tmp_path, model_type):
     pad = CONFIGS[model_type].get("pad_token_id", 1 if "roberta" in model_type or model_type == "camembert" else 0)
     padded = jnp.concatenate([IDS, jnp.full((2, 3), pad, IDS.dtype)], axis=1)
     mask = (jnp.arange(8) < 5).astype(jnp.int32)[None].repeat(2, axis=0)
-    want = states(folder, IDS)
+    model, params = models.load(folder)
+
+    @jax.jit
+    def run(params, mask):
+        apply = functools.partial(model.apply, {"params": params})
+        return apply(IDS), [apply(padded, attention_mask=m) for m in (mask, mask.astype(bool))]
+
+    want, outputs = run(params, mask)
     assert want.shape == (2, 5, 16) and want.dtype == jnp.float32 and jnp.isfinite(want).all()
-    for attention_mask in (mask, mask.astype(bool)):
-        out = states(folder, padded, attention_mask=attention_mask)
+    for out in outputs:
         np.testing.assert_allclose(out[:, :5], want, atol=2e-6)
 
 
@@ -312,7 +328,7 @@ def test_positions_types_and_length(folder):
         states(folder, jnp.ones((1, 25), jnp.int32))
 
 
-def test_a_row_of_padding_alone_is_finite(folder):
+def test_gradients_with_a_row_of_padding_only_are_finite(folder):
     model, params = models.load(folder)
     mask = jnp.array([[1] * 5, [0] * 5])
     grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, IDS, attention_mask=mask).std()))(params)
@@ -333,7 +349,7 @@ def test_dropout_follows_the_caller(folder):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attend_with_more_keys_than_queries(masked):
-    """As `nn.dot_product_attention`, value and gradient, where keys stand before the queries' own."""
+    """Value and gradient are those of `nn.dot_product_attention`, also with keys before the queries' own."""
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(2, n, 4, 4)), jnp.float32) for n in (5, 8, 8))
     mask = jnp.asarray(rng.random((2, 1, 1, 8)) < 0.7) if masked else None
@@ -355,34 +371,41 @@ def test_attend_with_more_keys_than_queries(masked):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-def test_the_functions_written_for_speed():
+def test_gelu_and_softmax_equal_those_of_flax():
     x = jnp.linspace(-12, 12, 1001)
-    assert jnp.abs(ops.gelu(x) - nn.gelu(x, approximate=False)).max() < 2e-6
-    slopes = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (ops.gelu, lambda x: nn.gelu(x, approximate=False)))
-    assert jnp.abs(jnp.subtract(*slopes)).max() < 2e-6
+
+    @jax.jit
+    def values_and_slopes(x):
+        functions = (ops.gelu, functools.partial(nn.gelu, approximate=False))
+        return [(f(x), jax.grad(lambda x, f=f: f(x).sum())(x)) for f in functions]
+
+    for got, want in zip(*values_and_slopes(x), strict=True):
+        assert jnp.abs(got - want).max() < 2e-6
     scores = jax.random.normal(jax.random.key(0), (3, 7))
     mask = jnp.arange(7)[None] < jnp.array([[7], [3], [1]])
-    for order in (jax.jacfwd, jax.jacrev, lambda f: jax.jacfwd(jax.jacrev(f))):
-        got = jax.jit(order(lambda s: ops.masked_softmax(s, mask)))(scores)
-        want = jax.jit(order(lambda s: nn.softmax(s, where=mask)))(scores)
+
+    @jax.jit
+    def derivatives(s):
+        softmaxes = (lambda s: ops.masked_softmax(s, mask), lambda s: nn.softmax(s, where=mask))
+        orders = (jax.jacfwd, jax.jacrev, lambda f: jax.jacfwd(jax.jacrev(f)))
+        return [[order(f)(s) for f in softmaxes] for order in orders]
+
+    for got, want in derivatives(scores):
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_jit_vmap_and_remat(folder):
     model, params = models.load(folder)
     want = model.apply({"params": params}, IDS)
-    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, IDS), want, atol=2e-6)
+    np.testing.assert_allclose(jitted(model)({"params": params}, IDS), want, atol=2e-6)
     by_row = jax.jit(jax.vmap(lambda row: model.apply({"params": params}, row[None])[0]))
     np.testing.assert_allclose(by_row(IDS), want, atol=2e-6)
     remat = jax.jit(nn.remat(bert.Bert)(model.config).apply)
     np.testing.assert_allclose(remat({"params": params}, IDS), want, atol=2e-6)
 
 
-def test_sharded(folder):
-    """Batch over data, weights over fsdp and tensor: the same states and gradients."""
-    from jax.sharding import Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
+def test_sharding_changes_no_state_or_gradient(folder):
+    """The batch is sharded over data, the weights over fsdp and tensor."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     model, params = models.load(folder)
     ids = jnp.tile(IDS, (2, 1))
@@ -404,9 +427,9 @@ def test_sharded(folder):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_source_stays_untouched(tmp_path, folder):
+def test_save_does_not_change_the_source(tmp_path, folder):
     before = shutil.copytree(folder, tmp_path / "copy")
     model, params = models.load(folder)
     models.save(tmp_path / "b", model, params, source=folder)
     assert (folder / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
-    assert (tmp_path / "b" / "model.safetensors").stat().st_mode & 0o044  # others may read it, as the config
+    assert (tmp_path / "b" / "model.safetensors").stat().st_mode & 0o044  # readable by others, like the config

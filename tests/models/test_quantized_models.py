@@ -1,4 +1,4 @@
-"""Model folders with quantized weights: written, read, quantized as they are read, and what is wrong with some."""
+"""Model folders with quantized weights: saving, loading, quantizing while loading, and errors in such folders."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.quantization.tree import is_quantized
 from tests.folders import write_tokenizer
 
-# Square kernels: one shape to compile for.
+# Kernels are square, so that there is one shape to compile for.
 SIZES = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128,
          "eos_token_id": 256}  # fmt: skip
@@ -48,7 +48,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def plain(llama, tmp_path_factory):
-    """A folder with the model as it is, and a tokenizer."""
+    """A folder with the unquantized model and a tokenizer."""
     folder = tmp_path_factory.mktemp("home") / "plain"
     models.save(folder, *llama)
     write_tokenizer(folder)
@@ -57,7 +57,7 @@ def plain(llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nf4(llama, plain):
-    """A folder with it quantized."""
+    """A folder with the quantized model."""
     folder = plain.with_name("nf4")
     models.save(folder, llama[0], jpeft.quantize(llama[1]), source=plain)
     return folder
@@ -89,7 +89,7 @@ def rewrite(folder, out, change, **config):
 
 # --- there and back -------------------------------------------------------------------------------------------------
 
-CASES = {  # and whether bitsandbytes has a form for it
+CASES = {  # arguments of `jpeft.quantize`, and whether bitsandbytes has a form for the result
     "nf4": ({}, True),
     "nf4-some": ({"double": False, "block": 32, "targets": ["q_proj", "down_proj"]}, True),
     "int4": ({"scheme": "int4", "block": 16}, False),
@@ -98,9 +98,9 @@ CASES = {  # and whether bitsandbytes has a form for it
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_gives_back_what_was_saved_and_what_quantizing_on_the_way_gives(llama, plain, tmp_path, case):
+def test_save_and_load_round_trip_and_equal_quantizing_while_loading(llama, plain, tmp_path, case):
     model, params = llama
-    options, foreign = CASES[case]
+    options, is_bitsandbytes = CASES[case]
     want = jpeft.quantize(params, **options)
     models.save(tmp_path / "out", model, want, source=plain)
     read, got = models.load(tmp_path / "out")
@@ -109,11 +109,11 @@ def test_a_folder_gives_back_what_was_saved_and_what_quantizing_on_the_way_gives
     assert fingerprint(got) == fingerprint(params)
     same(models.load(plain, quantize=options)[1], want)
     same(models.load(tmp_path / "out", scan_layers=False)[1], models.unstack(want))
-    assert about(tmp_path / "out")["quant_method"] == ("bitsandbytes" if foreign else "jpeft")
+    assert about(tmp_path / "out")["quant_method"] == ("bitsandbytes" if is_bitsandbytes else "jpeft")
 
 
-def test_other_kinds_of_leaves(tmp_path):
-    """What bitsandbytes has no form for, embeddings and blocks along the outputs; layers one by one; bfloat16."""
+def test_other_kinds_of_leaves_round_trip(tmp_path):
+    """Embeddings and blocks along the outputs, for which bitsandbytes has no form; layers one by one; bfloat16."""
     model, params = tiny(intermediate_size=96, num_hidden_layers=1, tie_word_embeddings=True)
     embeddings = jpeft.quantize(params, "nf4", targets=["model/embed_tokens/embedding"], block=20)
     along_outputs = jpeft.quantize(params, targets="all-linear")
@@ -135,8 +135,7 @@ def test_other_kinds_of_leaves(tmp_path):
     assert wide["model"]["norm"]["scale"].dtype == jnp.float32
 
 
-def test_what_is_written(nf4, llama):
-    """By bitsandbytes' account of its files."""
+def test_the_files_have_the_form_of_bitsandbytes(nf4, llama):
     tensors = load_file(nf4 / "model.safetensors")
     weight = jpeft.quantize(llama[1])["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert {name.removeprefix(UP) for name in tensors if name.startswith(UP)} == {
@@ -155,7 +154,7 @@ def test_what_is_written(nf4, llama):
     assert (nf4 / "tokenizer.json").is_file()
 
 
-def test_saved_from_a_quantized_source(nf4, llama, tmp_path):
+def test_save_with_a_quantized_source(nf4, llama, tmp_path):
     model, params = llama
     models.save(tmp_path / "plain", model, params, source=nf4)
     assert about(tmp_path / "plain") is None
@@ -179,12 +178,12 @@ def test_an_encoder_keeps_its_quantized_pooler(tmp_path):
     same(models.load(tmp_path / "out")[1], base)
     assert (load_file(tmp_path / "out" / "model.safetensors").keys()
             == load_file(source / "model.safetensors").keys())  # fmt: skip
-    models.save(tmp_path / "plain", model, params, source=source)  # what stays quantized is told still
+    models.save(tmp_path / "plain", model, params, source=source)  # the pooler stays quantized
     assert "encoder.layer.0.output.dense" in about(tmp_path / "plain")["llm_int8_skip_modules"]
     same(models.load(tmp_path / "plain")[1], params)
 
 
-def test_sharded(nf4, llama):
+def test_quantized_weights_are_sharded(nf4, llama):
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
     rules = [("mlp", "tensor"), ("heads", "tensor")]
     want = jpeft.quantize(llama[1])
@@ -201,19 +200,19 @@ def test_an_adapter_of_the_plain_model_fits_its_quantized_folder(nf4, llama):
     assert difference(fingerprint(llama[1]), models.load(nf4)[1]) is None
 
 
-def test_a_folder_that_does_not_tell_what_was_quantized(nf4, tmp_path):
-    """Then its weights are what its codes stand for, the same stacked as in one file of the dequantized."""
+def test_without_checksums_the_fingerprint_is_that_of_the_dequantized_weights(nf4, tmp_path):
+    """It is the same for stacked layers and for layers one by one."""
     folder = rewrite(nf4, tmp_path / "bnb", lambda t: None)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
     for options in ({}, {"scan_layers": False}):
         _, params = models.load(folder, **options)
         for path, leaf in tree.flatten(params).items():
             if isinstance(leaf, Quantized):
-                weight = {path[-1]: leaf.unbox()}  # not jitted: a fused product and sum round once
+                weight = {path[-1]: leaf.unbox()}  # not jitted: fusing a product and a sum rounds differently
                 assert fingerprint(weight)[path[-1]] == fingerprint({path[-1]: leaf})[path[-1]]
 
 
-def test_bytes_of_bitsandbytes_may_be_stored_as_another_dtype(nf4, tmp_path):
+def test_codes_stored_as_another_dtype_are_loaded(nf4, tmp_path):
     def change(tensors):
         tensors[UP] = tensors[UP].reshape(-1).view(np.float32)
 
@@ -223,14 +222,14 @@ def test_bytes_of_bitsandbytes_may_be_stored_as_another_dtype(nf4, tmp_path):
 # --- layers one by one ----------------------------------------------------------------------------------------------
 
 
-def test_stacks_stay_quantized(llama):
+def test_stack_and_unstack_keep_quantized_leaves(llama):
     base = jpeft.quantize(llama[1])
     one_by_one = models.unstack(base)
     layer = one_by_one["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"]
     assert isinstance(layer, Quantized) and layer.shape == (64, 64)
     whole = base["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     np.testing.assert_array_equal(dequantize_leaf(layer), dequantize_leaf(whole)[1])
-    np.testing.assert_array_equal(layer.origin, whole.origin[0])  # the stack's
+    np.testing.assert_array_equal(layer.origin, whole.origin[0])  # that of the stack
     same(models.stack(one_by_one), base)
     abstract = jax.eval_shape(lambda p: p, base)
     assert jax.tree.structure(models.stack(models.unstack(abstract))) == jax.tree.structure(abstract)
@@ -239,7 +238,7 @@ def test_stacks_stay_quantized(llama):
     assert opened.codes.shape == (32, 64)
 
 
-def test_layers_that_were_quantized_alone_make_a_stack_with_a_checksum_of_its_own(llama, tmp_path):
+def test_layers_that_were_quantized_one_by_one_are_stacked(llama, tmp_path):
     alone = jpeft.quantize(models.unstack(llama[1]))
     stacked = models.stack(alone)
     models.save(tmp_path / "alone", llama[0].clone(scan_layers=False), alone)
@@ -247,7 +246,7 @@ def test_layers_that_were_quantized_alone_make_a_stack_with_a_checksum_of_its_ow
     same(models.load(tmp_path / "alone")[1], stacked)
 
 
-def test_layers_that_are_quantized_differently_are_not_stacked(llama, tmp_path):
+def test_layers_that_are_quantized_differently_cannot_be_stacked(llama, tmp_path):
     mixed = models.unstack(llama[1])
     mixed["model"]["layers"]["0"] = jpeft.quantize(mixed["model"]["layers"]["0"])
     with pytest.raises(ValueError, match=r"kernel has different quantization .*\(nf4 in blocks of 64 along -2"):
@@ -258,7 +257,7 @@ def test_layers_that_are_quantized_differently_are_not_stacked(llama, tmp_path):
     same(models.load(tmp_path / "mixed", scan_layers=False)[1], mixed)
 
 
-def test_generation_over_layers_one_by_one_is_that_over_the_stack(llama):
+def test_generation_is_the_same_with_layers_one_by_one(llama):
     model, params = llama
     base = jpeft.quantize(params)
     flat, unrolled, _, _ = models.unroll(model, base)
@@ -267,7 +266,7 @@ def test_generation_over_layers_one_by_one_is_that_over_the_stack(llama):
     assert jpeft.generate(flat, unrolled, ids, max_new_tokens=4) == jpeft.generate(model, base, ids, max_new_tokens=4)
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 def drop(name):
@@ -292,7 +291,7 @@ def renamed(suffix):
 
 
 u8 = functools.partial(np.zeros, dtype=np.uint8)
-MISTAKES = {
+DAMAGE = {
     "no absmax": (drop(f"{UP}.absmax"), f"{UP}.absmax is missing"),
     "no codes": (drop(UP), f"{UP} is missing"),
     "no quant_map": (drop(f"{UP}.quant_map"), f"{UP}.quant_map is missing"),
@@ -331,10 +330,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_torn_tensors(nf4, tmp_path, mistake):
-    change, message = MISTAKES[mistake]
-    folder = rewrite(nf4, tmp_path / "torn", change)
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_tensor_is_named(nf4, tmp_path, case):
+    change, message = DAMAGE[case]
+    folder = rewrite(nf4, tmp_path / "damaged", change)
     with pytest.raises(ModelError) as error:
         models.load(folder)
     text = str(error.value)
@@ -343,7 +342,7 @@ def test_torn_tensors(nf4, tmp_path, mistake):
 
 
 @pytest.mark.parametrize("origins", ['{"x": "12"}', "[]", "{", '{"x": 5}'])
-def test_damaged_checksums(nf4, tmp_path, origins):
+def test_damaged_checksums_are_an_error(nf4, tmp_path, origins):
     folder = rewrite(nf4, tmp_path / "damaged", lambda t: None)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"jpeft.origin": origins})
     with pytest.raises(ModelError, match=r"model\.safetensors: the metadata jpeft\.origin are damaged"):
@@ -362,14 +361,14 @@ def test_damaged_checksums(nf4, tmp_path, origins):
         ("nf4", "quantization_config is not an object"),
     ],
 )
-def test_other_quantisations(nf4, tmp_path, found, message):
+def test_unsupported_forms_of_quantization_are_an_error(nf4, tmp_path, found, message):
     folder = rewrite(nf4, tmp_path / "other", lambda t: None, quantization_config=found)
     with pytest.raises(ModelError, match=message) as error:
         models.load(folder)
     assert str(folder / "config.json") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_quantizing_on_the_way(plain, nf4, tmp_path):
+def test_errors_of_quantizing_while_loading(plain, nf4, tmp_path):
     with pytest.raises(ModelError, match=r"model\.safetensors: .*proj\.weight is quantized already, as nf4"):
         models.load(nf4, quantize="int8")
     with pytest.raises(ValueError, match="unknown scheme 'int3'"):
@@ -388,29 +387,31 @@ def test_quantizing_on_the_way(plain, nf4, tmp_path):
 
 @pytest.fixture
 def lenient():
-    """As users have it."""
+    """jax's default promotion, as for users."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
-def test_the_command_writes_what_generate_reads(plain, nf4, tmp_path, capsys, monkeypatch, lenient):
+def test_the_command_quantizes_a_folder_that_generate_loads(plain, nf4, tmp_path, capsys, monkeypatch, lenient):
     out = tmp_path / "out"
     assert main(["quantize", str(plain), str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     kernels = 2 * 7 * 64 * 64
     whole = sum(leaf.size for leaf in jax.tree.leaves(models.load(plain)[1]))
-    assert told["quantized"] == kernels and told["bytes_before"] == 4 * whole and told["folder"] == str(out)
-    assert told["bits"] == pytest.approx(4 + 8 / 64 + 64 / 4096) and told["bytes_after"] < 0.6 * told["bytes_before"]
+    assert report["quantized"] == kernels and report["bytes_before"] == 4 * whole and report["folder"] == str(out)
+    assert (
+        report["bits"] == pytest.approx(4 + 8 / 64 + 64 / 4096) and report["bytes_after"] < 0.6 * report["bytes_before"]
+    )
     same(models.load(out)[1], models.load(nf4)[1])
     assert main(["generate", "--model", str(out), "--max-new-tokens", "4", "--json", "ab"]) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] > 0
     more = ["--scheme", "int8", "--block", "32", "--no-double", "--targets", "q_proj,v_proj", "--dtype", "bfloat16"]
     assert main(["quantize", str(plain), str(tmp_path / "int8"), *more]) == 0
     line = capsys.readouterr().out
-    assert re.fullmatch(rf"int8, 9\.000 bits a quantized weight: .* in bfloat16 -> .*, {tmp_path}/int8\n", line), line
+    assert re.fullmatch(rf"int8, 9\.000 bits per quantized weight: .* in bfloat16 -> .*, {tmp_path}/int8\n", line), line
 
 
-def test_mistakes_at_the_command_are_one_line_and_leave_nothing(plain, nf4, tmp_path, capsys, lenient):
+def test_errors_of_the_command_are_one_line_and_leave_no_folder(plain, nf4, tmp_path, capsys, lenient):
     out = str(tmp_path / "out")
     for arguments, message in (
         ([str(plain), str(nf4)], "exists; choose another folder"),

@@ -1,4 +1,4 @@
-"""jpeft's BERT against transformers' torch models: the same states from the same folder, both ways."""
+"""jpeft's BERT against transformers' torch models: the same states from the same folder, loaded and saved."""
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +53,14 @@ def tiny(name, folder):
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(TINY[name])
     with torch.no_grad():
-        for parameter in model.parameters():  # LayerNorms and biases start at 1 and 0, which would hide a mix-up
+        for parameter in model.parameters():  # initial LayerNorms of 1 and biases of 0 would hide a mix-up
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return model
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_tiny(tmp_path, name):
+def test_states_of_tiny_models(tmp_path, name):
     model = tiny(name, tmp_path / name)
     ids, mask = batch(60, TINY[name].pad_token_id)
     np.testing.assert_allclose(jax_states(tmp_path / name, ids, mask), torch_states(model, ids, mask), atol=1e-5)
@@ -77,7 +77,7 @@ def test_token_types(tmp_path, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_export(tmp_path, name):
-    """What jpeft writes, with and without a source, transformers loads whole and runs to the same states."""
+    """transformers loads all that jpeft saves, with and without a source, and computes the same states."""
     tiny(name, tmp_path / name)
     model, params = models.load(tmp_path / name)
     params = jax.tree.map(lambda leaf: leaf * 1.1, params)
@@ -85,7 +85,7 @@ def test_export(tmp_path, name):
     for folder, source in ((tmp_path / "alone", None), (tmp_path / "sourced", tmp_path / name)):
         models.save(folder, model, params, source=source)
         again, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
-        pooler = {key for key in info["missing_keys"] if key.startswith("pooler.")}  # only a source has one to give
+        pooler = {key for key in info["missing_keys"] if key.startswith("pooler.")}  # only a source has a pooler
         assert set(info["missing_keys"]) == (set() if source else pooler)
         assert not info["unexpected_keys"] and not info["mismatched_keys"]
         np.testing.assert_allclose(jax_states(folder, ids, mask), torch_states(again, ids, mask), atol=1e-5)
@@ -103,7 +103,7 @@ def test_a_head_survives_the_round_trip(tmp_path):
 
 
 def test_minilm(minilm_folder, tmp_path):
-    """Real weights, padded batch of 64 tokens: the states of transformers, and bit for bit the file it came from."""
+    """Real weights, 64 tokens with padding: the states equal transformers', and saving gives the original file."""
     ids, mask = batch(30000, 0, shape=(4, 64), lengths=(64, 40, 12, 1))
     torch_model = transformers.AutoModel.from_pretrained(minilm_folder)
     want = torch_states(torch_model, ids, mask)
@@ -117,7 +117,7 @@ def test_minilm(minilm_folder, tmp_path):
 
 
 def test_minilm_gradients(minilm_folder):
-    """The backward pass too: of every weight, within float32."""
+    """Gradients equal those of torch within float32."""
     ids, mask = batch(30000, 0, shape=(2, 16), lengths=(16, 7), seed=3)
     torch_model = transformers.AutoModel.from_pretrained(minilm_folder, add_pooling_layer=False).eval()
     states = torch_model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state

@@ -1,4 +1,4 @@
-"""jpeft's NF4 against bitsandbytes: the same codes and scales, and folders that go both ways through transformers."""
+"""jpeft's NF4 against bitsandbytes: the same codes and scales, and folders that each loads from the other."""
 
 import json
 
@@ -24,7 +24,7 @@ IDS = np.random.default_rng(0).integers(3, 97, (2, 9))
 
 
 def pair(shape, block, double, seed=0):
-    """A weight as both quantize it: bitsandbytes' codes and state, and ours in torch's layout and order."""
+    """A weight quantized by both: bitsandbytes' codes and state; ours, and ours in torch's layout and order."""
     weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     if shape[0] > 1:
         weight[1, :block] = 0
@@ -52,8 +52,8 @@ def test_codes_and_scales_are_the_same_to_the_bit(shape, block):
 
 @pytest.mark.parametrize(("shape", "block"), SHAPES)
 def test_quantized_scales(shape, block):
-    """The mean is a sum, whose order is everyone's own. bitsandbytes on a CPU finds codes through a coarse table, and
-    where a scale lies near the middle of two takes the further one at times; here it is always the nearest."""
+    """The order of the sum in the mean differs. bitsandbytes on a CPU finds codes through a coarse table and may take
+    the farther one for a scale near the middle of two; jpeft always takes the nearest."""
     codes, state, ours, flat = pair(shape, block, double=True)
     np.testing.assert_array_equal(flat["codes"], codes.numpy())
     np.testing.assert_allclose(np.asarray(ours.offset), state.offset.numpy(), rtol=5e-7)
@@ -73,7 +73,7 @@ def test_the_same_codes_are_the_same_weights(shape, block):
         scheme="nf4", block=block, axis=-2, dtype=ours.dtype,
     )  # fmt: skip
     want = F.dequantize_4bit(codes, state).numpy()
-    np.testing.assert_array_equal(np.asarray(theirs.unbox()).T, want)  # an operation at a time
+    np.testing.assert_array_equal(np.asarray(theirs.unbox()).T, want)  # one operation at a time
     np.testing.assert_allclose(np.asarray(jax.jit(Quantized.unbox)(theirs)).T, want, rtol=3e-7, atol=3e-7)
 
 
@@ -82,7 +82,7 @@ def test_the_same_codes_are_the_same_weights(shape, block):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A Llama with biases, as transformers saves it."""
+    """A Llama with biases, saved by transformers."""
     folder = tmp_path_factory.mktemp("llama") / "plain"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
@@ -109,7 +109,7 @@ def opened(folder):
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_a_folder_that_transformers_saved(plain, tmp_path, double):
+def test_jpeft_loads_a_folder_that_transformers_saved(plain, tmp_path, double):
     about = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
@@ -130,7 +130,7 @@ SOME = {"double": False, "block": 128, "targets": ["down_proj"]}
 
 
 @pytest.mark.parametrize("options", [{}, SOME], ids=["all", "some"])
-def test_a_folder_for_transformers(plain, tmp_path, options):
+def test_transformers_loads_a_folder_that_jpeft_saved(plain, tmp_path, options):
     model, params = models.load(plain, quantize=options)
     models.save(tmp_path / "ours", model, params, source=plain)
     theirs = opened(tmp_path / "ours")
@@ -140,7 +140,7 @@ def test_a_folder_for_transformers(plain, tmp_path, options):
     assert not isinstance(theirs.lm_head, bitsandbytes.nn.Linear4bit)
     want, _ = logits(tmp_path / "ours")
     np.testing.assert_allclose(want, torch_logits(theirs), rtol=1e-4, atol=1e-4)
-    if not options:  # through both: only the checksums of the originals are lost
+    if not options:  # a round trip through transformers loses only the checksums of the original weights
         theirs.save_pretrained(tmp_path / "again")
         assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["load_in_4bit"]
         again, read = logits(tmp_path / "again")

@@ -1,4 +1,4 @@
-"""jpeft's decoder against transformers' torch models: the same logits from the same folder, both ways."""
+"""jpeft's decoder against transformers' torch models: the same logits from the same folder, loaded and saved."""
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,10 @@ def batch(padding, shape=(3, 11), lengths=(11, 6, 2), seed=0):
 
 def tiny(name, folder):
     torch.manual_seed(0)
-    # "eager": sdpa leaves gemma 2's soft-cap out
+    # "eager", because sdpa omits gemma 2's soft-cap
     model = transformers.AutoModelForCausalLM.from_config(TINY[name], attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases start at 1 and 0, which would hide a mix-up
+        for parameter in model.parameters():  # initial norms of 1 and biases of 0 would hide a mix-up
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return model
@@ -78,11 +78,13 @@ def jax_logits(folder, ids, mask, **options):
 @pytest.mark.parametrize("name", TINY)
 def test_logits(tmp_path, name):
     torch_model = tiny(name, tmp_path)
-    for padding in ("right", "left"):
-        ids, mask = batch(padding)
-        want = torch_logits(torch_model, ids, mask)
-        for scan_layers in (True, False):
-            got = jax_logits(tmp_path, ids, mask, scan_layers=scan_layers)
+    for scan_layers in (True, False):
+        model, params = models.load(tmp_path, scan_layers=scan_layers)
+        apply = jax.jit(model.apply)  # one program for both sides
+        for padding in ("right", "left"):
+            ids, mask = batch(padding)
+            got, want = apply({"params": params}, ids, attention_mask=mask), torch_logits(torch_model, ids, mask)
+            got = np.asarray(got)
             np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=1e-4, err_msg=f"{padding} {scan_layers}")
     ids = ids[:1]
     model, params = models.load(tmp_path)
@@ -92,7 +94,7 @@ def test_logits(tmp_path, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_export(tmp_path, name):
-    """What jpeft writes, with and without a source, transformers loads whole and runs to the same logits."""
+    """transformers loads all that jpeft saves, with and without a source, and computes the same logits."""
     tiny(name, tmp_path / name)
     model, params = models.load(tmp_path / name)
     params = jax.tree.map(lambda leaf: leaf * 1.1, params)

@@ -1,5 +1,5 @@
-"""jpeft.models.gguf against transformers: SmolLM2's file as transformers reads it, and tiny models of each architecture
-written as llama.cpp's converter does, which come back as they were."""
+"""jpeft.models.gguf against transformers: SmolLM2's file, and tiny models of each architecture written in the form of
+llama.cpp's converter, which round-trip."""
 
 import json
 import random
@@ -43,7 +43,7 @@ TINY = {
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, on numpy arrays that it may not write to
-def test_smollm2s_tensors_are_transformers(smollm2_file):
+def test_tensors_of_smollm2_equal_those_of_transformers(smollm2_file):
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
     theirs = model.state_dict()
     assert theirs.pop("lm_head.weight").data_ptr() == theirs["model.embed_tokens.weight"].data_ptr()  # tied
@@ -78,9 +78,9 @@ def source_texts():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_smollm2s_tokens_are_transformers(smollm2_file):
-    """With the split that SmolLM2's tokenizer.json has: transformers ignores `tokenizer.ggml.pre` and takes GPT-2's,
-    which splits runs of spaces before digits otherwise. It also adds a bos, whatever add_bos_token says."""
+def test_tokens_of_smollm2_equal_those_of_transformers(smollm2_file):
+    """transformers ignores `tokenizer.ggml.pre` and uses GPT-2's, which splits spaces before digits differently, so the
+    pre-tokenizer of SmolLM2's tokenizer.json replaces it. It also adds a bos whatever `add_bos_token` is."""
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -107,14 +107,14 @@ def permuted(weight, heads):
 
 
 def llama3_divisors(config):
-    """`rope_freqs.weight`: by what transformers' own frequencies were divided."""
+    """`rope_freqs.weight`: the divisors of transformers' frequencies."""
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / (config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim))
     return (plain / scaled).numpy()
 
 
 def write(path, model, kind=gguf.GGMLQuantizationType.F32):
-    """What llama.cpp's convert_hf_to_gguf.py writes; the names by `gguf`'s own map."""
+    """Writes a file as llama.cpp's convert_hf_to_gguf.py does; the names are from `gguf`'s own map."""
     config, family = model.config, model.config.model_type
     arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
     writer, scaling = gguf.GGUFWriter(path, arch), getattr(config, "rope_scaling", None)
@@ -125,7 +125,7 @@ def write(path, model, kind=gguf.GGMLQuantizationType.F32):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)  # transformers looks for it where there is no tokenizer
+    writer.add_vocab_size(config.vocab_size)  # transformers needs it if there is no tokenizer
     if family != "qwen2":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -168,13 +168,13 @@ def tiny(name):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(TINY[name]).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases start at 1 and 0, which would hide a mix-up
+        for parameter in model.parameters():  # initial norms of 1 and biases of 0 would hide a mix-up
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_model_comes_back(name, tmp_path):
+def test_a_tiny_model_round_trips(name, tmp_path):
     model = tiny(name)
     path = write(tmp_path / "model.gguf", model)
     fields = read_config(path)
@@ -205,7 +205,7 @@ def test_a_tiny_model_comes_back(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "BF16", "F16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
-def test_a_quantized_tiny_model_is_read_as_transformers_reads_it(name, kind, tmp_path):
+def test_a_quantized_tiny_model_has_the_tensors_of_transformers(name, kind, tmp_path):
     path = write(tmp_path / "model.gguf", tiny(name), gguf.GGMLQuantizationType[kind])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).state_dict()
     with open_tensors(path) as tensors:
@@ -217,7 +217,7 @@ def test_a_quantized_tiny_model_is_read_as_transformers_reads_it(name, kind, tmp
 
 
 def trained(folder, texts):
-    """Byte-level BPE, as the `vocab.json` and `merges.txt` that GPT-2 and Qwen publish."""
+    """Trains a byte-level BPE and writes `vocab.json` and `merges.txt`, as GPT-2 and Qwen publish."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -246,7 +246,7 @@ def write_tokenizer(path, model, pre, tokens, types, **fields):
 @pytest.mark.parametrize(
     ("pre", "theirs"), [("gpt-2", transformers.GPT2TokenizerFast), ("qwen2", transformers.Qwen2TokenizerFast)]
 )
-def test_byte_level_tokens_are_those_of_the_published_tokenizer(pre, theirs, tmp_path):
+def test_byte_level_tokens_equal_those_of_transformers(pre, theirs, tmp_path):
     texts = [*TEXTS, *source_texts()]
     tokens, merges = trained(tmp_path, texts)
     types = [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 1)
@@ -258,7 +258,7 @@ def test_byte_level_tokens_are_those_of_the_published_tokenizer(pre, theirs, tmp
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def test_llama3s_split_is_transformers():
+def test_the_pattern_of_llama3_equals_that_of_transformers():
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     from jpeft.models.gguf.tokenizer import _PRE_TOKENIZERS
@@ -267,7 +267,7 @@ def test_llama3s_split_is_transformers():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sentencepiece_tokens_are_transformers(tmp_path):
+def test_sentencepiece_tokens_equal_those_of_transformers(tmp_path):
     rng = random.Random(0)
     letters = ["▁", *"etainhrsoldu.,\n"]
     words = ["".join(rng.choices(letters[:10], k=rng.randint(2, 6))) for _ in range(300)]

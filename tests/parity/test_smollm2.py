@@ -1,4 +1,4 @@
-"""SmolLM2 from its GGUF file against transformers' own reading of it: logits on real text, and greedy generation."""
+"""SmolLM2 from its GGUF file against transformers: logits on real text, and greedy decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ def smollm2(smollm2_file):
 
 
 def test_logits_on_real_text(smollm2):
-    (model, params), codec, torch_model = smollm2
-    ids = np.array([codec.encode(TEXT)])
+    (model, params), tokenizer, torch_model = smollm2
+    ids = np.array([tokenizer.encode(TEXT)])
     with torch.no_grad():
         want = torch_model(torch.tensor(ids)).logits.numpy()
     got = np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(ids)))
@@ -54,9 +54,9 @@ def test_logits_on_real_text(smollm2):
 
 
 def test_greedy_generation_token_for_token(smollm2):
-    """One by one and as a ragged batch; and uncached: each token is the likeliest after all before it."""
-    (model, params), codec, torch_model = smollm2
-    prompts = [codec.encode(prompt) for prompt in PROMPTS]
+    """One prompt at a time, as a ragged batch, and without a cache, where each token has the highest logit."""
+    (model, params), tokenizer, torch_model = smollm2
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     want = []
     for ids in prompts:
         tensor = torch.tensor([ids])
@@ -65,29 +65,29 @@ def test_greedy_generation_token_for_token(smollm2):
                 tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=NEW, do_sample=False, pad_token_id=2
             )
         want.append(out[0, len(ids) :].tolist())
-    settings = {"max_new_tokens": NEW, "stop_ids": codec.stop_ids}
+    settings = {"max_new_tokens": NEW, "stop_ids": tokenizer.stop_ids}
     batch = jpeft.generate(model, params, prompts, **settings)
     alone = [jpeft.generate(model, params, [ids], **settings, min_prompt_length=64)[0] for ids in prompts[:3]]
     assert batch == want
     assert alone == want[:3]
     forward = jax.jit(model.apply)
     for ids, new in zip(prompts, want, strict=True):
-        whole = np.zeros((1, 128), np.int32)  # causal: what stands behind changes nothing
+        whole = np.zeros((1, 128), np.int32)  # causal: later tokens have no effect
         whole[0, : len(ids) + len(new)] = ids + new
         logits = forward({"params": params}, jnp.asarray(whole))[0]
         assert logits.argmax(-1)[len(ids) - 1 :][: len(new)].tolist() == new
 
 
 def test_export_to_transformers(smollm2, smollm2_file, tmp_path):
-    """From GGUF, written as a HuggingFace folder: transformers' weights of it are those it reads from the GGUF."""
-    (model, params), codec, torch_model = smollm2
+    """The folder saved from the GGUF file has the weights that transformers reads from that file."""
+    (model, params), tokenizer, torch_model = smollm2
     models.save(tmp_path / "hf", model, params, source=smollm2_file)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer(TEXT)["input_ids"] == codec.encode(TEXT) == chat_template.read(tmp_path / "hf").encode(TEXT)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs(TEXT)["input_ids"] == tokenizer.encode(TEXT) == chat_template.read(tmp_path / "hf").encode(TEXT)
     turn = [{"role": "user", "content": "Who are you?"}]
-    rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    assert rendered == codec.encode_chat(turn) == chat_template.read(tmp_path / "hf").encode_chat(turn)
-    assert chat_template.read(tmp_path / "hf").stop_ids == codec.stop_ids
+    rendered = theirs.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert rendered == tokenizer.encode_chat(turn) == chat_template.read(tmp_path / "hf").encode_chat(turn)
+    assert chat_template.read(tmp_path / "hf").stop_ids == tokenizer.stop_ids
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, value in torch_model.state_dict().items():
