@@ -231,7 +231,7 @@ def _modules_to_save(peft: Peft, base: Collection[Path], names: Names, task_type
     if heads and not any(heads & set(module.split(".")) for module in saved):
         raise ValueError(
             f"with task_type={task_type!r} PEFT looks for a saved {' or '.join(sorted(heads))}, which this adapter "
-            "lacks; leave task_type out, or train the head with Train"
+            "lacks; leave task_type out, or train the head too"
         )
     return sorted(saved)
 
@@ -258,7 +258,7 @@ def _check_free(path: FilePath) -> None:
     held = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
     others = held - {CONFIG, TENSORS, _README} if CONFIG in held else held
     if others:
-        raise FileExistsError(f"{path} holds {min(others)!r}, which is not an adapter's; choose another folder")
+        raise FileExistsError(f"{path} holds {min(others)!r}, which is not part of an adapter; choose another folder")
 
 
 def _card(name: str, spec: HFSpec, config: Mapping[str, Any]) -> str:

@@ -64,13 +64,13 @@ def match(folder: Folder, survey: Survey) -> Matched:
     """
     adapted, saved = _adapted(folder, survey), _saved(folder, survey)
     kept, beside = {s.path for s in saved}, {s.bias_path for s in adapted.values() if s.bias}
-    all_biases, bias = folder.config.bias == "all", folder.config.bias
+    bias = folder.config.bias
     biases = [
         site
         for site in survey.leaves
         if site.path[-1] == "bias"
         and site.path not in kept
-        and (all_biases or (bias != "none" and site.path in beside))
+        and (bias == "all" or (bias != "none" and site.path in beside))
     ]
     return Matched(adapted, saved, biases)
 

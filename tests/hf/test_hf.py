@@ -1,6 +1,6 @@
-"""HuggingFace PEFT folders without torch: what is written, what is read, and every way in which a folder can be wrong.
+"""HuggingFace PEFT folders without torch: writing, reading, and every mistake in a folder.
 
-tests/parity/test_hf_peft.py holds the same code to PEFT itself.
+tests/parity/test_hf_peft.py compares the same code with PEFT itself.
 """
 
 import functools
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder within another model, as jpeft's own classifier has it."""
+    """An encoder within another model, as in jpeft's own classifier."""
 
     @nn.compact
     def __call__(self, ids):
@@ -59,7 +59,7 @@ IDS = jnp.asarray([[1, 2, 3, 4], [8, 7, 6, 5]])
 
 
 def filled(abstract, seed):
-    """A tree of random numbers in the shapes and dtypes of another: made by numpy, so that nothing is compiled."""
+    """Random numbers in the shapes and dtypes of a tree: made by numpy, so that nothing is compiled."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape).astype(x.dtype)), abstract)
 
@@ -70,7 +70,7 @@ def parameters(model):
 
 
 def made(model, method):
-    """The model's parameters, the bound method, and an adapter that does something."""
+    """The model's parameters, the bound method, and an adapter that changes the outputs."""
     params = parameters(model)
     peft = method.bind(model, params, IDS)
     return params, peft, filled(peft.init(jax.random.key(1), jax.eval_shape(lambda: params)), 1)
@@ -78,7 +78,7 @@ def made(model, method):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with a LoRA on queries, and what it was saved from."""
+    """A folder with a LoRA on queries, and the base and adapter that it was saved from."""
     params, peft, adapter = made(Encoder(), jpeft.LoRA(rank=2, alpha=3, targets=["query"]))
     jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
     return tmp_path / "hf", params, adapter
@@ -125,13 +125,13 @@ def test_load_is_the_inverse_of_save(name, tmp_path):
     np.testing.assert_allclose(again.apply(params, read, IDS), peft.apply(params, adapter, IDS), atol=1e-6)
     first, second = peft.method.methods()[0], again.method.methods()[0]
     assert (first.dropout, first.init_weights, first.dtype) == (second.dropout, second.init_weights, second.dtype)
-    # And once more: what was read writes the same files.
+    # Saved again, the loaded adapter gives the same files.
     jpeft.hf.save(tmp_path / "again", again, read, params)
     for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_what_is_written(tmp_path):
+def test_config_and_tensors_on_disk(tmp_path):
     method = jpeft.Chain(
         jpeft.LoRA(rank=2, alpha=3, targets=["query", "words", "mix"], overrides={"words": {"rank": 4}}),
         jpeft.BitFit(targets=r".*/(query|mix)/bias"),
@@ -177,7 +177,7 @@ def test_what_is_written(tmp_path):
     same(jpeft.hf.load(tmp_path, Classifier(), params, IDS)[1], adapter)  # the prefix is found
 
 
-def test_the_least_that_peft_writes(tmp_path):
+def test_minimal_folder(tmp_path):
     model = Encoder()
     params = parameters(model)
     rng = np.random.default_rng(0)
@@ -216,7 +216,7 @@ def test_abstract_and_frozen_params(saved):
 @pytest.mark.parametrize("prefix", ["", "bert.", "model.bert"])
 @pytest.mark.parametrize("model", [Encoder(), Classifier()], ids=["encoder", "classifier"])
 def test_prefix_is_found(model, prefix, saved, tmp_path):
-    """An adapter of the encoder, saved under any wrapper, goes on the encoder and on a model that holds it."""
+    """An adapter of the encoder, saved under any wrapper, loads onto the encoder and onto a model that contains it."""
     _, _, adapter = saved
     params, peft, _ = made(Encoder(), jpeft.LoRA(rank=2, alpha=3, targets=["query"]))
     jpeft.hf.save(tmp_path / "other", peft, adapter, params, prefix=prefix)
@@ -224,7 +224,7 @@ def test_prefix_is_found(model, prefix, saved, tmp_path):
     same(read["encoder"] if isinstance(model, Classifier) else read, adapter)
 
 
-def test_prefix_is_chosen_where_several_fit(saved):
+def test_ambiguous_prefix_must_be_given(saved):
     folder, _, adapter = saved
 
     class Towers(nn.Module):
@@ -247,14 +247,14 @@ def test_layer_numbers_are_never_rewritten(saved):
         jpeft.hf.load(folder, Encoder(), params, IDS)
 
 
-def test_names_are_inverse_to_each_other():
+def test_names_and_paths_are_inverse():
     owners = {("encoder", "layer", "0"), ("classifier",)}
     for rules in ("", "bert.", {"encoder/": "bert."}, {"encoder": ""}, {"encoder/": "a", "classifier/": "b"}):
         names = Names.of(rules)
         assert all(names.tree(names.torch(path), owners) == path for path in owners)
 
 
-# --- the configuration's language ------------------------------------------------------------------------------------
+# --- rules of the configuration ---------------------------------------------------------------------------------------
 
 LAYERS = "model.layers.1.mlp.experts.0.up"
 
@@ -299,7 +299,7 @@ def test_patterns_name_modules_exactly(values):
     assert {name: config.settings(name)["rank"] for name in values} == values
 
 
-# --- folders that are wrong ------------------------------------------------------------------------------------------
+# --- mistakes in a folder ---------------------------------------------------------------------------------------------
 
 FIELDS = {
     "use_dora": True,
@@ -329,7 +329,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("value", ["8", True, float("inf")])
-def test_alpha_that_is_no_number_is_refused(value, saved):
+def test_alpha_that_is_not_a_number_is_refused(value, saved):
     folder, params, _ = saved
     edit(folder, lora_alpha=value)
     with pytest.raises(AdapterError, match="lora_alpha must be a finite number"):
@@ -345,14 +345,14 @@ def test_field_that_is_refused_is_named(field, saved):
 
 
 @pytest.mark.parametrize("init", ["olora", "corda", "loftq", "lora_ga", "something"])
-def test_start_that_moved_the_base_is_refused(init, saved):
+def test_initialization_that_changed_the_base_is_refused(init, saved):
     folder, params, _ = saved
     edit(folder, init_lora_weights=init)
     with pytest.raises(AdapterError, match=f"init_lora_weights='{init}'"):
         jpeft.hf.load(folder, Encoder(), params, IDS)
 
 
-def test_defaults_and_provenance_are_let_through(saved):
+def test_defaults_and_provenance_are_accepted(saved):
     folder, params, adapter = saved
     edit(
         folder, use_dora=False, layer_replication=None, loftq_config={}, megatron_core="megatron.core", lora_bias=False
@@ -405,7 +405,7 @@ def test_tensor_that_is_missing_extra_or_misshapen_is_named(message, saved):
         jpeft.hf.load(folder, Encoder(), params, IDS)
 
 
-def test_files_that_are_no_adapter(saved, tmp_path):
+def test_files_that_are_not_an_adapter(saved, tmp_path):
     folder, params, _ = saved
 
     def refused(match):
@@ -479,11 +479,11 @@ def test_modules_to_ignore(saved):
         jpeft.hf.load(folder, Encoder(), params, IDS, ignore=["dense", "polar"])
 
 
-# --- what cannot be saved --------------------------------------------------------------------------------------------
+# --- adapters that PEFT cannot hold -----------------------------------------------------------------------------------
 
 
 class Odd(nn.Module):
-    """Weights for which torch has no module."""
+    """Weights without a torch module."""
 
     @nn.compact
     def __call__(self, x):
@@ -501,7 +501,7 @@ class Odd(nn.Module):
         ("grouped", "'grouped' has no counterpart.*grouped"),
     ],
 )
-def test_weight_that_torch_has_no_module_for(target, match, tmp_path):
+def test_weight_without_a_torch_module(target, match, tmp_path):
     model, x = Odd(), jnp.ones((2, 4, 6))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     peft = jpeft.LoRA(rank=2, targets=[target]).bind(model, shapes, x)
@@ -512,7 +512,7 @@ def test_weight_that_torch_has_no_module_for(target, match, tmp_path):
 
 
 QUERY = jpeft.LoRA(rank=2, targets=["query"])
-UNSAID = {
+NOT_HELD = {
     "IA3 has no form": jpeft.Chain(QUERY, jpeft.IA3(targets=["value"])),
     "Bottleneck has no form": jpeft.Bottleneck(targets=r"layer/\d"),
     "needs one of LoRA": jpeft.BitFit(),
@@ -525,9 +525,9 @@ UNSAID = {
 }
 
 
-@pytest.mark.parametrize("match", UNSAID)
-def test_method_that_peft_cannot_say(match, tmp_path):
-    params, peft, adapter = made(Encoder(), UNSAID[match])
+@pytest.mark.parametrize("match", NOT_HELD)
+def test_method_that_peft_cannot_hold(match, tmp_path):
+    params, peft, adapter = made(Encoder(), NOT_HELD[match])
     with pytest.raises(ValueError, match=match):
         jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,12 @@
-"""Methods from outside take part in HuggingFace PEFT folders by the form that they declare, without torch.
+"""Methods from outside of jpeft in HuggingFace PEFT folders, by the form that they declare; without torch.
 
-tests/parity/test_hf_decoder.py holds the same two methods to PEFT itself.
+tests/parity/test_hf_decoder.py compares the same two methods with PEFT itself.
 """
 
+import ast
 import dataclasses
 import json
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -54,16 +56,16 @@ def edit(folder, change=lambda tensors: None, **fields):
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-METHODS_MADE = {
+SAVED = {
     "shared tensors": VeRA(rank=2, seed=3, targets=["up", "down"]),
     "and biases": jpeft.Chain(VeRA(rank=2, targets=["up"]), jpeft.BitFit(targets=r"up/bias"), jpeft.Train("norm")),
     "one peft_type": DoRA(rank=2, alpha=3, targets=["up", "down"], overrides={"up": {"rank": 4}}),
 }
 
 
-@pytest.mark.parametrize("name", METHODS_MADE)
+@pytest.mark.parametrize("name", SAVED)
 def test_load_is_the_inverse_of_save(name, params, tmp_path):
-    peft, adapter = made(METHODS_MADE[name], params)
+    peft, adapter = made(SAVED[name], params)
     jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
     again, read = jpeft.hf.load(tmp_path / "hf", Layers(), params, X)
     same(read, adapter)
@@ -74,8 +76,8 @@ def test_load_is_the_inverse_of_save(name, params, tmp_path):
         assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_what_is_written(params, tmp_path):
-    jpeft.hf.save(tmp_path, *made(METHODS_MADE["and biases"], params), params)
+def test_config_and_tensors_on_disk(params, tmp_path):
+    jpeft.hf.save(tmp_path, *made(SAVED["and biases"], params), params)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
         "base_model_name_or_path": None,
         "bias": "vera_only",
@@ -102,8 +104,8 @@ def test_what_is_written(params, tmp_path):
     }
 
 
-def test_the_method_with_the_required_fields_is_read(params, tmp_path):
-    jpeft.hf.save(tmp_path, *made(METHODS_MADE["one peft_type"], params), params)
+def test_required_fields_choose_among_methods_of_one_type(params, tmp_path):
+    jpeft.hf.save(tmp_path, *made(SAVED["one peft_type"], params), params)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
     assert type(jpeft.hf.load(tmp_path, Layers(), params, X)[0].method) is DoRA
     edit(tmp_path, lambda t: [t.pop(k) for k in list(t) if k.endswith("vector")], use_dora=False)
@@ -111,7 +113,7 @@ def test_the_method_with_the_required_fields_is_read(params, tmp_path):
 
 
 def test_shared_tensors_that_a_file_leaves_out_are_regenerated(params, tmp_path):
-    peft = METHODS_MADE["shared tensors"].bind(Layers(), params, X)
+    peft = SAVED["shared tensors"].bind(Layers(), params, X)
     adapter = peft.init(jax.random.key(0), params)
     jpeft.hf.save(tmp_path, peft, adapter, params)
     edit(tmp_path, lambda t: [t.pop(f"base_model.vera_{x}") for x in "AB"], save_projection=False)
@@ -133,7 +135,7 @@ class Copied(VeRA):
         return {**super().init(key, site, w), "order": jnp.arange(3, dtype="int32")}
 
 
-def test_copies_of_shared_tensors_are_read_past(params, tmp_path, monkeypatch):
+def test_copies_of_shared_tensors_are_ignored(params, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "Copied", Copied)
     peft = Copied(rank=2, targets=["up"]).bind(Layers(), params, X)
     adapter = peft.init(jax.random.key(0), params)
@@ -177,6 +179,14 @@ def test_field_that_is_refused_is_named(match, params, tmp_path):
         jpeft.hf.load(tmp_path, Layers(), params, X)
 
 
+def test_engine_imports_no_method():
+    """Adding a method touches no file of `jpeft.hf`."""
+    allowed = {"jpeft.methods", "jpeft.methods.base", "jpeft.methods.chain"}
+    for file in Path(jpeft.hf.__file__).parent.glob("*.py"):
+        imports = (n.module for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom))
+        assert {name for name in imports if name and name.startswith("jpeft.methods")} <= allowed, file
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subclass(jpeft.LoRA):
     """A method that declares nothing, and may compute something else than its base class."""
@@ -187,7 +197,7 @@ class NoBias(VeRA):
     hf = HFSpec("NO_BIAS", VeRA.hf.tensors, VeRA.hf.fields, shared=VeRA.hf.shared)
 
 
-UNSAID = {
+NOT_HELD = {
     "Subclass has no form": Subclass(rank=2, targets=["up"]),
     "one method, this chain has VeRA and LoRA": jpeft.Chain(
         VeRA(rank=2, targets=["up"]), jpeft.LoRA(rank=2, targets=["down"])
@@ -200,10 +210,10 @@ UNSAID = {
 }
 
 
-@pytest.mark.parametrize("match", UNSAID)
+@pytest.mark.parametrize("match", NOT_HELD)
 def test_method_that_peft_cannot_hold(match, params, tmp_path):
     with pytest.raises(ValueError, match=match):
-        jpeft.hf.save(tmp_path / "hf", *made(UNSAID[match], params), params)
+        jpeft.hf.save(tmp_path / "hf", *made(NOT_HELD[match], params), params)
     assert not list(tmp_path.iterdir())
 
 

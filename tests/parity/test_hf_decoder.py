@@ -41,7 +41,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The folder of a tiny torch model by name, each made once."""
+    """Folders of tiny torch models by name, each made once."""
     made = {}
 
     def get(name):
@@ -50,7 +50,7 @@ def base(tmp_path_factory):
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
             with torch.no_grad():
-                for p in model.parameters():  # biases are zero and norms one otherwise
+                for p in model.parameters():  # fresh biases are zero and norms one
                     p.add_(0.1 * torch.randn_like(p))
             model.save_pretrained(made[name])
         return made[name]
@@ -60,7 +60,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def linen(base):
-    """jpeft's model and its parameters, each read once."""
+    """jpeft's models and their parameters, each loaded once."""
     made = {}
 
     def get(name, scan):
@@ -72,7 +72,7 @@ def linen(base):
 
 
 def in_torch(folder):
-    # "eager": sdpa leaves gemma 2's soft-cap out
+    # "eager": sdpa ignores gemma 2's soft-cap
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
@@ -96,11 +96,11 @@ def tensor_names(folder):
 
 
 def made_in_torch(base_folder, folder, config, kind=LoraConfig):
-    """A LoRA or another adapter, made and disturbed in PEFT, saved to a folder; and its logits."""
+    """The logits of an adapter that is made and perturbed in PEFT and saved to a folder."""
     torch.manual_seed(1)
     adapted = get_peft_model(in_torch(base_folder), kind(**config))
     with torch.no_grad():
-        # Parameters of tied adapters share their storage, which is not to be disturbed twice.
+        # Parameters of tied adapters share their storage, which must not be perturbed twice.
         for p in {p.data_ptr(): p for p in adapted.parameters() if p.requires_grad}.values():
             p.add_(0.1 * torch.randn_like(p))
     adapted.save_pretrained(folder)
@@ -108,7 +108,7 @@ def made_in_torch(base_folder, folder, config, kind=LoraConfig):
 
 
 def bound(method, model, params):
-    """A Peft and an adapter that does something."""
+    """A Peft and an adapter that changes the outputs."""
     peft, rng = method.bind(model, params, jnp.asarray(IDS)), np.random.default_rng(1)
     abstract = peft.init(jax.random.key(0), jax.eval_shape(lambda p: p, params))
     return peft, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), abstract)
@@ -149,7 +149,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adapter_of_torch_acts_alike_here_and_back(case, base, linen, tmp_path):
+def test_torch_adapter_gives_the_same_outputs_here_and_back(case, base, linen, tmp_path):
     name, config = CASES[case]
     want = made_in_torch(base(name), tmp_path / "torch", config)
     assert np.abs(want - torch_logits(in_torch(base(name)))).max() > 1e-2
@@ -163,8 +163,8 @@ def test_adapter_of_torch_acts_alike_here_and_back(case, base, linen, tmp_path):
     close(torch_logits(PeftModel.from_pretrained(in_torch(base(name)), tmp_path / "back True")), want)
 
 
-def test_what_is_read_onto_stacked_layers_is_a_peft_like_any_other(base, linen, tmp_path):
-    """It is saved and loaded by jpeft's own format, and merges."""
+def test_adapter_loaded_onto_stacked_layers_saves_and_merges(base, linen, tmp_path):
+    """It is saved and loaded in jpeft's own format, and merges."""
     config = {**CASES["llama patterns"][1], "bias": "all", "modules_to_save": ["norm", "post_attention_layernorm"]}
     want = made_in_torch(base("qwen2"), tmp_path / "torch", config)
     model, params = linen("qwen2", True)
@@ -197,7 +197,7 @@ DIFFER = {
 
 
 @pytest.mark.parametrize("match", DIFFER)
-def test_layers_that_differ_take_layers_one_by_one(match, base, linen, tmp_path):
+def test_layers_that_differ_need_a_model_without_scan(match, base, linen, tmp_path):
     want = made_in_torch(base("llama"), tmp_path / "torch", DIFFER[match])
     model, params = linen("llama", True)
     with pytest.raises(AdapterError, match=rf"{match.replace('[', '.')}.*; load the model with scan_layers=False"):
@@ -238,7 +238,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("case", EXPORTS)
-def test_adapter_made_here_acts_alike_in_torch(case, base, linen, tmp_path):
+def test_adapter_gives_the_same_outputs_in_torch(case, base, linen, tmp_path):
     name, method = EXPORTS[case]
     for scan in SCANS:
         model, params = linen(name, scan)
@@ -271,8 +271,8 @@ ALONE = {
 
 @pytest.mark.parametrize("match", ALONE)
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
-def test_one_of_two_tied_modules(match, name, base, linen, tmp_path):
-    """PEFT leaves the other as it was, which is another function than ours."""
+def test_change_of_only_one_tied_module_is_refused(match, name, base, linen, tmp_path):
+    """PEFT leaves the other unchanged, so its function differs from ours."""
     made_in_torch(base(name), tmp_path, ALONE[match])
     for scan in SCANS:
         model, params = linen(name, scan)
@@ -281,7 +281,7 @@ def test_one_of_two_tied_modules(match, name, base, linen, tmp_path):
 
 
 def test_tied_modules_in_a_file(base, linen, tmp_path):
-    """The base's own weights may lie there too; what differs or is odd may not."""
+    """The base's own weights may be in the file too; other tensors may not."""
     torch.manual_seed(1)
     adapted = get_peft_model(in_torch(base("gemma2")), LoraConfig(**QV, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "resized", save_embedding_layers=True)
@@ -306,7 +306,7 @@ def test_tied_modules_in_a_file(base, linen, tmp_path):
 
 
 def test_tied_head_of_another_library_is_refused(base, tmp_path):
-    """Here its embedding's LoRA changes the head too, in PEFT it does not; whether a file means it is not known."""
+    """Here a LoRA of its embedding changes the head too, in PEFT it does not."""
     config = transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=16)
     inputs = (jnp.asarray(IDS), jnp.ones((2, 9), int), jnp.arange(9)[None])
     with jax.numpy_dtype_promotion("standard"):
@@ -349,7 +349,7 @@ def test_folders_that_do_not_fit_are_refused(base, linen, tmp_path):
         tensors={**tensors, f"{start}.1.mlp.up_proj.weight": np.ones((48, 32), np.float32)},
     )
     refused(r"q_proj.lora_B.weight' has shape \[32, 8\], expected \[64, 8\]", name="gemma3")
-    # A base weight that is the model's own may lie there, in each layer.
+    # A base weight that equals the model's own may be in the file, in each layer.
     model, params = linen("llama", True)
     kernel = np.asarray(params["model"]["layers"]["mlp"]["up_proj"]["kernel"][1]).T.copy()
     config.write_text(json.dumps(fields))
@@ -365,7 +365,7 @@ def test_abstract_parameters(base, linen, tmp_path):
 
 
 def test_half_precision(base, tmp_path):
-    """The whole model in bfloat16: the same bits of the adapter, and as near as bfloat16 goes."""
+    """The whole model in bfloat16: the same bits of the adapter, and outputs within bfloat16's precision."""
     adapted = get_peft_model(in_torch(base("llama")), LoraConfig(**QV, init_lora_weights=False)).to(torch.bfloat16)
     adapted.save_pretrained(tmp_path)
     model, params = jpeft.models.load(base("llama"), param_dtype=jnp.bfloat16)

@@ -1,6 +1,6 @@
-"""HuggingFace PEFT in torch as the oracle of `jpeft.hf`: adapters made there act here alike, and the other way round.
+"""HuggingFace PEFT in torch as the oracle of `jpeft.hf`: an adapter of one side gives the same outputs on the other.
 
-Every model is tiny and random, in float32; its Flax twin is transformers' own, with the torch weights.
+Every model is tiny and random, in float32. Its Flax twin is transformers' own, with the torch weights.
 """
 
 import json
@@ -65,7 +65,7 @@ def _twins(torch_class: Any, flax_class: Any, config: Any, torch_inputs: dict[st
     torch.manual_seed(0)
     model = torch_class(config).eval()
     with torch.no_grad():
-        for p in model.parameters():  # biases are zero and norms one otherwise
+        for p in model.parameters():  # fresh biases are zero and norms one
             p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(tmp)
     flax = flax_class.from_pretrained(tmp, from_pt=True)
@@ -122,7 +122,7 @@ MODELS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "vit": _vit,
 
 
 class _OldNumpy:
-    """jax.numpy with the ``clip`` that FlaxT5 was written for."""
+    """jax.numpy with the arguments of ``clip`` that FlaxT5 gives."""
 
     clip = staticmethod(lambda x, a_min=None, a_max=None: jnp.clip(x, a_min, a_max))
 
@@ -131,7 +131,7 @@ class _OldNumpy:
 
 
 @pytest.fixture(autouse=True)
-def world_of_transformers(monkeypatch):
+def transformers_environment(monkeypatch):
     """Its Flax models rely on standard promotion and, T5, on a name that jax has dropped."""
     monkeypatch.setattr(modeling_flax_t5, "jnp", _OldNumpy())
     with jax.numpy_dtype_promotion("standard"):
@@ -140,7 +140,7 @@ def world_of_transformers(monkeypatch):
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    """The twins by name, each made once."""
+    """Twins by name, each made once."""
     made: dict[str, Twins] = {}
 
     def get(name: str) -> Twins:
@@ -219,7 +219,7 @@ CASES = {
 
 
 def _made_in_torch(twin: Twins, config: dict[str, Any], folder: Any) -> np.ndarray:
-    """A LoRA made and disturbed in PEFT, saved to a folder; and its output."""
+    """The output of a LoRA that is made and perturbed in PEFT and saved to a folder."""
     torch.manual_seed(1)
     adapted = get_peft_model(twin.fresh_torch(), LoraConfig(**config))
     with torch.no_grad():
@@ -230,13 +230,13 @@ def _made_in_torch(twin: Twins, config: dict[str, Any], folder: Any) -> np.ndarr
     return twin.torch_output(adapted)
 
 
-def _disturbed(adapter: Any) -> Any:
+def _perturbed(adapter: Any) -> Any:
     keys = iter(jax.random.split(jax.random.key(7), len(jax.tree.leaves(adapter))))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapter)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adapter_of_torch_acts_alike_here_and_back(case, twins, tmp_path):
+def test_torch_adapter_gives_the_same_outputs_here_and_back(case, twins, tmp_path):
     name, config = CASES[case]
     twin = twins(name)
     expected = _made_in_torch(twin, config, tmp_path / "torch")
@@ -276,11 +276,11 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("case", EXPORTS)
-def test_adapter_made_here_acts_alike_in_torch(case, twins, tmp_path):
+def test_adapter_gives_the_same_outputs_in_torch(case, twins, tmp_path):
     name, method = EXPORTS[case]
     twin = twins(name)
     peft = method.bind(twin.model, twin.params, *twin.inputs)
-    adapter = _disturbed(peft.init(jax.random.key(0), twin.params))
+    adapter = _perturbed(peft.init(jax.random.key(0), twin.params))
     expected = twin.output(peft, adapter)
     jpeft.hf.save(tmp_path / "out", peft, adapter, twin.params)
     with warnings.catch_warnings(record=True) as caught:
@@ -290,21 +290,21 @@ def test_adapter_made_here_acts_alike_in_torch(case, twins, tmp_path):
     assert _difference(twin.torch_output(loaded), expected) < TOLERANCE
     again, same = jpeft.hf.load(tmp_path / "out", twin.model, twin.params, *twin.inputs)
     assert _difference(twin.output(again, same), expected) < TOLERANCE
-    if "fused" not in case:  # whose blocks a file spells out as one matrix
+    if "fused" not in case:  # its parts are one matrix in a file
         assert flatten(jax.tree.map(lambda a, b: bool((a == b).all()), same, adapter)) == dict.fromkeys(
             flatten(adapter), True
         )
 
 
 def test_encoder_alone_and_wrapped(twins, tmp_path):
-    """jpeft's encoder and a torch model with a head: the prefix is found on the way in, and given on the way out."""
+    """jpeft's encoder and a torch model with a head: `save` is given the prefix, `load` finds it."""
     twin = twins("jpeft-bert")
     config = hf.BertConfig(num_labels=3, **BERT)
     torch.manual_seed(3)
     base = hf.BertForSequenceClassification(config).eval()
     base.bert.load_state_dict(twin.torch.state_dict(), strict=False)
     peft = jpeft.LoRA(rank=4).bind(twin.model, twin.params, *twin.inputs)
-    adapter = _disturbed(peft.init(jax.random.key(0), twin.params))
+    adapter = _perturbed(peft.init(jax.random.key(0), twin.params))
     jpeft.hf.save(tmp_path / "a", peft, adapter, twin.params, prefix="bert.")
     keys = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
     assert all(key.startswith("bert.encoder.layer.") for key in keys)
@@ -316,7 +316,7 @@ def test_encoder_alone_and_wrapped(twins, tmp_path):
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapter), strict=True))
 
 
-def test_head_that_the_encoder_lacks_is_left_out_by_name_only(twins, tmp_path):
+def test_head_that_the_encoder_lacks_must_be_ignored_by_name(twins, tmp_path):
     twin = twins("jpeft-bert")
     wrapped = hf.BertForSequenceClassification(hf.BertConfig(num_labels=3, **BERT))
     get_peft_model(wrapped, LoraConfig(target_modules=["query"], task_type="SEQ_CLS")).save_pretrained(tmp_path)
@@ -327,7 +327,7 @@ def test_head_that_the_encoder_lacks_is_left_out_by_name_only(twins, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
-def test_base_that_moved_is_refused_and_its_conversion_loads(init, twins, tmp_path):
+def test_changed_base_is_refused_and_its_conversion_loads(init, twins, tmp_path):
     twin = twins("llama")
     config = {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_lora_weights": init}
     if init == "loftq":
@@ -337,7 +337,9 @@ def test_base_that_moved_is_refused_and_its_conversion_loads(init, twins, tmp_pa
             jpeft.hf.load(tmp_path / "torch", twin.model, twin.params, *twin.inputs)
         return
     adapted = get_peft_model(twin.fresh_torch(), LoraConfig(**config))
-    adapted.peft_config["default"].init_lora_weights = True  # as PEFT's own guide has it: the start is saved as it is
+    adapted.peft_config[
+        "default"
+    ].init_lora_weights = True  # as in PEFT's own guide: the initial adapter is saved as it is
     adapted.save_pretrained(tmp_path / "start")
     adapted.peft_config["default"].init_lora_weights = init
     with torch.no_grad():
@@ -355,7 +357,7 @@ def test_base_that_moved_is_refused_and_its_conversion_loads(init, twins, tmp_pa
 
 
 def test_every_field_of_peft_is_known(tmp_path):
-    """A new version's new field must be looked at before it is let through."""
+    """A field of a new version of PEFT must be classified before it is accepted."""
     from dataclasses import fields
 
     from jpeft.hf.config import PROVENANCE, Config
