@@ -1,4 +1,4 @@
-"""Actions: one method at one site, and the merged weights that several of them give."""
+"""Actions: one method at one site, its leaves there, and the weights that actions merge into."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ class Action:
     """One method at one site.
 
     Attributes:
-      method: a `jpeft.core.method.Method` with the overrides of this site applied.
-      site: where it acts.
-      stored: names of the leaves that the adapter holds.
-      names: names of the leaves that ``apply`` and ``merge`` take; as stored, unless the method expands them.
-      member: index of the method in a chain.
+      method: the method, with the overrides for this site applied.
+      site: the site.
+      stored: names of the leaves in the adapter.
+      names: names of the leaves that ``apply`` and ``merge`` take: the stored ones, unless the method expands them.
+      member: index of the method in its chain.
     """
 
-    method: Any
+    method: Any  # a jpeft.core.method.Method, whose functions depend on the kind of the site
     site: Site
     stored: tuple[str, ...]
     names: tuple[str, ...]
     member: int = 0
 
     def leaf_path(self, name: str) -> Path:
-        """Path of a leaf in the adapter and, expanded, in the tree that the model runs on."""
+        """Path of a leaf, in the adapter or, if expanded, in the tree that the model runs on."""
         return self.site.path if self.site.kind == "leaf" else (*self.site.path, self.site.prefix + name)
 
 
 def init_leaves(method: Any, site: Site, key: jax.Array, w: jax.Array | None) -> dict[str, jax.Array]:
-    """Fresh leaves at one site in their stored layout: ``init`` mapped over scanned layers and batch axes.
+    """Fresh leaves at a site as they are stored: ``init`` mapped over scanned layers and batch axes.
 
     Args:
-      w: the base weight (of a "leaf" site, the leaf) as it is stored; None where the site has none.
+      w: the base weight (for a "leaf" site, the leaf) as it is stored; None for a site without one.
     """
     if site.kind == "leaf":
         return dict(method.init(key, site, w))
@@ -60,7 +60,7 @@ def init_leaves(method: Any, site: Site, key: jax.Array, w: jax.Array | None) ->
 
 
 def expand_leaves(method: Any, site: Site, shared: Leaves, leaves: Leaves) -> dict[str, Any]:
-    """``expand`` mapped over scanned layers and batch axes. Without it, the leaves as they are stored."""
+    """The leaves that ``apply`` and ``merge`` take: ``expand`` mapped over scanned layers and batch axes."""
     if not method.expands:
         return dict(leaves)
     first = {n: stack_first(meta.unbox(x), site.stack) for n, x in leaves.items()}
@@ -69,7 +69,7 @@ def expand_leaves(method: Any, site: Site, shared: Leaves, leaves: Leaves) -> di
 
 
 def by_weight(actions: Iterable[Action], via: Sequence[str]) -> dict[Path, list[Action]]:
-    """The actions on weights that take one of the paths ``via``, grouped by weight."""
+    """The actions on weights whose site takes one of the paths ``via``, by the weight's path."""
     out: dict[Path, list[Action]] = {}
     for action in actions:
         if action.site.kind == "weight" and action.site.via in via:
@@ -78,12 +78,12 @@ def by_weight(actions: Iterable[Action], via: Sequence[str]) -> dict[Path, list[
 
 
 def merge_weight(actions: Sequence[Action], leaves: Sequence[Leaves], w: jax.Array) -> jax.Array:
-    """The merged weight in one scope: not stacked, in its stored shape and dtype."""
+    """The merged weight of one layer, in its stored shape and dtype."""
     for action, own in zip(actions, leaves, strict=True):
         geom = action.site.geometry
         assert geom is not None
         merge = map_axes(action.method.merge, len(geom.batch))
-        # Low precision would round the sum twice.
+        # In at least float32: low precision would round the change, and then the sum.
         wide = widened(w.dtype)
         m = merge(cast_leaves(own, wide), geom.view(w.astype(wide)))
         w = geom.unview(m).astype(w.dtype)
@@ -91,7 +91,7 @@ def merge_weight(actions: Sequence[Action], leaves: Sequence[Leaves], w: jax.Arr
 
 
 def merge_bias(actions: Sequence[Action], leaves: Sequence[Leaves], b: jax.Array) -> jax.Array:
-    """The merged bias in one scope."""
+    """The merged bias of one layer."""
     for action, own in zip(actions, leaves, strict=True):
         geom = action.site.geometry
         assert geom is not None
@@ -102,7 +102,7 @@ def merge_bias(actions: Sequence[Action], leaves: Sequence[Leaves], b: jax.Array
 
 
 def merge_leaf(actions: Sequence[Action], leaves: Sequence[Mapping[str, Any]], stored: Any, is_bias: bool) -> Any:
-    """The merged weight (or bias) in its stored layout and box, one scanned layer at a time."""
+    """The merged weight (or bias) of all layers, in its stored layout and box."""
     stack = actions[0].site.stack
     first = jax.tree.map(lambda x: stack_first(x, stack), [meta.unbox(own) for own in leaves])
     w = stack_first(jnp.asarray(dequantize_leaf(stored)), stack)
@@ -112,5 +112,5 @@ def merge_leaf(actions: Sequence[Action], leaves: Sequence[Mapping[str, Any]], s
 
 
 def cast_leaves(leaves: Leaves, dtype: Any) -> dict[str, jax.Array]:
-    """The leaves with floating ones cast to ``dtype``."""
+    """The leaves, with floating ones cast to ``dtype``."""
     return {k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in leaves.items()}

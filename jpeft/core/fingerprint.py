@@ -1,7 +1,7 @@
-"""Fingerprints of a base tree: which model an adapter was trained on.
+"""Fingerprints of a base tree: they identify the model that an adapter was trained on.
 
-A checksum of every leaf, over all of its bits and their places, in wrapping 32-bit arithmetic: the same from numpy, on
-an accelerator and across shards. It finds mistakes (another model, another revision, another dtype), not forgeries.
+Every leaf has a checksum over its bits and their positions, in wrapping 32-bit arithmetic: the same from numpy, on an
+accelerator and across shards. It detects mistakes (another model, revision or dtype), not forgeries.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from jpeft.core.tree import Tree, flatten, join, peek
 
-_CHUNK = 1 << 18  # elements at a time on the host, so that temporaries stay in cache
+_CHUNK = 1 << 18  # elements at a time on the host, so that temporaries fit in cache
 
 
 def fingerprint(params: Tree) -> dict[str, str]:
-    """``{"encoder/.../kernel": "float32[384,384]:1f0c99aa5e0b2d17", ...}``, a line a leaf.
+    """Dtype, shape and checksum by path: ``{"encoder/.../kernel": "float32[384,384]:1f0c99aa5e0b2d17", ...}``.
 
     Abstract leaves (``jax.ShapeDtypeStruct``) have no checksum: ``"float32[384,384]:"``.
 
@@ -29,7 +29,7 @@ def fingerprint(params: Tree) -> dict[str, str]:
 
 
 def difference(saved: dict[str, str], params: Tree) -> str | None:
-    """What first tells ``params`` from the base with the fingerprint ``saved``, in words; None if nothing does."""
+    """The first difference between ``params`` and the base with the fingerprint ``saved``, in words; None if equal."""
     leaves: dict[str, Any] = {join(path): peek(leaf) for path, leaf in flatten(params).items()}
     for name in sorted(saved.keys() | leaves.keys()):
         if name not in leaves:
@@ -51,7 +51,7 @@ def _shape(leaf: Any) -> str:
 
 
 def _leaf(leaf: Any) -> str:
-    origin = getattr(leaf, "origin", None)  # a quantized weight is told by what was quantized
+    origin = getattr(leaf, "origin", None)  # of a quantized weight, the checksum of the weight before
     if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(origin, jax.ShapeDtypeStruct):
         return _shape(leaf) + ":"
     if origin is not None:
@@ -60,7 +60,9 @@ def _leaf(leaf: Any) -> str:
 
 
 def sums_of(leaf: Any, start: int = 0) -> np.ndarray:
-    """The two 32-bit sums behind a leaf's line; or what a part of it adds to them, that begins at element `start`.
+    """The two 32-bit sums of a leaf's checksum; or of a part of the leaf, which begins at element ``start``.
+
+    The sums of the parts add up to those of the leaf.
 
     >>> whole = np.arange(6, dtype=np.float32)
     >>> np.array_equal(sums_of(whole), sums_of(whole[:4]) + sums_of(whole[4:], 4))
@@ -73,12 +75,12 @@ def sums_of(leaf: Any, start: int = 0) -> np.ndarray:
 
 
 def in_hex(sums: Any) -> str:
-    """Two sums as 16 digits. Inverse of `from_hex`."""
+    """Two sums as 16 hexadecimal digits. Inverse of `from_hex`."""
     return f"{int(sums[0]):08x}{int(sums[1]):08x}"
 
 
 def from_hex(digits: str) -> np.ndarray:
-    """Two sums from their 16 digits. Inverse of `in_hex`.
+    """Two sums from 16 hexadecimal digits. Inverse of `in_hex`.
 
     >>> in_hex(from_hex("1f0c99aa5e0b2d17"))
     '1f0c99aa5e0b2d17'
@@ -89,7 +91,7 @@ def from_hex(digits: str) -> np.ndarray:
 
 
 def _mix(bits: Any, index: Any) -> Any:
-    """Murmur3's finalizer over a value and its place. Works on numpy and jax arrays of uint32."""
+    """Murmur3's finalizer of a value and its position, for numpy and jax arrays of uint32."""
     u = np.uint32
     v = bits ^ (index * u(0x9E3779B9))
     v = (v ^ (v >> u(16))) * u(0x85EBCA6B)
@@ -98,6 +100,7 @@ def _mix(bits: Any, index: Any) -> Any:
 
 
 def _on_host(x: np.ndarray, first: int = 0) -> np.ndarray:
+    """`sums_of` in numpy."""
     x = np.ascontiguousarray(x.astype(np.int8) if x.dtype.name in ("int4", "uint4", "bool") else x).reshape(-1)
     width = min(x.dtype.itemsize, 4)
     bits = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[width])
@@ -112,11 +115,11 @@ def _on_host(x: np.ndarray, first: int = 0) -> np.ndarray:
 
 @jax.jit
 def checksum(x: jax.Array, start: Any = 0) -> jax.Array:
-    """`sums_of`, on the device where the leaf lies; traceable. `start` is below 2^32."""
+    """`sums_of` on the leaf's own devices; traceable. ``start`` is below 2^32."""
     x = x.astype(jnp.int8) if x.dtype.name in ("int4", "uint4", "bool") else x
     width = min(x.dtype.itemsize, 4)
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
-    # The row-major place of every element, an axis at a time: no reshape, so shards stay where they are.
+    # The row-major position of every element, from one axis after the other: without a reshape, shards stay in place.
     index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)

@@ -1,7 +1,7 @@
 """The interface of a method, as the engine sees it.
 
-The engine knows methods by this interface alone: it asks no method for a field of its own. The base classes that
-methods extend are in `jpeft.methods.base`.
+The engine asks a method for nothing else: no field of its own, and not for its name to decide something. The base
+classes that methods extend are in `jpeft.methods.base`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,33 @@ from jaxtyping import Array, Float, Key
 
 from jpeft.core.sites import Site, Survey
 
-Leaves = Mapping[str, Any]  # the adapter leaves at one site, by name
+Leaves = Mapping[str, Any]  # the adapter leaves at a site, by name
 
 
 class Method(Protocol):
     """A method with its configuration: static and hashable.
 
-    How it acts on a site depends on the site's kind. A "weight" method has ``apply(leaves, base, x)``,
-    ``merge(leaves, w)`` and ``merge_bias(leaves, b)``; an "output" method ``apply(leaves, y)``; an "attention" method
-    ``apply(leaves, key, value, mask)``; a "leaf" method has leaves that stand in for the base's.
+    Its functions at a site depend on the site's kind:
+
+    - "weight": ``apply(leaves, base, x) -> y`` with a `Linear` as base, ``merge(leaves, w) -> w`` and
+      ``merge_bias(leaves, b) -> b``, each for one matrix;
+    - "output": ``apply(leaves, y) -> y``;
+    - "attention": ``apply(leaves, key, value, mask) -> (key, value, mask)``;
+    - "leaf": none, its leaf replaces the base's.
+
+    Attributes:
+      mergeable: whether the method changes weights only, so that it can be merged into them.
+      roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
+      non_trainable: names of the leaves that never train.
     """
 
-    mergeable: ClassVar[bool]  # whether its change is a change of weights
-    roles: ClassVar[Mapping[str, Sequence[str | None]]]  # the axes of each leaf: "in", "out", or None
-    non_trainable: ClassVar[frozenset[str]]  # leaves that never train
+    mergeable: ClassVar[bool]
+    roles: ClassVar[Mapping[str, Sequence[str | None]]]
+    non_trainable: ClassVar[frozenset[str]]
 
     @property
     def name(self) -> str:
-        """The name that messages and configurations use."""
+        """The name in messages and configurations."""
         ...
 
     @property
@@ -47,7 +56,7 @@ class Method(Protocol):
 
     @property
     def changes_bias(self) -> bool:
-        """Whether it changes the bias beside a weight."""
+        """Whether the method changes the bias beside a weight."""
         ...
 
     @property
@@ -56,77 +65,83 @@ class Method(Protocol):
         ...
 
     def columns(self) -> Mapping[str, str]:
-        """Columns of its own in `Peft.summary`, such as ``{"rank": "8"}``."""
+        """The method's own columns in `Peft.summary`, such as ``{"rank": "8"}``."""
         ...
 
     def methods(self) -> tuple[Method, ...]:
-        """The simple methods that it consists of: itself, or the members of a chain."""
+        """The members of a chain; for another method, the method itself."""
         ...
 
     def sites(self, survey: Survey) -> list[Site]:
-        """The sites of a model that it acts on."""
+        """The sites of a model that the method acts on.
+
+        Raises:
+          TargetError: a target matches nothing.
+          ValueError: the method cannot act on a site.
+        """
         ...
 
     def at(self, site: Site) -> Method:
-        """The method with the overrides that hold at a site."""
+        """The method with the overrides for a site applied."""
         ...
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        """The leaves at one site."""
+        """Fresh leaves at a site, for one matrix. ``w`` is the weight as ``[in, out]``, the leaf, or None."""
         ...
 
     def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
-        """The leaves that all its sites share."""
+        """Fresh leaves that all sites share."""
         ...
 
     def expand(self, shared: Leaves, leaves: Leaves) -> Leaves:
-        """The leaves that ``apply`` and ``merge`` take, computed from the stored ones."""
+        """The leaves that ``apply`` and ``merge`` take, computed from shared leaves and those at a site."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Its configuration as JSON values."""
+        """The configuration as JSON values."""
         ...
 
 
 class Linear(Protocol):
-    """The original operation at a site, as a weight method sees it: ``base(x)`` is ``x @ weight + bias``."""
+    """The original operation at a site, as a weight method sees it: ``base(x)`` computes ``x @ weight + bias``."""
 
     def __call__(self, x: Any) -> Float[Array, "*tokens out"]: ...
 
     @property
     def weight(self) -> Float[Array, "in out"]:
-        """The weight as a matrix; read (and paid for) only where it is used."""
+        """The weight as a matrix, computed when it is read."""
         ...
 
     @property
-    def bias(self) -> Float[Array, " out"] | None: ...
+    def bias(self) -> Float[Array, " out"] | None:
+        """The bias as a vector; None without one."""
+        ...
 
     @property
     def plain(self) -> bool:
-        """Whether this is exactly ``x @ weight + bias`` with the model's own weight.
+        """Whether ``x @ changed + bias`` may replace a call: it is the default product with the model's own weight.
 
-        False if another method changed the weight before, or if the module multiplies in a way of its own. If True,
-        ``x @ changed + bias`` may stand in for it.
+        False if another method changed the weight before, or if the module has its own product or precision.
         """
         ...
 
     def dropout(self, x: Any, rate: float) -> Any:
-        """``x`` with entries dropped while the caller trains with a "dropout" rng; otherwise ``x`` itself."""
+        """``x`` with entries dropped if the caller trains and gives a "dropout" rng; otherwise ``x`` itself."""
         ...
 
 
 def widened(dtype: Any) -> Any:
-    """The dtype, or float32 if it is narrower. Decided by size: strict promotion has no common type of two dtypes."""
+    """The dtype, or float32 if it is narrower. Decided by size, since strict promotion finds no common dtype."""
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def pad_left(x: jax.Array, n: int, length: int, fill: Any) -> jax.Array:
-    """The last axis (key positions, possibly broadcast from 1) widened by ``n`` on the left."""
+    """``x`` with ``n`` entries ``fill`` before its last axis, which is broadcast to ``length`` first."""
     x = jnp.broadcast_to(x, (*x.shape[:-1], length))
     return jnp.concatenate([jnp.full((*x.shape[:-1], n), fill, x.dtype), x], axis=-1)
 
 
 def slugs(method: Method) -> tuple[str, ...]:
-    """A key for the shared leaves of each member: ``prefix_tuning``, and ``prefix_tuning_1`` for a second one."""
+    """The key of each member's shared leaves: ``prefix_tuning``, and ``prefix_tuning_1`` for a second such member."""
     own = [member.slug for member in method.methods()]
     return tuple(f"{slug}_{n}" if (n := own[:i].count(slug)) else slug for i, slug in enumerate(own))

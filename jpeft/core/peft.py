@@ -1,4 +1,4 @@
-"""Peft: a method bound to a model. The sites found, and pure functions of trees."""
+"""Peft: a method bound to a model, with its sites and pure functions of trees."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ Structure = tuple[tuple[Path, tuple[tuple[int, ...], str]], ...]
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init_jitted(action: Action, key: jax.Array, w: Any) -> dict[str, jax.Array]:
-    # Jitted so that a weight that `init` does not use is neither viewed nor sent to the device; sites that differ in
-    # nothing but their path share the trace. The box is opened inside: a quantized weight would be dequantized.
+    # Jitted so that a weight that `init` does not use is neither viewed nor dequantized nor sent to the device. Sites
+    # that differ only in their path share the compiled function.
     return init_leaves(action.method, action.site, key, None if w is None else meta.unbox(w))
 
 
@@ -53,12 +53,12 @@ class Peft:
     """A method bound to a model: static and hashable, with pure functions of trees.
 
     Attributes:
-      model: the module, unchanged.
-      method: the method that was bound.
-      frontend: runs the model's kind of module.
-      actions: one method at one site each.
+      model: the model, unchanged.
+      method: the method.
+      frontend: the front end that runs the model.
+      actions: the method's actions, one per site and member of a chain.
       structure: path, shape and dtype of every adapter leaf.
-      shared_paths: the adapter leaves that belong to no single site.
+      shared_paths: paths of the adapter leaves that several sites share.
       base_size: number of parameters of the base.
     """
 
@@ -71,7 +71,7 @@ class Peft:
     base_size: int
 
     def __hash__(self) -> int:
-        return hash((self.method, self.structure))  # not the model: a config in its fields may have no hash
+        return hash((self.method, self.structure))  # without the model, whose fields may be unhashable
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Peft):
@@ -81,18 +81,18 @@ class Peft:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where the method acts."""
+        """The sites that the method acts on."""
         return tuple(a.site for a in self.actions)
 
     @property
     def non_trainable_paths(self) -> frozenset[Path]:
-        """Adapter leaves that never train."""
+        """Paths of the adapter leaves that never train."""
         own = {a.leaf_path(n) for a in self.actions for n in a.stored if n in a.method.non_trainable}
-        never = {slug: m.non_trainable for slug, m in zip(slugs(self.method), self.method.methods(), strict=True)}
-        return frozenset(own | {path for path in self.shared_paths if path[1] in never[path[0]]})
+        frozen = {slug: m.non_trainable for slug, m in zip(slugs(self.method), self.method.methods(), strict=True)}
+        return frozenset(own | {path for path in self.shared_paths if path[1] in frozen[path[0]]})
 
     def leaf_sites(self) -> dict[Path, tuple[Site | None, Any]]:
-        """For every adapter leaf, the site whose base weight it follows and its axes' roles; or (None, None)."""
+        """For every adapter leaf, the site whose weight it is sharded like and its axes' roles; or (None, None)."""
         out: dict[Path, tuple[Site | None, Any]] = dict.fromkeys(self.shared_paths, (None, None))
         for action in self.actions:
             follows = action.site.kind in ("weight", "leaf")
@@ -104,12 +104,12 @@ class Peft:
     # --- trees ------------------------------------------------------------------------------------------------------
 
     def init(self, key: jax.Array, params: Tree) -> Any:
-        """A fresh adapter: a small tree in the container type of ``params``; the base is only read.
+        """A fresh adapter: a small tree in the container type of ``params``. The base is only read.
 
         Args:
-          key: a PRNG key. Each site's leaves depend on it and on the site's path alone.
-          params: the base tree. Leaves that are sharded or boxed give their sharding and names to the adapter's;
-            if they are ``jax.ShapeDtypeStruct``s, so are the adapter's.
+          key: a PRNG key. A site's leaves depend only on it and on the site's path (and weight).
+          params: the base tree. The adapter takes over its shardings and boxes with logical names. If leaves are
+            ``jax.ShapeDtypeStruct``s, so are the adapter's.
         """
         tree, _ = split_variables(params)
         base = flatten(tree)
@@ -130,7 +130,7 @@ class Peft:
         return like(unflatten(self.place_like_base(leaves, base)), tree)
 
     def place_like_base(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Leaves with the shardings and boxes that follow from the base's."""
+        """Adapter leaves with the shardings and boxes that follow from the base's."""
         out, replicated = {}, replicated_like(base.values())
         for path, (site, roles) in self.leaf_sites().items():
             leaf, sharding = leaves[path], leaf_sharding(base, site, roles) or replicated
@@ -140,18 +140,19 @@ class Peft:
         return out
 
     def labels(self, tree: Tree) -> Any:
-        """ "trainable" or "frozen" for every leaf of a tree: the full one, the adapter alone, or the base.
+        """The label of every leaf, "trainable" or "frozen", for `partition`, `masked` or ``optax.multi_transform``.
 
-        >>> # tx = optax.multi_transform({"trainable": adam, "frozen": optax.set_to_zero()}, peft.labels(full))
+        Args:
+          tree: the full tree, the adapter alone, or the base.
         """
         trainable = {p for p, _ in self.structure} - self.non_trainable_paths
         return map_with_path(lambda p, _: TRAINABLE if p in trainable else FROZEN, tree)
 
     def check(self, adapter: Tree) -> dict[Path, Any]:
-        """The adapter's leaves by path, if they are what this Peft expects.
+        """The adapter's leaves by path.
 
         Raises:
-          ValueError: a leaf that is missing, extra or misshapen, by path.
+          ValueError: a leaf is missing, has no place in this Peft, or has another shape.
         """
         leaves, expected = flatten(adapter), dict(self.structure)
         for path in expected.keys() - leaves.keys():
@@ -160,8 +161,10 @@ class Peft:
                 "a partition, combine it with the other half first"
             )
         for path in leaves.keys() - expected.keys():
-            raise ValueError(f"the adapter has a leaf {join(path)!r} that {self.method.name} does not"
-                             f"{nearest(join(path), map(join, expected))}")  # fmt: skip
+            raise ValueError(
+                f"the adapter has a leaf {join(path)!r} that {self.method.name} does not"
+                f"{nearest(join(path), map(join, expected))}"
+            )
         for path, (shape, _) in expected.items():
             got = np.shape(meta.unbox(leaves[path]))
             if got != shape:
@@ -169,25 +172,27 @@ class Peft:
         return leaves
 
     def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False) -> Any:
-        """A plain base tree for the unmodified model, which then computes what `apply` does.
+        """Merged weights for the unmodified model, whose outputs are then those of `apply`.
 
-        Pure and differentiable in the adapter. Weights keep their dtype; the sum is made in at least float32.
+        Pure and differentiable in the adapter. Weights keep their dtype; sums are computed in at least float32.
 
         Args:
-          requantize: a quantized weight that something is merged into comes back dequantized, and equal to `apply`;
-            True quantizes it again, as it was. That rounds the sum: NF4 moves a weight by up to 0.14 of the largest in
-            its block, int4 by 1/14, int8 by 1/254 and float8 by 1/28 (and by up to 0.2 % more for quantized scales).
-            In few bits most of what an adapter learned is rounded back to the codes it was learned over; merge into the
-            unquantized base and quantize that instead, where there is one.
+          params: the base tree.
+          adapter: the adapter.
+          requantize: True quantizes merged weights again if they were quantized; by default they are returned
+            dequantized, equal to those of `apply`. Quantizing rounds the sum: NF4 moves a weight by up to 0.14 of the
+            largest in its block, int4 by 1/14, int8 by 1/254 and float8 by 1/28 (and up to 0.2 % more with quantized
+            scales). With few bits, most of what an adapter learned is rounded away. If you have the unquantized base,
+            merge into that and quantize the result.
 
         Raises:
-          ValueError: a method that changes more than weights (prefix tuning, bottleneck adapters) cannot be merged; or
-            nothing that was merged into is quantized, and ``requantize`` asks for it.
+          ValueError: a method cannot be merged (prefix tuning, bottleneck adapters), or ``requantize`` is True and no
+            merged weight is quantized.
         """
         for action in self.actions:
             if not action.method.mergeable:
                 raise ValueError(
-                    f"{action.method.name} at {action.site.name!r} cannot be merged: it is no change of a weight; "
+                    f"{action.method.name} at {action.site.name!r} cannot be merged: it does not change a weight; "
                     "use peft.apply or peft.module"
                 )
         tree, _ = split_variables(params)
@@ -206,13 +211,16 @@ class Peft:
         return like(unflatten(out), tree)
 
     def replaced(self, base: dict[Path, Any], leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """The base with the adapter's copies in place of its leaves ("leaf" sites). Checks that all sites are there."""
+        """The base leaves, with those of "leaf" sites replaced by the adapter's.
+
+        Raises:
+          ValueError: the base has no weight at a site.
+        """
         for action in self.actions:
             if action.site.kind == "leaf":
                 path = action.site.path
                 _base_leaf(base, path)
-                # The adapter's copy may be wider than the base (a float32 master of a bfloat16 leaf): the model gets
-                # the dtype it had.
+                # The adapter's copy may be wider (float32 for bfloat16); the model needs the base's dtype.
                 value, dtype = meta.unbox(leaves[path]), peek(base[path]).dtype
                 base[path] = meta.replace_boxed(leaves[path], value.astype(dtype))
             elif action.site.stored:
@@ -220,7 +228,7 @@ class Peft:
         return base
 
     def expanded(self, leaves: Mapping[Path, Any]) -> dict[Action, dict[str, Any]]:
-        """The leaves that each action takes: as stored, unless its method computes them from shared ones."""
+        """The leaves that each action's ``apply`` and ``merge`` take."""
         out, names = {}, slugs(self.method)
         for action in self.actions:
             shared = {p[1]: meta.unbox(leaves[p]) for p in self.shared_paths if p[0] == names[action.member]}
@@ -229,7 +237,7 @@ class Peft:
         return out
 
     def by_owner(self) -> dict[Path, tuple[Action, ...]]:
-        """The actions that take place in a module's call, by the module's path."""
+        """The actions that run in a module's call, by the module's path."""
         out: dict[Path, tuple[Action, ...]] = {}
         for action in self.actions:
             if action.site.kind != "leaf":
@@ -239,39 +247,42 @@ class Peft:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def apply(self, params: Tree, adapter: Tree, *inputs: Any, **kwargs: Any) -> Any:
-        """Outputs of the model under the adapter: ``model.apply`` with one more tree.
+        """The outputs of the model under the adapter: ``model.apply`` with one more tree.
 
         Args:
           params: the base tree, or all variables ``{"params": ..., "batch_stats": ...}``.
-          adapter: as from `init`.
-          *inputs, **kwargs: as for ``model.apply`` (rngs, mutable, method, capture_intermediates, ...).
+          adapter: the adapter, as from `init`.
+          *inputs: as for ``model.apply``.
+          **kwargs: as for ``model.apply``: rngs, mutable, method, capture_intermediates, ...
         """
         return self.frontend.run(self, params, adapter, inputs, kwargs)
 
     def overlay(self, params: Tree, adapter: Tree) -> Any:
         """The tree that the unmodified model runs on inside `intercept`.
 
-        It is ``combine(params, adapter)`` and, where a site needs it, more: a box around a weight that no module call
-        explains, the merged weight where a model reads another module's variables, shared leaves expanded.
+        It is ``combine(params, adapter)``, except that a weight that no module call explains is in a box, a weight that
+        is read from another module is merged, and leaves that depend on shared ones are expanded.
         """
         return self.frontend.overlay(self, params, adapter)
 
     def intercept(self) -> AbstractContextManager[None]:
         """The bare interceptor, for code that calls modules itself: ``model.generate(ids, params=full)``.
 
-        Give the model ``combine(params, adapter)`` or, if `summary` shows sites other than fused, ``overlay(...)``.
-        Enter it inside the function that is jitted: a function traced before ignores it.
+        Give the model ``combine(params, adapter)`` or, if `summary` lists sites that are not fused, ``overlay(...)``.
+        Enter it inside the function that is jitted: a function that was traced before ignores it.
         """
         return self.frontend.intercept(self)
 
     @property
     def module(self) -> Any:
-        """A module with the model's own call signature, whose parameters are ``combine(params, adapter)``."""
+        """A module with the model's call signature, whose parameters are ``combine(params, adapter)``."""
         return self.frontend.module(self)
 
     def split(self, full: Tree) -> tuple[Any, Any]:
-        """``(params, adapter)`` from a full tree. Inverse of ``combine(params, adapter)`` but for base leaves that the
-        adapter took the place of: they are the adapter's in both."""
+        """``(params, adapter)`` from a full tree. Inverse of ``combine(params, adapter)``.
+
+        Base leaves that the adapter replaced are gone: both trees hold the adapter's.
+        """
         expected = {p for p, _ in self.structure}
         leaves = flatten(full)
         own = {a.leaf_path(n) for a in self.actions if a.site.kind == "leaf" for n in a.stored}
@@ -279,7 +290,7 @@ class Peft:
         return like(unflatten(params), full), like(unflatten({p: leaves[p] for p in expected if p in leaves}), full)
 
     def summary(self) -> str:
-        """What is trained, as a table: per site its path, shape, rank, bytes and the path taken; then totals."""
+        """A table of the sites, with path, shape, rank, bytes and the path taken, and totals."""
         sizes = dict(self.structure)
         rows = [
             Row(a.site, a.method.name, a.method.columns(), [sizes[a.leaf_path(n)] for n in a.stored])
@@ -299,7 +310,7 @@ def _base_leaf(base: Mapping[Path, Any], path: Path) -> Any:
 
 
 def _fold(key: jax.Array, text: str) -> jax.Array:
-    """A key that depends on a name: the same in every process, unlike Python's hash."""
+    """A key that depends on a name, in the same way in every process (Python's hash does not)."""
     return jax.random.fold_in(key, zlib.crc32(text.encode()))
 
 
@@ -308,18 +319,18 @@ def adapter_shardings(peft: Peft, params: Tree) -> Any:
 
     Args:
       peft: the bound method.
-      params: the base tree, its leaves carrying ``NamedSharding``s (arrays or ``jax.ShapeDtypeStruct``s).
+      params: the base tree, whose leaves (arrays or ``jax.ShapeDtypeStruct``s) have ``NamedSharding``s.
 
     Returns:
-      A tree like the adapter with a ``NamedSharding`` for every leaf. Optimizer state made from a sharded adapter
-      takes the same.
+      A tree like the adapter with a ``NamedSharding`` for every leaf. Optimizer state that is created from the sharded
+      adapter has the same shardings.
 
     Raises:
-      ValueError: no base leaf carries a ``NamedSharding``.
+      ValueError: no base leaf has a ``NamedSharding``.
     """
     base = flatten(params)
     replicated = replicated_like(base.values())
     if replicated is None:
-        raise ValueError("no leaf of params carries a NamedSharding: jpeft.shard puts it on a mesh")
+        raise ValueError("no leaf of params has a NamedSharding; put params on a mesh with jpeft.shard")
     out = {path: leaf_sharding(base, site, roles) or replicated for path, (site, roles) in peft.leaf_sites().items()}
     return like(unflatten(out), params)

@@ -1,4 +1,4 @@
-"""The table of what a bound method trains."""
+"""The table of a bound method's sites and sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ Leaf = tuple[tuple[int, ...], str]  # shape and dtype
 
 
 class Row(NamedTuple):
-    """A method at a site: its name, its own columns (such as rank), and its leaves there."""
+    """A line of the table: a method at a site.
+
+    Attributes:
+      site: the site.
+      method: name of the method.
+      columns: the method's own columns, such as ``{"rank": "8"}``.
+      leaves: shape and dtype of its leaves there.
+    """
 
     site: Site
     method: str
@@ -29,11 +36,12 @@ def summary(
     non_trainable: Iterable[Leaf],
     base_size: int,
 ) -> str:
-    """One line per site (path, owner, shape, parameters, bytes, path taken), then totals.
+    """The table: one line per site (path, owner, shape, parameters, bytes, method, path taken), then totals.
 
     Args:
-      shared: leaves that belong to no single site.
-      non_trainable: those of all leaves that never train.
+      rows: the sites.
+      shared: the leaves that all sites of a method share.
+      non_trainable: the leaves, at sites or shared, that never train.
       base_size: number of parameters of the base.
     """
     own = list(dict.fromkeys(name for row in rows for name in row.columns))
@@ -47,18 +55,18 @@ def summary(
         table.append((join(path), "shared", "", *blank, f"{_count([leaf]):,}", f"{_bytes([leaf]):,}", "", ""))
     widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
     numbers = range(3, 5 + len(own))
-    lines = [
-        "  ".join(c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in table
-    ]
+    lines = []
+    for cells in table:
+        columns = enumerate(zip(cells, widths, strict=True))
+        lines.append("  ".join(c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in columns))
     lines.insert(1, "  ".join("-" * w for w in widths))
     every = [leaf for row in rows for leaf in row.leaves] + [leaf for _, leaf in shared]
-    fixed = _count(non_trainable)
-    trainable = _count(every) - fixed
+    frozen = _count(non_trainable)
+    trainable = _count(every) - frozen
     lines.append("")
     lines.append(
         f"{len(rows)} sites; {trainable:,} trainable of {base_size:,} base parameters "
-        f"({100 * trainable / max(1, base_size):.3f} %){f', {fixed:,} not trainable' if fixed else ''}; "
+        f"({100 * trainable / max(1, base_size):.3f} %){f', {frozen:,} not trainable' if frozen else ''}; "
         f"adapter {_bytes(every):,} bytes"
     )
     return "\n".join(line.rstrip() for line in lines)
