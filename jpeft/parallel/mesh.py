@@ -93,7 +93,7 @@ def abstract_mesh(mesh: Any, devices: int, owner: str) -> AbstractMesh:
     (('fsdp', 8), ('tensor', 2))
     """
     if mesh is None or isinstance(mesh, str):
-        sizes: dict[Any, int] = parse_axes(mesh or f"fsdp={devices}")
+        sizes: dict[Any, int] = parse_axes(f"fsdp={devices}" if mesh is None else mesh)
     else:
         try:
             sizes = dict(getattr(mesh, "shape", mesh))

@@ -1,4 +1,4 @@
-"""The architectures that are known by name have as many parameters as their authors say."""
+"""The known architectures have as many parameters as their authors publish."""
 
 import math
 
@@ -10,7 +10,7 @@ from jpeft.errors import UserError
 from jpeft.models import decoder_hf
 from jpeft.planning import sizes
 
-VISION = 416_866_032  # Gemma 3's tower; what projects from its 1152 to the text's width, and a norm, come on top
+VISION = 416_866_032  # Gemma 3's tower; the projection from its 1152 to the text's width, and a norm, come on top
 
 PUBLISHED = {
     "llama-3-8b": 8_030_261_248,
@@ -54,7 +54,7 @@ def test_every_known_model_is_checked():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_as_many_as_published(name):
+def test_parameter_counts_are_those_published(name):
     model = decoder_hf.from_config(sizes.config(name))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
@@ -73,7 +73,7 @@ def test_parameters_are_as_many_as_published(name):
         ("mistralai/Mistral-7B-v0.3", "mistral-7b-v0.3"),
     ],
 )
-def test_names_are_read_forgivingly(name, meant):
+def test_spellings_of_names(name, meant):
     assert sizes.config(name) == sizes.config(meant)
 
 
@@ -83,12 +83,12 @@ def test_windows_are_those_of_the_models():
 
 
 @pytest.mark.parametrize("name", ["qwen3-17b", "llama-8b", "", "../models/llama-3-8b.json"])
-def test_an_unknown_model_is_told_with_those_that_are_known(name):
-    with pytest.raises(UserError, match=r"no known model.*gemma-2-27b") as error:
+def test_an_unknown_model_error_lists_the_known_models(name):
+    with pytest.raises(UserError, match=r"unknown model .*Known models: .*gemma-2-27b") as error:
         sizes.config(name)
     assert "\n" not in str(error.value)
 
 
-def test_a_near_name_is_told():
-    with pytest.raises(UserError, match=r"near it: .*qwen3-1.7b"):
+def test_an_unknown_model_error_suggests_similar_names():
+    with pytest.raises(UserError, match=r"did you mean .*qwen3-1.7b.*\?"):
         sizes.config("qwen3-17b")
