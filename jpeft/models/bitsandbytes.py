@@ -91,7 +91,9 @@ def _check_config(config: Any, where: Path | str) -> None:
     )
 
 
-def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], dtype: str) -> dict[str, Any] | None:
+def quantization_config(
+    tensors: Mapping[str, np.ndarray], embeddings: Collection[str], dtype: str
+) -> dict[str, Any] | None:
     """The `quantization_config` of transformers for the tensors of a file; None if none is quantized.
 
     Args:
@@ -103,9 +105,7 @@ def config_for(tensors: Mapping[str, np.ndarray], embeddings: Collection[str], d
     if not states:
         return None
     nested = {f"{name}.nested_absmax" in tensors for name in states}
-    if (
-        set(states.values()) != {"quant_state.bitsandbytes__nf4"} or len(nested) > 1
-    ):  # transformers has one form per folder
+    if set(states.values()) != {"quant_state.bitsandbytes__nf4"} or len(nested) > 1:  # one form for a whole folder
         return {"quant_method": "jpeft"}
     matrices = {name for name, value in tensors.items() if name.endswith(".weight") and value.ndim == 2}
     plain = {name.removesuffix(".weight") for name in matrices - states.keys() - set(embeddings)}
@@ -225,7 +225,7 @@ class QuantizedTensor:
         # bitsandbytes can store its bytes as any dtype (`bnb_4bit_quant_storage`).
         codes = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
         if codes.size != math.prod(shape):
-            raise self._error(f"it has {codes.size:,} bytes of codes, {math.prod(shape):,} are needed")
+            raise self._error(f"it has {codes.size:,} bytes of codes, expected {math.prod(shape):,}")
         return codes.view(np.int8 if self.scheme == "int8" else np.uint8).reshape(shape)
 
     def _read(self, part: str, dtype: Any) -> np.ndarray:
@@ -238,7 +238,7 @@ class QuantizedTensor:
         return ModelError(f"{self.path}: {self.name}: {what}")
 
 
-def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def combine_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model's files, with the parts of each quantized one combined. Codes are not read yet.
 
     Raises:
@@ -280,7 +280,7 @@ def _combine(name: str, parts: dict[str, Tensor]) -> QuantizedTensor:
     needed = {"", "absmax"} | maps | (nested if nested & parts.keys() else set())
     if missing := sorted(needed - parts.keys()):
         raise ModelError(f"{where}: it is quantized, but {f'{name}.{missing[0]}'.rstrip('.')} is missing")
-    state = _state(parts[key], where)
+    state = _read_state(parts[key], where)
     if problem := _state_problem(state, form, scheme, bool(nested & parts.keys())):
         raise ModelError(f"{where}: its quant_state {problem}")
     shape = tuple(state["shape"])
@@ -297,10 +297,10 @@ def _combine(name: str, parts: dict[str, Tensor]) -> QuantizedTensor:
     return QuantizedTensor(parts[""].path, name, shape, parts, scheme, state, None)
 
 
-def _state(tensor: Tensor, where: str) -> dict[str, Any]:
+def _read_state(tensor: Tensor, where: str) -> dict[str, Any]:
     try:
         state = json.loads(tensor.read().tobytes())
-    except (ValueError, RecursionError) as error:  # json's and UTF-8's errors alike
+    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8, or nested too deeply
         raise ModelError(f"{where}: its quant_state is not JSON ({error})") from None
     if not isinstance(state, dict):
         raise ModelError(f"{where}: its quant_state is not a JSON object")
@@ -349,4 +349,4 @@ def read_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, np.ndarr
         lines = json.loads(metadata.get(_METADATA, "{}"))
         return {name: fingerprint.from_hex(digits) for name, digits in lines.items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path}: the metadata {_METADATA} are damaged ({error})") from None
+        raise ModelError(f"{path}: the metadata entry {_METADATA} is damaged ({error})") from None

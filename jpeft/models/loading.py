@@ -74,7 +74,7 @@ def load(
     path = Path(path)
     family, model = build_model(*read_model_config(path), dtype, param_dtype, options)
     with open_tensors(path) as stored:
-        tensors = bitsandbytes.gather(stored)
+        tensors = bitsandbytes.combine_parts(stored)
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
         if layers > len(tensors):  # tracing so many layers would take too long
             raise ModelError(f"{path}: config.json has {layers:,} layers, but there are {len(tensors)} tensors")

@@ -94,7 +94,7 @@ def save(
         if slot.path.endswith("/embedding"):
             embeddings.add(name)
     dtype = _dtype_name(leaves)
-    if (quantization := bitsandbytes.config_for(tensors, embeddings, dtype)) is not None:
+    if (quantization := bitsandbytes.quantization_config(tensors, embeddings, dtype)) is not None:
         config["quantization_config"] = quantization
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     with new_folder(path) as new:
@@ -133,7 +133,7 @@ def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]
     if is_gguf(source):
         return _Source(family.to_config(model))
     with open_tensors(source) as stored:
-        tensors = bitsandbytes.gather(stored)
+        tensors = bitsandbytes.combine_parts(stored)
         prefix = family.prefix(model)
         of_model = set(match_tensors(source, slots, tensors, prefix, family.extras(model)).values())
         kept, origins = {}, {}

@@ -321,7 +321,7 @@ DAMAGE = {
     "short absmax": (put(f"{UP}.absmax", u8(63)), "its absmax has 63 numbers"),
     "float absmax": (put(f"{UP}.absmax", np.zeros(64, np.float32)), "its absmax is float32, expected uint8"),
     "short nested": (put(f"{UP}.nested_absmax", np.zeros(2, np.float32)), "its nested_absmax has 2 numbers"),
-    "short codes": (put(UP, u8((2047, 1))), "it has 2,047 bytes of codes, 2,048 are needed"),
+    "short codes": (put(UP, u8((2047, 1))), "it has 2,047 bytes of codes, expected 2,048"),
     "another map": (
         put(f"{UP}.quant_map", np.linspace(-1, 1, 16, dtype=np.float32)),
         "its quant_map is not NF4's",
@@ -345,7 +345,7 @@ def test_a_damaged_tensor_is_named(nf4, tmp_path, case):
 def test_damaged_checksums_are_an_error(nf4, tmp_path, origins):
     folder = rewrite(nf4, tmp_path / "damaged", lambda t: None)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"jpeft.origin": origins})
-    with pytest.raises(ModelError, match=r"model\.safetensors: the metadata jpeft\.origin are damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: the metadata entry jpeft\.origin is damaged"):
         models.load(folder)
 
 
