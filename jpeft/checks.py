@@ -25,7 +25,10 @@ def is_positive_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite real number; booleans are not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that is too large for a float
+        return False
 
 
 def is_rate(value: Any) -> bool:

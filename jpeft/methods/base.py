@@ -1,8 +1,8 @@
-"""What a method is: a frozen dataclass of configuration, and a few short functions of one site.
+"""Base classes of methods. A method is a frozen dataclass: its configuration, and a few short functions of one site.
 
-Subclass `WeightMethod` for a method that changes a weight (it writes maths for one matrix ``[in, out]``; scans,
-experts, heads and convolutions are the core's business), `OutputMethod` for one that works on a module's output,
-`AttentionMethod` for one that adds keys and values, `LeafMethod` for one that trains base leaves.
+Subclass `WeightMethod` for a method that changes a weight: it is written for one matrix ``[in, out]``, and the core
+maps it over scans, experts, heads and convolutions. Subclass `OutputMethod` for a method that changes a module's
+output, `AttentionMethod` for one that adds keys and values, and `LeafMethod` for one that trains copies of base leaves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
+from jpeft.checks import Rule
+from jpeft.core.interchange import HFSpec, Role
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import ALL_LINEAR, TargetError, Targets, compile_pattern, matches_entry, select
@@ -29,12 +31,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Configuration common to all methods.
+    """The base class of all methods.
 
     Attributes:
-      targets: what to act on, see `jpeft.targets`; None is the method's own default.
-      exclude: what to leave out; it wins.
-      overrides: fields by target pattern, e.g. ``{r".*/query": {"rank": 16}}``; the first pattern that matches counts.
+      targets: the sites to act on, see `jpeft.core.targets`; None for the method's default.
+      exclude: the sites to leave out, even if ``targets`` matches them.
+      overrides: fields by target pattern, e.g. ``{r".*/query": {"rank": 16}}``; the first pattern that matches applies.
+
+    Class attributes that a subclass may set:
+      mergeable: whether it changes weights only, so that it can be merged into them.
+      roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
+      non_trainable: names of the leaves that never train.
+      per_site: names of the fields that ``overrides`` may set.
+      hf: its form in HuggingFace PEFT folders, see `jpeft.core.interchange`. Not inherited.
     """
 
     targets: Targets = None
@@ -42,12 +51,10 @@ class Method:
     overrides: Mapping[str, Mapping[str, Any]] = FrozenDict()
 
     mergeable: ClassVar[bool] = True
-    # What each axis of a leaf is ("in", "out" or None), for leaves that take a base weight's sharding.
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {}
-    # Leaves that the adapter holds but that never train.
     non_trainable: ClassVar[frozenset[str]] = frozenset()
-    # Fields that may be given per site.
     per_site: ClassVar[tuple[str, ...]] = ()
+    hf: ClassVar[HFSpec | Role | None] = None
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude"):
@@ -61,38 +68,55 @@ class Method:
             for field in fields:
                 if field not in self.per_site:
                     raise ValueError(
-                        f"{self.name}: overrides[{pattern!r}] sets {field!r}; per site there are {list(self.per_site)}"
+                        f"{self.name}: overrides[{pattern!r}] sets {field!r}, which cannot differ per site; per-site "
+                        f"fields: {', '.join(self.per_site) or 'none'}"
                     )
-            self._replaced(dict(fields))  # validates the values
+            self._replaced(dict(fields))  # checks the values
 
-    # --- what a subclass may give -------------------------------------------------------------------------------
+    # --- what a subclass may define -----------------------------------------------------------------------------
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
-        """The sites of a model that this kind of method can act on."""
+        """The sites of a model that this method can act on."""
         return survey.weights
 
     def default_targets(self) -> Targets:
+        """The targets where ``targets`` is None."""
         return ALL_LINEAR
 
     def prepare(self, site: Site) -> Site:
-        """The site as this method sees it; raises ValueError on one it cannot act on."""
+        """The site as this method sees it.
+
+        Raises:
+          ValueError: the method cannot act on the site.
+        """
         return site
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        """The leaves at one site. ``w`` is the base weight as ``[in, out]`` (for "leaf" sites, the leaf)."""
+        """Fresh leaves at a site.
+
+        Args:
+          key: a PRNG key.
+          site: the site; for a weight, ``site.inputs`` and ``site.outputs`` are the sizes of the matrix.
+          w: the base weight as ``[in, out]``; for a "leaf" site, the leaf; None for an output or attention.
+        """
         return {}
 
     def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
-        """Leaves that all sites share, kept at the adapter's root under the method's name."""
+        """Fresh leaves that all sites share. They lie at the adapter's root, under the method's name."""
         return {}
 
     def expand(self, shared: Leaves, leaves: Leaves) -> Leaves:
-        """The leaves that `apply` and `merge` take, from those that are stored. The identity unless overridden."""
+        """The leaves that `apply` and `merge` take, computed from shared leaves and those at a site."""
         return leaves
 
     def columns(self) -> Mapping[str, str]:
-        """Columns of its own in `Peft.summary`, such as ``{"rank": "8"}``."""
+        """The method's own columns in `Peft.summary`, such as ``{"rank": "8"}``."""
         return {}
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether a fresh adapter leaves the model's outputs unchanged."""
+        return True
 
     @property
     def input_dropout(self) -> float:
@@ -103,26 +127,31 @@ class Method:
 
     @property
     def name(self) -> str:
-        """The class's name, which messages and configurations use."""
+        """The class's name, used in messages and configurations."""
         return type(self).__name__
 
     @property
     def slug(self) -> str:
-        """The key of shared leaves in the adapter: the name in snake case."""
+        """The name in snake case: the key of shared leaves in the adapter."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.name).lower()
 
     @property
     def expands(self) -> bool:
-        """Whether `expand` computes anything: whether a subclass overrides it."""
+        """Whether a subclass defines `expand`."""
         return type(self).expand is not Method.expand
 
     @property
     def changes_bias(self) -> bool:
-        """Whether it changes the bias beside a weight."""
+        """Whether the method changes the bias beside a weight."""
         return False
 
     def sites(self, survey: Survey) -> list[Site]:
-        """The sites that ``targets`` names in a model."""
+        """The sites of a model that the method acts on.
+
+        Raises:
+          TargetError: a target or an override matches nothing.
+          ValueError: the method cannot act on a site.
+        """
         targets = self.default_targets() if self.targets is None else self.targets
         chosen = select(self.candidates(survey), targets, self.exclude, what=self.name, others=survey.names)
         for pattern in self.overrides:
@@ -132,7 +161,7 @@ class Method:
         return [self.at(s).prepare(s) for s in chosen]
 
     def at(self, site: Site) -> Method:
-        """This method with the overrides that hold at a site."""
+        """The method with the overrides for a site applied."""
         for pattern, fields in self.overrides.items():
             if _override_matches(pattern, site):
                 return self._replaced(dict(fields))
@@ -142,15 +171,17 @@ class Method:
         return dataclasses.replace(self, **{**fields, "overrides": FrozenDict()})
 
     def bind(self, model: Any, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
-        """Finds this method's sites in a model by one abstract call, and returns the bound `Peft`.
+        """Finds the method's sites in a model by one abstract call, and returns the bound `Peft`.
 
         Args:
-          model: any Linen module, unchanged.
+          model: any Linen module; it is not changed.
           params: its parameters, or all its variables ``{"params": ..., "batch_stats": ...}``; may be abstract.
-          *inputs, **kwargs: as for ``model.apply``; arrays may be ``jax.ShapeDtypeStruct``.
+          *inputs: as for ``model.apply``; arrays may be ``jax.ShapeDtypeStruct``.
+          **kwargs: as for ``model.apply``.
 
         Raises:
-          TargetError: a target that matches nothing. ValueError: a site that the method cannot act on.
+          TargetError: a target matches nothing.
+          ValueError: the method cannot act on a site, or ``params`` do not fit the model.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft
         >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), jnp.ones((1, 4))
@@ -164,7 +195,7 @@ class Method:
         return bind(self, model, params, *inputs, **kwargs)
 
     def methods(self) -> tuple[Method, ...]:
-        """The simple methods this one is made of: itself, or a chain's."""
+        """The members of a chain; for another method, the method itself."""
         return (self,)
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,12 +207,12 @@ class Method:
                 raise ValueError(
                     f"{self.name}.{field.name} is a function, which has no JSON form; give patterns instead"
                 )
-            value = json.loads(json.dumps(value, default=_jsonable))
-            out[field.name] = value
+            out[field.name] = json.loads(json.dumps(value, default=_jsonable))
         return out
 
 
 def _jsonable(value: Any) -> Any:
+    """A dict for a ``FrozenDict``."""
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{value!r} has no JSON form")
@@ -193,11 +224,13 @@ def _override_matches(pattern: str, site: Site) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMethod(Method):
-    """A method that changes a weight. Subclasses give ``init``, ``merge`` and, where it is cheaper, ``apply``.
+    """The base class of methods that change a weight.
+
+    A subclass defines ``init``, ``merge`` and, if there is a cheaper form than ``x @ merge(w)``, ``apply``.
 
     Attributes:
-      parts: blocks of equal size that the outputs of a fused weight (q, k, v in one) consist of; each gets leaves of
-        its own. Usually given per site: ``overrides={r".*/qkv": {"parts": 3}}``.
+      parts: number of equal blocks of the outputs of a fused weight (q, k and v in one); each block has its own leaves.
+        Usually set per site: ``overrides={r".*/qkv": {"parts": 3}}``.
     """
 
     parts: int = 1
@@ -214,26 +247,29 @@ class WeightMethod(Method):
 
     @property
     def changes_bias(self) -> bool:
-        """Whether a subclass overrides `merge_bias`."""
+        """Whether a subclass defines `merge_bias`."""
         return type(self).merge_bias is not WeightMethod.merge_bias
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        """The changed operation on ``x: [tokens..., in]``. By default it follows from `merge`."""
+        """The outputs for ``x: [tokens..., in]``. By default, the product with the merged weight."""
         y = x @ self.merge(leaves, base.weight).astype(x.dtype)
         return y if base.bias is None else y + self.merge_bias(leaves, base.bias).astype(y.dtype)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """The changed weight."""
+        """The merged weight."""
         raise TypeError(f"{self.name} does not define merge")
 
     def merge_bias(self, leaves: Leaves, b: Float[Array, " out"]) -> Float[Array, " out"]:
-        """The changed bias; unchanged unless overridden."""
+        """The merged bias. By default, the bias itself."""
         return b
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputMethod(Method):
-    """A method that works on a module's output ``[..., features]``: the first, where it returns a tuple."""
+    """The base class of methods that change a module's output ``[..., features]``.
+
+    Of a module that returns a tuple, it is the first element. A subclass defines ``init`` and ``apply``.
+    """
 
     mergeable: ClassVar[bool] = False
 
@@ -247,7 +283,10 @@ class OutputMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod(Method):
-    """A method that changes the keys, values and mask of an attention, after any position encoding."""
+    """The base class of methods that change an attention's keys, values and mask, after any position encoding.
+
+    A subclass defines ``init`` and ``apply``.
+    """
 
     mergeable: ClassVar[bool] = False
 
@@ -264,10 +303,10 @@ class AttentionMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class LeafMethod(Method):
-    """A method whose adapter leaves take the place of base leaves, and start as their copies.
+    """The base class of methods whose adapter leaves replace base leaves, and start as copies of them.
 
-    Floating leaves narrower than float32 get float32 copies, since small updates would be lost in rounding; the model
-    sees them in the base's dtype.
+    Copies of floating leaves are at least float32, since narrower ones would round small updates away. The model gets
+    them in the base's dtype.
     """
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
@@ -275,42 +314,43 @@ class LeafMethod(Method):
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         wide = widened(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
-        # A copy, not the base's own buffer: a donated training state must not take the base away.
+        # A copy, since donating the training state would delete the base's own buffer.
         return {"": jnp.array(w, wide, copy=True)}
 
 
 def dtype_name(dtype: Any) -> str:
-    """A floating dtype by name, so that configuration is JSON: ``jnp.bfloat16`` -> ``"bfloat16"``."""
+    """The name of a floating dtype, for configurations in JSON.
+
+    >>> dtype_name(jnp.bfloat16)
+    'bfloat16'
+    """
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
-        raise ValueError(f"dtype {dtype!r} is none that numpy or jax knows; e.g. 'float32', 'bfloat16'") from None
+        raise ValueError(
+            f"dtype {dtype!r} is unknown; give a floating dtype, such as 'float32' or 'bfloat16'"
+        ) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"adapter leaves must be floating, got dtype {dtype.name!r}")
     return dtype.name
 
 
-def check_fields(method: Method, rules: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
-    """Raises a ValueError that names the field, what was expected and what came."""
-    for field, (ok, expected) in rules.items():
+def check_fields(method: Method, rules: Mapping[str, Rule]) -> None:
+    """Checks fields of a method.
+
+    Raises:
+      ValueError: a field breaks its rule.
+    """
+    for field, (accepts, expected) in rules.items():
         value = getattr(method, field)
         try:
-            good = ok(value)
-        except TypeError:
-            good = False
-        if not good:
+            accepted = accepts(value)
+        except TypeError:  # e.g. a comparison with a string
+            accepted = False
+        if not accepted:
             raise ValueError(f"{method.name}.{field} must be {expected}, got {value!r}")
 
 
-def positive_int(value: Any) -> bool:
-    """Whether a value is a whole number above 0; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-POSITIVE_INT = (positive_int, "a positive integer")
-RATE = (lambda v: 0 <= v < 1, "a rate in [0, 1)")
-
-
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: str) -> Array:
-    """Normal numbers, drawn in float32 whatever the dtype, so that runs in other dtypes start alike."""
+    """Normal numbers. They are drawn in float32, so that all dtypes start from the same numbers."""
     return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)

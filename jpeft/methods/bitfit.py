@@ -1,4 +1,7 @@
-"""BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199)."""
+"""BitFit: training of the biases alone (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199).
+
+y = x W + b           b is trained, W is frozen
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from jpeft.methods.base import LeafMethod
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(LeafMethod):
-    """Trains the leaves called ``bias``: all of them, or those that ``targets`` names.
+    """Trains the leaves called ``bias``.
+
+    Attributes:
+      targets: paths of biases or of modules around them; by default all.
+      exclude, overrides: see `Method`.
 
     >>> import jpeft
     >>> every, some = jpeft.BitFit(), jpeft.BitFit(targets=r".*/attention/.*")

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jpeft.checks import POSITIVE_INT, one_of, or_none
 from jpeft.core.method import Leaves
 from jpeft.core.sites import Site
-from jpeft.core.targets import Targets
-from jpeft.methods.base import POSITIVE_INT, OutputMethod, check_fields, dtype_name, normal
+from jpeft.core.targets import ALL_LINEAR, Targets
+from jpeft.methods.base import OutputMethod, check_fields, dtype_name, normal
 from jpeft.methods.families.low_rank import narrow
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -29,16 +30,21 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(OutputMethod):
-    """A small two-layer network after each target's output, before the residual sum that the model itself makes.
+    """A small two-layer network on each target's output, before the model's own residual connection.
 
     Attributes:
       targets: paths of modules, e.g. ``r".*/layer/[0-9]+/output/dense"``, the feed-forward sublayer of BERT (Pfeiffer);
-        add the attention's output for Houlsby's. By default every linear layer's output but the head's.
-      reduction: features / size, if ``size`` is None. size: width of the bottleneck.
-      activation: "relu", "gelu", "silu" or "tanh". scale: s. init_std: of D; U starts at zero, so that the model is
-        unchanged at first. dtype: of the leaves.
+        with the attention's output for Houlsby's. By default all linear layers except the output head.
+      reduction: features / size, if ``size`` is None.
+      size: width of the bottleneck.
+      activation: "relu", "gelu", "silu" or "tanh".
+      scale: s.
+      init_std: standard deviation of D at first; U starts at zero, so that the model is unchanged.
+      dtype: of the leaves.
+      exclude, overrides: see `Method`.
 
-    Leaves at a site: ``bottleneck_down``, ``bottleneck_down_bias``, ``bottleneck_up``, ``bottleneck_up_bias``.
+    Leaves at a site: ``bottleneck_down [features, size]``, ``bottleneck_down_bias [size]``,
+    ``bottleneck_up [size, features]``, ``bottleneck_up_bias [features]``.
 
     >>> import jpeft
     >>> method = jpeft.Bottleneck(targets=r".*/output/dense", reduction=16)
@@ -57,14 +63,14 @@ class Bottleneck(OutputMethod):
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         rules = {
             "reduction": POSITIVE_INT,
-            "size": (lambda v: v is None or POSITIVE_INT[0](v), "a positive integer or None"),
-            "activation": (lambda v: v in _ACTIVATIONS, f"one of {', '.join(_ACTIVATIONS)}"),
+            "size": or_none(POSITIVE_INT),
+            "activation": one_of(_ACTIVATIONS),
         }
         check_fields(self, rules)
         super().__post_init__()
 
     def default_targets(self) -> Targets:
-        return "all-linear"
+        return ALL_LINEAR
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         size = self.size or max(1, site.outputs // self.reduction)

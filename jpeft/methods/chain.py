@@ -1,4 +1,4 @@
-"""Chain: several methods on one model, each with leaves of its own."""
+"""Chain: several methods on one model, each with its own leaves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from jpeft.methods.base import Method
 
 @dataclass(frozen=True, init=False)
 class Chain(Method):
-    """Methods composed: on a weight that several of them change, the first acts on the base, the next on that.
+    """Several methods on one model. On a weight that several change, each acts on the result of those before it.
+
+    Attributes:
+      members: the methods; a chain among them is replaced by its members.
 
     >>> import jpeft
     >>> method = jpeft.Chain(jpeft.LoRA(rank=8), jpeft.BitFit(), jpeft.Train(r"classifier"))
@@ -23,7 +26,7 @@ class Chain(Method):
     def __init__(self, *methods: Method):
         if not methods or not all(isinstance(m, Method) for m in methods):
             raise ValueError(f"Chain takes one method or more, e.g. Chain(LoRA(), BitFit()); got {methods!r}")
-        object.__setattr__(self, "members", tuple(p for m in methods for p in m.methods()))
+        object.__setattr__(self, "members", tuple(member for m in methods for member in m.methods()))
         object.__setattr__(self, "targets", None)
         object.__setattr__(self, "exclude", None)
         object.__setattr__(self, "overrides", FrozenDict())

@@ -1,4 +1,7 @@
-"""LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354)."""
+"""LoRA+: a higher learning rate for B than for A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+
+A <- A + u_A, B <- B + ratio u_B        u: the optimizer's updates
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from jpeft.core.tree import Tree, map_with_path
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
-    """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B learns ``ratio`` times as fast as A.
+    """Multiplies the updates of every ``lora_b`` by ``ratio``.
 
-    Put it last: it scales the finished update of every ``lora_b``, weight decay included, which is a learning rate
-    ``ratio`` times as high.
+    Put it last in a chain. It then scales finished updates, including weight decay, which has the effect of a learning
+    rate ``ratio`` times as high.
 
     >>> import optax
     >>> tx = optax.chain(optax.adamw(1e-4), lora_plus(16.0))

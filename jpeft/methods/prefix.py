@@ -1,9 +1,9 @@
 """Prefix tuning: learned keys and values before each attention's own (Li & Liang 2021, https://arxiv.org/abs/2101.00190).
 
-    softmax(Q [P_k; K]^T) [P_v; V]           P_k, P_v: [length, heads, head_dim], after any position encoding
+softmax(Q [P_k; K]^T) [P_v; V]           P_k, P_v: [length, heads, head_dim], after any position encoding
 
-With ``reparametrize``, P comes from one small network that all layers share up to its last layer, which trains more
-steadily:  [P_k; P_v] = tanh(E W_1 + b_1) W_2 + b_2.
+With ``reparametrize``, a small network computes the prefix, which trains more stably. All layers share it, except for
+its last layer:  [P_k; P_v] = tanh(E W_1 + b_1) W_2 + b_2.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from jpeft.checks import POSITIVE_INT
 from jpeft.core.method import Leaves, pad_left
 from jpeft.core.sites import Site
-from jpeft.methods.base import POSITIVE_INT, AttentionMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import AttentionMethod, check_fields, dtype_name, normal
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(AttentionMethod):
-    """Learned keys and values that every query may attend to.
+    """Learned keys and values that every query attends to.
 
     Attributes:
       length: number of virtual tokens.
-      reparametrize: learn them through an MLP. hidden: its width. embedding: width of its input.
-      init_std: of what is learned. dtype: of the leaves.
+      reparametrize: whether a network computes them.
+      hidden: width of the network.
+      embedding: width of its input.
+      init_std: standard deviation of keys and values at first.
+      dtype: of the leaves.
       targets: paths of attention modules; by default all.
+      exclude, overrides: see `Method`.
 
-    Leaves at a site: ``prefix_key [length, kv_heads, head_dim]`` and ``prefix_value``; reparametrized,
-    ``prefix_kernel [hidden, kv]``, ``prefix_key_bias``, ``prefix_value_bias`` and, shared by all sites,
-    ``embedding [length, embedding]``, ``kernel [embedding, hidden]``, ``bias [hidden]``.
-    The model changes at once: there is no prefix that does nothing.
+    Leaves at a site: ``prefix_key [length, kv_heads, head_dim]`` and ``prefix_value``. With ``reparametrize``:
+    ``prefix_kernel [hidden, kv_heads * (key_dim + value_dim)]``, ``prefix_key_bias``, ``prefix_value_bias`` and, shared
+    by all sites, ``embedding [length, embedding]``, ``kernel [embedding, hidden]``, ``bias [hidden]``.
+
+    A fresh adapter changes the model's outputs: no prefix leaves them unchanged.
 
     >>> import jpeft
     >>> method = jpeft.PrefixTuning(length=16, reparametrize=True, hidden=256)
@@ -54,13 +60,18 @@ class PrefixTuning(AttentionMethod):
         check_fields(self, {"length": POSITIVE_INT, "hidden": POSITIVE_INT, "embedding": POSITIVE_INT})
         super().__post_init__()
 
+    @property
+    def identity_at_init(self) -> bool:
+        """False: no prefix leaves the outputs unchanged."""
+        return False
+
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         heads, key_dim, value_dim = site.heads
         if self.reparametrize:
             width = heads * (key_dim + value_dim)
             bound = self.hidden**-0.5
             kernel = jax.random.uniform(key, (self.hidden, width), jnp.float32, -bound, bound)
-            # The shapes ride along in the two biases, so that expand needs no site.
+            # expand has no site: it takes the shapes of keys and values from the two biases.
             return {
                 "prefix_kernel": kernel.astype(self.dtype),
                 "prefix_key_bias": jnp.zeros((heads, key_dim), self.dtype),
@@ -97,7 +108,7 @@ class PrefixTuning(AttentionMethod):
         }
 
     def apply(self, leaves: Leaves, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
-        # [P_k; K], [P_v; V]; every query may see the prefix, causal or padded as the rest may be.
+        # [P_k; K], [P_v; V]. The mask is True for the prefix: every query attends to it, also in a causal attention.
         length = key.shape[-3]
         if mask is not None:
             mask = pad_left(mask, self.length, length, True if mask.dtype == jnp.bool_ else 1)
@@ -105,5 +116,6 @@ class PrefixTuning(AttentionMethod):
 
 
 def _prepend(prefix: Array, x: Array) -> Array:
+    """``[prefix; x]`` along the axis of positions."""
     prefix = jnp.broadcast_to(prefix.astype(x.dtype), (*x.shape[:-3], *prefix.shape))
     return jnp.concatenate([prefix, x], axis=-3)

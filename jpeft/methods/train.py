@@ -1,6 +1,6 @@
-"""Selective methods: the adapter holds copies of base leaves, which train in their place.
+"""Train: full training of chosen leaves, such as a new classifier or the layer norms.
 
-`Train` names any leaves; `BitFit` (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199) trains the biases.
+The adapter holds copies of base leaves, which train in place of the base's. HuggingFace calls it ``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from jpeft.methods.base import LeafMethod
 
 @dataclass(frozen=True)
 class Train(LeafMethod):
-    """Trains base leaves: all below an owner that ``targets`` names, or leaves by their full path.
+    """Trains base leaves.
+
+    Attributes:
+      targets: paths of leaves, or of modules whose leaves are all trained; required.
+      exclude, overrides: see `Method`.
 
     >>> import jpeft
     >>> head, norms = jpeft.Train(r"classifier"), jpeft.Train(r".*/LayerNorm/(scale|bias)")

@@ -116,7 +116,7 @@ def test_overrides_hold_for_the_first_pattern_that_matches():
     assert ranks == {n: 3 if n.startswith("layer_0") else 5 if n.endswith("query") else 2 for n in ALL}
     with pytest.raises(TargetError, match="overrides pattern 'nope' matches none of its sites"):
         jpeft.LoRA(overrides={"nope": {"rank": 3}}).bind(MODEL, PARAMS, IDS)
-    with pytest.raises(ValueError, match="sets 'targets'; per site there are"):
+    with pytest.raises(ValueError, match="sets 'targets', which cannot differ per site; per-site fields: rank"):
         jpeft.LoRA(overrides={"up": {"targets": "x"}})
     with pytest.raises(ValueError, match=r"LoRA.rank must be a positive integer, got 0"):
         jpeft.LoRA(overrides={"up": {"rank": 0}})
@@ -127,9 +127,9 @@ def test_overrides_hold_for_the_first_pattern_that_matches():
     (lambda: jpeft.LoRA(rank=True), "LoRA.rank must be a positive integer, got True"),
     (lambda: jpeft.LoRA(rank="8"), "LoRA.rank must be a positive integer, got '8'"),
     (lambda: jpeft.LoRA(alpha=float("nan")), "LoRA.alpha must be a finite number"),
-    (lambda: jpeft.LoRA(alpha="16"), "LoRA.alpha must be a finite number, got '16'"),
-    (lambda: jpeft.LoRA(alpha=0), "LoRA.alpha is 0: the update would be 0"),
-    (lambda: jpeft.LoRA(dtype="float33"), "dtype 'float33' is none that numpy or jax knows"),
+    (lambda: jpeft.LoRA(alpha="16"), "LoRA.alpha must be a finite number or None, got '16'"),
+    (lambda: jpeft.LoRA(alpha=0), "LoRA.alpha is 0: the update would always be 0"),
+    (lambda: jpeft.LoRA(dtype="float33"), "dtype 'float33' is unknown; give a floating dtype"),
     (lambda: jpeft.LoRA(dropout=1.0), r"LoRA.dropout must be a rate in \[0, 1\), got 1.0"),
     (lambda: jpeft.LoRA(init_weights="zeros"), "LoRA.init_weights must be one of kaiming"),
     (lambda: jpeft.LoRA(rank=3, init_weights="orthogonal"), "needs an even rank, got 3"),
