@@ -1,4 +1,4 @@
-"""What the benchmarks share: something to time, interleaved rounds, and what a compiled program says of itself."""
+"""Shared by the benchmarks: interleaved timing, memory and FLOPs of compiled programs, collectives, and tables."""
 
 from __future__ import annotations
 
@@ -24,14 +24,24 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Variant:
-    """Something to time: ``step()`` runs it once and waits for it."""
+    """Something to time.
+
+    Attributes:
+      name: its name in tables.
+      step: runs it once and waits for the result.
+      facts: other columns of its row.
+      times: seconds of each measured step.
+    """
 
     def __init__(self, name: str, step: Callable[[], Any], **facts: Any):
         self.name, self.step, self.facts, self.times = name, step, facts, []
 
 
 def compiled_facts(compiled: Any) -> dict[str, float]:
-    """FLOPs, of which XLA counts a scan's body once, and bytes; "fresh" are outputs that reuse no argument's memory."""
+    """FLOPs and bytes of a compiled program.
+
+    XLA counts the body of a scan once. "Fresh" outputs are those that do not reuse the memory of an argument.
+    """
     memory = compiled.memory_analysis()
     return {
         "flops": compiled.cost_analysis()["flops"],
@@ -45,17 +55,25 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 class Collective(NamedTuple):
-    """One by which devices send each other arrays."""
+    """A collective operation of a compiled program.
+
+    Attributes:
+      kind: its opcode.
+      times: how often a step runs it.
+      operands: bytes of its operands on one device.
+      moved: bytes of the whole arrays; twice for an all-reduce, which scatters and then gathers.
+      shapes: shapes of its operands.
+    """
 
     kind: str
-    times: int  # that a step runs it
-    operands: int  # bytes of them on a device
-    moved: int  # bytes of the whole arrays, twice where they are added up: scattered, then gathered
-    shapes: tuple[tuple[int, ...], ...]  # of operands
+    times: int
+    operands: int
+    moved: int
+    shapes: tuple[tuple[int, ...], ...]
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a compiled program's text; what stands in a loop's body runs as often as the loop."""
+    """The collectives in the HLO text of a compiled program. Those in the body of a loop run once per iteration."""
     bodies, name = {}, ""
     for line in text.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -64,10 +82,10 @@ def collectives(text: str) -> list[Collective]:
         elif found := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line):
             bodies[name].append(found.groups())
     runs = Counter({re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)[1]: 1})  # type: ignore[index]
-    for caller in reversed(bodies):  # a computation stands before those that call it
+    for caller in reversed(bodies):  # a computation precedes its callers
         for _, _, kind, rest in bodies[caller]:
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-            assert trips or kind != "while", "a loop that may run any number of times: not counted"
+            assert trips or kind != "while", "a loop with an unknown trip count"
             for callee in re.findall(r"(?:body|calls|to_apply|_computation)=%([\w.\-]+)", rest):
                 runs[callee] += runs[caller] * (int(trips[1]) if trips else 1)
     out = []
@@ -75,7 +93,7 @@ def collectives(text: str) -> list[Collective]:
         types_of = {own: result for own, result, _, _ in body}
         for _, result, kind, rest in body:
             if kind.removesuffix("-start") in COLLECTIVES and runs[name]:
-                assert kind in COLLECTIVES, "asynchronous ones are not read"
+                assert kind in COLLECTIVES, "asynchronous collectives are not supported"
                 operands = [types_of[own] for own in re.findall(r"%([\w.\-]+)", rest.split(")")[0])]
                 held = sum(map(type_bytes, operands))
                 moved = max(held, type_bytes(result)) * (2 if kind == "all-reduce" else 1)
@@ -85,19 +103,26 @@ def collectives(text: str) -> list[Collective]:
 
 
 def arrays_of(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Dtypes and shapes, as in `(f32[8,64]{1,0}, bf16[])`."""
+    """The dtypes and shapes in an HLO type such as `(f32[8,64]{1,0}, bf16[])`."""
     found = re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", type_text)
     return [(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in found]
 
 
 def type_bytes(type_text: str) -> int:
-    bits = lambda dtype: int((re.search(r"\d+", dtype) or ["8"])[0])  # noqa: E731  # a pred has none
-    return sum(-(-bits(dtype) * math.prod(shape) // 8) for dtype, shape in arrays_of(type_text))
+    """The bytes of the arrays in an HLO type."""
+    return sum(-(-dtype_bits(dtype) * math.prod(shape) // 8) for dtype, shape in arrays_of(type_text))
+
+
+def dtype_bits(dtype: str) -> int:
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8  # pred
 
 
 def measure(variants: list[Variant], rounds: int, warm_up: int = 2) -> None:
-    """A step of each, ``rounds`` times, after `warm_up` that do not count. Each round has another order: what a step
-    leaves in caches and in the allocator falls on all alike."""
+    """Runs a step of each variant ``rounds`` times, after `warm_up` rounds that are not measured.
+
+    Each round has another order, so that the state of caches and allocator affects all variants alike.
+    """
     order = random.Random(0)
     for i in range(rounds + warm_up):
         for variant in order.sample(variants, len(variants)):
@@ -108,7 +133,7 @@ def measure(variants: list[Variant], rounds: int, warm_up: int = 2) -> None:
 
 
 def table(variants: list[Variant]) -> list[dict[str, Any]]:
-    """Rows of medians and facts."""
+    """A row of times and facts for each variant."""
     rows = []
     for v in variants:
         times = sorted(1000 * t for t in v.times)
@@ -118,12 +143,12 @@ def table(variants: list[Variant]) -> list[dict[str, Any]]:
 
 
 def ratio(variant: Variant, base: Variant) -> float:
-    """How much longer than another it takes: the median over rounds, of which each ran both."""
+    """The ratio of step times: the median over rounds, each of which ran both."""
     return statistics.median(t / u for t, u in zip(variant.times, base.times, strict=True))
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """Where this runs, and on what."""
+    """The CPU, Python and package versions."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = re.findall(r"model name\s*: (.*)", info) or [platform.processor() or platform.machine()]
     versions = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
@@ -131,6 +156,6 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """Prints a table."""
+    """Prints a Markdown table."""
     for cells in (head, ["---", *["---:"] * (len(head) - 1)], *body):
         print("| " + " | ".join(cells) + " |")

@@ -1,19 +1,19 @@
-"""SmolLM2-135M under LoRA of rank 8 on all linear layers: jpeft and HuggingFace PEFT (torch), side by side in one run.
+"""SmolLM2-135M with LoRA of rank 8 on all linear layers: jpeft and HuggingFace PEFT (torch), side by side in one run.
 
     python benchmarks/decoder.py [--rounds 8] [--only train,decode,growth] [--model DIR-or-GGUF] [--json decoder.json]
 
 Float32, no dropout, AdamW, the same weights, adapter and tokens on both sides. Rounds are interleaved in a shuffled
-order, as in `benchmarks/step.py`; ratios compare the medians and, for machines that are shared, the fastest.
+order, as in `benchmarks/step.py`; ratios compare the medians and, for shared machines, the fastest.
 
-train   a step on 4 x 256 random tokens with cross-entropy at every position, and its memory. That is measured for each
-        side in a process of its own: after everything is loaded (and compiled), the kernel's high-water mark is reset,
-        two steps run, and "peak growth" is VmHWM minus VmRSS before them. "Peak RSS" is the process's highest VmHWM:
-        libraries, loading and compilation included. (ru_maxrss would start from the parent's.) "Compiled" is what XLA
-        says of the program.
-decode  greedy, one prompt of 256 tokens. Prefill is a generation of one new token, and decoding is the time that a
-        generation of 64 takes beyond that, over 63.
-growth  of jpeft's training step with rank, length and depth. FLOPs and bytes are the compiled program's own. XLA counts
-        a scan's body once, so FLOPs are of layers one by one: of two layers and one, the rest follows exactly.
+train   A step on 4 x 256 random tokens with cross-entropy at every position, and its memory. Memory is measured for
+        each side in a process of its own: after loading and compiling, the kernel's high-water mark is reset and two
+        steps run. "Peak growth" is VmHWM minus VmRSS before them. "Peak RSS" is the highest VmHWM of the process,
+        including libraries, loading and compilation. (ru_maxrss would start from the parent's.) "Compiled" is XLA's
+        figure for the program.
+decode  Greedy decoding of one prompt of 256 tokens. Prefill is the time to generate one token; decoding is the
+        additional time to generate 64, divided by 63.
+growth  FLOPs, bytes and time of jpeft's training step as rank, length and depth grow, of the compiled program. XLA
+        counts the body of a scan once, so FLOPs are extrapolated, exactly, from one and two unrolled layers.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import optax
 from common import Variant, compiled_facts, cross_entropy, machine, markdown, measure, table
 
 import jpeft
+from jpeft.models.decoder import Decoder
 from jpeft.recipes.assets import resolve_model
 from jpeft.serving.generation import generate
 
@@ -46,7 +47,7 @@ PROJECTIONS = r".*_proj"
 RANKS, LENGTHS, DEPTHS = (1, 4, 16, 64, 256), (128, 256, 512, 1024), (1, 2, 4)
 MEMORY_OF = ("torch", "torch checkpointed", "jpeft", "jpeft remat=dots", "jpeft remat=full")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft")
-NORMS = jpeft.Train(r".*layernorm/scale")  # the same gradient path as LoRA's, and next to no work of its own
+NORMS = jpeft.Train(r".*layernorm/scale")  # the gradient path of LoRA, at almost no cost
 
 
 def lora(rank: int = RANK) -> jpeft.LoRA:
@@ -54,7 +55,7 @@ def lora(rank: int = RANK) -> jpeft.LoRA:
 
 
 def tokens(batch: int, length: int, vocabulary: int) -> np.ndarray:
-    """Random ids, one more than what is read: all positions have a target."""
+    """Random ids, one more than the length, so that all positions have a target."""
     return np.random.default_rng(0).integers(10, vocabulary, (batch, length + 1)).astype(np.int32)
 
 
@@ -66,13 +67,18 @@ def mega(count: float) -> str:
 
 
 def torch_model(folder: Any, adapter: Any = None) -> Any:
-    """The base, or under an adapter that is read or, with "new", made; its B is not zero, so that it matters."""
+    """The base model, or with an adapter.
+
+    Args:
+      folder: the base model.
+      adapter: the folder of an adapter, or "new" for a new one, whose B is not zero, so that it has an effect.
+    """
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None  # go on to the last token
+    model.generation_config.eos_token_id = None  # generate all tokens
     model.generation_config.pad_token_id = 0
     if adapter is None:
         return model.eval()
@@ -95,7 +101,7 @@ def torch_step(folder: Any, adapter: Any, ids: np.ndarray, checkpointed: bool = 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=DECAY)
     data = torch.tensor(ids).long()
-    sum(p.detach().sum() for p in model.parameters())  # reads in what safetensors only mapped
+    sum(p.detach().sum() for p in model.parameters())  # reads the weights, which safetensors only maps
 
     def step() -> float:
         logits = model(input_ids=data[:, :-1], use_cache=False).logits
@@ -112,7 +118,7 @@ def torch_step(folder: Any, adapter: Any, ids: np.ndarray, checkpointed: bool = 
 
 
 def lowered_step(model: Any, params: Any, method: Any, ids: Any, adapter: Any = None) -> tuple[Any, Any]:
-    """The training step and its state. Abstract parameters and ids make both abstract."""
+    """The lowered training step and its state, abstract if the parameters and ids are."""
     inputs = jax.ShapeDtypeStruct((ids.shape[0], ids.shape[1] - 1), ids.dtype)
     peft, tx = method.bind(model, params, inputs), optax.adamw(LR, weight_decay=DECAY)
     if adapter is None:
@@ -138,7 +144,7 @@ def jax_step(name: str, model: Any, params: Any, method: Any, ids: np.ndarray, a
 
 
 def adapter_of(folder: Any, adapter: Any) -> tuple[Any, Any, Any, Any]:
-    """The model with its layers one by one, under torch's adapter: `(model, params, peft, adapter)`."""
+    """The unrolled model with torch's adapter: `(model, params, peft, adapter)`."""
     model, params = jpeft.models.load(folder, scan_layers=False)
     peft, leaves = jpeft.hf.load(adapter, model, params, jnp.zeros((1, 1), jnp.int32))
     return model, params, peft, leaves
@@ -148,7 +154,7 @@ def adapter_of(folder: Any, adapter: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def train(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, Any]:
-    """Time and memory of a step."""
+    """Time and memory of a training step."""
     model, params = jpeft.models.load(folder)
     ids = tokens(args.batch, args.length, model.config.vocab_size)
     leaves = jpeft.models.stack(adapter_of(folder, adapter)[3])
@@ -156,7 +162,7 @@ def train(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, An
     for remat in (None, "dots", "full"):
         name = "jpeft" if remat is None else f"jpeft remat={remat}"
         variants.append(jax_step(name, model.clone(remat=remat), params, lora(), ids, leaves))
-    losses = {v.name: [v.step(), v.step()] for v in variants}  # before a step, and after one
+    losses = {v.name: [v.step(), v.step()] for v in variants}  # before and after a step
     for name, pair in losses.items():
         np.testing.assert_allclose(pair, losses["torch"], atol=1e-3, err_msg=f"losses of {name} and torch")
     apart = np.abs(np.subtract(losses["jpeft"], losses["torch"]))
@@ -167,7 +173,7 @@ def train(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, An
         child |= {"batch": args.batch, "length": args.length}
         rows[name] = rows.get(name, {}) | run_child(child)
     print(f"\n### Training step, {args.batch} x {args.length} tokens\n")
-    print(f"Losses of jpeft and torch: {apart[0]:.1e} apart before a step, {apart[1]:.1e} after one.\n")
+    print(f"Losses of jpeft and torch differ by {apart[0]:.1e} before a step and {apart[1]:.1e} after it.\n")
     head = ["", "median s", "fastest s", "/ torch", "/ torch (fastest)", "compiled: temporary", "arguments"]
     head += ["fresh outputs", "peak growth", "/ torch", "peak RSS"]
     body, base = [], rows["torch"]
@@ -184,14 +190,14 @@ def train(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, An
 
 
 def run_child(what: dict[str, Any]) -> dict[str, int]:
-    """The memory of one side's step, measured in a process of its own."""
+    """The memory of a step of one side, measured in a process of its own."""
     command = [sys.executable, __file__, "--child", json.dumps(what)]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def child(what: dict[str, Any]) -> None:
-    """What `run_child` starts."""
+    """Measures the memory of a step and prints it, in the process that `run_child` starts."""
     vocabulary = json.loads((Path(what["folder"]) / "config.json").read_text())["vocab_size"]
     ids = tokens(what["batch"], what["length"], vocabulary)
     side, _, option = what["side"].partition(" ")
@@ -204,7 +210,7 @@ def child(what: dict[str, Any]) -> None:
         model, params = jpeft.models.load(what["folder"], remat=option.removeprefix("remat=") or None)
         variant = jax_step("jpeft", model, params, lora(), ids)
     loading = status("VmHWM")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the resident size
     before = status("VmRSS")
     variant.step()
     variant.step()
@@ -213,14 +219,14 @@ def child(what: dict[str, Any]) -> None:
 
 
 def status(field: str) -> int:
-    """Bytes, of this process."""
+    """A field of /proc/self/status in bytes."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, f"no {field} in /proc/self/status"
     return int(found[1]) * 1024
 
 
 def decode(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, Any]:
-    """Tokens a second of prefill and decoding."""
+    """Tokens per second of prefill and decoding."""
     import torch
 
     (model, params, peft, leaves), new = adapter_of(folder, adapter), args.new
@@ -248,21 +254,26 @@ def decode(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, A
     rates: dict[str, dict[str, float]] = {}
     for name in calls:
         first, all_of = times[f"{name}, 1"], times[f"{name}, {new}"]
-        rates[name] = {"tokens as torch's": same[name]}
+        rates[name] = {"equal tokens": same[name]}
         for clock in ("median", "fastest"):
-            at = clock + "_ms"
+            at = f"{clock}_ms"
             rates[name][f"prefill {clock}"] = 1000 * args.length / first[at]
             rates[name][f"decode {clock}"] = 1000 * (new - 1) / (all_of[at] - first[at])
-    print(f"\n### Greedy generation, a prompt of {args.length} tokens and {new} new ones: tokens a second\n")
+    print(f"\n### Greedy decoding, {args.length} tokens of prompt and {new} new ones: tokens per second\n")
     clocks = [f"{what} {clock}" for what in ("prefill", "decode") for clock in ("median", "fastest")]
-    markdown(["", *clocks, "tokens as torch's"],
-             [[n, *(f"{r[c]:.1f}" for c in clocks), f"{same[n]} of {new}"] for n, r in rates.items()])  # fmt: skip
+    markdown(
+        ["", *clocks, "tokens equal to torch's"],
+        [[n, *(f"{r[c]:.1f}" for c in clocks), f"{same[n]} of {new}"] for n, r in rates.items()],
+    )
     pairs = {f"jpeft / torch, {kind}": (f"jpeft, {kind}", f"torch, {kind}") for kind in kinds}
-    pairs |= {f"{side}, {kind} / no adapter": (f"{side}, {kind}", f"{side}, no adapter")
-              for side in ("jpeft", "torch") for kind in ("unmerged", "merged")}  # fmt: skip
+    pairs |= {
+        f"{side}, {kind} / no adapter": (f"{side}, {kind}", f"{side}, no adapter")
+        for side in ("jpeft", "torch")
+        for kind in ("unmerged", "merged")
+    }
     pairs["jpeft / jpeft scanned"] = ("jpeft, no adapter", "jpeft scanned, no adapter")
     ratios = {name: {c: rates[a][c] / rates[b][c] for c in clocks} for name, (a, b) in pairs.items()}
-    print("\nSpeed ratios, above 1 is faster:\n")
+    print("\nRatios of speed; above 1 is faster:\n")
     markdown(["", *clocks], [[n, *(f"{r[c]:.2f}" for c in clocks)] for n, r in ratios.items()])
     return {"rates": rates, "ratios": ratios, "times": times}
 
@@ -279,16 +290,16 @@ def torch_generate(model: Any, prompt: Any, max_new_tokens: int) -> list[int]:
 
 
 def abstract(config: Any, layers: int | None = None, **options: Any) -> tuple[Any, Any]:
-    """A model of this config and its parameters as shapes."""
+    """A model with this config, and its abstract parameters."""
     if layers is not None:
         config = dataclasses.replace(config, num_hidden_layers=layers, layer_types=())
-    model = jpeft.models.decoder.Decoder(config, **options)
+    model = Decoder(config, **options)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return model, nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
 
 
 def cost(config: Any, method: Any, batch: int, length: int) -> dict[str, float]:
-    """FLOPs and temporary bytes of a step."""
+    """FLOPs and bytes of a training step."""
     ids = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
     compiled = lowered_step(*abstract(config), method, ids)[0].compile()
     one, two = (
@@ -299,7 +310,7 @@ def cost(config: Any, method: Any, batch: int, length: int) -> dict[str, float]:
 
 
 def growth(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, Any]:
-    """FLOPs, bytes and time of jpeft's step as rank, length and depth grow."""
+    """FLOPs, bytes and time of a training step as rank, length and depth grow."""
     model, params = jpeft.models.load(folder)
     config, rounds = model.config, max(1, args.rounds // 2)
     methods = {f"LoRA rank {rank}": lora(rank) for rank in RANKS}
@@ -318,7 +329,7 @@ def growth(args: argparse.Namespace, folder: Path, adapter: Path) -> dict[str, A
     growth_table(lengths, {f"1 x {LENGTHS[0]}": lengths[f"1 x {LENGTHS[0]}"]})
 
     layers = [config.num_hidden_layers * times for times in DEPTHS]
-    depth_of(config, layers[0], args)  # what only the first trace pays for
+    depth_of(config, layers[0], args)  # one-time costs of the first trace
     depths = {str(n): depth_of(config, n, args) for n in layers}
     print(f"\n### Growth with the depth, LoRA rank {RANK}, {args.batch} x {args.length} tokens\n")
     head = ["layers", "trace and lower s", "compile s", "StableHLO characters", "HLO characters", "temporary"]
@@ -352,7 +363,7 @@ def growth_table(rows: dict[str, dict[str, Any]], bases: dict[str, dict[str, Any
 
 
 def depth_of(config: Any, layers: int, args: argparse.Namespace) -> dict[str, float]:
-    """How long a step of so many layers takes to trace and to compile, and how large it is. Nothing is allocated."""
+    """Time to trace and to compile a step with this many layers, and its size. Nothing is allocated."""
     ids = jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32)
     model, params = abstract(config, layers)
     start = time.perf_counter()
@@ -368,13 +379,13 @@ def depth_of(config: Any, layers: int, args: argparse.Namespace) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--only", default="train,decode,growth", help="parts, with commas between them")
-    parser.add_argument("--model", default=None, help="a HuggingFace folder or a GGUF file; default: SmolLM2-135M")
+    parser.add_argument("--only", default="train,decode,growth", help="parts to run, separated by commas")
+    parser.add_argument("--model", default=None, help="a HuggingFace folder or GGUF file (default: SmolLM2-135M)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
-    parser.add_argument("--json", default=None, help="write the numbers there")
+    parser.add_argument("--json", default=None, help="write the numbers to this file")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -389,7 +400,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in out["machine"].items()))
     with tempfile.TemporaryDirectory() as scratch:
         folder = resolve_model("smollm2") if args.model is None else Path(args.model)
-        if folder.suffix == ".gguf":  # torch reads what jpeft writes: float32, the same numbers
+        if folder.suffix == ".gguf":  # torch reads the float32 weights that jpeft writes
             model, params = jpeft.models.load(folder)
             folder = Path(scratch) / "model"
             jpeft.models.save(folder, model, params)

@@ -1,10 +1,10 @@
-"""The README's table of plans: Llama 3 of 8B, 70B and 405B, LoRA and QLoRA, on slices of TPU v5e, v6e and v5p.
+"""The README's table of plans: Llama 3 8B, 70B and 405B with LoRA and QLoRA on slices of TPU v5e, v6e and v5p.
 
     python benchmarks/plans.py [--only 8b,v5p] [--json FILE]
 
-Each row is `jpeft plan --rank 16 --batch 16 --seq 2048` with the words that it shows: LoRA of rank 16 on all linear
-layers, 16 rows of 2,048 tokens, a base in bfloat16 or NF4, `remat="full"`. Every one is compiled, a minute each, by
-libtpu (`pip install "jpeft[plan]"`, or JPEFT_PLAN_PYTHON). It does not run whole on two cores in less than 20 minutes.
+Each row is `jpeft plan --rank 16 --batch 16 --seq 2048` with the options that it shows: LoRA of rank 16 on all linear
+layers, 16 rows of 2,048 tokens, a base in bfloat16 or NF4, `remat="full"`. libtpu compiles each in about a minute
+(`pip install "jpeft[plan]"`, or JPEFT_PLAN_PYTHON); all rows take more than 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ ROWS = (
 HEAD = [
     "row",
     "chips",
-    "GiB a chip",
+    "GiB per chip",
     "of",
     "base",
     "temporaries",
-    "floor of a step",
+    "minimum step time",
     "bound by",
     "$/M tokens",
-    "compiled in",
+    "compile time",
 ]
 
 
 def measured(row: str) -> dict[str, Any]:
-    """What `jpeft plan` says of a row; how long the command took is `seconds_in_all`."""
+    """The output of `jpeft plan` for a row, and `seconds_in_all`, the time of the command."""
     began = time.perf_counter()
     command = ["jpeft", "plan", *COMMON, *row.split(), "--no-base", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -67,20 +67,31 @@ def measured(row: str) -> dict[str, Any]:
 def cells(row: str, found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [f"`{row}`", found["error"], *[""] * (len(HEAD) - 2)]
-    gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
     memory, floor = found["memory"], found["floor_seconds"]
     slowest = max(floor, key=floor.get, default="")
     cost = found["usd_per_million_tokens"]
-    return [f"`{row}`", str(found["devices"]), gib(memory["total"]) + ("" if found["fits"] else ", does not fit"),
-            gib(found["capacity"]), gib(memory["arguments"]["base"]), gib(memory["temporaries"]),
-            f"{floor[slowest]:.2f} s" if floor else "", slowest, "" if cost is None else f"{cost:.2f}",
-            f"{found['compile_seconds']:.0f} s"]  # fmt: skip
+    return [
+        f"`{row}`",
+        str(found["devices"]),
+        gib(memory["total"]) + ("" if found["fits"] else ", does not fit"),
+        gib(found["capacity"]),
+        gib(memory["arguments"]["base"]),
+        gib(memory["temporaries"]),
+        f"{floor[slowest]:.2f} s" if floor else "",
+        slowest,
+        "" if cost is None else f"{cost:.2f}",
+        f"{found['compile_seconds']:.0f} s",
+    ]
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows in which one of these words stands, with commas between them")
-    parser.add_argument("--json", default=None, help="write the numbers there")
+    parser.add_argument("--only", default="", help="rows that contain one of these words, separated by commas")
+    parser.add_argument("--json", default=None, help="write the numbers to this file")
     args = parser.parse_args()
     words = [word for word in args.only.split(",") if word]
     rows = [row for row in ROWS if not words or any(word in row for word in words)]

@@ -1,29 +1,29 @@
-"""One device to eight, checkpoints, and a GPU: what is held, what is sent, and what a step is kept waiting for.
+"""One to eight devices, checkpoints, and a GPU: memory, collectives, and the time that saving takes.
 
     python benchmarks/scale.py [--only devices,checkpoint,levers,gpu] [--rounds 8] [--layers 4] [--width 512]
 
-LoRA of rank 8 (alpha 16, no dropout) on all linear layers of a Llama with random weights, AdamW, jpeft's own loss.
-Three steps are compared. "base" has no adapter and no optimizer: the loss and its gradient with respect to the
-embeddings' output, which goes as far back as LoRA's and belongs to no weight. "lora" and "full" are `jpeft.train_step`.
+LoRA of rank 8 (alpha 16, no dropout) on all linear layers of a Llama with random weights, AdamW, jpeft's chat loss.
+Three steps are compared. "base" has no adapter and no optimizer: the loss and its gradient with respect to the output
+of the embeddings, which goes as far back as LoRA's but belongs to no weight. "lora" and "full" are `jpeft.train_step`.
 
-devices     meshes of 1, 2, 4 and 8 CPU devices. Bytes are a device's share, as XLA says of the compiled program. On
-            shapes of 1B and 8B the programs are compiled and nothing is allocated: in float16, as XLA CPU sends
-            bfloat16 as float32. Collectives are read out of the optimized HLO; those in a loop's body count as often as
-            it runs. Their bytes are, for a device, its operands ("operands") and the whole arrays, twice where they are
-            added up, as that scatters and gathers ("moved", of which a device receives 1 - 1/n): the adapter's are what
-            "lora" has more than "base". "On weights" are those that gather no weight, yet send an array of the shape of
-            one, or of a device's piece: gradients of weights; "full" shows that they are seen. The tokens are one
-            chunk of the loss: for each, a sharded head is gathered, in "base" too, next to which an adapter is nothing.
-            Devices share this machine's cores: times only show that nothing goes wrong.
-checkpoint  bytes on disk over those of trainable leaves and optimizer, and how long training stands still for a save:
-            "blocked" until `save` returns, "slowed" is what the steps beside the write take longer than others do. What
-            a file adds is measured on random bits, without a base: it grows with the number of leaves.
-levers      what each way to need less does to the compiled LoRA step: temporaries and weights of scanned layers, the
-            state that is trained and saved, and FLOPs, of layers one by one (of a scan XLA counts the body once).
-gpu         steps at 1B and 8B in bfloat16 and over NF4, each library in a process of its own, one after the other.
-            Model FLOPs are those of `jpeft.utilization.step_flops`: what remat computes again and what dequantizing
-            takes are not counted. MFU is over the chip's dense bfloat16 peak. Memory is XLA's
-            figure for the program, and what torch's allocator held at most.
+devices     Meshes of 1, 2, 4 and 8 CPU devices. Bytes are XLA's figures for one device. Programs of 1B and 8B shapes
+            are only compiled, in float16, since XLA's CPU backend communicates bfloat16 as float32. Collectives are
+            read from the optimized HLO; those in the body of a loop count once per iteration. "Operands" are the bytes
+            of a device's operands; "moved" the bytes of the whole arrays, twice for an all-reduce, which scatters and
+            gathers (a device receives 1 - 1/n of them). The adapter's traffic is the difference of "lora" and "base".
+            "On weights" are collectives other than all-gathers on arrays with the shape of a weight or of its shard:
+            gradients of weights, as "full" shows. The tokens fit one chunk of the loss: each chunk all-gathers a
+            sharded head, also in "base", and would hide the adapter's traffic. The devices share the cores of this
+            machine: times only show that nothing goes wrong.
+checkpoint  Bytes on disk, relative to those of trainable leaves and optimizer state, and the time that a save takes
+            from training: "blocked" until `save` returns, "slowed" by longer steps during the write. The overhead of
+            files is measured on random bits, without a base; it grows with the number of leaves.
+levers      The effect of each way to save memory on the compiled LoRA step: temporaries and weights with scanned
+            layers, the trained and saved state, and FLOPs with unrolled layers (XLA counts the body of a scan once).
+gpu         Steps at 1B and 8B on a bfloat16 and an NF4 base, each library in a process of its own, one after another.
+            Model FLOPs are those of `jpeft.hardware.utilization.step_flops`, without rematerialization and
+            dequantization. MFU is relative to the chip's dense bfloat16 peak. Memory is XLA's figure for the program,
+            and the peak of torch's allocator.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-# Before jax is imported: a flag that comes later is ignored.
+# Set before jax is imported, which reads it once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes take turns on the GPU
 
@@ -59,7 +59,7 @@ from common import COLLECTIVES, Variant, collectives, compiled_facts, machine, m
 
 import jpeft
 from jpeft import models
-from jpeft.core.tree import flatten, size_bytes
+from jpeft.core.tree import count, flatten, size_bytes
 from jpeft.hardware import utilization
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.parallel.batches import constrained, layout_of
@@ -74,14 +74,25 @@ MESHES: list[dict[str, int]] = [{"fsdp": n} for n in (1, 2, 4, 8)] + [{"data": 2
 LENGTH = 96  # 3 times a power of two: no activation has the shape of a weight
 LLAMA = {
     "1B": DecoderConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=True,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
     ),
     "8B": DecoderConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
     ),
-}  # fmt: skip
+}
 ROWS = {"1B": 8, "8B": 4}  # of 2,048 tokens, on a GPU
 
 
@@ -94,7 +105,7 @@ def mega(count: float) -> str:
 
 
 def batch_of(rows: int, length: int, vocabulary: int) -> conversations.Batch:
-    """Random tokens, of which every one counts."""
+    """Random tokens with a weight of 1."""
     ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     ones = np.ones((rows, length), np.int32)
@@ -103,9 +114,13 @@ def batch_of(rows: int, length: int, vocabulary: int) -> conversations.Batch:
 
 def small_model(args: argparse.Namespace, **options: Any) -> Decoder:
     config = DecoderConfig(
-        vocab_size=4096, hidden_size=args.width, intermediate_size=11 * args.width // 4,
-        num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=4,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=args.width,
+        intermediate_size=11 * args.width // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
     return Decoder(config, **options)
 
 
@@ -115,15 +130,18 @@ def abstract_params(model: Decoder) -> Any:
 
 
 def random_params(model: Decoder) -> Any:
-    init = lambda key: nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])  # noqa: E731
-    return jax.jit(init)(jax.random.key(0))
+    @jax.jit
+    def init(key: jax.Array) -> Any:
+        return nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+    return init(jax.random.key(0))
 
 
 # --- steps ---
 
 
 def train_step(method: Any, model: Any, params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
-    """The compiled step and the state before it, abstract where the parameters are."""
+    """The compiled step and its initial state, abstract if the parameters are."""
     peft = method.bind(model, params, *chat.example_inputs())
     state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), params), TX, jax.random.key(1))
     step = jpeft.train_step(peft, chat.loss_fn(peft), TX, **options)
@@ -131,7 +149,7 @@ def train_step(method: Any, model: Any, params: Any, batch: Any, **options: Any)
 
 
 def base_step(model: Any, params: Any, batch: Any) -> tuple[Any, Any]:
-    """The same without an adapter; what it differentiates by is added to the embeddings and is zero."""
+    """The step without an adapter. It differentiates with respect to zeros that are added to the embeddings."""
 
     def apply(params: Any, shift: Any, *inputs: Any, **options: Any) -> Any:
         def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -154,29 +172,29 @@ def base_step(model: Any, params: Any, batch: Any) -> tuple[Any, Any]:
     return compiled, jax.device_put(jnp.zeros(shift.shape, dtype), at) if concrete else shift
 
 
-# --- what is sent ---
+# --- collectives ---
 
 
 def weight_shapes(params: Any) -> set[tuple[int, ...]]:
-    """Of weights and of a device's pieces of them along any of their axes, of a layer and of all, as `spelled`."""
+    """Canonical shapes of weights and of their shards along any axes, of one layer and of all."""
     out = set()
     for path, leaf in flatten(params).items():
         piece = leaf.sharding.shard_shape(leaf.shape)
         for shape in itertools.product(*zip(leaf.shape, piece, strict=True)):
-            out |= {spelled(shape), spelled(shape[1:])} if "layers" in path else {spelled(shape)}
+            out |= {canonical(shape), canonical(shape[1:])} if "layers" in path else {canonical(shape)}
     return out - {()}
 
 
-def spelled(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """However it is turned, and whatever axes of 1 there are."""
+def canonical(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without order and axes of size 1."""
     return tuple(sorted(size for size in shape if size > 1))
 
 
-def sent(compiled: Any, params: Any) -> dict[str, Any]:
-    """What a step sends, by kind, and how much of it has the shape of a weight and is none."""
+def traffic(compiled: Any, params: Any) -> dict[str, Any]:
+    """The collectives of a step by kind, and those on gradients of weights."""
     found, weights = collectives(compiled.as_text()), weight_shapes(params)
     by_kind = {k: [c for c in found if c.kind == k] for k in COLLECTIVES}
-    reduced = [c for c in found if c.kind != "all-gather" and any(spelled(s) in weights for s in c.shapes)]
+    reduced = [c for c in found if c.kind != "all-gather" and any(canonical(s) in weights for s in c.shapes)]
     return {
         "operands": sum(c.times * c.operands for c in found),
         "moved": sum(c.times * c.moved for c in found),
@@ -189,16 +207,16 @@ def sent(compiled: Any, params: Any) -> dict[str, Any]:
 
 
 def devices(args: argparse.Namespace) -> Any:
-    """What a device holds and sends."""
+    """Memory and collectives of a device."""
     if jax.default_backend() != "cpu":
-        return print("\ndevices: counts on CPU devices; run it with JAX_PLATFORMS=cpu")
+        return print("\ndevices: needs CPU devices; run it with JAX_PLATFORMS=cpu")
     small = small_model(args)
     params, batch = jax.device_get(random_params(small)), batch_of(8, LENGTH, small.config.vocab_size)
     head = ["mesh", "step", "arguments", "temporaries", "fresh outputs", *COLLECTIVES, "operands", "moved"]
-    head += ["moved, more than base", "operands, more than base", "on weights"]
+    head += ["moved, above base", "operands, above base", "on weights"]
     variants = [v for axes in MESHES for v in on_mesh(axes, small, params, batch, ("base", *METHODS))]
     measure(variants, args.rounds, warm_up=1)
-    title(f"{args.layers} layers of {args.width}, float32, 8 x {LENGTH} tokens; a device's share")
+    title(f"{args.layers} layers of {args.width}, float32, 8 x {LENGTH} tokens; per device")
     first = {v.facts["kind"]: v for v in variants[: 1 + len(METHODS)]}
     body = []
     for v in variants:
@@ -211,7 +229,7 @@ def devices(args: argparse.Namespace) -> Any:
         large = Decoder(LLAMA[name], param_dtype=jnp.float16, remat="full")
         shapes = abstract_params(large)
         batch = jax.eval_shape(lambda x: x, batch_of(8, LENGTH, large.config.vocab_size))
-        title(f"Llama {name}, float16, remat, 8 x {LENGTH} tokens; a device's share, compiled only")
+        title(f"Llama {name}, float16, remat, 8 x {LENGTH} tokens; per device, only compiled")
         found = [v for axes in MESHES[3:] for v in on_mesh(axes, large, shapes, batch, ("base", "lora"))]
         markdown(head, [cells_of(v) for v in found])
         rows += [{"shape": name} | v.facts for v in found]
@@ -219,7 +237,7 @@ def devices(args: argparse.Namespace) -> Any:
 
 
 def on_mesh(axes: dict[str, int], model: Decoder, params: Any, batch: Any, steps: tuple[str, ...]) -> list[Variant]:
-    """Each step on a mesh of the first devices; abstract parameters make it one that cannot be run."""
+    """Each step on a mesh of the first devices. With abstract parameters it is compiled but cannot run."""
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[: math.prod(axes.values())])
     placed, batch = jpeft.shard(params, mesh, names=models.logical_names(model)), jpeft.shard_batch(batch, mesh)
     out, name = [], " x ".join(f"{axis} {n}" for axis, n in axes.items())
@@ -228,7 +246,7 @@ def on_mesh(axes: dict[str, int], model: Decoder, params: Any, batch: Any, steps
             compiled, first = base_step(model, placed, batch)
         else:
             compiled, first = train_step(METHODS[kind], model, placed, batch)
-        facts = {"mesh": name, "kind": kind, **compiled_facts(compiled), **sent(compiled, placed)}
+        facts = {"mesh": name, "kind": kind, **compiled_facts(compiled), **traffic(compiled, placed)}
         base = out[0].facts if out else facts
         facts |= {f"{key} / base": facts[key] / base[key] if base[key] else None for key in ("moved", "operands")}
         run = functools.partial(run_step, compiled, [first], placed, batch, kind == "base")
@@ -237,7 +255,7 @@ def on_mesh(axes: dict[str, int], model: Decoder, params: Any, batch: Any, steps
 
 
 def run_step(compiled: Any, holder: list[Any], params: Any, batch: Any, keeps: bool) -> None:
-    """One step, whose new state is the next one's, but for the base step, which has none."""
+    """Runs one step. `keeps` is True for the base step, which has no state to update."""
     new = jax.block_until_ready(compiled(holder[0], params, batch))
     if not keeps:
         holder[0] = new[0]
@@ -252,10 +270,10 @@ def cells_of(v: Variant) -> list[str]:
     return [*cells, f"{f['on_weights'][0]} of {mega(f['on_weights'][1])}" if f["on_weights"][0] else "none"]
 
 
-def saved(args: argparse.Namespace) -> Any:
-    """What a checkpoint takes, on disk and of the time."""
-    title(f"Checkpoints of {args.layers} layers of {args.width}, float32; shares are of {INTERVAL} steps")
-    timed = {name: waits(method, small_model(args), args.rounds) for name, method in METHODS.items()}
+def save(args: argparse.Namespace) -> Any:
+    """The size of checkpoints, and the time to save them."""
+    title(f"Checkpoints of {args.layers} layers of {args.width}, float32; percentages are of {INTERVAL} steps")
+    timed = {name: save_times(method, small_model(args), args.rounds) for name, method in METHODS.items()}
     body = []
     for name, r in timed.items():
         cells = [mega(r["state"]), mega(r["disk"]), f"{r['disk'] / timed['full']['disk']:.4f}"]
@@ -276,17 +294,19 @@ def saved(args: argparse.Namespace) -> Any:
     ]
     markdown(head, body)
     models_of = {"here": small_model(args), "1B": Decoder(LLAMA["1B"])}
-    models_of |= {f"{n}, layers one by one": m.clone(scan_layers=False) for n, m in models_of.items()}
+    models_of |= {f"{n}, unrolled": m.clone(scan_layers=False) for n, m in models_of.items()}
     sizes = {name: incompressible(model) for name, model in models_of.items()}
-    title("Checkpoints of LoRA of random bits, which do not compress")
-    body = [[name, str(r["leaves"]), mega(r["state"]), mega(r["disk"]), f"{(r['disk'] - r['state']) / 1024:+,.1f} KiB"]
-            for name, r in sizes.items()]  # fmt: skip
-    markdown(["", "leaves", "trainable and optimizer", "on disk", "more"], body)
+    title("Checkpoints of LoRA with random bits, which do not compress")
+    body = []
+    for name, r in sizes.items():
+        overhead = f"{(r['disk'] - r['state']) / 1024:+,.1f} KiB"
+        body.append([name, str(r["leaves"]), mega(r["state"]), mega(r["disk"]), overhead])
+    markdown(["", "leaves", "trainable and optimizer", "on disk", "overhead"], body)
     return {"timed": timed, "sizes": sizes}
 
 
-def waits(method: Any, model: Decoder, rounds: int) -> dict[str, float]:
-    """Seconds that a save takes from the steps before and beside it."""
+def save_times(method: Any, model: Decoder, rounds: int) -> dict[str, float]:
+    """Seconds by which a save delays training."""
     params, batch = random_params(model), batch_of(8, LENGTH, model.config.vocab_size)
     compiled, state = train_step(method, model, params, batch)
     holder = [state]
@@ -296,17 +316,23 @@ def waits(method: Any, model: Decoder, rounds: int) -> dict[str, float]:
         for i in range(rounds + 1):
             alone += [seconds(run) for _ in range(5)][1:]
             blocked.append(seconds(functools.partial(checkpoint.save, checkpoints, i, holder[0], {"step": i})))
-            beside = []
+            during = []
             while checkpoints.manager.is_saving_in_progress():
-                beside.append(seconds(run))
-            slowed.append(sum(beside) - len(beside) * statistics.median(alone))
+                during.append(seconds(run))
+            slowed.append(sum(during) - len(during) * statistics.median(alone))
         disk = bytes_of_save(checkpoints, rounds)
-    return {"state": state_bytes(holder[0]), "disk": disk, "step": statistics.median(alone), "first": blocked[0],
-            "blocked": statistics.median(blocked[1:]), "slowed": statistics.median(slowed[1:])}  # fmt: skip
+    return {
+        "state": state_bytes(holder[0]),
+        "disk": disk,
+        "step": statistics.median(alone),
+        "first": blocked[0],
+        "blocked": statistics.median(blocked[1:]),
+        "slowed": statistics.median(slowed[1:]),
+    }
 
 
 def incompressible(model: Decoder) -> dict[str, int]:
-    """Bytes of a checkpoint of LoRA; the base is not needed and stays abstract."""
+    """Bytes of a checkpoint of LoRA with random bits. The base stays abstract."""
     params = abstract_params(model)
     peft = LORA.bind(model, params, *chat.example_inputs())
     state = jpeft.TrainState.create(peft, peft.init(jax.random.key(0), params), TX, jax.random.key(1))
@@ -340,7 +366,7 @@ def seconds(run: Any) -> float:
 
 
 def levers(args: argparse.Namespace) -> Any:
-    """What each way to need less memory, or less arithmetic, does."""
+    """The effect of each way to save memory or FLOPs."""
     half = dataclasses.replace(LORA, dtype="bfloat16")
     upper = rf"model/layers/({'|'.join(map(str, range(3 * args.layers // 4, args.layers)))})/.*"
     kinds: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -374,11 +400,11 @@ def levers(args: argparse.Namespace) -> Any:
         if "accumulate" in stepping:
             row["flops"] = None  # its micro-batches are a scan
         rows.append(row)
-        show = lambda value, kind: "" if value is None else kind(value)  # noqa: E731
-        body.append([name, show(row["temporaries"], mega), mega(row["weights"]), mega(row["state"]),
-                     show(row["flops"], "{:.2f}".format)])  # fmt: skip
+        temporaries = "" if row["temporaries"] is None else mega(row["temporaries"])
+        relative = "" if row["flops"] is None else f"{row['flops']:.2f}"
+        body.append([name, temporaries, mega(row["weights"]), mega(row["state"]), relative])
     title(f"{args.layers} layers of {args.width}, 8 x {4 * LENGTH} tokens, on {jax.default_backend()}")
-    markdown(["", "temporaries", "weights", "adapter and optimizer", "FLOPs / LoRA's"], body)
+    markdown(["", "temporaries", "weights", "adapter and optimizer", "FLOPs / LoRA"], body)
     return rows
 
 
@@ -386,21 +412,21 @@ def levers(args: argparse.Namespace) -> Any:
 
 
 def gpu(args: argparse.Namespace) -> Any:
-    """How much of the chip a step uses."""
+    """Time, utilization and memory of training steps."""
     if jax.default_backend() != "gpu":
-        return print(f"\ngpu: there is none, JAX runs on {jax.default_backend()}")
+        return print(f"\ngpu: needs a GPU; JAX runs on {jax.default_backend()}")
     kind, rows = jax.devices()[0].device_kind, []
     peak = utilization.peak_flops(kind)
     for name in args.shapes:
         shape = ROWS[name], 2048
         flops = model_flops(LLAMA[name], shape)
         for library, worker in (("jpeft", jpeft_steps), ("torch PEFT", torch_steps)):
-            # Its memory comes back with the end of the process.
+            # The end of the process frees its memory.
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 for step, found in process.submit(worker, LLAMA[name], shape, args.rounds).result().items():
                     row = {"shape": name, "step": step, "library": library, "flops": flops}
                     rows.append(row | (found if isinstance(found, dict) else {"missing": found}))
-    title(f"{kind}, {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'of unknown peak'} in bfloat16; torch runs eagerly")
+    title(f"{kind}, {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown peak'} in bfloat16; torch runs eagerly")
     times, body = {(r["shape"], r["step"], r["library"]): r["seconds"] for r in rows if "seconds" in r}, []
     for r in rows:
         row = [r["shape"], r["step"], r["library"]]
@@ -418,11 +444,11 @@ def gpu(args: argparse.Namespace) -> Any:
 
 
 def model_flops(config: DecoderConfig, shape: tuple[int, int]) -> float:
-    """Of a step: the same for both libraries and both bases."""
+    """FLOPs of a step, the same for both libraries and both bases."""
     model = Decoder(config)
     params = abstract_params(model)
     adapter = LORA.bind(model, params, *chat.example_inputs()).init(jax.random.key(0), params)
-    trained = jpeft.core.tree.count(adapter)
+    trained = count(adapter)
     return utilization.step_flops(model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
 
 
@@ -440,7 +466,7 @@ def jpeft_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int) -> d
             params = jpeft.quantize(params, "nf4")
         compiled, state = train_step(LORA, model, params, batch)
         time_of = median_of(functools.partial(run_step, compiled, [state], params, batch, False), rounds)
-        # XLA's own figure: the allocator's high-water mark would be that of making and quantizing the weights.
+        # XLA's figure: the allocator's peak would be that of initializing and quantizing the weights.
         facts = compiled_facts(compiled)
         held = facts["argument_bytes"] + facts["temporary_bytes"] + facts["fresh_bytes"]
         out[name] = {"seconds": time_of, "tokens": math.prod(shape), "peak_bytes": held}
@@ -448,7 +474,7 @@ def jpeft_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int) -> d
 
 
 def torch_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int, device: str = "cuda") -> dict[str, Any]:
-    """The same with HuggingFace's model and PEFT: checkpointed layers, SDPA, adapters in float32."""
+    """The steps with HuggingFace's model and PEFT: checkpointed layers, SDPA, adapters in float32."""
     if missing := [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]:
         return {"LoRA": f"no {missing[0]}"}
     import torch
@@ -458,8 +484,16 @@ def torch_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int, devi
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+    shared = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
     ids = torch.randint(0, config.vocab_size, shape, device=device)
     out: dict[str, Any] = {}
     for name in ("LoRA", "QLoRA"):
@@ -471,7 +505,7 @@ def torch_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int, devi
             model = LlamaForCausalLM(theirs)
         torch.set_default_dtype(torch.float32)
         if name == "QLoRA":
-            in_four_bits(model, device)
+            quantize_linear_layers(model, device)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -494,36 +528,43 @@ def torch_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int, devi
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         out[name] = {"seconds": time_of, "tokens": math.prod(shape), "peak_bytes": peak}
         del model, optimizer, step
-        gc.collect()  # before the next base is made
+        gc.collect()  # before the next base is allocated
     return out
 
 
-def in_four_bits(model: Any, device: str) -> None:
-    """Linear layers but the head become bitsandbytes' NF4, which `from_pretrained` does only to what it reads."""
+def quantize_linear_layers(model: Any, device: str) -> None:
+    """Quantizes all linear layers but the head to bitsandbytes' NF4, as `from_pretrained` does for weights it reads."""
     import bitsandbytes as bnb
     import torch
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and not name.endswith("lm_head"):
-            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16,
-                                    compress_statistics=True, quant_type="nf4", device="meta")  # fmt: skip
+            new = bnb.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
             new.weight = bnb.nn.Params4bit(
                 layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
             )
             owner, own = name.rsplit(".", 1)
             setattr(model.get_submodule(owner), own, new.to(device))
-    model.is_loaded_in_4bit = True  # by which PEFT knows
+    model.is_loaded_in_4bit = True  # the attribute that PEFT checks
 
 
 def main() -> None:
-    parts = {"devices": devices, "checkpoint": saved, "levers": levers, "gpu": gpu}
+    parts = {"devices": devices, "checkpoint": save, "levers": levers, "gpu": gpu}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(parts), help="parts, with commas between them")
+    parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=4, help="of devices and checkpoint")
-    parser.add_argument("--width", type=int, default=512, help="of devices and checkpoint")
-    parser.add_argument("--shapes", default=",".join(LLAMA), help="of devices' compiled programs, and of gpu")
-    parser.add_argument("--json", default=None, help="write the numbers there")
+    parser.add_argument("--layers", type=int, default=4, help="layers, in devices, checkpoint and levers")
+    parser.add_argument("--width", type=int, default=512, help="hidden size, in devices, checkpoint and levers")
+    parser.add_argument("--shapes", default=",".join(LLAMA), help="models that devices compiles and gpu runs")
+    parser.add_argument("--json", default=None, help="write the numbers to this file")
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - parts.keys():
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(parts)}")

@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--rounds 24] [--threads 2] [--json step.json]
 
-Every variant trains the same thing: a two-class head on mean-pooled states and, as named, all weights or LoRA of rank 8
-(alpha 16, no dropout), under AdamW, in float32. Rounds are interleaved, a step of each variant in a shuffled order, so
-that what else the machine does falls on all alike. Ratios compare the medians and, for machines that are shared, the
-fastest steps, which neighbors disturbed least. FLOPs, temporary and optimizer bytes are the compiled step's own.
+Every variant trains a two-class head on mean-pooled states and, as named, all weights or LoRA of rank 8 (alpha 16, no
+dropout), with AdamW, in float32. Rounds are interleaved: each runs a step of every variant in a shuffled order, so that
+other load on the machine affects all alike. Ratios compare the medians and, for shared machines, the fastest steps.
+FLOPs, temporary bytes and optimizer bytes are those of the compiled step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import optax
 from common import Variant, compiled_facts, cross_entropy, measure, table
 
 import jpeft
+from jpeft.core import tree
 from jpeft.core.tree import size_bytes
+from jpeft.methods import Method
 from jpeft.recipes.assets import resolve_model
 from jpeft.recipes.tasks.classification import Classifier, load_classifier
 
@@ -32,7 +34,7 @@ HF_QV, HF_ALL = ["query", "value"], ["query", "key", "value", "dense"]
 
 
 def batch() -> dict[str, np.ndarray]:
-    """Random tokens; every row is full, as every contender skips nothing."""
+    """Random tokens without padding, which no variant skips."""
     rng = np.random.default_rng(0)
     return {
         "ids": rng.integers(1000, 30000, (BATCH, LENGTH)).astype(np.int32),
@@ -41,8 +43,8 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
-def jax_variant(name: str, model: Any, params: Any, method: jpeft.methods.Method, data: Any) -> Variant:
-    """jpeft's own step."""
+def jax_variant(name: str, model: Any, params: Any, method: Method, data: Any) -> Variant:
+    """jpeft's training step."""
     peft = method.bind(model, params, data["ids"], data["mask"])
     adapter = peft.init(jax.random.key(0), params)
     tx = optax.adamw(1e-4)
@@ -69,9 +71,12 @@ def qwix_variant(name: str, model: Any, params: Any, pattern: str, data: Any) ->
     provider = qwix.LoraProvider(module_path=pattern, rank=RANK, alpha=ALPHA)
     lora = qwix.apply_lora_to_model(model, provider)
     full = jax.jit(lora.init)(jax.random.key(0), data["ids"], data["mask"])["params"]
-    mine = lambda p: "lora" in p[-1] or p[0] == "classifier"  # noqa: E731
-    own = jpeft.core.tree.unflatten({p: x for p, x in jpeft.core.tree.flatten(full).items() if mine(p)})
-    base = jpeft.core.tree.unflatten({p: x for p, x in jpeft.core.tree.flatten(params).items() if not mine(p)})
+
+    def is_trained(path: tuple[str, ...]) -> bool:
+        return "lora" in path[-1] or path[0] == "classifier"
+
+    own = tree.unflatten({path: x for path, x in tree.flatten(full).items() if is_trained(path)})
+    base = tree.unflatten({path: x for path, x in tree.flatten(params).items() if not is_trained(path)})
     tx = optax.adamw(1e-4)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -96,7 +101,7 @@ def qwix_variant(name: str, model: Any, params: Any, pattern: str, data: Any) ->
 
 
 def torch_variant(name: str, folder: Any, targets: list[str] | None, data: Any) -> Variant:
-    """HuggingFace PEFT, or full fine-tuning where there are no targets."""
+    """HuggingFace PEFT, or full fine-tuning without targets."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
@@ -106,7 +111,7 @@ def torch_variant(name: str, folder: Any, targets: list[str] | None, data: Any) 
     if targets is not None:
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets)
         encoder = get_peft_model(encoder, config)
-    for module in encoder.modules():  # no dropout, as in the others
+    for module in encoder.modules():  # no dropout, as in the other variants
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     head = torch.nn.Linear(384, 2)
@@ -124,14 +129,14 @@ def torch_variant(name: str, folder: Any, targets: list[str] | None, data: Any) 
         optimizer.step()
 
     step()
-    slots = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
-    return Variant(name, step, adapter_bytes=sum(p.numel() * 4 for p in trained), optimizer_bytes=slots)
+    state_bytes = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
+    return Variant(name, step, adapter_bytes=sum(p.numel() * 4 for p in trained), optimizer_bytes=state_bytes)
 
 
 def foreign_variants(folder: Any, params: Any, data: Any) -> list[Variant]:
-    """transformers' own Flax BERT: LoRA, against the same gradient path without an adapter.
+    """transformers' Flax BERT: LoRA, and the same gradient path without an adapter.
 
-    Biases of the same layers train in the latter, so that the gradient flows as far back and costs next to nothing.
+    The latter trains biases of the same layers, so that the gradient flows as far back at almost no cost.
     """
     from transformers import BertConfig, FlaxBertModel
 
@@ -161,11 +166,14 @@ def foreign_variants(folder: Any, params: Any, data: Any) -> list[Variant]:
 
 
 def forward_variants(model: Any, params: Any, data: Any) -> list[Variant]:
-    """The forward pass: the base, under LoRA, and merged."""
+    """Forward passes: the base, with LoRA, and merged."""
     peft = jpeft.LoRA(rank=RANK, alpha=ALPHA).bind(model, params, data["ids"], data["mask"])
     adapter = peft.init(jax.random.key(0), params)
     merged = peft.merge(params, adapter)
-    base = lambda p, ids, mask: model.apply({"params": p}, ids, mask)  # noqa: E731
+
+    def base(params: Any, ids: Any, mask: Any) -> Any:
+        return model.apply({"params": params}, ids, mask)
+
     calls = [
         ("forward base", base, (params,)),
         ("forward lora all-linear", peft.apply, (params, adapter)),
@@ -180,9 +188,12 @@ def forward_variants(model: Any, params: Any, data: Any) -> list[Variant]:
 
 
 def ratios(rows: list[dict[str, Any]], clock: str) -> dict[str, float]:
-    """The numbers that are promised, by one way to sum times up: below 1 is faster, or less."""
+    """Ratios of times, by their median or their minimum, and of FLOPs. Below 1 is better."""
     by = {r["name"]: r for r in rows}
-    time_of = lambda n: by[n][clock]  # noqa: E731
+
+    def time_of(name: str) -> float:
+        return by[name][clock]
+
     out = {}
     for kind in ("full", "lora query,value", "lora all-linear"):
         out[f"time jpeft / torch, {kind}"] = time_of(f"jpeft {kind}") / time_of(f"torch {kind}")
@@ -203,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
-    parser.add_argument("--json", default=None, help="write the numbers there")
+    parser.add_argument("--json", default=None, help="write the numbers to this file")
     args = parser.parse_args()
     import torch
 
@@ -211,7 +222,10 @@ def main() -> None:
     folder, data = resolve_model("minilm"), batch()
     model, params = load_classifier(folder, num_labels=2, seed=0)
     head = jpeft.Train("classifier")
-    lora = lambda targets: jpeft.Chain(jpeft.LoRA(rank=RANK, alpha=ALPHA, targets=targets), head)  # noqa: E731
+
+    def lora(targets: str) -> Method:
+        return jpeft.Chain(jpeft.LoRA(rank=RANK, alpha=ALPHA, targets=targets), head)
+
     variants = [
         jax_variant("jpeft full", model, params, jpeft.Train(r".*"), data),
         jax_variant("jpeft lora query,value", model, params, lora(QV), data),
@@ -230,15 +244,15 @@ def main() -> None:
     for r in rows:
         flops = f"{r['flops'] / 1e9:8.1f}" if "flops" in r else " " * 8
         temp = f"{r['temporary_bytes'] / 1e6:9.1f}" if "temporary_bytes" in r else " " * 9
-        slots = f"{r['optimizer_bytes'] / 1e6:14.2f}" if "optimizer_bytes" in r else ""
-        print(f"{r['name']:32}{r['median_ms']:10.1f}{r['fastest_ms']:9.1f}{flops}{temp}{slots}")
-    promised = {clock: ratios(rows, clock) for clock in ("median_ms", "fastest_ms")}
+        optimizer = f"{r['optimizer_bytes'] / 1e6:14.2f}" if "optimizer_bytes" in r else ""
+        print(f"{r['name']:32}{r['median_ms']:10.1f}{r['fastest_ms']:9.1f}{flops}{temp}{optimizer}")
+    compared = {clock: ratios(rows, clock) for clock in ("median_ms", "fastest_ms")}
     print(f"\n{'ratio':52}{'median':>8}{'fastest':>9}")
-    for name, value in promised["median_ms"].items():
-        print(f"{name:52}{value:8.3f}{promised['fastest_ms'][name]:9.3f}")
+    for name, value in compared["median_ms"].items():
+        print(f"{name:52}{value:8.3f}{compared['fastest_ms'][name]:9.3f}")
     if args.json:
         with open(args.json, "w") as f:
-            json.dump({"rows": rows, "ratios": promised, "rounds": args.rounds, "jax": jax.__version__}, f, indent=1)
+            json.dump({"rows": rows, "ratios": compared, "rounds": args.rounds, "jax": jax.__version__}, f, indent=1)
 
 
 if __name__ == "__main__":
