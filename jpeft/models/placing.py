@@ -113,7 +113,8 @@ def _empty_stack(layer: Any, layers: int, sharding: Any) -> Any:
     """A leaf of zeros for as many layers as this one."""
 
     def zeros(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        return jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=sharding)()
+        # Not a lambda, which would be compiled again for every leaf.
+        return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(x.shape, x.dtype)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), layer)
     return _map_arrays(zeros, shapes, _array_shardings(shapes, sharding))

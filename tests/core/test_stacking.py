@@ -177,7 +177,13 @@ def check_unrolled(model, params, method):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged1, merged)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# `Chain` contains these.
+IN_CHAIN = ("BitFit", "Train", "PrefixTuning", "Bottleneck")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in IN_CHAIN else name for name in METHODS]
+)
 def test_every_method_is_the_same_on_layers_one_by_one(name, qwen):
     check_unrolled(*qwen, METHODS[name])
 

@@ -34,6 +34,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
 STATE = f"{UP}.quant_state.bitsandbytes__nf4"
 
 
+def exhaustive(value):
+    return pytest.param(value, marks=pytest.mark.exhaustive)
+
+
 def tiny(**fields):
     model = Decoder(DecoderConfig(**{**SIZES, **fields}))
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), IDS)["params"])
@@ -97,7 +101,7 @@ CASES = {  # arguments of `jpeft.quantize`, and whether bitsandbytes has a form 
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["nf4", exhaustive("nf4-some"), exhaustive("int4"), "fp8"])
 def test_save_and_load_round_trip_and_equal_quantizing_while_loading(llama, plain, tmp_path, case):
     model, params = llama
     options, is_bitsandbytes = CASES[case]
@@ -200,16 +204,15 @@ def test_an_adapter_of_the_plain_model_fits_its_quantized_folder(nf4, llama):
     assert difference(fingerprint(llama[1]), models.load(nf4)[1]) is None
 
 
-def test_without_checksums_the_fingerprint_is_that_of_the_dequantized_weights(nf4, tmp_path):
-    """It is the same for stacked layers and for layers one by one."""
+@pytest.mark.parametrize("scan_layers", [True, exhaustive(False)])
+def test_without_checksums_the_fingerprint_is_that_of_the_dequantized_weights(nf4, tmp_path, scan_layers):
     folder = rewrite(nf4, tmp_path / "bnb", lambda t: None)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
-    for options in ({}, {"scan_layers": False}):
-        _, params = models.load(folder, **options)
-        for path, leaf in tree.flatten(params).items():
-            if isinstance(leaf, Quantized):
-                weight = {path[-1]: leaf.unbox()}  # not jitted: fusing a product and a sum rounds differently
-                assert fingerprint(weight)[path[-1]] == fingerprint({path[-1]: leaf})[path[-1]]
+    _, params = models.load(folder, scan_layers=scan_layers)
+    for path, leaf in tree.flatten(params).items():
+        if isinstance(leaf, Quantized):
+            weight = {path[-1]: leaf.unbox()}  # not jitted: fusing a product and a sum rounds differently
+            assert fingerprint(weight)[path[-1]] == fingerprint({path[-1]: leaf})[path[-1]]
 
 
 def test_codes_stored_as_another_dtype_are_loaded(nf4, tmp_path):
@@ -257,6 +260,7 @@ def test_layers_that_are_quantized_differently_cannot_be_stacked(llama, tmp_path
     same(models.load(tmp_path / "mixed", scan_layers=False)[1], mixed)
 
 
+@pytest.mark.exhaustive  # `generate` at the command below also unrolls the layers
 def test_generation_is_the_same_with_layers_one_by_one(llama):
     model, params = llama
     base = jpeft.quantize(params)
