@@ -1,4 +1,4 @@
-"""Products with low-rank matrices, each in the form that the backend is fast at."""
+"""Products with low-rank matrices, in the fastest form for each backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jpeft.core import backend
 from jpeft.core.method import Linear
 
-_FEW = 32  # tokens, up to which nobody differentiates: what is generated one by one
+_FEW = 32  # below this number of tokens, a call is assumed to be decoding, which nobody differentiates
 
 
 def low_rank(
@@ -21,13 +21,13 @@ def low_rank(
 ) -> Float[Array, "*tokens out"]:
     """``base(x) + (dropout(x) a) b``.
 
-    Where it is differentiated, and that is less work, as ``x (w + a b)``: then nothing of the size of the activations
-    is added, neither to the output nor to the gradient of the input (RunLoRA, Cherniuk et al. 2023,
-    https://arxiv.org/abs/2312.03415). The gradients of ``a`` and ``b`` are the low-rank ones in both forms.
+    Computed as ``x (w + a b)`` if it is differentiated and that is less work: this saves sums of the size of the
+    activations, for the output and for the gradient of the input (RunLoRA, Cherniuk et al. 2023,
+    https://arxiv.org/abs/2312.03415). The gradients of ``a`` and ``b`` are low-rank products in both forms.
     """
     dropped = base.dropout(x, dropout)
     if dropped is x and _summed_is_less(base, x, a, b):
-        # Checkpointed, so that the backward pass makes the sum again instead of keeping a second copy of the weights.
+        # Checkpointed: the backward pass computes the sum again instead of keeping a second copy of the weights.
         y, bias = jax.checkpoint(_summed)(x, base.weight, a, b), base.bias
         return y if bias is None else y + bias
     y = base(x)
@@ -35,9 +35,9 @@ def low_rank(
 
 
 def _summed_is_less(base: Linear, x: Any, a: jax.Array, b: jax.Array) -> bool:
-    """Whether ``x (w + a b)`` and its gradients read and write less than ``x w + (x a) b``, and round no worse.
+    """Whether ``x (w + a b)`` and its gradients need less memory traffic than ``x w + (x a) b``, and round no worse.
 
-    Measured on CPU alone, and not in low precision, where the sum of weights would swallow small updates.
+    Measured on CPU only. False in low precision, where the sum of weights would round small updates away.
     """
     if not isinstance(x, jax.Array) or not base.plain or not backend.flatten_tokens():
         return False
@@ -47,15 +47,15 @@ def _summed_is_less(base: Linear, x: Any, a: jax.Array, b: jax.Array) -> bool:
 
 @jax.custom_jvp
 def _summed(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return x @ w + narrow(x, a) @ b  # without gradients the sum would be made for one product alone
+    return x @ w + narrow(x, a) @ b  # without gradients, the sum would serve a single product
 
 
 def _summed_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-    # The plain derivative of `w + a b` would make a gradient of the size of w before it contracts it.
+    # The derivative of `w + a b` by itself would compute a gradient of the size of w.
     x, w, a, b = primals
     dx, dw, da, db = (None if type(t) is SymbolicZero else t for t in tangents)
-    # With a batch axis of one, so that `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`, which keeps what was
-    # made from activations, does not keep this.
+    # The batch axis of size one keeps `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` from saving this
+    # product of weights.
     summed = w + (a[None] @ b[None])[0]
     terms = [] if dx is None else [dx @ summed]
     terms += [] if dw is None else [x @ dw]
@@ -68,11 +68,11 @@ _summed.defjvp(_summed_jvp, symbolic_zeros=True)
 
 
 def narrow(x: Any, a: Float[Array, "in rank"]) -> Float[Array, "*tokens rank"]:
-    """``x @ a`` for a matrix of few columns.
+    """``x @ a`` for a matrix with few columns.
 
-    XLA's CPU backend is slow at the gradient of ``a`` as ``x.T @ dy``, and rewrites every formulation into it; behind a
-    barrier, ``dy.T @ x`` stays what it is (forward and backward, 2,048 tokens: 384 -> 8 -> 384 4.5 ms against 3.1,
-    1536 -> 8 -> 384 12.1 against 6.3). Elsewhere it is the plain product.
+    XLA's CPU backend is slow at the gradient ``x.T @ dy`` of ``a``, and rewrites other forms into this one. Behind an
+    optimization barrier, ``dy.T @ x`` stays (forward and backward, 2,048 tokens: 384 -> 8 -> 384 3.1 ms instead of 4.5,
+    1536 -> 8 -> 384 6.3 instead of 12.1). On other backends it is the plain product.
     """
     if not isinstance(x, jax.Array) or not backend.flatten_tokens() or x.size // x.shape[-1] < _FEW:
         return x @ a
