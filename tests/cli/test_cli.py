@@ -1,4 +1,4 @@
-"""The command line on a tiny BERT: the job, its run folder, what comes after, and the mistakes that users make."""
+"""The command line on a tiny BERT: runs, their folders, the commands that use them, and users' mistakes."""
 
 import ast
 import errno
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -27,10 +28,9 @@ from jpeft import models
 from jpeft.cli.main import main
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.recipes import assets, finetune, prepare, run_folder
-from jpeft.recipes import run_folder as runs
 from jpeft.recipes.config import Config, parse_targets
 from jpeft.recipes.tasks import classification
-from jpeft.recipes.tasks import classification as classify
+from jpeft.recipes.tasks.base import NullReporter
 from jpeft.training import checkpoint
 from tests.folders import link
 
@@ -42,7 +42,7 @@ JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "3e-2", "--max-length", "24
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a model (`bert`), data (`train.csv`, `test.jsonl`), and nothing else."""
+    """A folder with a model (`bert`) and data (`train.csv`, `test.jsonl`)."""
     folder = tmp_path_factory.mktemp("home")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
     config = BertConfig(
@@ -75,7 +75,7 @@ def reviews(count, seed):
 
 @pytest.fixture(autouse=True)
 def there(home, monkeypatch, tmp_path):
-    """Every test works in a folder of its own, which sees the model and the data."""
+    """Every test has its own working folder, with links to the model and the data."""
     link(home, tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -98,7 +98,7 @@ def job(out, *more):
 
 @pytest.fixture(scope="module")
 def finished(home, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """A run that was not interrupted."""
     out, before = tmp_path_factory.mktemp("finished") / "run", Path.cwd()
     os.chdir(home)
     try:
@@ -109,7 +109,7 @@ def finished(home, tmp_path_factory):
 
 
 def trained(run):
-    """What must not depend on interruptions: the adapter to the bit, and the log but for its clock."""
+    """The parts of a run that must not depend on interruptions: the adapter's bytes, and the log without times."""
     clock = {"seconds", "compiled", "tokens_per_second"}
     log = [
         {k: v for k, v in line.items() if k not in clock} for line in run_folder.read_lines(Path(run) / "metrics.jsonl")
@@ -129,7 +129,7 @@ def failure(capsys, *arguments):
 # ------------------------------------------------------------------------------------------------------ the run folder
 
 
-def test_a_run_folder_holds_what_it_should(finished):
+def test_contents_of_a_run_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {".lock", "adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "result.json"}
     lines = run_folder.read_lines(finished / "metrics.jsonl")
@@ -143,7 +143,7 @@ def test_a_run_folder_holds_what_it_should(finished):
     assert [member["method"] for member in record["method"]["methods"]] == ["LoRA", "Train"]
 
 
-def test_it_learns_and_says_so(finished):
+def test_it_learns_and_reports_it(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["majority_baseline"] == pytest.approx(2 / 3)
     assert result["accuracy_after"] >= 0.9 > result["accuracy_before"]
@@ -165,7 +165,7 @@ def test_checkpoints_hold_no_base(finished):
     assert "lora_a" in leaves and "opt_state" in leaves and "rng" in leaves and "embedding" not in leaves
 
 
-def test_the_last_word_is_a_table(finished, capsys):
+def test_the_result_is_printed_as_a_table(finished, capsys):
     assert main(["finetune", "--resume", str(finished)]) == 0
     out, err = capsys.readouterr()
     for words in ("is complete", "accuracy before", "accuracy after", "majority baseline", "66.7%", "peak memory"):
@@ -181,7 +181,7 @@ def test_json_is_one_object_on_stdout(capsys):
     assert "trainable" in err and "before training: accuracy" in err and "step 10/10" in err and "ETA" in err
 
 
-def test_without_an_out_runs_are_numbered_and_without_an_eval_some_are_held_out(capsys):
+def test_default_run_folders_are_numbered_and_evaluation_examples_held_out(capsys):
     few = ["finetune", "--model", "bert", "--data", "train.csv", "--epochs", "1", "--max-length", "24"]
     assert main(few) == main(few) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["bert-lora-1", "bert-lora-2"]
@@ -190,38 +190,38 @@ def test_without_an_out_runs_are_numbered_and_without_an_eval_some_are_held_out(
     assert run_folder.latest_run() == Path("runs/bert-lora-2")
 
 
+METHODS = {
+    "prefix": (["--set", "length=4"], "encoder/encoder/layer/0/attention/self/prefix_key"),
+    "full": ([], "encoder/embeddings/word_embeddings/embedding"),
+    "bitfit": ([], "encoder/embeddings/LayerNorm/bias"),
+    "bottleneck": (["--targets", "output/dense", "--set", "size=2"], "encoder/encoder/layer/0/output/dense/bott"),
+    "ia3": (["--targets", "key,value"], "encoder/encoder/layer/0/attention/self/key/ia3_out"),
+    "train": (["--targets", ".*/LayerNorm"], "encoder/embeddings/LayerNorm/scale"),
+    "LoRA": (["--rank", "2", "--dropout", "0.1", "--targets", "query"], "encoder/encoder/layer/0/attention/self/query"),
+}
+QUICK = ("prefix",)
+
+
 @pytest.mark.parametrize(
-    ("method", "more", "leaf"),
-    [
-        ("bitfit", [], "encoder/embeddings/LayerNorm/bias"),
-        ("prefix", ["--set", "length=4"], "encoder/encoder/layer/0/attention/self/prefix_key"),
-        ("bottleneck", ["--targets", "output/dense", "--set", "size=2"], "encoder/encoder/layer/0/output/dense/bott"),
-        ("ia3", ["--targets", "key,value"], "encoder/encoder/layer/0/attention/self/key/ia3_out"),
-        ("train", ["--targets", ".*/LayerNorm"], "encoder/embeddings/LayerNorm/scale"),
-        ("full", [], "encoder/embeddings/word_embeddings/embedding"),
-        (
-            "LoRA",
-            ["--rank", "2", "--dropout", "0.1", "--targets", "query"],
-            "encoder/encoder/layer/0/attention/self/query",
-        ),
-    ],
+    "method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.exhaustive) for m in METHODS]
 )
-def test_every_method_trains_with_the_head(method, more, leaf, capsys):
+def test_every_method_trains_with_the_head(method, capsys):
+    more, leaf = METHODS[method]
     assert main([*job("run", "--epochs", "1", "--json"), "--method", method, *more]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 10
     tensors = load_file("run/adapter/adapter.safetensors")
     assert any(name.startswith(leaf) for name in tensors)
     assert {"classifier/kernel", "classifier/bias"} <= tensors.keys()
-    fresh = prepare.prepare(Config(**json.loads(Path("run/config.json").read_text())["config"]), prepare.NullReporter())
+    fresh = prepare.prepare(Config(**json.loads(Path("run/config.json").read_text())["config"]), NullReporter())
     assert not np.array_equal(tensors["classifier/kernel"], fresh.params["classifier"]["kernel"])
     if method == "prefix":  # no change of weights
         assert "cannot be merged" in failure(capsys, "merge", "run", "merged")
         assert not Path("merged").exists() and not list(Path().glob(".merged*"))
 
 
-def test_the_loss_and_the_scores_promote_nothing():
+def test_loss_and_scores_under_strict_promotion():
     config = Config(model="bert", data="train.csv", batch_size=4, max_length=24, targets="query", dropout=0.1)
-    made = prepare.prepare(config, prepare.NullReporter())
+    made = prepare.prepare(config, NullReporter())
     adapter = made.peft.init(jax.random.key(0), made.params)
     batch = next(iter(made.train))
     with jax.numpy_dtype_promotion("strict"):
@@ -244,7 +244,7 @@ def test_the_default_is_lora_on_all_linear_layers_and_the_head():
     ("text", "targets"),
     [("all-linear", "all-linear"), ("query,value", ["query", "value"]), ("query", ["query"]), (".*/query", ".*/query")],
 )
-def test_targets_as_typed(text, targets):
+def test_parsing_of_targets(text, targets):
     assert parse_targets(text) == targets
 
 
@@ -252,16 +252,24 @@ def test_targets_as_typed(text, targets):
 
 
 def start(arguments):
-    """The command in a process of its own."""
-    env = os.environ | {"PYTHONWARNINGS": "error"}
-    code = "import sys; from jpeft.cli import main; sys.exit(main())"
+    """The command in a process of its own, which reads compiled programs from this one's cache."""
+    env = os.environ | {
+        "PYTHONWARNINGS": "error",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    code = "import sys; from jpeft.cli.main import main; sys.exit(main())"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=env, **pipes)
 
 
 def wait_for_lines(run, count, process):
-    """Until the log of a run has so many lines."""
-    while process.poll() is None and len(run_folder.read_lines(run / "metrics.jsonl")) < count:
+    """Waits until the log of a run has so many lines."""
+    log = run / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)  # the process imports and compiles first
+    while process.poll() is None and len(run_folder.read_lines(log)) < count:
         time.sleep(0.002)
 
 
@@ -277,7 +285,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(finished):
     assert trained("run") == trained(finished)
 
 
-def test_ctrl_c_saves_the_step_and_says_how_to_go_on(finished):
+def test_ctrl_c_saves_the_step_and_prints_how_to_resume(finished):
     run = Path("run")
     with start(job(run)) as process:
         wait_for_lines(run, 5, process)
@@ -293,13 +301,15 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(finished):
 
 
 class Crash(BaseException):
-    """As a kill: nothing catches it."""
+    """Like a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize(("where", "call"), [("jpeft.save", 1), ("runs.write_json", 2)])
+@pytest.mark.parametrize(
+    ("where", "call"), [("finetune.save", 1), pytest.param("run_folder.write_json", 2, marks=pytest.mark.exhaustive)]
+)
 def test_a_crash_resumes_to_the_same_adapter(finished, monkeypatch, where, call):
     module, name = where.split(".")
-    owner = {"jpeft": jpeft, "runs": runs}[module]
+    owner = {"finetune": finetune, "run_folder": run_folder}[module]
     whole, calls = getattr(owner, name), []
 
     def crash(*args, **kwargs):
@@ -317,7 +327,7 @@ def test_a_crash_resumes_to_the_same_adapter(finished, monkeypatch, where, call)
     assert trained("run") == trained(finished)
 
 
-def test_resuming_what_never_began_begins_it_and_a_finished_run_stays(finished, capsys):
+def test_resume_starts_a_new_run_and_leaves_a_finished_one_unchanged(finished, capsys):
     assert main([*job("run"), "--resume"]) == 0
     assert "nothing to resume yet" in capsys.readouterr().out
     assert trained("run") == trained(finished)
@@ -328,7 +338,7 @@ def test_resuming_what_never_began_begins_it_and_a_finished_run_stays(finished, 
 
 @pytest.fixture
 def stopped(finished):
-    """A run as if it had been killed after its 39th step."""
+    """A run in the state of a kill after its 39th step."""
     shutil.copytree(finished, "stopped")
     for name in ("adapter", "checkpoints/40"):
         shutil.rmtree(Path("stopped") / name)
@@ -341,14 +351,14 @@ def test_a_run_moved_elsewhere_resumes(stopped, finished):
     assert trained("stopped") == trained(finished)
 
 
-def test_a_log_cut_short_by_a_kill_is_mended(stopped, finished):
+def test_a_truncated_log_is_repaired(stopped, finished):
     log = stopped / "metrics.jsonl"
     log.write_text(log.read_text().rstrip("\n")[:-7])
     assert main(["finetune", "--resume", "stopped"]) == 0
     assert trained("stopped") == trained(finished)
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, finished, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, finished, capsys):
     newest = Path(shutil.copytree(stopped / "checkpoints" / "39", stopped / "checkpoints" / "40"))
     for file in newest.rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])
@@ -358,12 +368,12 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, fini
     assert trained("stopped") == trained(finished)
 
 
-def test_a_polite_kill_before_training_is_one_line(capsys, monkeypatch):
+def test_sigterm_before_training_is_one_line(capsys, monkeypatch):
     def killed(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(classify, "evaluate", killed)
+    monkeypatch.setattr(classification, "evaluate", killed)
     assert main(job("run")) == 128 + signal.SIGTERM
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "stopped, before its first checkpoint; continue with" in err
@@ -376,7 +386,7 @@ def test_flags_that_conflict_with_the_run(stopped, capsys):
     assert "name two runs" in failure(capsys, "finetune", "--resume", stopped, "--out", "other")
 
 
-def test_inputs_that_changed_since_the_run_began(stopped, capsys, home):
+def test_data_changed_since_the_run_began(stopped, capsys, home):
     os.unlink("train.csv")
     Path("train.csv").write_text((home / "train.csv").read_text().replace("tea", "cup", 1))
     record = json.loads((stopped / "config.json").read_text())
@@ -397,7 +407,7 @@ def change_base(folder):
 
 
 def swapped_tokenizer(folder):
-    """A copy of the model whose tokenizer takes two words for each other."""
+    """A copy of the model whose tokenizer has two words swapped."""
     shutil.copytree("bert", folder)
     file = Path(folder) / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -428,19 +438,19 @@ def test_a_tokenizer_of_a_larger_model(capsys):
     assert not Path("run").exists()
 
 
-def test_a_run_that_diverges_is_no_result(capsys):
-    said = failure(capsys, *job("run", "--lr", "1e38"))
+def test_a_diverged_run_has_no_result(capsys):
+    said = failure(capsys, *job("run", "--lr", "1e38", "--epochs", "1"))
     assert "run: training diverged: the loss is not finite" in said and "lower --lr" in said
     assert not Path("run/adapter").exists()
 
 
-def test_what_does_not_fit_into_memory_leaves_the_name_free(capsys, monkeypatch):
+def test_out_of_memory_leaves_the_name_free(capsys, monkeypatch):
     def large(*args):
         raise MemoryError("Unable to allocate 59.6 GiB")
 
     monkeypatch.setattr(finetune, "_train", large)
     said = failure(capsys, *job("run"))
-    assert "out of memory (Unable to allocate 59.6 GiB); a smaller --batch-size" in said
+    assert "out of memory (Unable to allocate 59.6 GiB); use a smaller --batch-size" in said
     assert not Path("run").exists()
 
 
@@ -468,8 +478,11 @@ MISTAKES = {
     "samples": (["--samples", "2"], "--samples is for --task chat"),
     "unknown target": (["--targets", "quarry"], "'quarry' matches nothing"),
     "malformed target": (["--targets", "(query"], "not a regular expression"),
-    "unknown method": (["--method", "dora2"], "--method dora2: unknown; there are"),
-    "field of another method": (["--method", "bitfit", "--rank", "4"], "--method bitfit has no 'rank'; it has"),
+    "unknown method": (["--method", "dora2"], "--method dora2: unknown method; expected one of"),
+    "field of another method": (
+        ["--method", "bitfit", "--rank", "4"],
+        "--method bitfit has no field 'rank'; its fields are",
+    ),
     "rank of zero": (["--rank", "0"], "LoRA.rank must be a positive integer, got 0"),
     "train what?": (["--method", "train"], "Train needs a target"),
     "no epochs": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
@@ -503,11 +516,9 @@ def test_bad_data_is_one_line_and_makes_no_run(capsys, content, message):
     assert not Path("run").exists()
 
 
-def test_a_long_text_is_cut():
+def test_a_long_text_is_truncated():
     Path("long.csv").write_text("text,label\ngood,up\n" + "bad " * 25_000 + ",down\n")
-    made = prepare.prepare(
-        Config(model="bert", data="long.csv", eval="long.csv", max_length=24), prepare.NullReporter()
-    )
+    made = prepare.prepare(Config(model="bert", data="long.csv", eval="long.csv", max_length=24), NullReporter())
     assert sorted(map(len, made.train.encoded.ids)) == [3, 24]
 
 
@@ -547,8 +558,12 @@ def test_a_full_disk(capsys, monkeypatch, finished):
 
 
 def test_a_folder_that_looks_like_markup(finished, capsys):
-    assert main(job("run [b]/x[/i]1")) == 0
-    assert "run [b]/x[/i]1" in capsys.readouterr().out
+    run = Path("run [b]/x[/i]1")
+    shutil.copytree(finished, run)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "run": str(run)}))
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert capsys.readouterr().out.count("run [b]/x[/i]1") == 2  # in a message and in the table
 
 
 def test_typing_errors_are_one_line(capsys):
@@ -565,7 +580,7 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in err and err.splitlines()[-1].startswith("jpeft: error: --data none.csv")
 
 
-def test_what_the_extra_brings_is_named(capsys, monkeypatch):
+def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert 'pip install "jpeft[demo]"' in failure(capsys, *job("run"))
@@ -592,7 +607,7 @@ def test_predict_from_arguments_files_and_stdin(finished, capsys, monkeypatch):
 
 def test_predict_agrees_with_the_evaluation(finished):
     rows = [json.loads(line) for line in Path("test.jsonl").read_text().splitlines()]
-    found = run_folder.open_run(finished).predict([row["text"] for row in rows], batch_size=7)
+    found = classification.open_run(finished).predict([row["text"] for row in rows], batch_size=7)
     hits = np.mean([label == row["label"] for (label, _), row in zip(found, rows, strict=True)])
     assert hits == json.loads((finished / "result.json").read_text())["accuracy_after"]
 
@@ -610,7 +625,7 @@ def test_mistakes_in_predicting(finished, stopped, capsys, monkeypatch):
 
 def test_merge_writes_a_folder_that_computes_the_same(finished, capsys):
     assert main(["merge", str(finished), "merged"]) == 0
-    run, (encoder, params) = run_folder.open_run(finished), models.load("merged")
+    run, (encoder, params) = classification.open_run(finished), models.load("merged")
     head = load_file("merged/classifier.safetensors")
     ids = jnp.asarray([[2, 4, 10, 3], [2, 7, 3, 0]])
     mask = jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -641,24 +656,35 @@ def test_inspect_a_run_and_an_adapter(finished, stopped, capsys, monkeypatch):
     assert about["adapter"]["kind"] == "adapter" and len(about["adapter"]["sites"]) == 8
 
 
-def test_inspect_what_is_neither(capsys):
+def test_inspect_neither_a_run_nor_an_adapter(capsys):
     Path("empty").mkdir()
     assert "expected an adapter" in failure(capsys, "inspect", "empty")
     assert "no such run or adapter" in failure(capsys, "inspect", "none")
     assert "not a run" in failure(capsys, "inspect", "bert")
 
 
-def test_help_imports_nothing_beyond_the_package():
+def test_help_imports_only_light_modules():
     code = """
         import sys, jpeft
         before = set(sys.modules)
-        import jpeft.cli
+        from jpeft.cli.main import main
         try:
-            jpeft.cli.main(["finetune", "--help"])
+            main(["finetune", "--help"])
         except SystemExit:
             print(sorted(name for name in set(sys.modules) - before if "." not in name or name.startswith("jpeft")))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    said = ast.literal_eval(done.stdout.splitlines()[-1])
-    assert {name for name in said if name.startswith("jpeft")} == {"jpeft.assets", "jpeft.cli", "jpeft.config"}
-    assert not {"orbax", "tokenizers", "matplotlib", "pandas"} & set(said)
+    imported = ast.literal_eval(done.stdout.splitlines()[-1])
+    commands = {"chat", "finetune", "generate", "inspect", "merge", "plan", "predict", "quantize"}
+    light = {f"jpeft.cli.{name}" for name in (*commands, "arguments", "main", "terminal")} | {"jpeft.cli"}
+    light |= {"jpeft.recipes", "jpeft.recipes.assets", "jpeft.recipes.config", "jpeft.recipes.tasks", "jpeft.units"}
+    assert {name for name in imported if name.startswith("jpeft")} <= light
+    assert not {"orbax", "tokenizers", "matplotlib", "pandas", "rich", "jpeft.models"} & set(imported)
+
+
+def test_the_command_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jpeft", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("jpeft.cli", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and out.startswith("usage: jpeft ") and "finetune" in out and not err
