@@ -20,7 +20,7 @@ import jax  # what the forks will need
 import jpeft.distributed
 import jpeft.finetune
 
-import jpeft.cli
+import jpeft.cli.main
 
 
 @dataclass
@@ -85,7 +85,7 @@ def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
             os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         let_all_write_compiled()
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        status = jpeft.cli.main(arguments)
+        status = jpeft.cli.main.main(arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
