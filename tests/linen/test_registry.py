@@ -9,15 +9,8 @@ import jpeft
 from jpeft.core import geometry
 from tests import contract
 from tests.contract import close, differ
+from tests.linen.pairs import pairwise
 from tests.zoo import METHODS, USES, Model, moved, parameters
-
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    """These models are tiny: XLA's optimizations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def bound(use: str, mode: str, method: str):
@@ -42,14 +35,17 @@ def _of_call(call: geometry.Call) -> geometry.Geometry:
     return geometry.Contraction(leaf="w", spec="...i,oi->...o", shape=call.shapes["w"], stored=call.shapes["w"])
 
 
-@pytest.mark.parametrize("owner", [Flipped, "Flipped"])
-@pytest.mark.parametrize("how", [
-    "...i,oi->...o",
-    geometry.Contraction(leaf="w", spec="...i,oi->...o", shape=(6, 4), stored=(6, 4)),
-    _of_call,
-], ids=["einsum", "geometry", "function"])  # fmt: skip
-@pytest.mark.parametrize("method", ["LoRA", "IA3", "IA3 feedforward"])
+OWNERS = {"class": Flipped, "name": "Flipped"}
+FORMS = {
+    "einsum": "...i,oi->...o",
+    "geometry": geometry.Contraction(leaf="w", spec="...i,oi->...o", shape=(6, 4), stored=(6, 4)),
+    "function": _of_call,
+}
+
+
+@pytest.mark.parametrize(("owner", "how", "method"), pairwise(OWNERS, FORMS, ("LoRA", "IA3", "IA3 feedforward")))
 def test_register_geometry_puts_a_foreign_weight_on_the_fused_path(owner, how, method, registries):
+    owner, how = OWNERS[owner], FORMS[how]
     model, x = Model(lambda x: Flipped(6, name="op")(x), "scan"), jnp.arange(24.0).reshape(2, 3, 4) / 24
     params = parameters(model, x)
     make = METHODS[method].make
@@ -61,9 +57,15 @@ def test_register_geometry_puts_a_foreign_weight_on_the_fused_path(owner, how, m
     (site,) = peft.sites
     assert (site.name, site.via, site.inputs, site.outputs) == ("block/op", "fused", 4, 6)
     adapter = moved(peft, params)
-    y = peft.apply(params, adapter, x)
-    close(y, model.apply({"params": peft.merge(params, adapter)}, x))
-    assert differ(y, model.apply({"params": params}, x))
+
+    @jax.jit
+    def run(params, adapter):
+        merged = peft.merge(params, adapter)
+        return peft.apply(params, adapter, x), *(model.apply({"params": p}, x) for p in (merged, params))
+
+    y, want, base = run(params, adapter)
+    close(y, want)
+    assert differ(y, base)
 
 
 def test_register_geometry_refuses_what_is_no_geometry():

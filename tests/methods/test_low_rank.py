@@ -1,4 +1,4 @@
-"""The two forms of a low-rank update: chosen by size, alike in value and in every derivative."""
+"""The two forms of a low-rank update: chosen by size, equal in value and in every derivative."""
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ import pytest
 import jpeft
 from jpeft.core import backend
 from jpeft.core.tree import flatten
+from tests.zoo import moved
 
 IN, OUT, SCALE = 24, 16, 2.0
 FEW, MANY = 4, 96  # tokens for which x w + (x a) b is less work, and x (w + a b)
@@ -21,7 +22,11 @@ def numbers(shape, seed):
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
+    """The forms of the CPU backend, compiled without optimizations: these models are tiny."""
     monkeypatch.setattr(backend, "flatten_tokens", lambda: True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def bound(tokens, dense=None, method=None):
@@ -30,7 +35,7 @@ def bound(tokens, dense=None, method=None):
     params = {"layers_0": {"kernel": numbers((IN, OUT), 1), "bias": numbers((OUT,), 2)}}
     method = method or jpeft.LoRA(rank=4, alpha=8, targets="layers_0", init_weights="random")
     peft = method.bind(model, params, x)
-    return peft, params, peft.init(jax.random.key(0), params), x
+    return peft, params, moved(peft, params, scale=0.5), x
 
 
 def products(fn, *args):
@@ -54,16 +59,24 @@ def products(fn, *args):
 def test_value_and_derivatives_are_those_of_the_formula(tokens):
     peft, params, adapter, x = bound(tokens)
     t = numbers((tokens, OUT), 3)
-    loss = lambda adapter, params, x: (peft.apply(params, adapter, x) * t).sum()  # noqa: E731
-    y = peft.apply(params, adapter, x)
-    grads, base_grads, dx = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(adapter, params, x)
+
+    @jax.jit
+    def run(adapter, params, x):
+        y, pull = jax.vjp(lambda *args: peft.apply(args[1], args[0], args[2]), adapter, params, x)
+        return peft.apply(params, adapter, x), y, pull(t)
+
+    y, y_differentiated, (grads, base_grads, dx) = run(adapter, params, x)
 
     own, site = adapter["layers_0"], params["layers_0"]
     x, t, w, bias, a, b = (
         np.asarray(v, np.float64) for v in (x, t, site["kernel"], site["bias"], own["lora_a"], own["lora_b"])
     )
-    near = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)  # noqa: E731
+
+    def near(got, want):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
     near(y, x @ w + bias + SCALE * x @ a @ b)
+    near(y_differentiated, y)
     near(dx, t @ w.T + SCALE * t @ b.T @ a.T)
     near(grads["layers_0"]["lora_a"], SCALE * x.T @ t @ b.T)
     near(grads["layers_0"]["lora_b"], SCALE * a.T @ x.T @ t)
@@ -74,15 +87,24 @@ def test_value_and_derivatives_are_those_of_the_formula(tokens):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_forward_mode_and_second_derivatives(tokens):
     peft, params, adapter, x = bound(tokens)
-    run = lambda adapter: peft.apply(params, adapter, x)  # noqa: E731
-    direction = jax.tree.map(jnp.ones_like, adapter)
-    _, forward = jax.jvp(run, (adapter,), (direction,))
-    _, pull = jax.vjp(run, adapter)
-    cotangent = numbers(forward.shape, 5)
-    inner = sum(jnp.vdot(u, v) for u, v in zip(*map(jax.tree.leaves, (direction, pull(cotangent)[0])), strict=True))
-    np.testing.assert_allclose(jnp.vdot(forward, cotangent), inner, rtol=1e-4)
+    direction = jax.tree.map(np.ones_like, adapter)
+    cotangent = numbers((tokens, OUT), 5)
+
+    @jax.jit
+    def derivatives(adapter):
+        def run(adapter):
+            return peft.apply(params, adapter, x)
+
+        def directional(adapter):
+            return jax.jvp(run, (adapter,), (direction,))[1]
+
+        _, pull = jax.vjp(run, adapter)
+        return *jax.jvp(directional, (adapter,), (direction,)), pull(cotangent)[0]
+
+    forward, second, backward = derivatives(adapter)
+    inner = sum(np.vdot(u, v) for u, v in zip(*map(jax.tree.leaves, (direction, backward)), strict=True))
+    np.testing.assert_allclose(np.vdot(forward, cotangent), inner, rtol=1e-4)
     # y is bilinear in A and B: along (1, 1) its second derivative is 2 s x 1 1.
-    _, second = jax.jvp(lambda a: jax.jvp(run, (a,), (direction,))[1], (adapter,), (direction,))
     ones = (np.asarray(x, np.float64) @ np.ones((IN, 4))) @ np.ones((4, OUT))
     np.testing.assert_allclose(second, 2 * SCALE * ones, rtol=1e-4, atol=1e-3)
 
@@ -116,24 +138,26 @@ def test_the_sum_of_weights_is_taken_only_where_it_is_less_work_and_rounds_no_wo
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_a_stack_of_adapters_is_one_after_the_other(tokens):
     peft, params, _, x = bound(tokens)
-    adapters = [peft.init(jax.random.key(seed), params) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-    loss = lambda adapter: (peft.apply(params, adapter, x) ** 2).sum()  # noqa: E731
-    many = jax.vmap(jax.value_and_grad(loss))(stacked)
-    one = [jax.value_and_grad(loss)(adapter) for adapter in adapters]
-    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+    adapters = [moved(peft, params, scale=0.3, seed=seed) for seed in range(3)]
+    value_and_grad = jax.value_and_grad(lambda adapter: (peft.apply(params, adapter, x) ** 2).sum())
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *adapters)
+    many, one = jax.jit(jax.vmap(value_and_grad))(stacked), jax.jit(value_and_grad)
+    want = jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, adapters))
     jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3), many, want)
 
 
 def test_dropout_acts_on_the_adapters_input_alone():
     method = jpeft.LoRA(rank=4, alpha=8, targets="layers_0", init_weights="random", dropout=0.5)
     peft, params, adapter, x = bound(MANY, method=method)
-    quiet = peft.apply(params, adapter, x)
-    dropped = peft.apply(params, adapter, x, rngs={"dropout": jax.random.key(1)})
+    zero = jax.tree.map(np.zeros_like, adapter)
+
+    @jax.jit
+    def run(key):
+        quiet = peft.apply(params, adapter, x)
+        dropped, base = (peft.apply(params, a, x, rngs={"dropout": key}) for a in (adapter, zero))
+        return quiet, dropped, base, peft.model.apply({"params": params}, x)
+
+    quiet, dropped, base, want = run(jax.random.key(1))
     assert np.abs(dropped - quiet).max() > 0.1
-    still = jax.tree.map(jnp.zeros_like, adapter)
-    base = peft.model.apply({"params": params}, x)
-    np.testing.assert_allclose(
-        peft.apply(params, still, x, rngs={"dropout": jax.random.key(1)}), base, rtol=1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(base, want, rtol=1e-6, atol=1e-6)
     assert set(flatten(adapter)) == {("layers_0", "lora_a"), ("layers_0", "lora_b")}

@@ -1,4 +1,4 @@
-"""Prefix tuning is attention over more keys and values: held to numpy in float64, on flax's attention and on BERT."""
+"""Prefix tuning is attention over more keys and values, as numpy computes it in float64."""
 
 import flax.linen as nn
 import jax
@@ -8,8 +8,17 @@ import pytest
 
 import jpeft
 from jpeft.models.bert import Bert, BertConfig
+from tests.zoo import moved, parameters
 
 LENGTH = 3
+
+
+@pytest.fixture(autouse=True)
+def quick_compiles():
+    """These models are tiny: XLA's optimizations cost more than they give."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def attention(query, key, value, prefix_key, prefix_value, mask):
@@ -30,19 +39,19 @@ def attention(query, key, value, prefix_key, prefix_value, mask):
 
 def leaves(method, model, params, *inputs, **kwargs):
     peft = method.bind(model, params, *inputs, **kwargs)
-    adapter = peft.init(jax.random.key(1), params)
-    return peft, jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(2), x.shape), adapter)
+    return peft, moved(peft, params, scale=1.0)
+
+
+def numbers(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 @pytest.mark.parametrize("masked", ["none", "padding", "causal"])
 def test_flax_attention_over_more_keys(masked):
-    model, x = (
-        nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8),
-        jax.random.normal(jax.random.key(0), (2, 5, 6)),
-    )
+    model, x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8), numbers(2, 5, 6)
     padding = jnp.arange(5)[None, None, None, :] < jnp.array([5, 3])[:, None, None, None]
     mask = {"none": None, "padding": padding, "causal": nn.make_causal_mask(x[..., 0])}[masked]
-    params = model.init(jax.random.key(0), x)["params"]
+    params = parameters(model, x)
     peft, adapter = leaves(jpeft.PrefixTuning(length=LENGTH), model, params, x, mask=mask)
 
     def project(name):
@@ -54,20 +63,26 @@ def test_flax_attention_over_more_keys(masked):
         project("query"), project("key"), project("value"), adapter["prefix_key"], adapter["prefix_value"], allowed
     )
     expected = np.einsum("bthd,hdf->btf", context, params["out"]["kernel"]) + params["out"]["bias"]
-    np.testing.assert_allclose(peft.apply(params, adapter, x, mask=mask), expected, atol=1e-5)
+    y = jax.jit(lambda params, adapter: peft.apply(params, adapter, x, mask=mask))(params, adapter)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 def test_bert_over_more_keys_with_padding():
     model = Bert(
         BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
     )
-    ids = jax.random.randint(jax.random.key(0), (2, 5), 0, 20)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 20, (2, 5)))
     mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    params = model.init(jax.random.key(0), ids)["params"]
+    params = parameters(model, ids)
     peft, adapter = leaves(jpeft.PrefixTuning(length=LENGTH), model, params, ids, attention_mask=mask)
-    _, state = peft.apply(
-        params, adapter, ids, attention_mask=mask, capture_intermediates=True, mutable=["intermediates"]
-    )
+
+    @jax.jit
+    def run(params, adapter):
+        return peft.apply(
+            params, adapter, ids, attention_mask=mask, capture_intermediates=True, mutable=["intermediates"]
+        )
+
+    _, state = run(params, adapter)
     seen = state["intermediates"]["encoder"]["layer"]["0"]["attention"]
     query, key, value = (
         np.asarray(seen["self"][n]["__call__"][0]).reshape(2, 5, 2, 4) for n in ("query", "key", "value")
@@ -80,9 +95,9 @@ def test_bert_over_more_keys_with_padding():
     np.testing.assert_allclose(np.reshape(seen["output"]["dense"]["__call__"][0], (2, 5, 8)), expected, atol=1e-5)
 
 
-def test_reparametrised_prefix_is_the_network_of_the_paper_and_shares_all_but_its_last_layer():
+def test_a_reparametrized_prefix_is_the_network_of_the_paper_and_shares_all_but_its_last_layer():
     model, x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8), jnp.ones((1, 5, 6))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = parameters(model, x)
     method = jpeft.PrefixTuning(length=LENGTH, reparametrize=True, hidden=7, embedding=4)
     peft, adapter = leaves(method, model, params, x)
     shared = {k: np.asarray(v, np.float64) for k, v in adapter["prefix_tuning"].items()}
@@ -94,16 +109,21 @@ def test_reparametrised_prefix_is_the_network_of_the_paper_and_shares_all_but_it
     }
     direct = jpeft.PrefixTuning(length=LENGTH).bind(model, params, x)
     plain = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), plain)
-    np.testing.assert_allclose(peft.apply(params, adapter, x), direct.apply(params, plain, x), atol=1e-5)
+
+    @jax.jit
+    def run(params, adapter, plain):
+        return peft.apply(params, adapter, x), direct.apply(params, plain, x)
+
+    np.testing.assert_allclose(*run(params, adapter, plain), atol=1e-5)
 
 
-def test_bottleneck_is_pfeiffers_adapter_after_the_sublayer():
-    model, x = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(2)]), jax.random.normal(jax.random.key(0), (3, 4))
-    params = model.init(jax.random.key(0), x)["params"]
+def test_a_bottleneck_is_pfeiffers_adapter_after_the_sublayer():
+    model, x = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(2)]), numbers(3, 4)
+    params = parameters(model, x)
     peft, adapter = leaves(jpeft.Bottleneck(targets="layers_0", size=2, scale=0.5), model, params, x)
     own = {k: np.asarray(v, np.float64) for k, v in adapter["layers_0"].items()}
     h = np.asarray(x) @ params["layers_0"]["kernel"] + params["layers_0"]["bias"]
     inner = np.maximum(h @ own["bottleneck_down"] + own["bottleneck_down_bias"], 0)
     h = h + 0.5 * (inner @ own["bottleneck_up"] + own["bottleneck_up_bias"])
     expected = np.maximum(h, 0) @ params["layers_2"]["kernel"] + params["layers_2"]["bias"]
-    np.testing.assert_allclose(peft.apply(params, adapter, x), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda p, a: peft.apply(p, a, x))(params, adapter), expected, atol=1e-5)
