@@ -17,9 +17,17 @@ SUMMARY = "Estimate memory, time and traffic of a training step on hardware you 
 _PICTURES = (".png", ".svg", ".pdf")
 
 
+_SEVERAL = "; with --sweep a list, or several values if not given"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_hardware(parser)
+    _add_job(parser)
+    _add_output(parser)
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    several = "; with --sweep a list, or several values if not given"
     add(
         "--model",
         required=True,
@@ -38,24 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="AXES",
-        help=f"device mesh, such as fsdp=8,tensor=2 (default: all devices on fsdp); may be repeated{several}",
+        help=f"device mesh, such as fsdp=8,tensor=2 (default: all devices on fsdp); may be repeated{_SEVERAL}",
     )
-    add(
-        "--batch", "--batch-size", type=_counts, default=[], metavar="INT", help=f"rows per step (default: 16){several}"
-    )
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    rows = "rows per step (default: 16); with --sweep a list"
+    add("--batch", "--batch-size", type=_counts, default=[], metavar="INT", help=rows)
     add("--seq", "--max-length", type=int, default=2048, metavar="INT", help="tokens per row (default: 2048)")
     add(
         "--remat",
         type=_choices("full", "dots", "offload", "none"),
         default=[],
-        help=f"as for finetune (default: full){several}",
+        help=f"as for finetune (default: full){_SEVERAL}",
     )
     add(
         "--quantize",
         type=_choices("none", *SCHEMES),
         default=[],
         metavar="SCHEME",
-        help=f"none (default), {', '.join(SCHEMES)}{several}",
+        help=f"none (default), {', '.join(SCHEMES)}{_SEVERAL}",
     )
     add_dtype(parser, "dtype of base weights and activations", default="bfloat16")
     add("--accumulate", type=int, default=1, metavar="INT", help="micro-batches per batch (default: 1)")
@@ -72,6 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any other field of the method",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--no-base",
         action="store_true",

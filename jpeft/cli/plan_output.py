@@ -65,7 +65,7 @@ def show_sweep(outcomes: Sequence[Outcome], price: float | None, as_json: bool) 
 
 
 def draw(outcomes: Sequence[Outcome], path: Path | None) -> None:
-    """Draws the plans, the cheapest first, if a path is given and there are any."""
+    """Draws the plans, the cheapest first. Does nothing without a path or without a plan."""
     from jpeft.planning import report
     from jpeft.recipes.plan_sweep import cheapest_first
 

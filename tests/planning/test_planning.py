@@ -144,16 +144,18 @@ def test_arguments_are_the_bytes_on_one_device(llama):
 
 
 def by_hand(devices, scanned):
-    """FLOPs of a device: LoRA on all linear layers, layers computed again, attention as CPUs run it. There are two,
-    for attention has a checkpoint of its own, and not every version of XLA sees that QK' has been computed again."""
+    """FLOPs of a device: LoRA on all linear layers, remat of layers, attention as CPUs compute it.
+
+    Two values: attention has its own checkpoint, and not every XLA version shares the recomputation of QK'.
+    """
     cfg, tokens = DecoderConfig(**LLAMA), ROWS * LENGTH // devices
     heads, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     hidden, wide = cfg.hidden_size, cfg.intermediate_size
     shapes = [(hidden, heads), (hidden, kv), (hidden, kv), (heads, hidden), (hidden, wide), (hidden, wide),
               (wide, hidden)]  # fmt: skip
     weights = sum(i * o for i, o in shapes)
-    linear = 2 * weights + 2 * weights + 2 * (weights - wide * hidden)  # y; dx; again, where something needs y
-    # xA again, dy B', and the two gradients. Before a product there is W + AB, of the weight's own piece, twice.
+    linear = 2 * weights + 2 * weights + 2 * (weights - wide * hidden)  # y; dx; y again, where needed
+    # xA again, dy B', and the two gradients. W + AB is computed before a product, for the device's shard, twice.
     lora = sum(4 * RANK * (i + o) for i, o in shapes)
     sums = 2 * 2 * RANK * weights / devices
     scores = 2 * LENGTH * heads
@@ -161,7 +163,7 @@ def by_hand(devices, scanned):
     more = tokens * cfg.num_hidden_layers * scores
     head = 3 * 2 * hidden * cfg.vocab_size  # a chunk's logits, again, dx
     total = tokens * (cfg.num_hidden_layers * (linear + lora + attention) + head) + cfg.num_hidden_layers * sums
-    # What comes into the first layer needs no gradient: told where that layer stands for itself.
+    # The first layer's input needs no gradient, which XLA sees only in unrolled layers.
     total -= 0 if scanned else tokens * 2 * (hidden * heads + 2 * hidden * kv)
     return pytest.approx(total, rel=0.005), pytest.approx(total + more, rel=0.005)
 
@@ -202,7 +204,7 @@ def test_no_adapter_share_for_one_device_or_without_against_base():
 
 @pytest.mark.exhaustive
 def test_a_quantized_base_on_another_mesh_with_gradient_accumulation(llama):
-    """Real arrays on eight devices; planned for four, on axes of the same names."""
+    """Arrays on eight devices, planned for four with axes of the same names."""
     step, params, names = job(quantize="nf4", accumulate=2)
     there, four = mesh_of((2, 4), ("data", "fsdp")), mesh_of((2, 2), ("data", "fsdp"))
     base = jpeft.shard(zeros(params), there, names=names)
@@ -277,7 +279,7 @@ def test_spellings_of_meshes():
     topology = parse("cpu:8")
     concrete, abstract = jax.make_mesh((2, 4), ("data", "fsdp")), AbstractMesh((2, 4), ("data", "fsdp"))
     asked = ["data=2,fsdp=4", " data = 2, fsdp = 4", {"data": 2, "fsdp": 4}, concrete, abstract]
-    kinds = (AxisType.Auto,) * 2  # whatever the mesh's own: XLA spreads what the step leaves open
+    kinds = (AxisType.Auto,) * 2  # whatever the given mesh has, XLA propagates shardings
     assert {mesh_for(topology, mesh) for mesh in asked} == {abstract.update(axis_types=kinds)}
     assert mesh_for(topology).shape_tuple == (("fsdp", 8),)
 
@@ -329,7 +331,7 @@ def test_a_failing_compiler_is_one_line(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("seen_on", ["", "v5p:2x2x1"])
 def test_a_program_that_the_compiler_rejects(seen_on, llama):
     said = (Path(__file__).parent / "data" / "hlo_refused.txt").read_text()
-    if seen_on:  # newer compilers name no buffers: the same step is seen on chips that have more room
+    if seen_on:  # newer compilers name no buffers; they are listed for chips with more memory
         said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 739.76M of 738.00M hbm."
     topology = parse("v5e:2x2")
     step, *inputs = own(True)
@@ -354,7 +356,7 @@ def test_a_program_that_the_compiler_rejects(seen_on, llama):
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """A folder of the test's own, with a Llama's `config.json` as a file and a BERT's in a folder."""
+    """A working folder with a Llama's `config.json` as a file and a BERT's in a folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 1}))
     (tmp_path / "odd.json").write_text(json.dumps({**LLAMA, "vocab_size": 513}))
@@ -372,7 +374,7 @@ def run(text):
 
 
 def config_of(command):
-    """As `jpeft finetune` reads it."""
+    """The configuration and arguments that `jpeft finetune` parses."""
     args = main._parser().parse_args(shlex.split(command)[1:])
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     return Config(**{**given, "settings": dict(given.get("settings", {}))}), args
@@ -437,7 +439,7 @@ def test_a_sweep_prints_a_table_and_the_errors_of_the_rest(there, capsys, compil
     out, err = capsys.readouterr()
     lines = out.splitlines()
     rows = [line for line in lines if line.startswith("data=2,fsdp=2 batch ")]
-    assert [row.split()[2] for row in rows] == ["8", "16"]  # by memory, where nothing is known of cost
+    assert [row.split()[2] for row in rows] == ["8", "16"]  # by memory, because the cost is unknown
     missing = [line for line in lines if line.startswith("left out: ")]
     assert (
         len(missing) == 4
@@ -574,11 +576,11 @@ def test_a_stopped_command_ends_its_compilers(there, number, status):
             time.sleep(0.1)
         pids = [int(path.stem) for path in found]
         assert len(pids) == 2 and all(map(alive, pids)) and len(list((there / "tmp").glob("jpeft-plan-*"))) == 2
-        time.sleep(1)  # both are known to who waits for them
+        time.sleep(1)  # the command waits for both
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        if process.poll() is None:  # Python loses an interrupt that falls into a finalizer; people press again
+        if process.poll() is None:  # Python loses an interrupt during a finalizer; users press again
             process.send_signal(number)
         assert process.wait(60) == status
         assert "interrupted" in process.stderr.read()

@@ -215,7 +215,7 @@ class _Liveness:
         return [aliases[i] if i in aliases else self._allocate(instruction, leaf) for i, leaf in enumerate(leaves)]
 
     def _place_start(self, instruction: Instruction, given: list[_Place]) -> list[_Place]:
-        """For a tuple (operands, result, context); copy-start's is (result, operand, context)."""
+        """The buffers of a tuple (operands, result, context); copy-start's is (result, operand, context)."""
         shape = instruction.shape
         if isinstance(shape, Leaf) or instruction.opcode == "all-reduce-start":
             return [self._allocate(instruction, leaf) for leaf in instruction.leaves]

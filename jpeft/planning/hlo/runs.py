@@ -1,4 +1,4 @@
-"""How often each computation of a program runs: bodies of loops as often as the loop turns."""
+"""Run counts of a program's computations: a loop's body counts once per trip."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def loop_invariant(body: Computation, init: Value, index: int | None) -> int:
 
 
 def trip_count(module: Module, loop: Instruction, init: Value) -> int:
-    """How many times a loop's body runs: as XLA annotated it, or found from its condition.
+    """The trip count of a loop: from XLA's annotation, or derived from its condition.
 
     Raises:
       UnknownValue: the condition reads more than counters that change by a constant amount.
