@@ -543,7 +543,7 @@ class Decoder(nn.Module):
 
 
 @pytest.mark.parametrize("method", [
-    jpeft.LoRA(rank=2, targets=r".*/(query|value)"),
+    pytest.param(jpeft.LoRA(rank=2, targets=r".*/(query|value)"), marks=pytest.mark.exhaustive),
     jpeft.Chain(jpeft.LoRA(rank=2), jpeft.LoRA(rank=3, targets=["embed"])),
     jpeft.Chain(jpeft.IA3(targets=["key", "value", "down"], feedforward=["down"]), jpeft.BitFit(exclude=["key/bias"])),
     jpeft.Chain(jpeft.Bottleneck(size=2, activation="tanh"), jpeft.PrefixTuning(length=2)),
@@ -566,7 +566,7 @@ def test_three_steps_of_a_scanned_decoder_change_every_adapter_leaf_and_no_base_
         updates, state = tx.update(grads, state, adapter)
         return optax.apply_updates(adapter, updates), state, value
 
-    adapter, state, losses = start, tx.init(start), []
+    adapter, state, losses = start, jax.jit(tx.init)(start), []
     for _ in range(3):
         adapter, state, value = step(params, adapter, state)
         losses.append(float(value))
@@ -713,11 +713,16 @@ def test_adapter_dropout_drops_at_its_rate_and_keeps_the_mean():
     params = parameters(model, x)
     peft = jpeft.LoRA(rank=2, dropout=0.25, targets=r".*").bind(model, params, x)
     adapter = moved(peft, params)
-    base, plain = model.apply({"params": params}, x), peft.apply(params, adapter, x)
-    dropped = peft.apply(params, adapter, x, rngs={"dropout": jax.random.key(0)})
+
+    @jax.jit
+    def run(params, adapter, key):
+        dropped = peft.apply(params, adapter, x, rngs={"dropout": key})
+        return model.apply({"params": params}, x), peft.apply(params, adapter, x), dropped
+
+    base, plain, dropped = map(np.asarray, run(params, adapter, jax.random.key(0)))
     close((dropped - base).mean(0), (plain - base).mean(0), 0.03)
     # Each entry of the input is kept with 3/4 and scaled by 4/3: the variance of x A is 1/3 of the sum of its squares.
-    change = ((1 / 3) * (adapter["lora_a"] @ adapter["lora_b"]) ** 2).sum(0)
+    change = ((1 / 3) * (np.asarray(adapter["lora_a"]) @ np.asarray(adapter["lora_b"])) ** 2).sum(0)
     close((dropped - plain).var(0) / change, jnp.ones(3), 0.1)
 
 
@@ -728,9 +733,16 @@ def test_every_scanned_layer_draws_its_own_and_an_unsplit_rng_is_an_error():
     params = parameters(split, X)
     peft = lora.bind(split, params, X)
     adapter = moved(peft, params)
-    assert differ(peft.apply(params, adapter, X, rngs=rngs), peft.apply(params, adapter, X))
     unsplit = lora.bind(shared, params, X)
-    close(unsplit.apply(params, adapter, X), peft.apply(params, adapter, X))
+
+    @jax.jit
+    def run(params, adapter):
+        dropped = peft.apply(params, adapter, X, rngs=rngs)
+        return dropped, peft.apply(params, adapter, X), unsplit.apply(params, adapter, X)
+
+    dropped, plain, plain_unsplit = run(params, adapter)
+    assert differ(dropped, plain)
+    close(plain_unsplit, plain)
     with pytest.raises(ValueError, match=r"'layers/op'.*split_rngs=.'dropout': True"):
         unsplit.apply(params, adapter, X, rngs=rngs)
 
@@ -837,8 +849,14 @@ def test_the_bare_interceptor_says_where_combine_is_not_enough(model):
     adapter = moved(peft, params)
     with peft.intercept(), pytest.raises(ValueError, match=r"give the model peft.overlay\(params, adapter\)"):
         model.apply({"params": jpeft.combine(params, adapter)}, x)
-    with peft.intercept():
-        close(model.apply({"params": peft.overlay(params, adapter)}, x), peft.apply(params, adapter, x))
+
+    @jax.jit
+    def run(params, adapter):
+        with peft.intercept():
+            y = model.apply({"params": peft.overlay(params, adapter)}, x)
+        return y, peft.apply(params, adapter, x)
+
+    close(*run(params, adapter))
 
 
 def test_a_call_of_another_form_than_was_bound_is_an_error_and_not_a_wrong_number():
@@ -846,7 +864,8 @@ def test_a_call_of_another_form_than_was_bound_is_an_error_and_not_a_wrong_numbe
     params = parameters(model, x)
     peft = LORA.bind(model, params, x)
     adapter = moved(peft, params)
-    close(peft.apply(params, adapter, x[0]), peft.apply(params, adapter, x)[0])
+    apply = jax.jit(peft.apply)
+    close(apply(params, adapter, x[0]), apply(params, adapter, x)[0])
     batched, y = nn.DenseGeneral(3, axis=(-1,), batch_dims=(0,)), jnp.ones((2, 3, 4))
     own = parameters(batched, y)
     other = LORA.bind(batched, own, y)
