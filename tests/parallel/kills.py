@@ -1,12 +1,12 @@
-"""Kills training at random moments, and sees that nothing committed is lost.
+"""Kills training at random moments and checks that no committed checkpoint is lost.
 
-    python tests/kills.py [--kills 100] [--processes 4] [--devices 1] [--steps 40] [--seed 0]
+    python tests/parallel/kills.py [--kills 100] [--processes 4] [--devices 1] [--steps 40] [--seed 0]
 
-A small model is trained to the end once, undisturbed. Then the same command line, with --resume, is started again and
-again and one of its processes is killed (SIGKILL) after a random time, every second time while a checkpoint is being
-written. Each time: the others end by themselves, with a status that is not 0; the next start goes on from the last
-checkpoint that was committed, or a later one; and where a run reaches its end, its adapter and what it logged are those
-of the undisturbed run, to the bit. Then another run begins.
+A small model is trained once without interruption. Then the same command, with --resume, is started again and again,
+and one of its processes is killed (SIGKILL) after a random time, every second time while a checkpoint is being
+written. Each time, the others must exit by themselves with a status other than 0, and the next start must resume from
+the last committed checkpoint or a later one. A run that reaches its end must have the adapter and the log of the
+uninterrupted run, bit for bit; then another run begins.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import many
+from tests.parallel import many
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "tea", "sun", "rain"]
-PATIENCE = 300  # seconds for a start, or an end
+TIMEOUT = 300  # seconds within which processes must end
 
 
 def write_job(folder: Path) -> list[str]:
-    """A model and data to train it on, written by a fork; the command line but for where the run goes."""
+    """Writes a model and training data, in a fork; returns the command line without --out."""
     if not (pid := os.fork()):
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         from tests.folders import write_llama
 
         (folder / "model").mkdir()
@@ -53,12 +52,12 @@ def write_job(folder: Path) -> list[str]:
 
 
 def committed(run: Path) -> int:
-    """The step of the last checkpoint there, 0 if none."""
+    """The step of the last committed checkpoint, or 0."""
     return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
 def outcome(run: Path) -> tuple[bytes, list[dict]]:
-    """What a run came to: its adapter, and its log without times."""
+    """The result of a run: its adapter, and its log without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "compiled", "tokens_per_second")
     return (run / "adapter/adapter.safetensors").read_bytes(), [
@@ -67,10 +66,10 @@ def outcome(run: Path) -> tuple[bytes, list[dict]]:
 
 
 def unfinished(run: Path) -> set[tuple[str, int]]:
-    """The saves that are under way there, and those that a kill cut short."""
+    """Saves in progress, and remains of saves that a kill interrupted."""
     found = set()
     for path in (run / "checkpoints").glob("*tmp*"):
-        with contextlib.suppress(FileNotFoundError):  # it just got its name
+        with contextlib.suppress(FileNotFoundError):  # it was committed meanwhile
             found.add((path.name, path.stat().st_ino))
     return found
 
@@ -78,9 +77,18 @@ def unfinished(run: Path) -> set[tuple[str, int]]:
 def disturb(
     run: Path, started: list[many.Process], left: set, chance: random.Random, longest: float, saving: bool
 ) -> str | None:
-    """Kills one process at a random moment; says when that was, None if the run had ended before.
+    """Kills one process at a random moment.
 
-    `left` is what was unfinished when they were started.
+    Args:
+      run: the folder of the run.
+      started: its processes.
+      left: `unfinished` saves from before they were started.
+      chance: the random numbers.
+      longest: seconds that an uninterrupted run takes.
+      saving: whether to wait for a save first.
+
+    Returns:
+      The phase in which the kill fell; None if the run had ended before.
     """
 
     def until(reached: Callable[[], bool]) -> bool:
@@ -111,7 +119,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    chance, told, began = random.Random(args.seed), Counter(), time.monotonic()
+    chance, counts, began = random.Random(args.seed), Counter(), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="jpeft-kills-"))
     many.cache_compiled(folder / "compiled")
     command = [*write_job(folder), "--steps", str(args.steps)]
@@ -122,9 +130,9 @@ def main() -> int:
         return many.launch([*command, "--out", run], folder, args.processes, args.devices)
 
     longest = 0.0
-    for name in ("undisturbed", "again"):  # the second, which compiles nothing, is as fast as those to come
+    for name in ("undisturbed", "again"):  # the second compiles nothing, like those to come
         moment, started = time.monotonic(), start(name)
-        assert many.wait(started, PATIENCE) and not any(p.status for p in started), started[0].said("err")
+        assert many.wait(started, TIMEOUT) and not any(p.status for p in started), started[0].output_of("err")
         longest = time.monotonic() - moment
     wanted = outcome(folder / "undisturbed")
     assert outcome(folder / "again") == wanted, "two undisturbed runs differ"
@@ -135,38 +143,38 @@ def main() -> int:
         before, left = committed(run), unfinished(run)
         started = start(run.name)
         when = disturb(run, started, left, chance, longest, saving=kills % 2 == 1)
-        assert many.wait(started, PATIENCE), f"{run}: hangs after a kill {when}"
+        assert many.wait(started, TIMEOUT), f"{run}: hangs after a kill {when}"
         status = [process.status for process in started]
-        said = started[0].said("out")
-        if (found := re.search(r"continuing after step (\d+)", said)) is not None:
-            assert int(found[1]) >= before, f"{run}: went on from step {found[1]}, but {before} was committed"
+        output = started[0].output_of("out")
+        if (found := re.search(r"continuing after step (\d+)", output)) is not None:
+            assert int(found[1]) >= before, f"{run}: resumed from step {found[1]}, but {before} was committed"
         else:
-            assert before == 0 or when is not None, f"{run}: began anew, but step {before} was committed: {said}"
-        assert "cannot be read" not in said, said
+            assert before == 0 or when is not None, f"{run}: started over, but step {before} was committed: {output}"
+        assert "cannot be read" not in output, output
         if when is not None and any(status):
-            # one that was killed on its way out, when all was written, leaves the others' success as it is
+            # a process killed while exiting, with all files written, does not make the others fail
             ended = (run / "result.json").exists()
-            assert ended or all(status), f"{run}: a process was killed {when}, and the others end with {status}"
+            assert ended or all(status), f"{run}: a process was killed {when}, and the others exited with {status}"
             kills += 1
-            told[when] += 1
+            counts[when] += 1
         else:
             assert not any(status), f"{status}: {[process.said('err')[-500:] for process in started]}"
         if (run / "result.json").exists():
-            assert outcome(run) == wanted, f"{run}: not what the undisturbed run came to"
-            told["runs to the end, bit-identical"] += 1
+            assert outcome(run) == wanted, f"{run}: not the result of the undisturbed run"
+            counts["runs to the end, bit-identical"] += 1
             shutil.rmtree(run)
             runs += 1
             run = folder / f"run{runs}"
         if kills and kills % 10 == 0 and when is not None:
-            print(f"{kills} kills, {time.monotonic() - began:.0f} s: {dict(told)}", flush=True)
-    while not (run / "result.json").exists():  # the last one too
+            print(f"{kills} kills, {time.monotonic() - began:.0f} s: {dict(counts)}", flush=True)
+    while not (run / "result.json").exists():  # finish the last run
         started = start(run.name)
-        assert many.wait(started, PATIENCE) and not any(process.status for process in started)
+        assert many.wait(started, TIMEOUT) and not any(process.status for process in started)
     assert outcome(run) == wanted
-    told["runs to the end, bit-identical"] += 1
+    counts["runs to the end, bit-identical"] += 1
     shutil.rmtree(folder)
     print(
-        f"{kills} kills of {args.processes} process(es), {time.monotonic() - began:.0f} s: {dict(told)}; nothing lost"
+        f"{kills} kills of {args.processes} process(es), {time.monotonic() - began:.0f} s: {dict(counts)}; nothing lost"
     )
     return 0
 

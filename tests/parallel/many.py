@@ -1,8 +1,8 @@
-"""Runs the command line as one process or several, each a fork of this one: what it imports is imported once.
+"""Runs the command line in one or several processes, each a fork of this one, which imports everything once.
 
-    python tests/many.py PLAN.json     launches what the plan says, one after another, and adds what came of each
+    python tests/parallel/many.py PLAN.json     runs the launches of a plan in turn, and adds their results to it
 
-Nothing here touches a device: that is for the forks to do.
+Only the forks touch devices.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax  # what the forks will need
-import jpeft.distributed
-import jpeft.finetune
+import jax  # imported here for the forks
 
-import jpeft.cli.main
+import jpeft.parallel.distributed
+import jpeft.recipes.finetune  # noqa: F401
+from jpeft.cli.main import main as run_jpeft
 
 
 @dataclass
 class Process:
-    """A fork, and where it writes."""
+    """A fork, and the path of its output files."""
 
     pid: int
     output: Path
@@ -33,7 +33,7 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs; its exit status is known after."""
+        """Whether it still runs. Sets `status` when it has ended."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -44,7 +44,7 @@ class Process:
         if self.alive:
             os.kill(self.pid, number)
 
-    def said(self, stream: str) -> str:
+    def output_of(self, stream: str) -> str:
         return Path(f"{self.output}.{stream}").read_text(errors="replace")
 
 
@@ -58,10 +58,16 @@ def launch(
     folders: list[str] | None = None,
     more: list[list[str]] | None = None,
 ) -> list[Process]:
-    """`jpeft ARGUMENTS` in a folder, as so many processes with so many devices each.
+    """Starts `jpeft ARGUMENTS` as several processes.
 
-    The last `absent` of them never start; `folders` are where each works, if not all in `folder`; `more` is what each
-    is told beside.
+    Args:
+      folder: the working directory.
+      processes: how many.
+      devices: CPU devices of each.
+      name: of the output files.
+      absent: how many of the last processes are not started.
+      folders: the working directories, if they differ; relative to `folder`.
+      more: further arguments of each process.
     """
     started = []
     address = f"127.0.0.1:{free_port()}"
@@ -75,17 +81,19 @@ def launch(
 
 
 def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
-    """One `jpeft ARGUMENTS`; its number."""
+    """Starts one `jpeft ARGUMENTS`; its process id."""
     if pid := os.fork():
         return pid
     status = 70
     try:
+        # A shell that starts its commands in the background lets them ignore interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
         for stream, descriptor in (("out", 1), ("err", 2)):
             os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        let_all_write_compiled()
+        let_all_processes_write_the_cache()
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        status = jpeft.cli.main.main(arguments)
+        status = run_jpeft(arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
@@ -97,14 +105,16 @@ def fork(arguments: list[str], folder: Path, devices: int, output: Path) -> int:
 
 
 def cache_compiled(folder: Path) -> None:
-    """What is compiled is kept there, for the forks to find."""
+    """Keeps compiled programs in a folder, for all forks."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def let_all_write_compiled() -> None:
-    """JAX lets process 0 alone write to the cache of compiled programs, but on CPUs each process has keys of its own,
-    so that the others would compile at every start."""
+def let_all_processes_write_the_cache() -> None:
+    """Lets every process write compiled programs to the cache.
+
+    JAX lets process 0 alone. On CPU each process has its own keys, so the others would compile at every start.
+    """
     from jax._src import compiler, distributed
 
     write = compiler._cache_write
@@ -121,7 +131,7 @@ def let_all_write_compiled() -> None:
 
 
 def wait(processes: list[Process], within: float) -> bool:
-    """Whether all end in so many seconds; if not, they are killed."""
+    """Whether all end within so many seconds. Kills them if not."""
     deadline = time.monotonic() + within
     while any(process.alive for process in processes):
         if time.monotonic() > deadline:
@@ -133,13 +143,13 @@ def wait(processes: list[Process], within: float) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def tear(run: Path) -> None:
-    """Cuts the files of a run's newest checkpoint short."""
+def truncate(run: Path) -> None:
+    """Truncates the array files of a run's newest checkpoint."""
     newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
     for file in (newest / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])
@@ -151,8 +161,8 @@ def main(plan: Path) -> None:
     for number, each in enumerate(launches):
         began, after = time.monotonic(), each.pop("kill", None)
         within = each.pop("within", 240)
-        if torn := each.pop("tear", None):
-            tear(plan.parent / torn)
+        if run := each.pop("truncate", None):
+            truncate(plan.parent / run)
         started = launch(folder=plan.parent, name=f"log{number}", **each)
         if after:  # {"file": path, "holds": text, "process": index, "signal": number}
             path = plan.parent / after["file"]
@@ -163,7 +173,7 @@ def main(plan: Path) -> None:
         each["ended"] = wait(started, within)
         each["seconds"] = time.monotonic() - began
         each["status"] = [process.status for process in started]
-        each["out"], each["err"] = ([process.said(stream) for process in started] for stream in ("out", "err"))
+        each["out"], each["err"] = ([process.output_of(stream) for process in started] for stream in ("out", "err"))
     plan.write_text(json.dumps(launches))
 
 
