@@ -1,5 +1,7 @@
-"""`jpeft finetune --task chat` on a tiny Llama: the loss, a whole run, its resumption, its use, and mistakes."""
+"""The chat task on a tiny Llama: its loss, a whole run, resuming it, using it, and user errors."""
 
+import contextlib
+import functools
 import io
 import itertools
 import json
@@ -51,10 +53,11 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def there(home, monkeypatch, tmp_path):
+def working_directory(home, monkeypatch, tmp_path):
+    """A directory of its own for each test, with links to the models and the data."""
     link(home, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jpeft.talk.keep_compiled", lambda: None)
+    monkeypatch.setattr("jpeft.serving.text_generator.keep_compiled", lambda: None)
 
 
 def job(out, *more):
@@ -66,85 +69,105 @@ def job(out, *more):
 @pytest.fixture(scope="module")
 def finished(home, tmp_path_factory):
     """A run that nothing interrupted."""
-    out, before = tmp_path_factory.mktemp("finished") / "run", Path.cwd()
-    os.chdir(home)
-    try:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with contextlib.chdir(home):
         assert main(job(out)) == 0
-    finally:
-        os.chdir(before)
     return out
 
 
-def ready(packed=True, **config):
-    options = {"task": "chat", "model": "llama", "data": "train.jsonl", "eval": "test.jsonl", "batch_size": 2}
-    return prepare(Config(**options, max_length=WIDTH * 2, packed=packed, **config), NullReporter())
+@pytest.fixture(scope="module")
+def short(home, tmp_path_factory):
+    """A run of three steps on data with an example that is too long, and its output."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    write(out.parent / "long.jsonl", [*sums(24, 0), {"question": "1?", "answer": "x" * 200}])
+    data = ["--data", str(out.parent / "long.jsonl"), "--samples", "0", "--steps", "3"]
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(job(out, *data)) == 0
+    return out, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def prepared(home):
+    """A function from a quantization scheme to a job, prepared once for each."""
+
+    @functools.cache
+    def prepared(quantize):
+        options = {"task": "chat", "model": "llama", "data": "train.jsonl", "eval": "test.jsonl", "batch_size": 2}
+        with contextlib.chdir(home):
+            return prepare(Config(**options, max_length=WIDTH * 2, quantize=quantize), NullReporter())
+
+    return prepared
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-def by_hand(made, adapter):
-    """Mean over all answer tokens, each example alone, by the whole logits."""
+def by_hand(job, adapter):
+    """The mean over all answer tokens, from the complete logits of each example alone."""
+    examples = [np.pad(ids, (0, WIDTH - len(ids))) for ids in job.train.encoded.ids]
+    logits = np.asarray(jax.jit(job.peft.apply)(job.params, adapter, np.stack(examples)))
     total, count = 0.0, 0
-    run = jax.jit(lambda ids: made.peft.apply(made.params, adapter, ids))
-    for ids, answer in zip(made.train.encoded.ids, made.train.encoded.assistant_mask, strict=True):
-        padded = np.pad(ids, (0, WIDTH - len(ids)))[None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(run(padded)[0, : len(ids) - 1], ids[1:])
+    for row, ids, answer in zip(logits, job.train.encoded.ids, job.train.encoded.assistant_mask, strict=True):
+        losses = optax.softmax_cross_entropy_with_integer_labels(row[: len(ids) - 1], ids[1:])
         total, count = total + float(losses[answer[1:]].sum()), count + int(answer[1:].sum())
     return total / count, count
 
 
-def noisy(made):
-    adapter = made.peft.init(jax.random.key(0), made.params)
-    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), adapter)
+def noisy_adapter(job):
+    @jax.jit
+    def make(params):
+        adapter = job.peft.init(jax.random.key(0), params)
+        return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), adapter)
+
+    return make(job.params)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_packed_loss_is_that_of_every_example_alone(quantize):
-    made = ready(quantize=quantize)
-    adapter = noisy(made)
-    wanted, count = by_hand(made, adapter)
+def test_packed_loss_equals_the_loss_of_every_example_alone(prepared, quantize):
+    job = prepared(quantize)
+    adapter, score = noisy_adapter(job), chat.scorer(job.peft)
+    expected, count = by_hand(job, adapter)
     for packed in (True, False):
-        batches = Batches(made.train.encoded, 2, WIDTH * 2, seed=3, packed=packed)
+        batches = Batches(job.train.encoded, 2, WIDTH * 2, seed=3, packed=packed)
         assert batches.count.answer_tokens == count
-        score = chat.scorer(made.peft)
-        assert chat.evaluate(score, made.params, adapter, batches).loss == pytest.approx(wanted, abs=1e-5)
+        assert chat.evaluate(score, job.params, adapter, batches).loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-    made = ready(quantize="none")
-    adapter, batch = noisy(made), chat.balanced(next(iter(made.train)))
+@pytest.mark.parametrize("accumulate", [4, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(prepared, accumulate):
+    job = prepared("none")
+    adapter, batch = noisy_adapter(job), chat.balanced(next(iter(job.train)))
     batch = jax.tree.map(lambda x: np.concatenate([x, np.roll(x, 3, 0)[::-1]]), batch)
-    batch.weight[0, :50] = 0  # rows that weigh differently
+    batch.weight[0, :50] = 0  # rows with different weights
     batch, tx = chat.balanced(batch), optax.sgd(1.0)
-    found = []
-    for accumulate in (1, 2, 4):
-        step = jpeft.train_step(made.peft, chat.loss_fn(made.peft), tx, accumulate=accumulate, donate=False)
-        state = jpeft.TrainState.create(made.peft, adapter, tx, jax.random.key(0))
-        state, metrics = step(state, made.params, batch)
-        found.append((metrics, state.adapter))
-    for metrics, trained in found[1:]:
-        assert float(metrics["loss"]) == pytest.approx(float(found[0][0]["loss"]), abs=1e-5)
-        assert float(metrics["accuracy"]) == pytest.approx(float(found[0][0]["accuracy"]), abs=1e-6)
-        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(found[0][1]), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+    def run(accumulate):
+        step = jpeft.train_step(job.peft, chat.loss_fn(job.peft), tx, accumulate=accumulate, donate=False)
+        state, metrics = step(jpeft.TrainState.create(job.peft, adapter, tx, jax.random.key(0)), job.params, batch)
+        return metrics, state.adapter
+
+    (expected, whole), (metrics, accumulated) = run(1), run(accumulate)
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
+    assert float(metrics["accuracy"]) == pytest.approx(float(expected["accuracy"]), abs=1e-6)
+    for a, b in zip(jax.tree.leaves(accumulated), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_the_loss_promotes_nothing():
-    made = ready()
-    batch = chat.balanced(next(iter(made.train)))
-    adapter = jax.eval_shape(made.peft.init, jax.random.key(0), made.params)
+def test_the_loss_promotes_nothing(prepared):
+    job = prepared("nf4")
+    batch = chat.balanced(next(iter(job.train)))
+    adapter = jax.eval_shape(job.peft.init, jax.random.key(0), job.params)
     with jax.numpy_dtype_promotion("strict"):
-        loss = jax.value_and_grad(chat.loss_fn(made.peft), has_aux=True)
-        jax.eval_shape(loss, adapter, made.params, batch, jax.random.key(0))
+        loss = jax.value_and_grad(chat.loss_fn(job.peft), has_aux=True)
+        jax.eval_shape(loss, adapter, job.params, batch, jax.random.key(0))
 
 
-def test_no_array_of_all_logits_is_made():
-    made = ready(quantize="none")
-    batch = chat.balanced(next(iter(Batches(made.train.encoded, 40, WIDTH * 2))))
-    adapter = made.peft.init(jax.random.key(0), made.params)
-    grad = jax.grad(chat.loss_fn(made.peft), has_aux=True)
-    text = jax.jit(grad).lower(adapter, made.params, batch, jax.random.key(0)).as_text()
+def test_no_array_holds_all_logits(prepared):
+    job = prepared("none")
+    batch = chat.balanced(next(iter(Batches(job.train.encoded, 40, WIDTH * 2))))
+    adapter = jax.eval_shape(job.peft.init, jax.random.key(0), job.params)
+    grad = jax.grad(chat.loss_fn(job.peft), has_aux=True)
+    text = jax.jit(grad).lower(adapter, job.params, batch, jax.random.key(0)).as_text()
     assert f"{40 * WIDTH * 2}x260x" not in text and f"40x{WIDTH * 2}x260x" not in text and "x260xf32" in text
 
 
@@ -152,7 +175,7 @@ def test_the_default_is_lora_on_all_linear_layers():
     assert build_method(Config(task="chat")) == jpeft.LoRA(rank=8, alpha=16, targets="all-linear")
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------------------------
 
 
 def trained(run):
@@ -163,14 +186,14 @@ def trained(run):
     return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
 
 
-def events(folder):
-    """The scalars of TensorBoard's files, by step and name."""
+def tensorboard_scalars(folder):
+    """The scalars in TensorBoard's files, by step and name."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = {}
     for path in folder.iterdir():
         content = path.read_bytes()
-        while content:  # each record: its length, 4 bytes of a checksum, itself, 4 bytes of another
+        while content:  # a record: its length, a checksum of 4 bytes, the event, another checksum
             size = int.from_bytes(content[:8], "little")
             event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
             found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
@@ -179,21 +202,21 @@ def events(folder):
 
 def test_the_best_adapter_events_and_a_trace(capsys):
     more = ["--epochs", "1", "--samples", "0", "--eval-every", "3", "--keep", "best", "--tensorboard"]
-    write(Path("other.jsonl"), [{"question": "1+1?", "answer": "QXZ~^{}|"}] * 2)  # likelier before than after
+    write(Path("other.jsonl"), [{"question": "1+1?", "answer": "QXZ~^{}|"}] * 2)  # more likely before than after
     assert main([*job("run"), *more, "--profile", "2:2", "--eval", "other.jsonl"]) == 0
     lines = run_folder.read_lines(Path("run/metrics.jsonl"))
     found = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
     result, best = run_folder.read_result(Path("run")), min(found, key=found.get)
-    assert best != max(found), "the last is the best: nothing is tested"
+    assert best != max(found), "the last evaluation is the best, so this tests nothing"
     assert result["step_kept"] == best and result["loss_after"] == found[best]
     assert f"the adapter of step {best} is kept" in capsys.readouterr().out
-    scalars = events(Path("run/tensorboard"))
+    scalars = tensorboard_scalars(Path("run/tensorboard"))
     assert scalars[best, "eval_loss"] == pytest.approx(found[best], rel=1e-6)
     assert {(line["step"], "loss") for line in lines if "loss" in line} <= scalars.keys()
     assert list(Path("run/profile").rglob("*.xplane.pb"))
 
 
-def test_it_learns_and_says_so(finished):
+def test_training_lowers_the_perplexity(finished):
     result = run_folder.read_result(finished)
     assert result["perplexity_after"] < 0.7 * result["perplexity_before"]
     assert result["perplexity_before"] == pytest.approx(math.exp(result["loss_before"]))
@@ -206,67 +229,65 @@ def test_it_learns_and_says_so(finished):
     assert all(sample["right_after"] in (True, False) for sample in result["samples"])
     layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     assert result["total_parameters"] - result["trainable_parameters"] == layers + 2 * 260 * 64 + 64 * 5
-    # 4.127 bits for a weight of a layer, 32 for an embedding's or a norm's; small matrices pay for whole groups
+    # 4.127 bits for a weight of a layer, 32 for one of an embedding or a norm; small matrices fill groups only in part
     assert result["base_memory_bytes"] < layers * 4.4 / 8 + (2 * 260 * 64 + 64 * 5) * 4
     for name in ("loss.png", "metrics.jsonl", "adapter/adapter.safetensors"):
         assert (finished / name).stat().st_size
 
 
-def test_the_last_word_is_a_table_with_samples(finished, capsys):
+def test_a_run_ends_with_a_table_and_samples(finished, capsys):
     assert main(["finetune", "--out", str(finished), "--resume"]) == 0
-    said = capsys.readouterr().out
-    assert all(words in said for words in ("perplexity before", "--- prompt", "--- after", "1 shape (2×128)"))
+    output = capsys.readouterr().out
+    assert all(words in output for words in ("perplexity before", "--- prompt", "--- after", "1 shape (2×128)"))
 
 
 def test_a_stopped_run_resumes_to_the_same_adapter(finished, capsys, monkeypatch):
-    told = NullReporter.progress
     count = itertools.count(1)
 
     def progress(self, *arguments):
-        told(self, *arguments) if isinstance(self, NullReporter) else None
         if next(count) == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("jpeft.cli._Terminal.progress", progress)
+    monkeypatch.setattr("jpeft.cli.terminal.Terminal.progress", progress)
     assert main(job("run")) == 128 + signal.SIGINT
     assert "saved up to step 7" in capsys.readouterr().err
     assert main(job("run", "--resume")) == 0
     assert trained("run") == trained(finished)
-    mine, other = (run_folder.read_result(run)["samples"] for run in (Path("run"), finished))
-    assert mine == other
+    resumed, other = (run_folder.read_result(run)["samples"] for run in (Path("run"), finished))
+    assert resumed == other
 
 
-def test_a_budget_of_steps(capsys):
-    assert main(job("run", "--steps", "3", "--samples", "0")) == 0
-    assert run_folder.read_result(Path("run"))["steps"] == 3 and "--- prompt" not in capsys.readouterr().out
-    assert main(["finetune", "--out", "run", "--resume", "--steps", "4"]) == 1
+def test_a_maximum_of_steps(short, capsys):
+    run, output = short
+    assert run_folder.read_result(run)["steps"] == 3 and "--- prompt" not in output
+    assert main(["finetune", "--out", str(run), "--resume", "--steps", "4"]) == 1
     assert "--steps 4 conflicts with the run's 3" in capsys.readouterr().err
 
 
-def test_a_run_talks_and_is_merged(finished, capsys, monkeypatch, tmp_path):
+def test_a_run_generates_and_is_merged(finished, capsys, monkeypatch, tmp_path):
     question = sums(1, 1)[0]["question"]
-    wanted = run_folder.read_result(finished)["samples"][0]["after"]
+    expected = run_folder.read_result(finished)["samples"][0]["after"]
 
-    def said(*arguments):
+    def output(*arguments):
         assert main([*arguments]) == 0
         return capsys.readouterr().out
 
     options = ["--max-new-tokens", "20"]
-    assert wanted.startswith(said("generate", "--adapter", str(finished), *options, question).rstrip("\n"))
+    assert expected.startswith(output("generate", "--adapter", str(finished), *options, question).rstrip("\n"))
     monkeypatch.setattr("sys.stdin", io.StringIO(question + "\n"))
-    assert wanted.startswith(said("chat", str(finished), *options).rstrip("\n"))
-    said("merge", str(finished), "merged")
-    assert wanted.startswith(said("generate", "--model", "merged", *options, question).rstrip("\n"))
+    assert expected.startswith(output("chat", str(finished), *options).rstrip("\n"))
+    output("merge", str(finished), "merged")
+    assert expected.startswith(output("generate", "--model", "merged", *options, question).rstrip("\n"))
     _, params = models.load("merged")
     assert not jpeft.quantization.is_quantized(params) and (Path("merged") / "tokenizer.json").is_file()
-    said("merge", str(finished), "small", "--requantize")
+    output("merge", str(finished), "small", "--requantize")
     _, params = models.load("small")
     assert jpeft.quantization.is_quantized(params)
     small, whole = (sum(f.stat().st_size for f in Path(p).glob("*.safetensors")) for p in ("small", "merged"))
     assert small < 0.5 * whole
 
 
-def test_over_a_folder_that_is_quantized_already(capsys):
+def test_training_on_a_quantized_folder(capsys):
     assert main(["quantize", "llama", "codes", "--scheme", "int8", "--block", "32", "--no-double"]) == 0
     few = ("--steps", "1", "--samples", "0", "--model", "codes")
     capsys.readouterr()
@@ -279,27 +300,33 @@ def test_over_a_folder_that_is_quantized_already(capsys):
     assert kinds == {("int8", 32, True)}
 
 
-def test_the_adapter_goes_to_huggingface_and_onto_the_full_base(finished):
+def test_the_adapter_loads_on_the_unquantized_base_and_exports_to_huggingface(finished):
     model, params = models.load("llama")
     ids = chat.example_inputs()
-    peft, adapter = jpeft.load(finished / "adapter", model, params, *ids)  # the fingerprint is that of the weights
+    peft, adapter = jpeft.load(
+        finished / "adapter", model, params, *ids
+    )  # its fingerprint is of the unquantized weights
     jpeft.hf.save(Path("hf"), peft, adapter, params)
     assert (Path("hf") / "adapter_model.safetensors").is_file()
 
 
-def test_predicting_with_it_names_the_right_command(finished, capsys):
+def test_predict_names_the_command_for_a_chat_run(finished, capsys):
     assert main(["predict", str(finished), "--text-arg", "x"]) == 1
-    assert f"talk to it: jpeft chat {finished}" in capsys.readouterr().err
+    assert f"use jpeft chat {finished}" in capsys.readouterr().err
 
 
-def test_every_method_trains_over_codes(capsys):
-    for method in ("ia3", "prefix", "bottleneck"):
-        assert main(job(f"run-{method}", "--steps", "1", "--method", method, "--samples", "1", "--lr", "1e-3",
-                        *([] if method != "ia3" else ["--targets", "k_proj,v_proj"]))) == 0  # fmt: skip
-        assert jpeft.config.Config(**run_folder.read_record(Path(f"run-{method}"))["config"]).quantize == "nf4"
+METHODS = {"prefix": (), "ia3": ("--targets", "k_proj,v_proj"), "bottleneck": ()}
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "method", ["prefix", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ia3", "bottleneck"))]
+)
+def test_every_method_trains_on_quantized_weights(method):
+    assert main(job("run", "--steps", "1", "--method", method, "--samples", "1", "--lr", "1e-3", *METHODS[method])) == 0
+    assert Config(**run_folder.read_record(Path("run"))["config"]).quantize == "nf4"
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "task": (["--task", "talk"], "--task must be classify or chat, got 'talk'"),
@@ -310,7 +337,7 @@ MISTAKES = {
     "column": (["--text", "question"], "--text names a column of labeled texts"),
     "length": (["--max-length", "4096"], "--max-length 4096: the model takes at most 128 tokens"),
     "short": (["--max-length", "8"], "none of the 40 examples fits into 8 tokens"),
-    "full": (["--method", "full"], "--method full: codes have no gradient; it needs --quantize none"),
+    "full": (["--method", "full"], "--method full: quantized weights have no gradient; it needs --quantize none"),
     "train": (["--method", "train", "--targets", ".*/kernel"], "which is quantized (nf4)"),
     "accumulate": (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 2"),
     "steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
@@ -319,36 +346,37 @@ BAD_ROWS = {
     "json": ('{"question": ', "bad.jsonl: line 2 is not JSON"),
     "empty answer": ('{"question": "1?", "answer": " "}', "bad.jsonl: line 2: the text in 'answer' is empty"),
     "keys": ('{"text": "1"}', "bad.jsonl: line 2: the keys are 'text'; expected"),
-    "no assistant": ('{"messages": [{"role": "user", "content": "1"}]}', "line 2: 'messages' has no message of the assistant"),
+    "no assistant": (
+        '{"messages": [{"role": "user", "content": "1"}]}',
+        "line 2: 'messages' has no message of the assistant",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_makes_no_run(name, capsys):
-    arguments, says = MISTAKES[name]
+    arguments, message = MISTAKES[name]
     assert main(job("run", *arguments)) in (1, 2)
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1 and not Path("run").exists()
+    assert message in error and error.count("\n") == 1 and not Path("run").exists()
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_by_its_line(name, capsys):
-    row, says = BAD_ROWS[name]
+    row, message = BAD_ROWS[name]
     Path("bad.jsonl").write_text(json.dumps(sums(1, 0)[0]) + "\n" + row + "\n")
     assert main(job("run", "--data", "bad.jsonl")) == 1
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1 and not Path("run").exists()
+    assert message in error and error.count("\n") == 1 and not Path("run").exists()
 
 
-def test_answers_cut_by_the_context_are_left_out_and_counted(capsys):
-    write(Path("long.jsonl"), [*sums(8, 0), {"question": "1?", "answer": "x" * 200}])
-    assert main(job("run", "--data", "long.jsonl", "--samples", "0", "--steps", "1")) == 0
-    said = capsys.readouterr().out
-    assert "1 of 9 examples are longer than 128 tokens and left out (at line 9" in said
-    assert run_folder.read_result(Path("run"))["left_out"] == 1
+def test_answers_longer_than_a_row_are_left_out_and_counted(short):
+    run, output = short
+    assert "1 of 25 examples are longer than 128 tokens and left out (at line 25" in output
+    assert run_folder.read_result(run)["left_out"] == 1
 
 
-def test_a_codec_without_template(home, tmp_path, capsys):
+def test_a_tokenizer_without_chat_template(home, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in (home / "llama").iterdir():
