@@ -19,7 +19,7 @@ class FrontEnd(Protocol):
     """The interface of a front end: static and hashable. ``peft`` is a `Peft` that was bound through it.
 
     Attributes:
-      accepted: the models that it accepts, for error messages, such as "a flax.linen Module".
+      accepted: the models that it accepts, for error messages, such as "a Linen module".
     """
 
     @property

@@ -80,7 +80,7 @@ def select(
         found: set[int] = set()
         for entry, predicate in _predicates(targets):
             hits = {i for i, site in enumerate(candidates) if predicate(site)}
-            # Also for exclude: a misspelled entry would train more than was asked for.
+            # Also for exclude: a misspelled entry would train more than intended.
             if not hits:
                 raise TargetError(_no_match(entry, candidates, what, others, field))
             found |= hits

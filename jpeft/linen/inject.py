@@ -282,11 +282,13 @@ class _Operation:
     def then(self, action: Action, leaves: Leaves, run: Callable[[Any], Any]) -> _Operation:
         """The operation after one more action, which computes its output by ``run``."""
 
+        def weight() -> jax.Array:
+            return merge_weight([action], [leaves], self.weight())
+
         def bias() -> jax.Array | None:
             b = self.bias()
             return None if b is None else merge_bias([action], [leaves], b)
 
-        weight = lambda: merge_weight([action], [leaves], self.weight())  # noqa: E731
         return dataclasses.replace(self, run=run, weight=weight, bias=bias, plain=False)
 
 

@@ -1,4 +1,4 @@
-"""The target language: every form, and what each mistake says."""
+"""The target language: every form of a target, and the error for every mistake."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Trees: the inverses, and that nothing is copied or changed on the way."""
+"""Parameter trees: operations and their inverses, which neither copy nor change arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +61,14 @@ def test_combine_lays_one_tree_over_another_and_changes_neither(base, overlay):
 
 
 @given(TREES)
-def test_holes_and_nothing_give_way(tree):
+def test_holes_and_empty_trees_give_way(tree):
     assert jpeft.combine(tree, holes(tree)) == tree == jpeft.combine(holes(tree), tree)
     assert jpeft.combine(tree, {}) == tree == jpeft.combine({}, tree)
 
 
 @given(TREES, st.data())
 @settings(deadline=None, max_examples=25)
-def test_masked_updates_the_trainable_leaves_alone_and_keeps_no_slots_for_the_rest(tree, data):
+def test_masked_updates_the_trainable_leaves_alone_and_keeps_no_state_for_the_rest(tree, data):
     labels = map_with_path(lambda p, x: data.draw(LABELS), tree)
     params = jax.tree.map(lambda x: np.full((2,), x, np.float32), tree)
     tx = jpeft.masked(optax.sgd(0.5, momentum=0.9), labels)

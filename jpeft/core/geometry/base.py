@@ -35,7 +35,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a module uses one weight: static and hashable, part of a `Peft`.
+    """A module's use of one weight. Static and hashable: it is part of a `Peft`.
 
     A subclass defines `view` and `unview` (the weight). If a call can be computed without the changed weight
     (``fused``), it also defines `operand` and `restore` (the input) and `result` and `output` (the output).
