@@ -1,7 +1,7 @@
 """The methods. To add one: a file in this folder, and its line among the imports below.
 
-`METHODS` is made of those lines; saving and loading, HuggingFace interchange, `jpeft finetune --method` and the contract
-suite in ``tests/core`` read it. `register` adds a method from outside of jpeft.
+`METHODS` is made of those lines. Saving and loading, HuggingFace interchange, `jpeft finetune --method` and the contract
+suite read it. `register` adds a method from outside of jpeft.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def register(cls: M) -> M:
     >>> del METHODS["Shift"]
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)) or cls in _BASES:
-        raise TypeError(f"expected a subclass of WeightMethod, OutputMethod, AttentionMethod or LeafMethod, got {cls!r}")
+        raise TypeError(
+            f"expected a subclass of WeightMethod, OutputMethod, AttentionMethod or LeafMethod, got {cls!r}"
+        )
     if METHODS.get(cls.__name__, cls) is not cls or cls.__name__ == Chain.__name__:
         raise ValueError(f"there is another method called {cls.__name__}; rename the class")
     METHODS[cls.__name__] = cls
