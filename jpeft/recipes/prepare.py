@@ -41,6 +41,7 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
 def build_method(config: Config) -> Method:
     """The method of a configuration, with what its task trains beside it, such as a classification head.
 
+    >>> import jpeft
     >>> build_method(Config()) == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
     True
     """

@@ -74,7 +74,14 @@ def expected(prompt, new=6, **settings):
     model, params, tokenizer = load(Path("llama").resolve())
     ids = tokenizer.encode_chat(prompt) if isinstance(prompt, list) else tokenizer.encode(prompt)
     (tokens,) = jpeft.generate(
-        model, params, [ids], max_new_tokens=new, stop_ids=tokenizer.stop_ids, vocabulary=tokenizer.size, **settings
+        model,
+        params,
+        [ids],
+        max_new_tokens=new,
+        stop_ids=tokenizer.stop_ids,
+        vocabulary=tokenizer.size,
+        min_prompt_length=128,  # one program for all prompts
+        **settings,
     )
     return tokenizer.decode(tokens)
 

@@ -357,6 +357,7 @@ class ChatJob(Job):
 def method_defaults(kind: type[Method]) -> dict[str, Any]:
     """The fields of a method that have another default than the method's own.
 
+    >>> import jpeft
     >>> method_defaults(jpeft.LoRA)
     {'targets': 'all-linear'}
     """

@@ -269,8 +269,9 @@ def method_defaults(kind: type[Method]) -> dict[str, Any]:
 def complete(method: Method) -> Method:
     """The method, with the head trained beside it.
 
-    >>> complete(jpeft.BitFit(exclude=HEAD)).members[1]
-    Train(targets='classifier', exclude=None, overrides=FrozenDict({}))
+    >>> import jpeft
+    >>> complete(jpeft.BitFit(exclude=HEAD)).members[1].targets
+    'classifier'
     """
     return Chain(method, Train(HEAD))
 
