@@ -102,7 +102,7 @@ class Site:
     @property
     def batch(self) -> tuple[int, ...]:
         """Sizes of the batch axes of the weight as a matrix: heads, experts, groups, parts."""
-        return self.geometry.batch if self.geometry is not None else ()
+        return self.geometry.batch if self.geometry is not None and self.kind == "weight" else ()
 
     @property
     def channels(self) -> int:

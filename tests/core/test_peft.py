@@ -12,7 +12,7 @@ import jpeft
 from jpeft.core.tree import flatten, unflatten
 from tests import contract
 from tests.contract import close, differ
-from tests.zoo import LAYERS, METHODS, USES, moved, numbers, parameters
+from tests.zoo import LAYERS, METHODS, USES, Entry, moved, numbers, parameters
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +218,9 @@ def test_a_weight_that_trains_may_have_a_low_rank_update_too(order):
     want = 2 * (x @ kernel + params["block"]["op"]["bias"])
     close(peft.apply(params, adapter, x), want)
     close(model.apply({"params": peft.merge(params, adapter)}, x), want)
+
+
+@pytest.mark.parametrize("use", ["conv 2-D grouped", "dense_general, batch", "einsum, experts"])
+def test_an_output_has_no_batch_axes_where_its_weight_has(use):
+    method = jpeft.Bottleneck(size=2, targets=r".*/op")
+    contract.check_learns(Entry(lambda _: method, (use,)), use, "plain")
