@@ -583,7 +583,7 @@ def one_of(value):
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "says"),
+    ("change", "options", "message"),
     [
         ({}, {"scheme": "nf5"}, "unknown scheme 'nf5'; expected one of nf4, int4, int8, fp8"),
         ({}, {"block": 63}, "block must be an even number of weights, got 63"),
@@ -601,16 +601,16 @@ def one_of(value):
         ({}, {"scheme": ["nf4"]}, "unknown scheme"),
     ],
 )
-def test_mistakes_raise_and_name_the_path(change, options, says):
-    with pytest.raises(ValueError, match=says):
+def test_mistakes_raise_and_name_the_path(change, options, message):
+    with pytest.raises(ValueError, match=message):
         jpeft.quantize({**TREE, "a": {**TREE["a"], **change}}, **options)
 
 
 @pytest.mark.parametrize(
-    "params, says", [(None, "got NoneType"), ([1], "got list"), ({"a": [1]}, "a is a list, expected an array")]
+    "params, message", [(None, "got NoneType"), ([1], "got list"), ({"a": [1]}, "a is a list, expected an array")]
 )
-def test_anything_but_a_tree_of_arrays_is_a_type_error(params, says):
-    with pytest.raises(TypeError, match=says):
+def test_anything_but_a_tree_of_arrays_is_a_type_error(params, message):
+    with pytest.raises(TypeError, match=message):
         jpeft.quantize(params)
 
 

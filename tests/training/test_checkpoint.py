@@ -265,10 +265,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_saved_raises_before_anything_is_written(tmp_path, what):
-    step, refused, notes, options, kind, says = REFUSED[what]
+    step, refused, notes, options, kind, message = REFUSED[what]
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 5, {"w": jnp.ones(3)}, {})
-        with pytest.raises(kind, match=says):
+        with pytest.raises(kind, match=message):
             save(checkpoints, step, refused, notes, **options)
         save(checkpoints, 6, {"w": jnp.zeros(3)}, {}, loss=jnp.float32(0.5))
         checkpoints.wait()
@@ -313,11 +313,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_found_before_anything_is_read(tmp_path, kind):
-    harm, says = DAMAGE[kind]
+    harm, message = DAMAGE[kind]
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, state(1), {}, wait=True)
         harm(next(path for path in (tmp_path / "1" / "state").rglob("d/*") if path.stat().st_size))
-        with pytest.raises(CheckpointError, match=f"1: damaged: state/.* {says}"):
+        with pytest.raises(CheckpointError, match=f"1: damaged: state/.* {message}"):
             restore(checkpoints, state(0))
 
 
