@@ -30,7 +30,6 @@ SPLIT = {
     "chat": "jpeft.text.chat_template",
     "classify": "jpeft.recipes.tasks.classification and jpeft.models.classifier",
     "config": "jpeft.recipes.config",
-    "conversations": "jpeft.text.conversations and jpeft.text.scoring",
     "data": "jpeft.text.labeled, jpeft.text.reading and jpeft.text.batching",
     "distributed": "jpeft.parallel.distributed and jpeft.parallel.mesh",
     "finetune": "jpeft.recipes.finetune",

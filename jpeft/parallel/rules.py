@@ -43,6 +43,7 @@ def shard(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tre
     Leaves may be NumPy arrays, of which each device gets its shard, JAX arrays, abstract, boxed or quantized. With
     several processes, each passes the same values, and only the shards of its own devices are moved.
 
+    >>> import numpy as np
     >>> mesh = jax.make_mesh((1,), ("fsdp",))
     >>> shard({"dense": {"kernel": np.ones((8, 4))}}, mesh)["dense"]["kernel"].sharding.spec
     P('fsdp',)
@@ -76,6 +77,7 @@ def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, 
 
     Warns: without rules, of every mesh axis except "data" and "sequence" that shards no leaf.
 
+    >>> import numpy as np
     >>> mesh = jax.make_mesh((1,), ("tensor",))
     >>> rules = [(".*kernel", PartitionSpec(None, "tensor"))]
     >>> param_shardings({"dense": {"kernel": np.ones((8, 4)), "bias": np.ones(4)}}, mesh, rules)["dense"]["kernel"].spec

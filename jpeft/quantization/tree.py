@@ -62,6 +62,7 @@ def quantize(
       ValueError: an unknown scheme, a target that matches nothing, or a weight that is already quantized, not floating,
         not finite, or not divisible into blocks. The message names its path.
 
+    >>> import jax.numpy as jnp
     >>> base = quantize({"dense": {"kernel": jnp.ones((128, 64)), "bias": jnp.zeros(64)}}, "nf4")
     >>> round(base["dense"]["kernel"].bits, 2), base["dense"]["bias"].dtype.name
     (4.13, 'float32')
@@ -94,6 +95,7 @@ def quantize(
 def dequantize(params: Tree) -> Any:
     """Replaces quantized weights by plain ones in their original dtype, rounding errors included.
 
+    >>> import jax.numpy as jnp
     >>> plain = dequantize(quantize({"dense": {"kernel": jnp.ones((64, 64))}}))
     >>> type(plain["dense"]["kernel"]).__name__, plain["dense"]["kernel"].shape
     ('ArrayImpl', (64, 64))
@@ -108,6 +110,7 @@ def dequantize(params: Tree) -> Any:
 def is_quantized(params: Tree) -> bool:
     """Whether any leaf is `Quantized`.
 
+    >>> import jax.numpy as jnp
     >>> is_quantized({"dense": {"kernel": jnp.ones((64, 64))}})
     False
     """
