@@ -1,4 +1,4 @@
-"""The contract of a method, as checks that take an entry of `tests.zoo`: what holds for every method on every use.
+"""Checks that every method must pass, for every way in which a module uses a weight. They take an entry of `tests.zoo`.
 
 `tests/core/test_contract.py` runs them for the methods that jpeft has; a method from outside can be held to them too.
 """

@@ -1,1 +1,1 @@
-"""The engine: trees, sites, geometries and the bound method, in JAX alone."""
+"""The engine: trees, sites, geometries and the bound method, free of any module system."""

@@ -1,4 +1,4 @@
-"""The form of a method in HuggingFace PEFT folders, as data that a method declares beside its maths.
+"""How a method maps to HuggingFace PEFT: its configuration fields and tensors, declared beside its maths.
 
 A method class sets ``hf`` to an `HFSpec` if it has a ``peft_type`` of its own, or to `BIAS` or `MODULES_TO_SAVE` if
 folders of any type can hold it. `jpeft.hf` reads and writes folders by these declarations and knows no method.
@@ -22,7 +22,7 @@ LINEAR, EMBEDDING, CONVOLUTION = "linear layer", "embedding", "convolution"
 
 
 class Role(enum.Enum):
-    """The part of every PEFT configuration that holds a method which trains copies of base leaves."""
+    """The configuration field for methods that train copies of base weights."""
 
     BIAS = "bias"
     MODULES_TO_SAVE = "modules_to_save"
@@ -120,7 +120,7 @@ class Field:
         ValueError on a value that the method does not have.
       write: ``(method, site, config) -> value`` of PEFT at a site, where it is not the method's own. ``config`` holds
         the fields that are declared before this one. None at a site where the field has no effect.
-      differ: the value to write if sites differ and there is no pattern; without it they must not differ.
+      differ: combines the values of sites if PEFT has no pattern for the field; None: differing values are an error.
     """
 
     key: str
@@ -147,7 +147,7 @@ class HFSpec:
       fields: those of the configuration that the method depends on.
       when: fields and values that tell this method from others of the same ``peft_type``.
       shared: tensors that all modules share.
-      constants: fields with the only value that this method computes; others are refused. None stands for "off".
+      constants: fields that must have one value for this method; other values are rejected. None stands for "off".
       ignored: fields that say nothing about the function, such as settings of an initialization.
       bias: the value of ``bias`` for the biases of the adapted modules, e.g. ``"lora_only"``; empty if the type has no
         such field.

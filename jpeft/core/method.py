@@ -1,6 +1,6 @@
 """The interface of a method, as the engine sees it.
 
-The engine asks a method for nothing else: no field of its own, and not for its name to decide something. The base
+The engine uses only these members: it never reads a field of a particular method, or branches on its name. The base
 classes that methods extend are in `jpeft.methods.base`.
 """
 

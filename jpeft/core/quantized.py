@@ -375,7 +375,7 @@ def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array
 def _pairwise_mean(x: jax.Array) -> jax.Array:
     """The mean over the last axis, summed pairwise.
 
-    The order of XLA's own sum depends on shape and device: a stack would have other scales than its layers one by one.
+    The order of XLA's own sum depends on shape and device: a stack would have other scales than its layers alone.
     """
     size = x.shape[-1]
     unit = jnp.where(x.max() > 2.0**96, jnp.float32(2.0**-32), jnp.float32(1))  # keeps the sum from overflowing
@@ -411,7 +411,7 @@ def open_boxes(leaf: Any) -> Any:
 
 
 def origin_of_stack(rows: Any) -> np.ndarray:
-    """The `origin` of a stack, from those of its layers.
+    """The checksum (`origin`) of a stack, from the checksums of its layers.
 
     If all are equal, the layers were cut from one stack and it is theirs. Otherwise it is a checksum of the layers'
     checksums, because the checksum of the stacked weights is not known.

@@ -43,7 +43,7 @@ class Site:
       via: the path taken: "fused", "box", "merge" or "replace".
       head: whether the weight's output is the model's output.
       bias: whether the owner has a bias.
-      role: a note of the method about the site.
+      role: set by a method for its own use, such as "feedforward".
     """
 
     path: Path

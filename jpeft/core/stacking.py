@@ -1,12 +1,12 @@
-"""Conversion between layers that are stacked along one axis and layers one by one.
+"""Conversion between layers that are stacked along one axis and unstacked layers.
 
 A scan over layers needs each leaf of all of them in one array, `model/layers/mlp/up_proj/kernel [layers, in, out]`: one
-layer is compiled, whatever the depth. Layers one by one, `model/layers/0/mlp/up_proj/kernel [in, out]`, are faster to
+layer is compiled, whatever the depth. Unstacked layers, `model/layers/0/mlp/up_proj/kernel [in, out]`, are faster to
 decode with on a CPU: XLA CPU copies a layer's slice out of a stack before it multiplies by it, which costs a decoding
-step a third of its speed. torch, and so HuggingFace adapters, also name layers one by one.
+step a third of its speed. torch, and so HuggingFace adapters, also have a name for each layer.
 
-A model takes part by two attributes: `stacked_layers`, the path below which its layers are stacked or None, and
-`unrolled()`, the same model with its layers one by one.
+A model supports this through two attributes: `stacked_layers`, the path below which its layers are stacked or None, and
+`unrolled()`, the same model with unstacked layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIFFER = "layers that differ cannot be stacked; load the model with scan_layers=
 
 
 def unstack(full: Mapping[str, Any], at: str = "model/layers") -> Any:
-    """A tree of parameters or of an adapter with the layers below `at` one by one. Inverse of `stack`.
+    """A tree of parameters or of an adapter with the layers below `at` unstacked. Inverse of `stack`.
 
     Leaves elsewhere are the same objects; boxes that name axes are removed. Quantized leaves stay quantized, and each
     layer keeps the checksum of the original stack.
@@ -60,7 +60,7 @@ def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
     """A tree with the layers below `at` stacked. Inverse of `unstack`.
 
     Args:
-      one_by_one: the tree with layers one by one.
+      one_by_one: the tree with unstacked layers.
       at: the path below which the layers are.
 
     Raises:
@@ -139,7 +139,7 @@ def _stack_leaves(leaves: Sequence[Any]) -> Any:
 
 
 def unroll(model: Any, params: Any, peft: Peft | None = None, adapter: Any = None) -> tuple[Any, Any, Any, Any]:
-    """A model of `jpeft.models` and its trees with the layers one by one, for fast generation on a CPU.
+    """A model of `jpeft.models` and its trees with unstacked layers, for fast generation on a CPU.
 
     The Peft keeps its method, whose targets are paths in the stacked tree: save from the original one.
 
@@ -181,7 +181,7 @@ def stacked_at(model: Any) -> str | None:
 
 
 def unroll_peft(peft: Peft) -> Peft:
-    """A Peft for the same model with its layers one by one, each with the settings of the stacked ones.
+    """A Peft for the same model with unstacked layers, each with the settings of the stacked ones.
 
     >>> import jpeft
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
@@ -220,7 +220,7 @@ def unroll_site(site: Site, at: str | None) -> list[Site]:
 
 
 def unroll_survey(seen: Survey, at: str | None) -> Survey:
-    """The survey of the model with its layers one by one, from that of the stacked model, without tracing it."""
+    """The survey of the model with unstacked layers, from that of the stacked model, without tracing it."""
 
     def each(sites: Sequence[Site]) -> tuple[Site, ...]:
         return tuple(own for site in sites for own in unroll_site(site, at))

@@ -74,9 +74,9 @@ def like(tree: Any, reference: Tree) -> Any:
 
 
 def peek(leaf: Any) -> Any:
-    """A leaf as something with shape, dtype and sharding: a box's content, or a box that has these itself.
+    """The leaf without its box, unless the box itself has a shape and a dtype.
 
-    A quantized weight has them itself; opening it would dequantize it.
+    A quantized weight has both; opening it would dequantize it.
 
     >>> peek(meta.Partitioned(jnp.ones(3), names=("embed",))).shape
     (3,)
@@ -125,7 +125,8 @@ def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = ()) -
 def combine(base: Tree, overlay: Tree) -> Any:
     """Lays ``overlay`` over ``base``: its leaves are added to the base's or replace them.
 
-    A hole gives way to the other tree. Neither argument is changed and no array is copied. Inverse of `partition`.
+    Where one tree has a hole (None), the other's leaf is used. Neither argument is changed and no array is copied.
+    Inverse of `partition`.
 
     Args:
       base: e.g. the pretrained ``params``, or the ``trainable`` half of a partition.

@@ -124,7 +124,7 @@ def _spec(peft: Peft) -> tuple[str, HFSpec]:
 def _one_by_one(
     peft: Peft, leaves: dict[Path, np.ndarray], base: Mapping[Path, Any]
 ) -> tuple[Peft, dict[Path, np.ndarray], list[Path]]:
-    """The Peft, its leaves and the paths of the base, with the layers one by one where the model stacks them."""
+    """The Peft, its leaves and the paths of the base, with unstacked layers where the model stacks them."""
     at = stacking.stacked_at(peft.model)
     if at is None:
         return peft, leaves, list(base)

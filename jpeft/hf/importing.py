@@ -73,7 +73,7 @@ def load(
     tree, _ = split_variables(params)
     base = flatten(tree)
     survey, at = survey_model(model, params, inputs, kwargs), stacking.stacked_at(model)
-    each = stacking.unroll_survey(survey, at)  # layers one by one, as the file has them
+    each = stacking.unroll_survey(survey, at)  # unstacked layers, as the file has them
     owners = {s.path[:-1] for s in each.leaves}
     names = find(FilePath(path), file.modules, owners) if prefix is None else Names.of(prefix)
     folder = Folder(config, file, names, at, tuple(ignore))

@@ -17,7 +17,7 @@ _WEIGHT = ("kernel", "scale", "embedding")  # the names that Flax modules give t
 
 
 def check_site(site: Site, spec: HFSpec) -> Site:
-    """The site, if a torch module that a method adapts can be like it.
+    """Checks that a site corresponds to a torch module that PEFT can adapt, and returns it.
 
     Raises:
       ValueError: none can; the message says why.

@@ -42,7 +42,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Matched:
-    """The sites that a folder acts on, layers one by one, as the file has them.
+    """The sites that a folder acts on, with unstacked layers, as the file has them.
 
     Attributes:
       adapted: the weights that the method changes, by torch module.
@@ -56,7 +56,7 @@ class Matched:
 
 
 def match(folder: Folder, survey: Survey) -> Matched:
-    """The sites of a model, surveyed with its layers one by one, that a folder acts on.
+    """The sites of a model, surveyed with unstacked layers, that a folder acts on.
 
     Raises:
       AdapterError: a module that the model lacks, or that only one of file and configuration names.
@@ -149,7 +149,7 @@ def stacked(folder: Folder, matched: Matched, survey: Survey) -> Matched:
 def _gather(
     folder: Folder, sites: Iterable[Site], candidates: Iterable[Site], verb: str, name: Callable[[Site], str]
 ) -> Iterator[tuple[Site, list[str]]]:
-    """The candidates that the sites make up, each with the torch names of the sites."""
+    """Groups the sites of single layers by the stacked site that they belong to, with their torch names."""
     chosen = {s.weight_path for s in sites}
     for site in candidates:
         each = stacking.unroll_site(site, folder.at)

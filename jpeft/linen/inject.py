@@ -1,7 +1,7 @@
 """The interceptor: applies adapters inside the calls of a Linen model's own modules.
 
 It reads adapter leaves from the called module's scope, where the model's own scans have sliced them together with the
-base. Weights that no module call explains go through `jpeft.linen.box`.
+base. Weights whose use cannot be attributed to a module call go through `jpeft.linen.box`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Finds the sites of a Linen model in one abstract call: which modules use which weights, and how.
 
 Every parameter is put in a box that records its reads. Flax opens the box when a module asks for its own parameter;
-code that reads another module's variables (a tied head) uses the box itself. The output of each call that a geometry
-explains is replaced by one that depends on the input alone. If the model's output still depends on a weight, the weight
-is used elsewhere too, and changing the call would not be enough.
+code that reads another module's variables (a tied head) uses the box itself. To detect such other uses, the output of
+each call that a geometry explains is replaced by one that depends on the input alone. If the model's output still
+depends on a weight, the weight is used elsewhere too, and changing the call would not be enough.
 """
 
 from __future__ import annotations

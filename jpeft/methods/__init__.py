@@ -1,7 +1,7 @@
 """The methods. To add one: a file in this folder, and its line among the imports below.
 
-`METHODS` is made of those lines. Saving, HuggingFace interchange, `jpeft finetune --method` and the contract suite read
-it. `register` adds a method from outside of jpeft.
+`METHODS` collects every method class imported here. Saving, HuggingFace interchange, `jpeft finetune --method` and the
+contract suite read it. `register` adds a method from outside of jpeft.
 """
 
 from __future__ import annotations

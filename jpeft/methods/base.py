@@ -174,7 +174,7 @@ class Method:
         """Finds the method's sites in a model by one abstract call, and returns the bound `Peft`.
 
         Args:
-          model: any Linen module; it is not changed.
+          model: a module that a front end accepts, such as any Linen module; it is not changed.
           params: its parameters, or all its variables ``{"params": ..., "batch_stats": ...}``; may be abstract.
           *inputs: as for ``model.apply``; arrays may be ``jax.ShapeDtypeStruct``.
           **kwargs: as for ``model.apply``.

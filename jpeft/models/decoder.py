@@ -283,7 +283,7 @@ class Layer(_Module):
 
 
 class Layers(_Module):
-    """The layers one by one, named `0`, `1`, …"""
+    """Unstacked layers, named `0`, `1`, …"""
 
     layer: Any = Layer
     deterministic: bool = True
@@ -390,7 +390,7 @@ class Decoder(_Module):
 
     @nn.nowrap
     def unrolled(self) -> Decoder:
-        """The same model with its layers one by one."""
+        """The same model with unstacked layers."""
         return self.clone(scan_layers=False)
 
     def setup(self) -> None:

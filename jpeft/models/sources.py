@@ -1,4 +1,4 @@
-"""The two forms in which a model lies on disk, behind one interface: a HuggingFace folder or a GGUF file."""
+"""Model files on disk behind one interface: a HuggingFace folder or a GGUF file."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Memory:
         outputs: results that do not reuse an argument's memory.
         program: the compiled code.
         host: of the host's memory, for each device (`remat="offload"`).
-        alive: the most of the temporaries that is live at once; XLA reserves more where there are loops.
+        alive: peak of the temporaries that are live at once; XLA reserves more where there are loops.
     """
 
     arguments: Mapping[str, int]
@@ -55,7 +55,7 @@ class Traffic:
 
     Attributes:
         kind: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, …
-        axes: the mesh axes that they cross, such as `fsdp` or `data+fsdp`.
+        axes: the mesh axes that they communicate over, such as `fsdp` or `data+fsdp`.
         count: how many run.
         bytes: the bytes that a device receives in total.
     """

@@ -80,7 +80,7 @@ _RULES: Mapping[str, Rule] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run's result depends on. `None` is the default of the method, of the data or of the task.
+    """Everything that a run's result depends on. None selects the default of the method, the data or the task.
 
     Fields in `DEFAULTS` that are not given take the task's default.
 

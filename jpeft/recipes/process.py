@@ -50,7 +50,10 @@ class Profiler:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM appends its number to. A second one interrupts at once, within the step."""
+    """A context that records SIGINT and SIGTERM in a list, so that the loop can stop after the current step.
+
+    A second signal interrupts at once, within the step.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread can handle signals

@@ -5,7 +5,7 @@ run/metrics.jsonl    a line for each training step and each evaluation
 run/checkpoints/     to resume from
 run/adapter/         the trained adapter: this, and the files below, exist once the run is complete
 run/loss.png
-run/result.json      the final table
+run/result.json      the results, which the final table shows
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Generation and what serves it."""
+"""Text generation."""

@@ -66,7 +66,7 @@ class Batches(abc.ABC, Generic[BatchT, CountT]):
         return self.start(0)
 
     def start(self, step: int, rows: np.ndarray | None = None) -> Iterator[BatchT]:
-        """The batches from a step on. The next ones are made while one is used.
+        """The batches from a step on; the next ones are prefetched.
 
         Args:
             rows: the rows of each batch to make, on a host that feeds only these; all by default.

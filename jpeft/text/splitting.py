@@ -1,4 +1,4 @@
-"""A training and an evaluation set from one set of examples."""
+"""Train/test splits."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Runs:
       unknown_loops: loops whose trip count the text does not determine; they count once.
 
     Args:
-      cost: of the counts of a branch; of a conditional's branches the most expensive counts.
+      cost: ranks the branches of a conditional, which counts as its most expensive branch.
     """
 
     def __init__(self, module: Module, cost: Callable[[Counter[str]], Any]):
