@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jpeft
-from jpeft.cli.main import main
+from jpeft.cli import main
 from jpeft.core.tree import flatten, unflatten
 
 OLD = Path(__file__).parent / "data" / "old"

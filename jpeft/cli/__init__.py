@@ -1,1 +1,3 @@
-"""The command line: one module per command, the parser in `main`."""
+"""The command line: `app.py` is the parser and explains errors, and every command has a file."""
+
+from jpeft.cli.app import main as main

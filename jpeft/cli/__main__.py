@@ -2,7 +2,7 @@
 
 import sys
 
-from jpeft.cli.main import main
+from jpeft.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 
 import jpeft
 from jpeft import models
-from jpeft.cli.main import main
+from jpeft.cli import main
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.recipes import assets, finetune, prepare, run_folder
 from jpeft.recipes.config import Config, parse_targets
@@ -259,7 +259,7 @@ def start(arguments):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-    code = "import sys; from jpeft.cli.main import main; sys.exit(main())"
+    code = "import sys; from jpeft.cli import main; sys.exit(main())"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=env, **pipes)
 
@@ -667,7 +667,7 @@ def test_help_imports_only_light_modules():
     code = """
         import sys, jpeft
         before = set(sys.modules)
-        from jpeft.cli.main import main
+        from jpeft.cli import main
         try:
             main(["finetune", "--help"])
         except SystemExit:
@@ -676,7 +676,7 @@ def test_help_imports_only_light_modules():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     imported = ast.literal_eval(done.stdout.splitlines()[-1])
     commands = {"chat", "finetune", "generate", "inspect", "merge", "plan", "predict", "quantize"}
-    light = {f"jpeft.cli.{name}" for name in (*commands, "arguments", "main", "terminal")} | {"jpeft.cli"}
+    light = {f"jpeft.cli.{name}" for name in (*commands, "app", "arguments", "terminal")} | {"jpeft.cli"}
     light |= {"jpeft.recipes", "jpeft.recipes.assets", "jpeft.recipes.config", "jpeft.recipes.tasks", "jpeft.units"}
     assert {name for name in imported if name.startswith("jpeft")} <= light
     assert not {"orbax", "tokenizers", "matplotlib", "pandas", "rich", "jpeft.models"} & set(imported)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft import models
-from jpeft.cli.main import main
+from jpeft.cli import main
 from jpeft.core import tree
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.quantized import Quantized, dequantize_leaf, quantize_array

@@ -20,7 +20,7 @@ import jax  # imported here for the forks
 
 import jpeft.parallel.distributed
 import jpeft.recipes.finetune  # noqa: F401
-from jpeft.cli.main import main as run_jpeft
+from jpeft.cli import main as run_jpeft
 
 
 @dataclass

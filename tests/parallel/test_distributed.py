@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jpeft.cli.main import main
+from jpeft.cli import main
 from tests.folders import link, write_bert, write_llama
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")

@@ -566,7 +566,7 @@ def alive(pid):
 def test_a_stopped_command_ends_its_compilers(there, number, status):
     slow = script(there / "slow", f'echo $$ > "{there}/$$.part"; mv "{there}/$$.part" "{there}/$$.pid"; exec sleep 600')
     more = "--sweep --batch 4,8 --mesh fsdp=4 --quantize none --jobs 2"
-    code = f"import sys; sys.executable = {slow!r}; from jpeft.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; sys.executable = {slow!r}; from jpeft.cli import main; sys.exit(main(sys.argv[1:]))"
     (there / "tmp").mkdir()
     told = {**os.environ, "TMPDIR": str(there / "tmp")}
     command = [sys.executable, "-c", code, *shlex.split(LABELS.replace("--batch 8", "")), *more.split()]

@@ -17,7 +17,7 @@ import pytest
 
 import jpeft
 from jpeft import models
-from jpeft.cli.main import main
+from jpeft.cli import main
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
 from jpeft.recipes import run_folder

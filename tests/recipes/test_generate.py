@@ -16,7 +16,7 @@ import pytest
 
 import jpeft
 from jpeft import models
-from jpeft.cli.main import main
+from jpeft.cli import main
 from jpeft.recipes import generate
 from jpeft.serving import text_generator
 from jpeft.text import chat_template
@@ -269,7 +269,7 @@ def test_an_error_is_one_line(name, broken, tmp_path, capsys):
 
 def test_a_closed_pipe_is_not_an_error(home):
     """`jpeft generate ... | head -c 1`, in a process of its own."""
-    code = "import sys; from jpeft.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from jpeft.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "generate", "--model", str(home / "llama"), "--max-new-tokens", "90", "hi"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None

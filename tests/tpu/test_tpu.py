@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jpeft.cli.main import main
+from jpeft.cli import main
 from jpeft.planning.compiling import PYTHON
 from jpeft.planning.result import Memory
 from jpeft.recipes import plan_sweep
