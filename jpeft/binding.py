@@ -82,7 +82,7 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
             own, placeless = member.at(site), replace(site, path=())
             if (own, placeless) not in shapes:
                 weight = peek(base[site.weight_path]) if site.stored else None
-                shapes[own, placeless] = _leaf_shapes(own, placeless, weight, shared)
+                shapes[own, placeless] = _leaf_shapes(own, site, weight, shared)
             stored, names = shapes[own, placeless]
             action = Action(own, site, tuple(stored), names, i)
             _claim(structure, {action.leaf_path(n): x for n, x in stored.items()}, base, member, site.kind == "leaf")

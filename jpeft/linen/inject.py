@@ -172,14 +172,16 @@ class Interceptor:
         deterministic = next((flag for flag in flags if flag is not None), False)
         if rate == 0.0 or (not isinstance(deterministic, jax.Array) and deterministic):
             return _no_dropout
+        scope = module.scope  # not `module.path` and `module.make_rng`: fields of a module may have these names
+        assert scope is not None
         if not _has_dropout_rng(module):
             if _has_dropout_rng(self.open_calls[0].module):
                 raise ValueError(
-                    f"adapter dropout at {join(module.path)!r}: a transform around it does not pass on the "
+                    f"adapter dropout at {join(scope.path)!r}: a transform around it does not pass on the "
                     "'dropout' rng; add split_rngs={'dropout': True} to the nn.scan, or set dropout=0.0"
                 )
             return _no_dropout
-        return functools.partial(_dropped, module.make_rng("dropout"), deterministic)
+        return functools.partial(_dropped, scope.make_rng("dropout"), deterministic)
 
 
 def _unchanged(call: _ModuleCall) -> Any:

@@ -269,9 +269,11 @@ def _geometry(module: nn.Module, owner: str, method: str, args: Any, kwargs: Any
     found = factory(registry.make_call(module, method, args, kwargs, shapes))
     if found is None:
         return None
-    # A nested root inside the model (a tied head) may be given the weight of another module.
-    weight = own.get(found.leaf)
-    is_own = isinstance(weight, _Watched) and weight._path == (*module.path, found.leaf)
+    # A nested root inside the model (a tied head) may be given the weight of another module. The path is the scope's: a
+    # module may have a field called `path`.
+    weight, scope = own.get(found.leaf), module.scope
+    assert scope is not None
+    is_own = isinstance(weight, _Watched) and weight._path == (*scope.path, found.leaf)
     return found if is_own else None
 
 

@@ -56,6 +56,11 @@ class Method:
     per_site: ClassVar[tuple[str, ...]] = ()
     hf: ClassVar[HFSpec | Role | None] = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "fixed" in vars(cls):  # ignored, these leaves would train
+            raise TypeError(f"{cls.__name__}.fixed is called non_trainable now; rename it")
+
     def __post_init__(self) -> None:
         for name in ("targets", "exclude"):
             value = getattr(self, name)
@@ -110,8 +115,9 @@ class Method:
         return leaves
 
     def columns(self) -> Mapping[str, str]:
-        """The method's own columns in `Peft.summary`, such as ``{"rank": "8"}``."""
-        return {}
+        """The method's own columns in `Peft.summary`; by default its ``rank``, if it has such a field."""
+        rank = getattr(self, "rank", None)
+        return {} if rank is None else {"rank": str(rank)}
 
     @property
     def identity_at_init(self) -> bool:
@@ -120,8 +126,8 @@ class Method:
 
     @property
     def input_dropout(self) -> float:
-        """The rate at which ``apply`` drops entries of its input; 0.0 for none."""
-        return 0.0
+        """The rate at which ``apply`` drops entries of its input; by default its field ``dropout``, or 0.0."""
+        return getattr(self, "dropout", 0.0)
 
     # --- what the core calls ------------------------------------------------------------------------------------
 

@@ -86,15 +86,6 @@ class LoRA(WeightMethod):
         """False for "random", where B is not zero."""
         return self.init_weights != "random"
 
-    @property
-    def input_dropout(self) -> float:
-        """The rate ``dropout``."""
-        return self.dropout
-
-    def columns(self) -> Mapping[str, str]:
-        """The rank."""
-        return {"rank": str(self.rank)}
-
     def prepare(self, site: Site) -> Site:
         if self.dropout and site.via in (BOX, MERGE):
             raise ValueError(

@@ -885,3 +885,25 @@ def test_what_is_no_model_is_refused():
         LORA.bind(Wrapper(nn.Dense(4)), {}, X)
     with pytest.raises(TypeError, match="params must be a tree of mappings"):
         LORA.bind(nn.Dense(4), jnp.ones(3), X)
+
+
+class FieldNames(nn.Dense):
+    """A linear layer whose fields have the names of attributes of `nn.Module`."""
+
+    path: str = "elsewhere"
+    make_rng: int = 3
+
+
+def test_fields_of_a_layer_may_have_the_names_of_module_attributes():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return FieldNames(3, name="d")(x)
+
+    model, x = Model(), jnp.ones((3, 5))
+    params = model.init(jax.random.key(0), x)["params"]
+    peft = jpeft.LoRA(rank=1, targets="d", dropout=0.5, init_weights="random").bind(model, params, x)
+    assert [site.via for site in peft.sites] == ["fused"]
+    adapter = peft.init(jax.random.key(1), params)
+    dropped = peft.apply(params, adapter, x, rngs={"dropout": jax.random.key(2)})
+    assert not np.allclose(dropped, peft.apply(params, adapter, x))

@@ -24,9 +24,6 @@ class LoRAFA(WeightMethod):
     non_trainable: ClassVar[frozenset[str]] = frozenset({"fa_a"})
     per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "parts")
 
-    def columns(self) -> Mapping[str, str]:
-        return {"rank": str(self.rank)}
-
     def init(self, key: jax.Array, site: Any, w: Any) -> Mapping[str, jax.Array]:
         a = jax.random.normal(key, (site.inputs, self.rank), jnp.float32) / site.inputs**0.5
         return {"fa_a": a, "fa_b": jnp.zeros((self.rank, site.outputs))}

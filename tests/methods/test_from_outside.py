@@ -3,6 +3,8 @@
 The contract suite finds it by itself; scans, experts, convolutions, shardings, saving and loading come with it.
 """
 
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import optax
@@ -67,6 +69,27 @@ def test_what_does_not_train_is_labeled_counted_and_left_alone(entry):
     before, after = flatten(adapter), flatten(state.adapter)
     for path in before:
         assert np.array_equal(before[path], after[path]) == (path[-1] == "fa_a")
+
+
+def test_a_field_called_dropout_is_the_rate_of_base_dropout():
+    @dataclass(frozen=True, kw_only=True)
+    class Dropped(LoRAFA):
+        dropout: float = 0.5
+
+        def apply(self, leaves, base, x):
+            return base(x) + base.dropout(x, self.dropout) @ leaves["fa_a"] @ leaves["fa_b"]
+
+    peft, _, params, x = contract.bound(zoo.Entry(lambda use: Dropped(targets=use.targets)), "dense")
+    adapter = zoo.moved(peft, params)
+    dropped = peft.apply(params, adapter, x, rngs={"dropout": jax.random.key(0)})
+    assert contract.differ(dropped, peft.apply(params, adapter, x))
+
+
+def test_the_old_name_of_leaves_that_do_not_train_is_refused():
+    with pytest.raises(TypeError, match=r"Old\.fixed is called non_trainable now; rename it"):
+
+        class Old(LoRAFA):
+            fixed = frozenset({"fa_a"})
 
 
 def test_a_name_that_is_taken_is_refused():
