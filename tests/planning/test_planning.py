@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpeft
 from jpeft import models
-from jpeft.cli import main
+from jpeft.cli import app, main
 from jpeft.cli.plan_output import command_of
 from jpeft.core.backend import compiling_for
 from jpeft.errors import UserError
@@ -370,12 +370,12 @@ LABELS = "plan --task classify --model bert --topology cpu:4 --batch 8 --seq 32 
 
 
 def run(text):
-    return main.main(shlex.split(text))
+    return main(shlex.split(text))
 
 
 def config_of(command):
     """The configuration and arguments that `jpeft finetune` parses."""
-    args = main._parser().parse_args(shlex.split(command)[1:])
+    args = app._parser().parse_args(shlex.split(command)[1:])
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     return Config(**{**given, "settings": dict(given.get("settings", {}))}), args
 
