@@ -174,7 +174,7 @@ def _locate(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a run is executed. It does not change the result, and may differ when a run is resumed.
+    """Placement and execution of a run. It does not change the result, and may differ when a run is resumed.
 
     Attributes:
         mesh: a `jax.sharding.Mesh` to train on, with axes that `jpeft.shard` knows; None is one device.

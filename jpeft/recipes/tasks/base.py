@@ -1,4 +1,4 @@
-"""What tasks share: the protocol of a task's module, and `Job`, all that a run works on."""
+"""The protocol of a task's module, and `Job`, which holds all that a run works on."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Job(ABC):
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What a run's config.json holds besides the fingerprint of the base.
+        """The entries of a run's config.json besides the fingerprint of the base.
 
         >>> job.record["steps"]  # doctest: +SKIP
         """
