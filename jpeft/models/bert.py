@@ -7,19 +7,25 @@ modules with `/` for `.`, and Flax's leaf names: `encoder/layer/0/attention/self
 Inside the layers the states are flat, `[tokens, hidden]` with `tokens = batch * length`: XLA CPU is more than twice as
 slow at a contraction over `[batch, length, features]` (a dense layer with its weight gradient, 32 x 64 tokens of 384:
 37.8 ms against 16.4). On other backends both forms are the same product.
+
+A pooler and the head of a `…ForSequenceClassification` are parts of the tree where a checkpoint has them, under torch's
+names; `Bert.output` says what the model returns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from jpeft.core.geometry.base import Call
+from jpeft.core.geometry.contraction import Contraction
 from jpeft.linen.attention import register_attention
+from jpeft.linen.registry import register_geometry
 from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
 
 Flat = Float[Array, "tokens hidden"]
@@ -46,8 +52,40 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # by default that of the hidden states
     initializer_range: float = 0.02
     pad_token_id: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unused(Contraction):
+    """A dense layer that "all-linear" leaves out."""
+
+    linear: ClassVar[bool] = False
+
+
+class UnusedDense(nn.Module):
+    """A dense layer whose output the model does not return.
+
+    Methods find its weight, as HuggingFace PEFT does in a pooler. "all-linear" leaves it out: nothing would train it.
+    """
+
+    features: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch out"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+def _unused_geometry(call: Call) -> _Unused | None:
+    shape = call.shapes.get("kernel")
+    return None if shape is None else _Unused(spec="...i,io->...o", shape=shape, stored=shape)
 
 
 class _Module(nn.Module):
@@ -60,9 +98,10 @@ class _Module(nn.Module):
     def fields(self) -> dict[str, Any]:
         return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def dense(self, features: int, name: str) -> nn.Dense:
+    def dense(self, features: int, name: str, used: bool = True) -> nn.Dense | UnusedDense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
+        kind = nn.Dense if used else UnusedDense
+        return kind(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
 
     def embed(self, rows: int, features: int, name: str) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -246,6 +285,38 @@ class Encoder(_Module):
         return layers(states.reshape(-1, width), batch, mask, deterministic).reshape(states.shape)
 
 
+class Pooler(_Module):
+    """The pooler: a dense layer and tanh on the state of the first token."""
+
+    used: bool = True
+
+    @nn.compact
+    def __call__(self, first: Flat) -> Flat:
+        return jnp.tanh(self.dense(self.config.hidden_size, "dense", self.used)(first))
+
+
+class Head(_Module):
+    """The two dense layers that classify by the first token's state, in roberta and electra."""
+
+    num_labels: int = 2
+    used: bool = True
+
+    @nn.compact
+    def __call__(self, first: Flat, deterministic: bool) -> Float[Array, "batch labels"]:
+        act = ACTIVATIONS["gelu"] if self.config.model_type == "electra" else jnp.tanh
+        wide = self.dense(self.config.hidden_size, "dense", self.used)(head_dropout(self.config)(first, deterministic))
+        wide = head_dropout(self.config)(act(wide), deterministic)
+        return self.dense(self.num_labels, "out_proj", self.used)(wide)
+
+
+def head_dropout(cfg: BertConfig) -> nn.Dropout:
+    """The dropout of a classification head."""
+    return nn.Dropout(cfg.hidden_dropout_prob if cfg.classifier_dropout is None else cfg.classifier_dropout)
+
+
+STATES, POOLED, LOGITS = "last_hidden_state", "pooler_output", "logits"  # transformers' names
+
+
 class Bert(_Module):
     """A BERT-family encoder: token ids to the last layer's hidden states.
 
@@ -253,6 +324,10 @@ class Bert(_Module):
       config: the configuration.
       dtype: the dtype of computation; None: the parameters' dtype.
       param_dtype: the dtype of the parameters.
+      pooler: whether there is a pooler, in bert, roberta, xlm-roberta and camembert.
+      num_labels: the number of labels of a sequence classification head; 0: there is no head.
+      output: what a call returns: "last_hidden_state" [batch, length, hidden], "pooler_output" [batch, hidden] or
+        "logits" [batch, labels]. The tree is the same: `model.clone(output="logits")` takes the same parameters.
 
     >>> model = Bert(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64))
     >>> ids = jnp.array([[101, 2023, 102]])
@@ -260,6 +335,21 @@ class Bert(_Module):
     >>> model.apply(variables, ids, attention_mask=jnp.ones_like(ids)).shape
     (1, 3, 32)
     """
+
+    pooler: bool = False
+    num_labels: int = 0
+    output: str = STATES
+
+    @property
+    def optional_parts(self) -> tuple[str, ...]:
+        """Modules that torch's model of the same encoder may lack. An adapter that does not have them leaves them."""
+        head = () if not self.num_labels else ("classifier", "pre_classifier")
+        return ("pooler", *head) if self.pooler else head
+
+    @property
+    def torch_names(self) -> dict[str, str]:
+        """The prefixes of names in HuggingFace's classifier, by prefixes of the tree; empty without a head."""
+        return torch_names(self.config.model_type) if self.num_labels else {}
 
     @nn.compact
     def __call__(
@@ -269,8 +359,8 @@ class Bert(_Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch length hidden"]:
-        """The hidden states of the last layer.
+    ) -> Float[Array, "batch length hidden"] | Float[Array, "batch features"]:
+        """The hidden states of the last layer; or another `output`.
 
         Args:
           input_ids: the token ids.
@@ -285,8 +375,45 @@ class Bert(_Module):
             states = self.dense(cfg.hidden_size, "embeddings_project")(states)
         mask = None if attention_mask is None else jnp.asarray(attention_mask, bool)[:, None, None, :]
         if cfg.model_type == "distilbert":
-            return Encoder(**self.fields(), layer=DistilLayer, name="transformer")(states, mask, deterministic)
-        return Encoder(**self.fields(), name="encoder")(states, mask, deterministic)
+            states = Encoder(**self.fields(), layer=DistilLayer, name="transformer")(states, mask, deterministic)
+        else:
+            states = Encoder(**self.fields(), name="encoder")(states, mask, deterministic)
+        return self._returned(states, deterministic)
+
+    def _returned(self, states: Float[Array, "batch length hidden"], deterministic: bool) -> jax.Array:
+        """What a call returns. Also the parts that it does not return are computed, so that methods find them."""
+        results, first = {STATES: states}, states[:, 0]
+        is_bert = self.config.model_type == "bert"  # its head takes the pooler's output, the others the state
+        if self.pooler:
+            used = self.output == POOLED or (self.output == LOGITS and is_bert)
+            results[POOLED] = Pooler(**self.fields(), used=used, name="pooler")(first)
+        if self.num_labels:
+            used = self.output == LOGITS
+            results[LOGITS] = self._logits(results[POOLED] if is_bert else first, used, deterministic or not used)
+        if self.output not in results:
+            raise ValueError(f"output={self.output!r}: this model has {', '.join(results)}")
+        return results[self.output]
+
+    def _logits(self, first: Flat, used: bool, deterministic: bool) -> Float[Array, "batch labels"]:
+        """The logits from the first token's state, pooled in bert."""
+        cfg = self.config
+        if cfg.model_type not in ("bert", "distilbert"):
+            return Head(**self.fields(), num_labels=self.num_labels, used=used, name="classifier")(first, deterministic)
+        if cfg.model_type == "distilbert":
+            first = nn.relu(self.dense(cfg.hidden_size, "pre_classifier", used)(first))
+        first = head_dropout(cfg)(first, deterministic)
+        return self.dense(self.num_labels, "classifier", used)(first)
+
+
+def torch_names(model_type: str) -> dict[str, str]:
+    """The prefixes of names in HuggingFace's classifier of a model type, by prefixes of the tree.
+
+    >>> torch_names("camembert")[""]
+    'roberta.'
+    """
+    encoder = {"xlm-roberta": "roberta.", "camembert": "roberta."}.get(model_type, f"{model_type}.")
+    return {"": encoder, "classifier/": "classifier.", "pre_classifier/": "pre_classifier."}
 
 
 register_attention(SelfAttention)  # for prefix tuning
+register_geometry(UnusedDense, _unused_geometry)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.core.tree import Path
 from jpeft.models import ops
+from jpeft.models.buffers import Buffers, causal_mask, masked_bias
 from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig
+from jpeft.models.naming import Naming
 from jpeft.models.remat import check_remat
+from jpeft.models.rotary import Rotary
 from jpeft.models.rotary import from_config as rotary_from_config
 from jpeft.models.rotary import to_config as rotary_to_config
 
@@ -42,6 +46,7 @@ _ARCHITECTURE = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 _THETA = {"gemma3_text": 1e6}
+_HEAD = "lm_head."
 # A null in these fields is a value; in the others it stands for the default.
 _NULLABLE = frozenset(
     {
@@ -250,23 +255,92 @@ def to_config(model: Decoder) -> dict[str, Any]:
     return {"architectures": [_ARCHITECTURE[kind]], **fields}
 
 
-def prefix(model: Decoder) -> str:
-    """The prefix of the text model's tensor names in a vision-language checkpoint.
+_NAMINGS = (
+    Naming({"": ""}),
+    Naming({"model.": "", _HEAD: _HEAD}),  # saved from AutoModel, without a head
+    Naming({"": "language_model."}),  # the text model of a vision-language checkpoint, before transformers 5
+    Naming({"model.": "model.language_model.", _HEAD: _HEAD}),  # and since
+    Naming({"model.": "language_model.", _HEAD: _HEAD}),  # saved from AutoModel
+)
 
-    >>> prefix(Decoder(DecoderConfig()))
-    'language_model.'
+
+def namings(model: Decoder) -> Sequence[Naming]:
+    """The forms of the tensor names.
+
+    >>> namings(Decoder(DecoderConfig()))[1].in_file("model.norm.weight")
+    'norm.weight'
     """
-    return "language_model."
+    return _NAMINGS
+
+
+def buffers(model: Decoder) -> Buffers:
+    """The buffers of old checkpoints: frequencies of the rotary embedding, and masks of the attention.
+
+    >>> from jpeft.models.buffers import is_buffer
+    >>> is_buffer(buffers(Decoder(DecoderConfig())), "model.layers.3.self_attn.rotary_emb.inv_freq")
+    True
+    """
+    cfg, attention = model.config, r"layers\.\d+\.self_attn\."
+    found = {
+        rf"model\.({attention})?rotary_emb\.inv_freq": _frequencies(cfg, cfg.rotary),
+        rf"model\.{attention}bias": causal_mask,
+        rf"model\.{attention}masked_bias": masked_bias,
+    }
+    if cfg.rotary_sliding is not None:
+        found[r"model\.rotary_emb_local\.inv_freq"] = _frequencies(cfg, cfg.rotary_sliding)
+    return found
+
+
+def _frequencies(cfg: DecoderConfig, rotary: Rotary) -> Callable[[np.ndarray], np.ndarray]:
+    def expect(found: np.ndarray) -> np.ndarray:
+        # Before transformers 4.45, linear scaling divided the positions, and the buffer was not scaled.
+        plain = dataclasses.replace(rotary, rope_type="default") if rotary.rope_type == "linear" else rotary
+        either = [r.frequencies(cfg.head_dim, cfg.max_position_embeddings) for r in (rotary, plain)]
+        fits = [f for f in either if f.shape == found.shape and np.allclose(f, found, rtol=0.01, atol=1e-7)]
+        return np.asarray([*fits, either[0]][0], np.float64)
+
+    return expect
 
 
 def extras(model: Decoder) -> re.Pattern[str]:
-    """Matches tensors that a checkpoint may hold beside the decoder: buffers of old checkpoints, and a tied head.
+    """Matches other tensors that a checkpoint may hold beside the decoder: a tied head.
 
     >>> bool(extras(Decoder(DecoderConfig(tie_word_embeddings=True))).fullmatch("lm_head.weight"))
     True
     """
-    buffers = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-    return re.compile(rf"{buffers}|lm_head\.weight" if model.config.tie_word_embeddings else buffers)
+    return re.compile(r"lm_head\.weight" if model.config.tie_word_embeddings else "(?!)")
+
+
+def copies(model: Decoder) -> dict[str, str]:
+    """A tied head is a copy of the embedding.
+
+    >>> copies(Decoder(DecoderConfig(tie_word_embeddings=True)))
+    {'lm_head.weight': 'model.embed_tokens.weight'}
+    """
+    return {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+
+
+def problem(model: Decoder, names: Collection[str]) -> str:
+    """The problem of a checkpoint that was saved without its head.
+
+    >>> problem(Decoder(DecoderConfig()), ["model.embed_tokens.weight"])[:17]
+    'no lm_head.weight'
+    """
+    if model.config.tie_word_embeddings or "lm_head.weight" in names or "model.embed_tokens.weight" not in names:
+        return ""
+    return (
+        "no lm_head.weight to compute logits with, but tie_word_embeddings is false (a folder saved from AutoModel has no "
+        f"head; save {_ARCHITECTURE[model.config.model_type]}): missing lm_head/kernel"
+    )
+
+
+def parts(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """No options: a decoder has no optional parts.
+
+    >>> parts({"model_type": "llama"}, {})
+    {}
+    """
+    return {}
 
 
 def axis_names(path: Path) -> tuple[str | None, ...]:

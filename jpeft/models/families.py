@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ import jax
 from jpeft.core import tree
 from jpeft.errors import ModelError
 from jpeft.models import bert_hf, bitsandbytes, decoder_hf
+from jpeft.models.buffers import Buffers
 from jpeft.models.folder import CONFIG
 from jpeft.models.layout import leaves_by_path
+from jpeft.models.naming import Naming
 from jpeft.models.sources import is_gguf, read_config
 
 
@@ -44,12 +46,28 @@ class Family(Protocol):
         """The `config.json` of a model. Inverse of `from_config`."""
         ...
 
-    def prefix(self, model: Any) -> str:
-        """The prefix of the model's tensor names in a checkpoint that also holds a head or another model."""
+    def namings(self, model: Any) -> Sequence[Naming]:
+        """The forms in which a checkpoint may name the model's tensors; `save` without a source writes the first."""
+        ...
+
+    def buffers(self, model: Any) -> Buffers:
+        """Tensors of old checkpoints that follow from the config, by the model's own names."""
         ...
 
     def extras(self, model: Any) -> re.Pattern[str]:
-        """Matches tensors that a checkpoint may hold beside the model (heads, buffers), named without the prefix."""
+        """Matches the model's own names of other tensors that a checkpoint may hold beside it, such as heads."""
+        ...
+
+    def problem(self, model: Any, names: Collection[str]) -> str:
+        """Why a checkpoint with tensors of these names, the model's own, is not of the model; empty if it may be."""
+        ...
+
+    def copies(self, model: Any) -> Mapping[str, str]:
+        """Tensors that a checkpoint may hold a second time, and the original, by the model's own names."""
+        ...
+
+    def parts(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The options of `from_config` that follow from a checkpoint: its optional parts, by the tensors' shapes."""
         ...
 
     def example_inputs(self, model: Any) -> tuple[Any, ...]:
@@ -123,9 +141,14 @@ def abstract_leaves(family: Family, model: nn.Module) -> dict[str, Any]:
 
 
 def build_model(
-    config: Mapping[str, Any], where: Path | str, dtype: Any, param_dtype: Any, options: Mapping[str, Any]
+    config: Mapping[str, Any],
+    where: Path | str,
+    dtype: Any,
+    param_dtype: Any,
+    options: Mapping[str, Any],
+    tensors: Mapping[str, Any] | None = None,
 ) -> tuple[Family, Any]:
-    """The family and the model of a configuration.
+    """The family and the model of a configuration. Optional parts are those that the checkpoint's ``tensors`` show.
 
     Raises:
         ModelError: a model type, a field or an option is not supported; it starts with ``where``.
@@ -138,6 +161,8 @@ def build_model(
         )
     try:
         plain = bitsandbytes.without_quantization(config, where)
+        if tensors is not None:
+            options = {**family.parts(plain, {name: tensor.shape for name, tensor in tensors.items()}), **options}
         return family, family.from_config(plain, dtype=dtype, param_dtype=param_dtype, **options)
     except ModelError:
         raise

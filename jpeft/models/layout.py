@@ -8,9 +8,7 @@ leaf of stacked layers is one tensor per layer. The leaves themselves follow fro
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +18,8 @@ from jpeft.core import tree
 from jpeft.core.quantized import Quantized, open_boxes
 from jpeft.errors import ModelError
 from jpeft.models import bitsandbytes
-from jpeft.models.folder import Tensor
 
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-_TENSORFLOW_LEAF = {"gamma": "weight", "beta": "bias"}  # of LayerNorm, in checkpoints converted from TensorFlow
 
 
 class Slot(NamedTuple):
@@ -92,41 +88,6 @@ def torch_value(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray | Quantized
     if slot.layer is not None:
         leaf = jax.tree.map(lambda x: x[slot.layer], leaf)
     return slot.transpose(jax.tree.map(np.asarray, jax.device_get(leaf)))
-
-
-def used_prefix(prefix: str, tensors: Mapping[str, Any]) -> str:
-    """The prefix if some tensors have it; else empty."""
-    return prefix if any(name.startswith(prefix) for name in tensors) else ""
-
-
-def match_tensors(
-    source: Path, slots: Sequence[Slot], tensors: Mapping[str, Tensor], prefix: str, extras: re.Pattern[str]
-) -> dict[Slot, str]:
-    """The name of each slot's tensor.
-
-    Args:
-        source: the folder or file, for error messages.
-        slots: the slots of the model.
-        tensors: the tensors by name.
-        prefix: the prefix of the model's tensor names; it may be absent.
-        extras: matches the names, without prefix, of tensors that may be there beside the model.
-
-    Raises:
-        ModelError: tensors are missing, not part of the model, or have another shape.
-    """
-    prefix = used_prefix(prefix, tensors)
-    by_tensor_name = {slot.tensor_name: slot for slot in slots}
-    names, shapes = {}, {}
-    for name, tensor in tensors.items():
-        owner, dot, leaf = name.removeprefix(prefix).rpartition(".")
-        bare = owner + dot + _TENSORFLOW_LEAF.get(leaf, leaf)
-        if slot := by_tensor_name.get(bare):
-            names[slot] = name
-            shapes[slot.name] = tensor.shape[::-1] if slot.is_kernel else tensor.shape
-        elif name.startswith(prefix) and not extras.fullmatch(bare):  # tensors without the prefix belong to a head
-            shapes[name] = tensor.shape
-    check_shapes(str(source), {slot.name: slot.shape for slot in slots}, shapes)
-    return names
 
 
 def check_shapes(where: str, expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:

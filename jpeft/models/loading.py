@@ -16,10 +16,11 @@ from jpeft.errors import ModelError
 from jpeft.files import read_json
 from jpeft.models import bitsandbytes
 from jpeft.models.families import abstract_leaves, build_model, read_model_config
-from jpeft.models.layout import leaves_by_path, list_slots, match_tensors, tree_of
+from jpeft.models.layout import leaves_by_path, list_slots, tree_of
+from jpeft.models.matching import check_values, match_tensors
 from jpeft.models.placing import place_leaves, shardings_by_path
 from jpeft.models.reading import TensorReader
-from jpeft.models.sources import is_gguf, open_tensors
+from jpeft.models.sources import has_safetensors, is_gguf, open_tensors
 from jpeft.quantization.tree import quantize as quantize_tree
 
 
@@ -48,7 +49,9 @@ def load(
         quantize: a scheme, or a dict of `jpeft.quantize`'s arguments, to quantize each tensor as it is read. The result
             equals `jpeft.quantize` of the loaded parameters bit for bit.
         **options: arguments of the model's family: for decoders `scan_layers` (True) and `remat` (None), see
-            `jpeft.models.decoder`.
+            `jpeft.models.decoder`; for encoders `output`, see `jpeft.models.bert.Bert`, and `pooler=False` and
+            `head=False` to leave out a pooler and the head of a `…ForSequenceClassification`, which are parts of the
+            model where the files have them.
 
     Returns:
         `(model, params)`, for `model.apply({"params": params}, input_ids, attention_mask=mask)`: hidden states
@@ -72,16 +75,19 @@ def load(
     (1, 3, 8)
     """
     path = Path(path)
-    family, model = build_model(*read_model_config(path), dtype, param_dtype, options)
+    config, where = read_model_config(path)
+    build_model(config, where, dtype, param_dtype, {})  # an error in it comes before one in the weights
     with open_tensors(path) as stored:
         tensors = bitsandbytes.combine_parts(stored)
+        family, model = build_model(config, where, dtype, param_dtype, options, tensors)
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
         if layers > len(tensors):  # tracing so many layers would take too long
             raise ModelError(f"{path}: config.json has {layers:,} layers, but there are {len(tensors)} tensors")
         shapes = abstract_leaves(family, model)
         slots = list_slots(shapes, stacked_at(model))
-        names = match_tensors(path, slots, tensors, family.prefix(model), family.extras(model))
-        reader = TensorReader(names, tensors, param_dtype, _plan_quantization(shapes, quantize))
+        matched = match_tensors(path, family, model, slots, tensors)
+        check_values(family, model, matched, tensors)
+        reader = TensorReader(matched.names, tensors, param_dtype, _plan_quantization(shapes, quantize))
         leaves = place_leaves(shapes, slots, reader, shardings_by_path(shardings, model, shapes))
     return model, tree_of(leaves)
 
@@ -98,7 +104,7 @@ def abstract(
 
     Args:
         config: the contents of a `config.json`, the path of that file, or a folder or `.gguf` file. A folder needs no
-            weights.
+            weights; if it has any, they tell its optional parts (a pooler).
         dtype: as for `load`.
         param_dtype: as for `load`.
         quantize: as for `load`.
@@ -119,7 +125,11 @@ def abstract(
         fields, where = read_json(path, ModelError), path
     else:
         fields, where = read_model_config(path)
-    family, model = build_model(fields, where, dtype, param_dtype, options)
+    tensors = None
+    if not isinstance(config, Mapping) and has_safetensors(Path(config)):
+        with open_tensors(Path(config)) as stored:
+            tensors = bitsandbytes.combine_parts(stored)
+    family, model = build_model(fields, where, dtype, param_dtype, options, tensors)
     shapes = abstract_leaves(family, model)
     return model, tree_of({**shapes, **_plan_quantization(shapes, quantize)})
 

@@ -25,10 +25,10 @@ from jpeft.models.layout import (
     check_shapes,
     leaves_by_path,
     list_slots,
-    match_tensors,
     torch_value,
-    used_prefix,
 )
+from jpeft.models.matching import match_tensors
+from jpeft.models.naming import Naming
 from jpeft.models.sources import is_gguf, open_tensors, read_config
 
 # `save` does not copy these from the source: it writes its own config and weights, and other weights would be stale.
@@ -81,11 +81,11 @@ def save(
         {name: np.shape(leaf) for name, leaf in leaves.items()},
     )
     slots = list_slots(shapes, stacked_at(model))
-    base = _Source(family.to_config(model)) if source is None else _read_source(Path(source), family, model, slots)
+    base = _bare(family, model) if source is None else _read_source(Path(source), family, model, slots)
     config, tensors, origins = dict(base.config), dict(base.tensors), dict(base.origins)
     embeddings = set()
     for slot in slots:
-        name, value = base.prefix + slot.tensor_name, torch_value(slot, leaves)
+        name, value = base.naming.in_file(slot.tensor_name), torch_value(slot, leaves)
         if isinstance(value, Quantized):
             tensors |= bitsandbytes.to_tensors(name, value, slot.is_kernel)
             origins[name] = value.origin
@@ -96,7 +96,7 @@ def save(
     dtype = _dtype_name(leaves)
     if (quantization := bitsandbytes.quantization_config(tensors, embeddings, dtype)) is not None:
         config["quantization_config"] = quantization
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}, dtype)
     with new_folder(path) as new:
         if source is not None:
             _copy_companions(Path(source), new)
@@ -116,26 +116,31 @@ class _Source(NamedTuple):
 
     Attributes:
         config: its `config.json`, without quantization.
+        naming: the form of its tensor names.
         tensors: its tensors beside the model.
-        prefix: the prefix of its model's tensor names.
         origins: the checksums of the quantized ones among `tensors`, by name.
     """
 
     config: Mapping[str, Any]
+    naming: Naming
     tensors: Mapping[str, np.ndarray] = {}
-    prefix: str = ""
     origins: Mapping[str, Any] = {}
+
+
+def _bare(family: Family, model: Any) -> _Source:
+    """No source: the family's own configuration and names."""
+    return _Source(family.to_config(model), family.namings(model)[0])
 
 
 def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]) -> _Source:
     if build_model(*read_model_config(source), model.dtype, model.param_dtype, {})[1].config != model.config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
     if is_gguf(source):
-        return _Source(family.to_config(model))
+        return _bare(family, model)
     with open_tensors(source) as stored:
         tensors = bitsandbytes.combine_parts(stored)
-        prefix = family.prefix(model)
-        of_model = set(match_tensors(source, slots, tensors, prefix, family.extras(model)).values())
+        matched = match_tensors(source, family, model, slots, tensors)
+        of_model = {*matched.names.values(), *(copy for copy, _ in matched.copies)}
         kept, origins = {}, {}
         for name, tensor in tensors.items():
             if name in of_model:
@@ -146,7 +151,7 @@ def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]
             else:
                 kept[name] = tensor.read()
         config = bitsandbytes.without_quantization(read_config(source), source / CONFIG)
-        return _Source(config, kept, used_prefix(prefix, tensors), origins)
+        return _Source(config, matched.naming, kept, origins)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -21,6 +21,15 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
+def has_safetensors(path: Path) -> bool:
+    """Whether a path is a folder with weights in safetensors.
+
+    >>> has_safetensors(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    False
+    """
+    return any((path / name).is_file() for name in (folder.WEIGHTS, folder.INDEX))
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The `config.json` of a folder, or the equivalent of a GGUF file's metadata.
 

@@ -111,7 +111,7 @@ def test_load_accepts_a_prefix_heads_and_tensorflow_names(tmp_path):
     tensors = tensors_of(prefix="bert.")
     for new, old in (("weight", "gamma"), ("bias", "beta")):
         tensors[f"bert.{NORM}.{old}"] = tensors.pop(f"bert.{NORM}.{new}")
-    extras = ("bert.pooler.dense.weight", "bert.embeddings.position_ids", "classifier.weight", "my.own.head")
+    extras = ("cls.predictions.bias", "classifier.weight", "my.own.head")
     tensors |= {name: np.ones((2, 2), np.float32) for name in extras}
     np.testing.assert_array_equal(states(write(tmp_path / "headed", tensors=tensors), IDS), want)
 
@@ -244,7 +244,7 @@ def test_save_is_the_inverse_of_load(tmp_path, model_type):
 
 
 def test_save_keeps_the_rest_of_the_source(tmp_path):
-    head = {"bert.pooler.dense.weight": np.full((2, 2), 3, np.float32), "classifier.bias": np.ones(2, np.float32)}
+    head = {"cls.predictions.bias": np.full((2, 2), 3, np.float32), "classifier.bias": np.ones(2, np.float32)}
     source = write(tmp_path / "a", tensors=tensors_of(prefix="bert.") | head, shards=2, architectures=["Mine"])
     (source / "vocab.txt").write_text("[PAD]")
     (source / "pytorch_model.bin").write_text("stale")

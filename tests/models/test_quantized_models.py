@@ -168,23 +168,24 @@ def test_save_with_a_quantized_source(nf4, llama, tmp_path):
     same(models.load(tmp_path / "mixed")[1], mixed)
 
 
-def test_an_encoder_keeps_its_quantized_pooler(tmp_path):
+def test_an_encoder_has_a_quantized_pooler(tmp_path):
+    """It is a part of the model, or stays in the file as it is."""
     model = Bert(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-                            intermediate_size=64, max_position_embeddings=24))  # fmt: skip
+                            intermediate_size=64, max_position_embeddings=24), pooler=True)  # fmt: skip
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
     base = jpeft.quantize(params)
-    models.save(tmp_path / "bare", model, base)
-    pooler = quantize_array(np.ones((64, 64), np.float32))
-    host = bitsandbytes.transposed(jax.tree.map(np.asarray, pooler))
-    source = rewrite(tmp_path / "bare", tmp_path / "source", lambda t: t.update(
-        bitsandbytes.to_tensors("pooler.dense.weight", host, True)))  # fmt: skip
-    models.save(tmp_path / "out", model, base, source=source)
+    models.save(tmp_path / "source", model, base)
+    again, read = models.load(tmp_path / "source")
+    assert again == model
+    same(read, base)
+    bare, encoder = models.load(tmp_path / "source", pooler=False)
+    same(encoder, {name: part for name, part in base.items() if name != "pooler"})
+    models.save(tmp_path / "out", bare, encoder, source=tmp_path / "source")
     same(models.load(tmp_path / "out")[1], base)
-    assert (load_file(tmp_path / "out" / "model.safetensors").keys()
-            == load_file(source / "model.safetensors").keys())  # fmt: skip
-    models.save(tmp_path / "plain", model, params, source=source)  # the pooler stays quantized
+    plain = {name: part for name, part in params.items() if name != "pooler"}
+    models.save(tmp_path / "plain", bare, plain, source=tmp_path / "source")  # the pooler stays quantized
     assert "encoder.layer.0.output.dense" in about(tmp_path / "plain")["llm_int8_skip_modules"]
-    same(models.load(tmp_path / "plain")[1], params)
+    same(models.load(tmp_path / "plain")[1], {**plain, "pooler": base["pooler"]})
 
 
 def test_quantized_weights_are_sharded(nf4, llama):
