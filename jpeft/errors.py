@@ -15,5 +15,9 @@ class ModelError(ValueError):
     """A model folder or parameter tree that cannot be used."""
 
 
+class MergeError(ValueError):
+    """Merged weights that are not finite."""
+
+
 class PlanError(UserError):
     """A training step that cannot be planned."""

@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from jpeft.core.actions import Action, by_weight, expand_leaves, init_leaves, merge_leaf
 from jpeft.core.adapter_placement import box_like, leaf_sharding
+from jpeft.core.finite import all_finite, check_merged
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Method, slugs
 from jpeft.core.placement import place, replicated_like
@@ -171,7 +172,7 @@ class Peft:
                 raise ValueError(f"adapter leaf {join(path)!r} has shape {got}, expected {shape}")
         return leaves
 
-    def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False) -> Any:
+    def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False, safe: bool = True) -> Any:
         """Merged weights for the unmodified model, whose outputs are then those of `apply`.
 
         Pure and differentiable in the adapter. Weights keep their dtype; sums are computed in at least float32.
@@ -184,10 +185,13 @@ class Peft:
             largest in its block, int4 by 1/14, int8 by 1/254 and float8 by 1/28 (and up to 0.2 % more with quantized
             scales). With few bits, most of what an adapter learned is rounded away. If you have the unquantized base,
             merge into that and quantize the result.
+          safe: False also merges into weights that are then not finite. They are looked at with one reduction for each
+            weight that changes; traced ones (under ``jax.jit`` or ``jax.grad``) cannot be.
 
         Raises:
           ValueError: a method cannot be merged (prefix tuning, bottleneck adapters), or ``requantize`` is True and no
             merged weight is quantized.
+          MergeError: a merged weight holds NaN or infinities, or is beyond the range of the base's dtype.
         """
         for action in self.actions:
             if not action.method.mergeable:
@@ -196,19 +200,35 @@ class Peft:
                     "use peft.apply or peft.module"
                 )
         tree, _ = split_variables(params)
-        out = self.replaced(flatten(tree), leaves := self.check(adapter))
+        base = flatten(tree)
+        out = self.replaced(dict(base), leaves := self.check(adapter))
+        flags = {a.site.path: all_finite(out[a.site.path]) for a in self.actions if safe and a.site.kind == "leaf"}
         used, found = self.expanded(leaves), False
+
+        def check(flags: Mapping[Path, Any]) -> None:
+            check_merged(flags, base, lambda path: self._leaves_at(path, leaves))
+
         for path, actions in by_weight(self.actions, (FUSED, BOX, MERGE)).items():
             own, stored = [used[a] for a in actions], out[path]
             out[path] = merge_leaf(actions, own, stored, False)
+            flags[path] = all_finite(out[path]) if safe else None
             if requantize and isinstance(stored, Quantized):
+                check({path: flags[path]})  # codes represent no NaN, and would not say whose it is
                 out[path], found = requantize_leaf(stored, out[path]), True
             bias = actions[0].site.bias_path
             if bias in out and any(a.method.changes_bias for a in actions):
                 out[bias] = merge_leaf(actions, own, out[bias], True)
+                flags[bias] = all_finite(out[bias]) if safe else None
+        check(flags)
         if requantize and not found:
             raise ValueError("requantize=True, but no weight that the adapter changes is quantized")
         return like(unflatten(out), tree)
+
+    def _leaves_at(self, path: Path, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
+        """The adapter's leaves that change a base leaf."""
+        at = [a for a in self.actions if path in (a.site.weight_path, a.site.bias_path)]
+        own = [a.leaf_path(name) for a in at for name in a.stored]
+        return {path: leaves[path] for path in (*own, *self.shared_paths)}
 
     def replaced(self, base: dict[Path, Any], leaves: Mapping[Path, Any]) -> dict[Path, Any]:
         """The base leaves, with those of "leaf" sites replaced by the adapter's.
