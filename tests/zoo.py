@@ -270,6 +270,14 @@ VARIANTS: dict[str, Entry] = {
     "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), _SOME),
     "IA3 feedforward": Entry(lambda u: jpeft.IA3(feedforward=u.targets, **_parts(u))),
     "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), (*_SOME, "raw")),
+    # The default takes indices: the ids of the embedding uses have these two, and every weight has as many outputs.
+    "TrainableTokens": Entry(lambda u: jpeft.methods.TrainableTokens(indices=(0, 1), **_parts(u))),
+    "LoRA + TrainableTokens": Entry(
+        lambda u: jpeft.Chain(
+            jpeft.LoRA(rank=2, **_parts(u)), jpeft.methods.TrainableTokens(indices=(1,), **_parts(u))
+        ),
+        ("embed, tied by attend", "embed", "embed, attend", "embed, tied by its table", "dense"),
+    ),
     "LoRA + IA3": Entry(
         lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u)))
     ),

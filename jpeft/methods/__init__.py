@@ -22,6 +22,7 @@ from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.lora import LoRA as LoRA
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
 from jpeft.methods.train import Train as Train
+from jpeft.methods.trainable_tokens import TrainableTokens as TrainableTokens
 
 _BASES = (Method, WeightMethod, OutputMethod, AttentionMethod, LeafMethod, Chain)
 METHODS: dict[str, type[Method]] = {
