@@ -200,18 +200,29 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with path.open("rb") as file:
-            magic = file.read(2)
-    except FileNotFoundError:
-        raise AdapterError(f"{path} does not exist") from None
-    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise AdapterError(f"{path} is a pickle, which may run code when opened and is refused; save it as safetensors")
+    if not path.is_file():
+        raise AdapterError(f"{path} does not exist")
     try:
         # Not safetensors.numpy.load, which does not know bfloat16.
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if _is_pickle(path):
+            raise AdapterError(
+                f"{path} is a pickle, which may run code when opened and is refused; save it as safetensors"
+            ) from None
         raise AdapterError(
             f"{path} is not a complete safetensors file ({error}): truncated, or of another format"
         ) from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file that is not safetensors looks like a pickle, as it is or in torch's zip archive.
+
+    The first bytes of safetensors are the length of its header and can be any, also these: ask only after it failed.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors, and damaged
+        return False
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")

@@ -1,5 +1,6 @@
 """Adapter folders: bit-exact round trips, atomic saves, and errors for everything that does not match."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import jpeft
 from jpeft.core.fingerprint import _on_host, checksum, difference, fingerprint
 from jpeft.core.tree import flatten, join
 from jpeft.errors import AdapterError
+from jpeft.files import serialize
 from jpeft.io import read_config
 
 
@@ -155,6 +157,22 @@ def test_a_damaged_or_unsafe_file_is_an_error(saved, content, message):
     file = path / "adapter.safetensors"
     file.write_bytes(content(file.read_bytes()))
     with pytest.raises(AdapterError, match=message):
+        jpeft.load(path, MODEL, params, X)
+
+
+@pytest.mark.parametrize("length", [384, 640, 896, 1152, 1408, 19280])
+def test_a_header_whose_length_reads_like_a_pickle_is_no_pickle(saved, length):
+    """The first two bytes of safetensors are those of its header's length: 80 02, 80 04, "PK"."""
+    path, params, _, adapter = saved
+    file = path / "adapter.safetensors"
+    tensors = load_file(file)
+    blobs = (serialize(tensors, {"note": "x" * padding}) for padding in range(length))
+    blob = next(blob for blob in blobs if blob[:8] == length.to_bytes(8, "little"))
+    file.write_bytes(blob)
+    edit(path, sha256=hashlib.sha256(blob).hexdigest())
+    assert same(jpeft.load(path, MODEL, params, X)[1], adapter)
+    file.write_bytes(blob[:-1])
+    with pytest.raises(AdapterError, match="truncated"):
         jpeft.load(path, MODEL, params, X)
 
 
