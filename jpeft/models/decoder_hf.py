@@ -286,6 +286,8 @@ def buffers(model: Decoder) -> Buffers:
         rf"model\.{attention}bias": causal_mask,
         rf"model\.{attention}masked_bias": masked_bias,
     }
+    if cfg.gemma:
+        found[r"model\.embed_tokens\.embed_scale"] = lambda value: np.full(value.shape, cfg.hidden_size**0.5)
     if cfg.rotary_sliding is not None:
         found[r"model\.rotary_emb_local\.inv_freq"] = _frequencies(cfg, cfg.rotary_sliding)
     return found
@@ -329,8 +331,8 @@ def problem(model: Decoder, names: Collection[str]) -> str:
     if model.config.tie_word_embeddings or "lm_head.weight" in names or "model.embed_tokens.weight" not in names:
         return ""
     return (
-        "no lm_head.weight to compute logits with, but tie_word_embeddings is false (a folder saved from AutoModel has no "
-        f"head; save {_ARCHITECTURE[model.config.model_type]}): missing lm_head/kernel"
+        "no lm_head.weight to compute logits with, but tie_word_embeddings is false (a folder saved from AutoModel has "
+        f"no head; save {_ARCHITECTURE[model.config.model_type]}): missing lm_head/kernel"
     )
 
 

@@ -18,8 +18,8 @@ from jpeft import models
 from jpeft.cli import main
 from jpeft.core import tree
 from jpeft.core.fingerprint import difference, fingerprint
-from jpeft.core.quantized import Quantized, dequantize_leaf, quantize_array
-from jpeft.models import ModelError, bitsandbytes
+from jpeft.core.quantized import Quantized, dequantize_leaf
+from jpeft.models import ModelError
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.quantization.tree import is_quantized
