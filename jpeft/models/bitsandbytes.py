@@ -189,6 +189,10 @@ class QuantizedTensor:
         return [part.name for part in self.parts.values()]
 
     @property
+    def dtype(self) -> str:
+        return self.state["dtype"]
+
+    @property
     def axis(self) -> int:
         return self.state.get("axis", -1)
 

@@ -34,6 +34,11 @@ class Tensor(Protocol):
         """The shape in torch's order."""
         ...
 
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of the weight: that of the file or, if it is quantized, that of the original."""
+        ...
+
     def read(self) -> np.ndarray:
         """The whole tensor, in memory of its own."""
         ...
@@ -47,12 +52,14 @@ class SafeTensor:
         path: the file.
         name: the tensor's name in the file.
         shape: the shape in torch's order.
+        dtype: the name of the dtype, numpy's or ml_dtypes' if they have it.
         metadata: the file's metadata.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
     metadata: Mapping[str, str]
 
     def read(self) -> np.ndarray:
@@ -88,10 +95,18 @@ def read_tensors(folder: Path) -> dict[str, SafeTensor]:
     tensors: dict[str, SafeTensor] = {}
     for path in _weight_files(folder):
         with _open_safetensors(path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: (tuple(x.get_shape()), _dtype_name(x.get_dtype())) for name, x in slices.items()}
             metadata = file.metadata() or {}
-        tensors |= {name: SafeTensor(path, name, shape, metadata) for name, shape in shapes.items()}
+        tensors |= {name: SafeTensor(path, name, *kind, metadata) for name, kind in kinds.items()}
     return tensors
+
+
+def _dtype_name(code: str) -> str:
+    """The name of a dtype from safetensors' code: bfloat16 for BF16."""
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
+    kind = code.rstrip("0123456789")
+    return f"{kinds[kind]}{code.removeprefix(kind)}" if kind in kinds and kind != code else code.lower()
 
 
 @contextlib.contextmanager

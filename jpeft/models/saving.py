@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.quantized import Quantized
@@ -17,6 +19,7 @@ from jpeft.core.stacking import stacked_at
 from jpeft.errors import ModelError
 from jpeft.files import new_folder, write_json, write_safetensors
 from jpeft.models import bitsandbytes
+from jpeft.models.dtypes import cast, stored_dtypes
 from jpeft.models.families import Family, abstract_leaves, build_model, family_of, read_model_config
 from jpeft.models.folder import CONFIG, WEIGHTS
 from jpeft.models.gguf.tokenizer import write_tokenizer
@@ -31,6 +34,8 @@ from jpeft.models.matching import match_tensors
 from jpeft.models.naming import Naming
 from jpeft.models.sources import is_gguf, open_tensors, read_config
 
+SOURCE = "source"  # as a dtype: the one that each tensor has in the source
+
 # `save` does not copy these from the source: it writes its own config and weights, and other weights would be stale.
 _NOT_COPIED = re.compile(
     r"\..*|config\.json|.*\.(index\.json|safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|gguf|tflite)"
@@ -43,6 +48,8 @@ def save(
     params: Mapping[str, Any],
     source: str | os.PathLike[str] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    dtype: Any = None,
+    safe: bool = True,
 ) -> None:
     """Writes a HuggingFace folder that transformers loads. Inverse of `load`, bit for bit.
 
@@ -52,14 +59,18 @@ def save(
     Args:
         path: the folder to write. After a failure there is no folder.
         model: a model that `load` returned.
-        params: its whole tree (merge an adapter first). Each leaf keeps its dtype and its quantization.
+        params: its whole tree (merge an adapter first). Each leaf keeps its quantization.
         source: the folder or `.gguf` file that the model was loaded from. Everything else in it is kept: tokenizer,
             pooling, other fields of its `config.json`, the tensors of poolers and heads.
         extra_files: more files to write, name → content.
+        dtype: the dtype of weights that are not quantized: None is that of the leaf, and "source" that of the same
+            tensor in `source` (float32 for one that a `.gguf` file holds quantized).
+        safe: False writes infinities for numbers beyond the range of `dtype`.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
-        ModelError: `params` is not the model's tree, or `source` holds another model.
+        ModelError: `params` is not the model's tree, `source` holds another model, or a number is beyond the range of
+            `dtype`.
 
     >>> import tempfile
     >>> import jax, jax.numpy as jnp
@@ -70,7 +81,7 @@ def save(
     >>> sorted(file.name for file in folder.iterdir())
     ['config.json', 'model.safetensors']
     """
-    path = Path(path)
+    path, dtype = Path(path), dtype if dtype in (None, SOURCE) else jnp.dtype(dtype).name
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path}: exists and is not an empty folder")
     family = family_of(model)
@@ -83,20 +94,23 @@ def save(
     slots = list_slots(shapes, stacked_at(model))
     base = _bare(family, model) if source is None else _read_source(Path(source), family, model, slots)
     config, tensors, origins = dict(base.config), dict(base.tensors), dict(base.origins)
-    embeddings = set()
+    wanted = _wanted_dtypes(dtype, source)
+    embeddings, written = set(), set()
     for slot in slots:
         name, value = base.naming.in_file(slot.tensor_name), torch_value(slot, leaves)
         if isinstance(value, Quantized):
             tensors |= bitsandbytes.to_tensors(name, value, slot.is_kernel)
             origins[name] = value.origin
         else:
-            tensors[name] = value
+            value = tensors[name] = cast(name, value, wanted(name), safe)
+        written.add(jnp.dtype(value.dtype).name)
         if slot.path.endswith("/embedding"):
             embeddings.add(name)
-    dtype = _dtype_name(leaves)
-    if (quantization := bitsandbytes.quantization_config(tensors, embeddings, dtype)) is not None:
+    fields = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}
+    named = written.pop() if len(written) == 1 else config.get(min(fields)) if dtype == SOURCE else "float32"
+    if (quantization := bitsandbytes.quantization_config(tensors, embeddings, named or "float32")) is not None:
         config["quantization_config"] = quantization
-    config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}, dtype)
+    config |= dict.fromkeys(fields, named or "float32")
     with new_folder(path) as new:
         if source is not None:
             _copy_companions(Path(source), new)
@@ -106,9 +120,13 @@ def save(
             (new / name).write_bytes(content)
 
 
-def _dtype_name(leaves: Mapping[str, Any]) -> str:
-    names = {str(leaf.dtype) for leaf in leaves.values()}
-    return names.pop() if len(names) == 1 else "float32"
+def _wanted_dtypes(dtype: Any, source: str | os.PathLike[str] | None) -> Callable[[str], Any]:
+    """The dtype to write a tensor in, by its name; None is the one that it has. See `save`."""
+    if dtype != SOURCE:
+        return lambda name: dtype
+    stored = {} if source is None else stored_dtypes(source)
+    usual = Counter(stored.values()).most_common(1)[0][0] if stored else None
+    return lambda name: stored.get(name, usual)
 
 
 class _Source(NamedTuple):

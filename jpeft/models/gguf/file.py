@@ -22,7 +22,7 @@ from jpeft.errors import ModelError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # for `struct`
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "an array"}
-_UNQUANTIZED: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+UNQUANTIZED: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,8 @@ class GGUFFile:
         """
         info = self.tensors[name]
         raw = self.data[info.start : info.start + info.nbytes]
-        if info.type.name in _UNQUANTIZED:
-            return np.array(raw).view(_UNQUANTIZED[info.type.name]).reshape(info.shape)
+        if info.type.name in UNQUANTIZED:
+            return np.array(raw).view(UNQUANTIZED[info.type.name]).reshape(info.shape)
         import gguf
 
         try:

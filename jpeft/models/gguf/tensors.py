@@ -17,7 +17,7 @@ import numpy as np
 
 from jpeft.errors import ModelError
 from jpeft.models.gguf.config import ROPE_FREQS, architecture
-from jpeft.models.gguf.file import GGUFFile, open_file
+from jpeft.models.gguf.file import UNQUANTIZED, GGUFFile, open_file
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -84,6 +84,11 @@ class GGUFTensor:
     def shape(self) -> tuple[int, ...]:
         """The shape in torch's order."""
         return self.file.tensors[self.name].shape
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype: float32 for blocks of codes, which have none of their own."""
+        return np.dtype(UNQUANTIZED.get(self.file.tensors[self.name].type.name, np.float32)).name
 
     def read(self) -> np.ndarray:
         """The tensor of HuggingFace's checkpoint, in the file's dtype or dequantized to float32."""
