@@ -42,6 +42,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="smollm2 (default, or the run's model), a HuggingFace folder, .gguf file or hub id")
     add("--adapter", metavar="RUN", help="a run, or an adapter folder (saved by jpeft or PEFT)")
+    add("--chat-template", metavar="FILE", help="a Jinja template (default: the run's, else the model's)")
     add("--system", metavar="TEXT", help="system message")
     add("--max-new-tokens", type=int, metavar="INT", help="(default: 256, or as many as the context has room for)")
     add("--temperature", type=float, default=0.0, metavar="FLOAT", help="0 (default): greedy decoding")

@@ -60,7 +60,8 @@ def open_text_generator(args: argparse.Namespace) -> tuple[Any, Any]:
     if not 0 <= args.seed < 1 << 63:
         raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
-    return generate.open_text_generator(args.model, args.adapter, args.dtype, print_note), settings
+    generator = generate.open_text_generator(args.model, args.adapter, args.dtype, print_note, args.chat_template)
+    return generator, settings
 
 
 def print_answer(generator: Any, ids: Sequence[int], settings: Any, quiet: bool) -> tuple[str, Any]:

@@ -138,10 +138,10 @@ def resolve_data(
     elif Path(name).expanduser().is_file():
         known = DataSource(Path(name).expanduser(), None, "text", "label")
     else:
-        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(DATA)}, or a .csv or .jsonl file")
+        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(DATA)}, or a .csv, .jsonl or .json file")
     evaluation = known.eval if eval_file is None else Path(eval_file).expanduser()
     if evaluation is not None and not evaluation.is_file():
-        raise UserError(f"--eval {eval_file}: {_no_file(str(eval_file))}; expected a .csv or .jsonl file")
+        raise UserError(f"--eval {eval_file}: {_no_file(str(eval_file))}; expected a .csv, .jsonl or .json file")
     return DataSource(known.train, evaluation, text or known.text, label or known.label)
 
 
@@ -158,9 +158,9 @@ def resolve_conversations(
     elif Path(name).expanduser().is_file():
         train, evaluation = Path(name).expanduser(), None
     else:
-        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(CONVERSATIONS)}, or a .jsonl file")
+        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(CONVERSATIONS)}, or a .jsonl or .json file")
     if eval_file is not None and not (evaluation := Path(eval_file).expanduser()).is_file():
-        raise UserError(f"--eval {eval_file}: {_no_file(eval_file)}; expected a .jsonl file")
+        raise UserError(f"--eval {eval_file}: {_no_file(eval_file)}; expected a .jsonl or .json file")
     return train, evaluation
 
 

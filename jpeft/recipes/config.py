@@ -45,7 +45,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # Fields that a task does not use, and the only value that they may have.
-_UNUSED: Mapping[str, Mapping[str, Any]] = {CLASSIFY: {"packed": True, "samples": 0}}
+_UNUSED: Mapping[str, Mapping[str, Any]] = {
+    CLASSIFY: {"packed": True, "samples": 0, "chat_template": None, "ignore_keys": None}
+}
 # Peak learning rates by method; the others take that of LoRA.
 LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
 
@@ -62,7 +64,7 @@ _TEXT: Rule = (lambda value: isinstance(value, str), "a text")
 _RULES: Mapping[str, Rule] = {
     "task": _one_of(DEFAULTS),
     **dict.fromkeys(("model", "data", "method"), _TEXT),
-    **dict.fromkeys(("eval", "text", "label", "targets"), or_none(_TEXT)),
+    **dict.fromkeys(("eval", "text", "label", "targets", "chat_template", "ignore_keys"), or_none(_TEXT)),
     **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
     **dict.fromkeys(("steps", "eval_every"), _COUNT_OR_DEFAULT),
     "keep": _one_of(("last", "best")),
@@ -94,6 +96,8 @@ class Config:
     eval: str | None = None
     text: str | None = None
     label: str | None = None
+    chat_template: str | None = None
+    ignore_keys: str | None = None
     method: str = "lora"
     rank: int | None = None
     alpha: float | None = None
@@ -162,10 +166,14 @@ class Config:
         return next((name for name, value in given.items() if _locate(name, value) != own[name]), None)
 
 
-_PATHS: Mapping[str, Mapping[str, Any]] = {"model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}}
+_PATHS: Mapping[str, Mapping[str, Any]] = {
+    "model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}, "chat_template": {}
+}  # fmt: skip
 
 
 def _locate(name: str, value: Any) -> Any:
+    if name == "chat_template" and value is not None:
+        return read_chat_template(value)
     if name not in _PATHS or value is None or value in _PATHS[name]:
         return value
     path = Path(value).expanduser()
@@ -214,6 +222,25 @@ def flag(name: str) -> str:
     """
     special = {"settings": "--set", "packed": "--no-packing"}
     return special.get(name, f"--{name.replace('_', '-')}")
+
+
+def read_chat_template(given: str) -> str:
+    """A chat template from a file, or the text itself if it has Jinja's braces. A run records the text.
+
+    >>> read_chat_template("{{ messages[0].content }}")
+    '{{ messages[0].content }}'
+    """
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        text = Path(given).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--chat-template {given}: {error.strerror}; expected a file with a Jinja template") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat-template {given}: not UTF-8 (byte offset {error.start})") from error
+    if "{{" not in text and "{%" not in text:
+        raise UserError(f"--chat-template {given}: holds no Jinja template")
+    return text
 
 
 def parse_targets(text: str) -> str | list[str]:

@@ -53,6 +53,7 @@ UNCHANGED: Mapping[str, str] = {
     "method": "its method",
     "steps": "its number of steps",
     "tokenizer": "its model's tokenizer.json",
+    "chat_template": "its model's chat template",
 }
 # Entries of the record that must be the same on all processes, and their names in the error.
 _SAME: Mapping[str, str] = {
@@ -130,7 +131,7 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
 def _prepare_again(run: Path, record: Mapping[str, Any], reporter: Reporter, setup: Setup) -> Job:
     job = prepare(Config(**record["config"]), reporter, setup)
     for name, words in UNCHANGED.items():
-        if job.record.get(name) != record.get(name):
+        if name in record and job.record.get(name) != record[name]:  # older runs record less
             raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
     return job
 
@@ -140,7 +141,7 @@ def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     record = run_folder.read_record(run)
     config = Config(**record["config"])
     if name := config.conflict(given):
-        recorded = "default" if getattr(config, name) is None else getattr(config, name)
+        recorded = "default" if getattr(config, name) is None else " ".join(str(getattr(config, name)).split())[:60]
         raise UserError(
             f"{run}: {flag(name)} {given[name]} conflicts with the run's {recorded}: a resumed run keeps its "
             "configuration; start another with another --out"

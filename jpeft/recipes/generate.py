@@ -21,7 +21,9 @@ from jpeft.io import CONFIG, load
 from jpeft.models.families import is_decoder
 from jpeft.models.loading import load as load_model
 from jpeft.quantization.tree import dequantize
+from jpeft.recipes import run_folder
 from jpeft.recipes.assets import resolve_model
+from jpeft.recipes.config import read_chat_template
 from jpeft.recipes.tasks import chat
 from jpeft.serving.text_generator import TextGenerator
 from jpeft.text import chat_template
@@ -32,12 +34,14 @@ def open_text_generator(
     adapter: str | Path | None = None,
     dtype: str = "float32",
     log: Callable[[str], None] = lambda line: None,
+    template: str | None = None,
 ) -> TextGenerator:
     """A text generator for a named model, a HuggingFace folder or a `.gguf` file, with or without an adapter.
 
     Args:
         name: the model. None is the base of the run that `adapter` names, quantized as it was trained on, else smollm2.
         adapter: a run, or a folder that jpeft or HuggingFace PEFT saved.
+        template: the file of a chat template; None is the one that the run was trained with, else the model's.
 
     Raises:
         UserError: the model is not a language model, there is no adapter, or the adapter belongs to another model.
@@ -45,11 +49,14 @@ def open_text_generator(
     >>> open_text_generator("smollm2")  # doctest: +SKIP
     """
     folder = None if adapter is None else Path(adapter).expanduser()
+    template = None if template is None else read_chat_template(template)
     if folder is not None and name is None and (folder / "metrics.jsonl").is_file():
         run = chat.open_run(folder, log)
-        return TextGenerator.of(run.peft, run.params, run.adapter, run.tokenizer)
+        return TextGenerator.of(run.peft, run.params, run.adapter, run.tokenizer.with_template(template))
     path = resolve_model(name or "smollm2", log)
-    tokenizer = chat_template.read(path)
+    if template is None and folder is not None and (folder / "metrics.jsonl").is_file():
+        template = run_folder.read_record(folder)["config"].get("chat_template")
+    tokenizer = chat_template.read(path).with_template(template)
     if not is_decoder(path):
         raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
     # A CPU decodes faster with unrolled layers. An adapter is loaded onto layers as it was trained, and unrolled then.

@@ -7,45 +7,30 @@
         print(stream.push(id), end="", flush=True)
     print(stream.finish())
 
-A chat template is a Jinja program in the model's files. It runs in Jinja's sandbox, in the environment of
-transformers' templates, so that both render the same text. `jpeft.text.conversations` tokenizes training data with it.
+`jpeft.text.template` runs the chat template, and `jpeft.text.conversations` tokenizes training data with it.
 """
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from jpeft.errors import UserError
 from jpeft.files import read_json
 from jpeft.text import reading
+from jpeft.text.template import ChatError, Message, Template, plain_text
 
 if TYPE_CHECKING:
-    import jinja2
     from tokenizers import Tokenizer
 
+TEMPLATE = "chat_template.jinja"  # the file of a model folder that holds the chat template
 ROLES = ("system", "user", "assistant", "tool")
-# A template may compare the role with other names, such as `message.role == "ipython"`; they are accepted too.
-_ROLE_IN_TEMPLATE = re.compile(r"""role['"]?\]?\s*==\s*['"](\w+)['"]""")
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_ANSWERS = "_jpeft_answers"  # the template variable that collects the spans of answers
-# More than any model's context holds. It stops templates that loop and write; one that writes nothing loops forever.
-_MAX_CHARACTERS = 1 << 25
+_REPLACED = " with --chat-template"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-
-Message = Mapping[str, Any]
-Span = tuple[int, int]
-
-
-class ChatError(UserError):
-    """A tokenizer, a chat template or messages that cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,151 +116,72 @@ class ChatTokenizer:
         """The text of messages, rendered by the chat template.
 
         Args:
-            messages: each with a `role` and a `content`, both strings; the template may use other keys.
+            messages: each with a `role` and a `content`, a text or a list of text parts; the template may use other
+                keys. A message with `tool_calls` may have no content.
             add_generation_prompt: end with the beginning of the assistant's turn.
             variables: other variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
             ChatError: there is no template, a message is malformed, or the template fails.
         """
-        self._check(messages)
-        return self._run(messages, add_generation_prompt, variables)[0]
+        return self.program.run(self.check(messages), add_generation_prompt, {**self.special, **variables})[0]
 
-    def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
-        """The text of a whole conversation, and the `(start, end)` of each of the assistant's answers in it.
-
-        A template may mark answers by `{% generation %}`. Without marks, an answer is the text that rendering one
-        message more adds, up to the token that ends it. The text around it must not change.
+    def check(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as templates take them: lists of content parts become text.
 
         Raises:
-            ChatError: as `render`, or the answers cannot be located.
-
-        >>> tokenizer.render_with_spans(tea_and_yes)  # doctest: +SKIP
-        ('<user>Tea?</s><assistant>Yes</s>', [(25, 32)])
+            ChatError: there is no template, or a message is malformed.
         """
-        self._check(messages)
-        text, spans = self._run(messages, False, variables)
-        if _GENERATION.search(self.template or ""):
-            return text, spans
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._span(text, messages, index, variables) for index in answers]
+        roles = list(dict.fromkeys([*ROLES, *self.program.roles]))
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ChatError('no messages; expected a list such as [{"role": "user", "content": "Hello"}]')
+        checked = []
+        for index, message in enumerate(messages):
+            calls = isinstance(message, Mapping) and bool(message.get("tool_calls"))
+            if not isinstance(message, Mapping) or "role" not in message or not ("content" in message or calls):
+                raise ChatError(f"message {index}: expected an object with 'role' and 'content', got {message!r:.60}")
+            if message["role"] not in roles:
+                raise ChatError(f"message {index}: the role is {message['role']!r:.40}, expected {', '.join(roles)}")
+            content = message.get("content")
+            if isinstance(content, list):
+                try:
+                    message = {**message, "content": plain_text(content)}
+                except ValueError as error:
+                    raise ChatError(f"message {index}: 'content' {error}") from None
+            elif not isinstance(content, str) and not (content is None and calls):
+                raise ChatError(f"message {index}: 'content' must be text, got {content!r:.40}")
+            checked.append(message)
+        return checked
 
-    def _span(self, text: str, messages: Sequence[Message], index: int, variables: Mapping[str, Any]) -> Span:
-        before, _ = self._run(messages[:index], True, variables)
-        after, _ = self._run(messages[: index + 1], False, variables)
-        if not after.startswith(before):
-            raise ChatError(
-                f"{self.where}: message {index}: the chat template's generation prompt differs from the beginning of a "
-                "rendered answer, so the answer cannot be located; mark it in the template by {% generation %}"
-            )
-        if not text.startswith(after):
-            raise ChatError(
-                f"{self.where}: message {index}: the chat template renders the answer differently once more messages "
-                "follow; end the conversation with it, or mark answers in the template by {% generation %}"
-            )
-        answer = after[len(before) :]
-        stops = [token for id in self.stop_ids if id < self.size and (token := self.tokenizer.id_to_token(id))]
-        end = max((answer.rfind(token) + len(token) for token in stops if token in answer), default=len(answer))
-        blank = not answer[end:].strip()  # a line break after the stop token, which a model never writes
-        return len(before), len(before) + (end if blank else len(answer))
-
-    def _check(self, messages: Sequence[Message]) -> None:
+    @cached_property
+    def program(self) -> Template:
+        """The chat template. Raises a `ChatError` if there is none."""
         if not self.template:
             raise ChatError(
                 f"{self.where}: no chat template, so not a chat model; give a plain prompt (jpeft generate --raw)"
             )
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise ChatError('no messages; expected a list such as [{"role": "user", "content": "Hello"}]')
-        roles = list(dict.fromkeys([*ROLES, *_ROLE_IN_TEMPLATE.findall(self.template)]))
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise ChatError(f"message {index}: expected an object with 'role' and 'content', got {message!r:.60}")
-            if message["role"] not in roles:
-                raise ChatError(f"message {index}: the role is {message['role']!r:.40}, expected {', '.join(roles)}")
-            if not isinstance(message["content"], str):
-                raise ChatError(f"message {index}: 'content' must be text, got {message['content']!r:.40}")
-
-    def _run(
-        self, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> tuple[str, list[Span]]:
-        """The rendered text, and the spans that the template marks."""
-        import jinja2
-
-        pieces, size, marked = [], 0, []
-        context = {"tools": None, "documents": None, **self.special, **variables}
-        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt, _ANSWERS: (pieces, marked)}
-        try:
-            for piece in self._jinja.generate(context):
-                pieces.append(piece)
-                size += len(piece)
-                if size > _MAX_CHARACTERS:
-                    raise ChatError(f"{self.where}: the chat template wrote more than {_MAX_CHARACTERS} characters")
-        except ChatError:
-            raise
-        except Exception as error:  # a template can raise whatever Python's operators and methods do
-            if type(error) is jinja2.TemplateError:  # raised by the template's own `raise_exception`
-                raise ChatError(f"{self.where}: the chat template rejects the messages: {_one_line(error)}") from error
-            raise ChatError(
-                f"{self.where}: the chat template failed ({type(error).__name__}: {_one_line(error)})"
-            ) from error
-        text = "".join(pieces)
-        if any(not text.startswith(answer, start) for start, answer in marked):
-            raise ChatError(
-                f"{self.where}: {{% generation %}} is inside a macro or a block, so answers cannot be located"
-            )
-        return text, [(start, start + len(answer)) for start, answer in marked]
+        return Template(self.template, self.where)
 
     @cached_property
-    def _jinja(self) -> jinja2.Template:
-        import jinja2
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The tokens that end an answer, as text."""
+        known = (self.tokenizer.id_to_token(id) for id in self.stop_ids if id < self.size)
+        return tuple(token for token in known if token)
 
-        try:
-            return _environment().from_string(self.template or "")
-        except (jinja2.TemplateError, RecursionError) as error:
-            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ChatError(f"{self.where}: the chat template is not valid Jinja{line}: {_one_line(error)}") from error
+    def with_template(self, template: str | None) -> ChatTokenizer:
+        """The same tokenizer with another chat template; None keeps its own.
 
+        Raises:
+            ChatError: the template is not valid Jinja.
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _environment() -> jinja2.Environment:
-    """The Jinja environment that transformers gives to chat templates (`utils/chat_template_utils.py`)."""
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """`{% generation %}…{% endgeneration %}` around an answer: records its beginning and its text."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it on instances)
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
-
-        @jinja2.pass_context
-        def _record(self, context: Any, caller: Any) -> str:
-            answer = caller()
-            pieces, marked = context[_ANSWERS]
-            marked.append((sum(map(len, pieces)), answer))
-            return answer
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        """JSON without HTML escapes, unlike Jinja's own filter."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.LoopControlExtension]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
+        >>> tokenizer.with_template("{{ messages[0].content }}").encode_chat(messages)  # doctest: +SKIP
+        """
+        if template is None:
+            return self
+        model = self.where.removesuffix(_REPLACED)
+        changed = replace(self, template=template, where=f"{model}{_REPLACED}")
+        changed.program.variables  # noqa: B018 (reports syntax errors)
+        return changed
 
 
 class Stream:
@@ -409,7 +315,7 @@ def _stop_ids(folder: Path) -> list[int]:
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Conversations for fine-tuning: read from JSONL, tokenized with the model's chat template, and batched.
+"""Conversations for fine-tuning: read from JSONL or JSON, tokenized with the chat template, and batched.
 
 train, test = train_test_split(read("gsm8k.jsonl"), seed=0)
 encoded = encode(train, chat_template.read(folder), max_length=512)       # rows become tokens here
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jpeft.errors import UserError
-from jpeft.text import batching, reading
-from jpeft.text.chat_template import ROLES, ChatError, ChatTokenizer, Message, Span
+from jpeft.text import answers, batching, reading, rows
+from jpeft.text.chat_template import ChatTokenizer
 from jpeft.text.splitting import split_groups
+from jpeft.text.template import ChatError, Message, Span
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-_EXPECTED = (
-    "'messages', 'prompt' and 'completion', 'instruction' and 'output' (with or without 'input'), "
-    "or 'question' and 'answer'"
-)
 # Texts tokenized in one call: enough to keep all cores busy; the offsets of many more would take gigabytes.
 _ENCODED_TOGETHER = 1024
 # Examples packed together. The more there are to choose from, the fuller the rows, but beyond this it gains little.
@@ -46,11 +42,17 @@ class Conversations:
         source: the file they were read from.
         messages: the messages of each example, each with a `role` and a `content`.
         lines: the line of each example in the file.
+        trained: by example and message, whether it is an answer to learn; if empty, all of the assistant's are.
+        variables: by example, variables of the chat template, such as `tools`; if empty, there are none.
+        ignored: keys of rows that were left out because they only describe the row.
     """
 
     source: str
     messages: tuple[tuple[Message, ...], ...]
     lines: tuple[int, ...]
+    trained: tuple[tuple[bool, ...], ...] = ()
+    variables: tuple[Mapping[str, Any], ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -61,7 +63,12 @@ class Conversations:
         >>> Conversations("train.jsonl", (({"role": "user"},), ()), (2, 3)).take([1], "the second").lines
         (3,)
         """
-        return Conversations(source, tuple(self.messages[row] for row in rows), tuple(self.lines[row] for row in rows))
+
+        def some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[row] for row in rows) if values else ()
+
+        trained, variables = some(self.trained), some(self.variables)
+        return Conversations(source, some(self.messages), some(self.lines), trained, variables, self.ignored)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,11 +76,12 @@ class Encoded:
     """Tokenized conversations.
 
     Attributes:
-        ids: int32 token ids, an array per example, up to the end of its last answer.
+        ids: int32 token ids, an array per example, up to the end of its last answer. A conversation makes several
+            examples if its chat template renders answers differently once more messages follow.
         assistant_mask: True for the tokens that the assistant writes, including those that end its turns. An array per
             example.
         lines: the line of each example in the file.
-        left_out: the lines of the examples that do not fit.
+        left_out: the lines of the examples that do not fit, one for each.
         pad_id: the padding token.
     """
 
@@ -133,11 +141,23 @@ class Count(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: str | Path) -> Conversations:
-    """Reads conversations from a .jsonl file in UTF-8.
+def read(path: str | Path, ignore: Collection[str] = ()) -> Conversations:
+    """Reads conversations from a .jsonl file, or a .json file that holds an array, in UTF-8.
 
-    A row is `{"messages": [{"role": …, "content": …}, …]}`, `{"prompt", "completion"}`, `{"instruction", "input",
-    "output"}` with an optional input, or `{"question", "answer"}`. Other keys are ignored.
+    A row is one of
+    - `{"messages": [{"role", "content"}, …]}`, or `"conversations"` with ShareGPT's `from` and `value`;
+    - `{"prompt", "completion"}` or `{"prompt", "response"}`, each a text or a list of messages; only the completion is
+      learned;
+    - `{"instruction", "input", "output"}` with an optional input, or with `"response"` for its output;
+    - `{"question", "answer"}` or `{"query", "response"}`.
+
+    Contents are texts or lists of text parts. An assistant's message with `tool_calls` may have none, and one with
+    `"weight": 0` or `"train": false` is not learned. `system` holds a system message; `tools`, `documents` and
+    `chat_template_kwargs` are passed to the chat template.
+
+    Args:
+        ignore: keys of rows and messages to leave out, whatever they hold. Keys that only describe a row
+            (`jpeft.text.rows.METADATA`) are left out as well; any other one is an error.
 
     Raises:
         UserError: the file cannot be read or a row is malformed; the message names the line.
@@ -145,53 +165,23 @@ def read(path: str | Path) -> Conversations:
     >>> read("gsm8k.jsonl")  # doctest: +SKIP
     """
     path = Path(path)
-    if path.suffix.lower() != ".jsonl":
-        raise UserError(f"{path}: expected a .jsonl file, got the suffix {path.suffix or '(none)'!r}")
-    lines, messages = [], []
-    for line, row in reading.jsonl_rows(path, reading.read_text(path)):
-        lines.append(line)
-        messages.append(_messages(path, line, row))
-    return Conversations(str(path), tuple(messages), tuple(lines))
-
-
-def _messages(path: Path, line: int, row: Mapping[str, Any]) -> tuple[Message, ...]:
-    if row.get("tools"):  # the template would have to list them, or the model learns to call tools it never saw
-        raise UserError(f"{path}: line {line}: 'tools' are not supported")
-    if "messages" in row:
-        return _turns(path, line, row["messages"])
-    if len(forms := [" and ".join(pair) for pair in _PAIRS if all(key in row for key in pair)]) > 1:
-        raise UserError(f"{path}: line {line}: ambiguous keys, {' or '.join(forms)}? keep one of them")
-    for request, reply in _PAIRS:
-        if request in row and reply in row:
-            question = reading.check_text(path, line, request, row[request])
-            if request == "instruction" and row.get("input") not in (None, "") and str(row["input"]).strip():
-                question += "\n\n" + reading.check_text(path, line, "input", row["input"])
-            answer = reading.check_text(path, line, reply, row[reply])
-            return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-    keys = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
-    raise UserError(f"{path}: line {line}: the keys are {keys}; expected {_EXPECTED}")
-
-
-def _turns(path: Path, line: int, messages: Any) -> tuple[Message, ...]:
-    where = f"{path}: line {line}"
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: 'messages' must be a list, got {json.dumps(messages)[:40]}")
-    for index, message in enumerate(messages):
-        name = f"messages[{index}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            found = json.dumps(message)[:60]
-            raise UserError(f"{where}: {name!r} must be an object with 'role' and 'content', got {found}")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise UserError(f"{where}: {name!r} has the role {json.dumps(role)[:40]}, expected {', '.join(ROLES)}")
-        if role == "assistant":
-            reading.check_text(path, line, f"{name}.content", content)
-        elif not isinstance(content, str):  # a system prompt may be blank
-            raise UserError(f"{where}: '{name}.content' must be text, got {json.dumps(content)[:40]}")
-        reading.check_unicode(path, line, name, json.dumps(message, ensure_ascii=False))  # other keys too
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: 'messages' has no message of the assistant, so there is nothing to learn")
-    return tuple(messages)
+    readers = {".jsonl": reading.jsonl_rows, ".json": reading.json_rows}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: expected a .jsonl or .json file, got the suffix {path.suffix or '(none)'!r}")
+    parsed = [
+        (line, rows.read(path, line, row, ignore))
+        for line, row in readers[path.suffix.lower()](path, reading.read_text(path))
+    ]
+    if not parsed:
+        raise UserError(f"{path}: no examples; expected a row per example")
+    return Conversations(
+        str(path),
+        tuple(row.messages for _, row in parsed),
+        tuple(line for line, _ in parsed),
+        tuple(row.trained for _, row in parsed),
+        tuple(row.variables for _, row in parsed),
+        tuple(dict.fromkeys(key for _, row in parsed for key in row.ignored)),
+    )
 
 
 def train_test_split(
@@ -207,7 +197,7 @@ def train_test_split(
 
 
 def prompts(conversations: Conversations) -> list[tuple[tuple[Message, ...], str]]:
-    """The messages before the last answer of every example, and that answer.
+    """The messages before the last answer of every example, and that answer: its content, else its tool calls as JSON.
 
     Raises:
         UserError: an example begins with its last answer.
@@ -217,12 +207,29 @@ def prompts(conversations: Conversations) -> list[tuple[tuple[Message, ...], str
     [(({'role': 'user', 'content': 'Tea?'},), 'Yes.')]
     """
     pairs = []
-    for line, messages in zip(conversations.lines, conversations.messages, strict=True):
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        if last == 0:
+    for row, (line, messages) in enumerate(zip(conversations.lines, conversations.messages, strict=True)):
+        if (last := _last_answer(conversations, row)) == 0:
             raise UserError(f"{conversations.source}: line {line}: no message before the answer, so there is no prompt")
-        pairs.append((messages[:last], messages[last]["content"]))
+        answer = messages[last]
+        pairs.append((messages[:last], answer.get("content") or json.dumps(answer.get("tool_calls"))))
     return pairs
+
+
+def with_prompts(conversations: Conversations) -> Conversations:
+    """The conversations that do not begin with their last answer.
+
+    >>> tea = ({"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."})
+    >>> with_prompts(Conversations("test.jsonl", (tea[1:], tea), (1, 2))).lines
+    (2,)
+    """
+    rows = [row for row in range(len(conversations)) if _last_answer(conversations, row)]
+    return conversations.take(rows, conversations.source)
+
+
+def _last_answer(conversations: Conversations, row: int) -> int:
+    messages = conversations.messages[row]
+    trained = conversations.trained[row] if conversations.trained else (True,) * len(messages)
+    return max(index for index, message in enumerate(messages) if message["role"] == "assistant" and trained[index])
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizing
@@ -257,7 +264,7 @@ def encode(conversations: Conversations, tokenizer: ChatTokenizer, max_length: i
             shortest = min(end, shortest or end)
     if not ids:
         raise UserError(
-            f"{conversations.source}: none of the {len(conversations)} examples fits into {max_length} tokens with its "
+            f"{conversations.source}: none of the {len(left_out)} examples fits into {max_length} tokens with its "
             f"answers; the shortest takes {shortest}: raise --max-length"
         )
     pad_id = tokenizer.tokenizer.token_to_id(tokenizer.special.get("pad_token", ""))
@@ -267,30 +274,55 @@ def encode(conversations: Conversations, tokenizer: ChatTokenizer, max_length: i
 def _tokenized(conversations: Conversations, tokenizer: ChatTokenizer) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The line, the token ids and the assistant mask of every example."""
     bare = _with_exact_offsets(tokenizer.tokenizer)
-    for rows in batching.chunks(np.arange(len(conversations)), _ENCODED_TOGETHER):
-        rendered = [_render(conversations, row, tokenizer) for row in rows]
-        encodings = bare.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        for row, (_, spans), encoding in zip(rows, rendered, encodings, strict=True):
+    for together in batching.chunks(np.arange(len(conversations)), _ENCODED_TOGETHER):
+        rendered = [
+            (conversations.lines[row], text) for row in together for text in _texts(conversations, row, tokenizer)
+        ]
+        encodings = bare.encode_batch([text.text for _, text in rendered], add_special_tokens=False)
+        for (line, text), encoding in zip(rendered, encodings, strict=True):
             ids = np.asarray(encoding.ids, np.int32)
             begin = np.asarray([start for start, _ in encoding.offsets], np.int64)
-            line = conversations.lines[row]
-            if not spans or any(not _inside(begin, span).any() for span in spans):
+            if not text.spans or any(not _inside(begin, span).any() for span in text.spans):
                 raise UserError(
                     f"{conversations.source}: line {line}: no token begins inside an answer, as {tokenizer.where} "
                     "renders it; check the chat template, or remove the example"
                 )
-            mask = np.any([_inside(begin, span) for span in spans], axis=0)
+            mask = np.any([_inside(begin, span) for span in text.spans], axis=0)
             # {% generation %} often ends before the token that ends the turn. Untrained, the model would never stop.
             ends = np.isin(ids, tokenizer.stop_ids)
             mask[1:] |= mask[:-1] & ~ends[:-1] & ends[1:]
             yield line, ids, mask
 
 
-def _render(conversations: Conversations, row: int, tokenizer: ChatTokenizer) -> tuple[str, list[Span]]:
+def _texts(conversations: Conversations, row: int, tokenizer: ChatTokenizer) -> list[answers.Text]:
+    trained = conversations.trained[row] if conversations.trained else None
+    variables = conversations.variables[row] if conversations.variables else None
     try:
-        return tokenizer.render_with_spans(conversations.messages[row])
+        return answers.texts(tokenizer, conversations.messages[row], trained, variables)
     except ChatError as error:
         raise UserError(f"{conversations.source}: line {conversations.lines[row]}: {error}") from error
+
+
+def stop_warning(encoded: Encoded, tokenizer: ChatTokenizer) -> str | None:
+    """What to tell if answers do not end in a stop token, so that the model does not learn to stop; else None.
+
+    >>> example = np.arange(5, dtype=np.int32)
+    >>> stop_warning(Encoded((example,), (example > 2,), (1,)), tokenizer)  # doctest: +SKIP
+    'no answer ends in a stop token (<|im_end|>), as the chat template renders them, …'
+    """
+    last = [ids[:-1][mask[:-1] & ~mask[1:]] for ids, mask in zip(encoded.ids, encoded.assistant_mask, strict=True)]
+    ends = np.concatenate([*last, *(ids[-1:] for ids in encoded.ids)])
+    missing = ends[~np.isin(ends, tokenizer.stop_ids)]
+    if not len(missing):
+        return None
+    usual = tokenizer.tokenizer.id_to_token(int(np.bincount(missing).argmax()))
+    stops = ", ".join(tokenizer.stop_tokens)
+    count = "no answer ends" if len(missing) == len(ends) else f"{len(missing):,} of {len(ends):,} answers do not end"
+    return (
+        f"{count} in a stop token ({stops or 'the model names none'}), as the chat template renders them, but often in "
+        f"{usual!r}, so the model does not learn to stop; give a template that ends the assistant's turn in "
+        f"{stops or 'the eos_token'} (--chat-template FILE)"
+    )
 
 
 def _with_exact_offsets(tokenizer: Tokenizer) -> Tokenizer:

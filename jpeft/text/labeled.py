@@ -21,7 +21,7 @@ import numpy as np
 
 from jpeft.errors import UserError
 from jpeft.text import batching
-from jpeft.text.reading import Row, check_text, check_unicode, csv_rows, jsonl_rows, read_text
+from jpeft.text.reading import Row, check_text, check_unicode, csv_rows, json_rows, jsonl_rows, read_text
 from jpeft.text.splitting import split_groups
 
 if TYPE_CHECKING:
@@ -40,12 +40,14 @@ class Examples:
         texts: one per example.
         labels: one per example; empty if the file was read without labels.
         lines: the line of each example in the file.
+        unused: the other columns of the file, of which nothing is read.
     """
 
     source: str
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     lines: tuple[int, ...]
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -58,7 +60,7 @@ class Examples:
         """
         texts, lines = tuple(self.texts[row] for row in rows), tuple(self.lines[row] for row in rows)
         labels = tuple(self.labels[row] for row in rows) if self.labels else ()
-        return Examples(source, texts, labels, lines)
+        return Examples(source, texts, labels, lines, self.unused)
 
 
 class Encoded(NamedTuple):
@@ -69,12 +71,14 @@ class Encoded(NamedTuple):
         labels: int32 label ids; zeros if there are no labels.
         max_length: the length that no text exceeds.
         pad_id: the padding token.
+        truncated: the number of texts that were longer.
     """
 
     ids: tuple[np.ndarray, ...]
     labels: np.ndarray
     max_length: int
     pad_id: int
+    truncated: int = 0
 
 
 class Batch(NamedTuple):
@@ -106,7 +110,7 @@ class Count(NamedTuple):
 
 
 def read(path: str | Path, text: str, label: str | None = None) -> Examples:
-    """Reads texts and labels from a .csv or .jsonl file in UTF-8.
+    """Reads texts and labels from a .csv or .jsonl file, or a .json file that holds an array, in UTF-8.
 
     Args:
         text: the column of the texts.
@@ -118,15 +122,16 @@ def read(path: str | Path, text: str, label: str | None = None) -> Examples:
     >>> read("reviews.csv", text="review", label="stars")  # doctest: +SKIP
     """
     path = Path(path)
-    readers = {".csv": csv_rows, ".jsonl": jsonl_rows}
+    readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".json": json_rows}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: expected a .csv or .jsonl file, got the suffix {path.suffix or '(none)'!r}")
+        raise UserError(f"{path}: expected a .csv, .jsonl or .json file, got the suffix {path.suffix or '(none)'!r}")
     return _examples(path, readers[path.suffix.lower()](path, read_text(path)), text, label)
 
 
 def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> Examples:
-    texts, labels, lines = [], [], []
+    texts, labels, lines, columns = [], [], [], {}
     for number, row in rows:
+        columns |= dict.fromkeys(row)
         for column in (text, label):
             if column is not None and column not in row:
                 raise UserError(
@@ -139,13 +144,14 @@ def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> 
             labels.append(_label(path, number, label, row[label]))
     if not texts:
         raise UserError(f"{path}: no examples; expected rows below the header")
-    return Examples(str(path), tuple(texts), tuple(labels), tuple(lines))
+    unused = tuple(column for column in columns if column not in (text, label))
+    return Examples(str(path), tuple(texts), tuple(labels), tuple(lines), unused)
 
 
 def _label(path: Path, line: int, column: str, value: Any) -> str:
     name = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
     malformed = isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value))
-    if not name or malformed:
+    if not name or malformed or name.lower() == "nan":  # as a spreadsheet or pandas writes a missing value
         raise UserError(f"{path}: line {line}: expected a label in {column!r}, got {json.dumps(value)[:40]}")
     return check_unicode(path, line, column, name)
 
@@ -157,7 +163,7 @@ def label_names(train: Examples) -> tuple[str, ...]:
     """The classes of a training set, sorted; whole numbers are sorted by value.
 
     Raises:
-        UserError: there is only one class, or every example has a class of its own.
+        UserError: there is only one class, every example has a class of its own, or two names are the same number.
 
     >>> label_names(Examples("train.csv", ("tea", "stale", "tea"), ("10", "9", "10"), (2, 3, 4)))
     ('9', '10')
@@ -167,7 +173,21 @@ def label_names(train: Examples) -> tuple[str, ...]:
         raise UserError(f"{train.source}: every example has the label {names[0]!r}; at least two classes are needed")
     if len(names) == len(train) > 20:
         raise UserError(f"{train.source}: {len(names)} examples, each with a label of its own; no class can be learned")
+    numbers: dict[float, str] = {}
+    for name in names:
+        if (number := _number(name)) is not None and numbers.setdefault(number, name) != name:
+            raise UserError(
+                f"{train.source}: the labels {numbers[number]!r} and {name!r} are the same number, which would be two "
+                f"classes (first {name!r} at line {train.lines[train.labels.index(name)]}); write it in one way"
+            )
     return tuple(names)
+
+
+def _number(name: str) -> float | None:
+    try:
+        return float(name)
+    except ValueError:
+        return None
 
 
 def label_ids(examples: Examples, names: Sequence[str]) -> np.ndarray:
@@ -248,7 +268,8 @@ def encode(
             f"the tokenizer gives {tokenizer.id_to_token(top)!r} the id {top}, but the model's vocabulary is "
             f"{vocab_size}: tokenizer.json belongs to another model"
         )
-    return Encoded(ids, np.zeros(len(ids), np.int32) if labels is None else labels, max_length, pad_id)
+    cut = sum(len(text) > characters or bool(e.overflowing) for text, e in zip(texts, encodings, strict=True))
+    return Encoded(ids, np.zeros(len(ids), np.int32) if labels is None else labels, max_length, pad_id, cut)
 
 
 # --------------------------------------------------------------------------------------------------------- batching

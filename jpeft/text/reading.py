@@ -72,6 +72,8 @@ def csv_rows(path: Path, content: str) -> Iterator[Row]:
         for row in reader:
             if not row:
                 continue
+            if row == header:
+                raise UserError(f"{path}: line {reader.line_num} repeats the header; are these two files in one?")
             if len(row) != len(header):
                 raise UserError(
                     f"{path}: line {reader.line_num} has {len(row)} fields, the header has {len(header)}; "
@@ -92,7 +94,7 @@ def jsonl_rows(path: Path, content: str) -> Iterator[Row]:
         content: its text.
 
     Raises:
-        UserError: a line is not a JSON object.
+        UserError: a line is not a JSON object, or an object has a key twice.
 
     >>> list(jsonl_rows(Path("a.jsonl"), '{"text": "tea"}\\n\\n{"text": "stale"}'))
     [(1, {'text': 'tea'}), (3, {'text': 'stale'})]
@@ -101,12 +103,82 @@ def jsonl_rows(path: Path, content: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
-        yield number, row
+            raise UserError(f"{path}: line {number} {_not_json(error)}{_array_hint(number, line)}") from error
+        yield number, _object(path, number, row, _array_hint(number, line))
+
+
+def json_rows(path: Path, content: str) -> Iterator[Row]:
+    """The objects in a JSON file: one array of them, or one after the other.
+
+    Args: as for `jsonl_rows`.
+
+    >>> list(json_rows(Path("a.json"), '[{"text": "tea"},\\n {"text": "stale"}]'))
+    [(1, {'text': 'tea'}), (2, {'text': 'stale'})]
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    position = _skip_blanks(content, 0)
+    is_array = content[position] == "["
+    position, line, counted = _skip_blanks(content, position + is_array), 1, 0
+    while position < len(content) and not (is_array and content[position] == "]"):
+        line, counted = line + content.count("\n", counted, position), position
+        try:
+            row, position = decoder.raw_decode(content, position)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: the row at line {line} {_not_json(error)}") from error
+        yield line, _object(path, line, row)
+        position = _skip_blanks(content, position)
+        if is_array:
+            position = _after_item(path, content, position)
+    if is_array and content[position + 1 :].strip():
+        raise UserError(f"{path}: there is text after the end of the JSON array; expected one array, or a row per line")
+    if is_array and position >= len(content):
+        raise UserError(f"{path}: the JSON array has no end; the file is cut off")
+
+
+def _after_item(path: Path, content: str, position: int) -> int:
+    """The position of the next item of an array, or of its end."""
+    if content[position : position + 1] == ",":
+        position = _skip_blanks(content, position + 1)
+        if content[position : position + 1] != "]":
+            return position
+    elif position >= len(content) or content[position] == "]":
+        return position
+    line = content.count("\n", 0, position) + 1
+    raise UserError(f"{path}: line {line} is not JSON: expected ',' and another row, or ']'")
+
+
+def _skip_blanks(content: str, position: int) -> int:
+    found = re.compile(r"[^ \t\r\n]").search(content, position)
+    return found.start() if found else len(content)
+
+
+def _object(path: Path, line: int, row: Any, hint: str = "") -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: line {line}: expected a JSON object, got {type(row).__name__}{hint}")
+    return row
+
+
+def _array_hint(number: int, line: str) -> str:
+    is_array = number == 1 and line.lstrip().startswith("[")
+    return "; a file that is one JSON array has the suffix .json" if is_array else ""
+
+
+class _KeyTwice(ValueError):
+    """An object has a key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which Python's reader would keep the last of equal keys."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _KeyTwice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return row
+
+
+def _not_json(error: Exception) -> str:
+    return f"has the key {str(error)[:40]!r} twice" if isinstance(error, _KeyTwice) else f"is not JSON: {error}"
 
 
 def check_text(path: str | Path, line: int, column: str, value: Any) -> str:

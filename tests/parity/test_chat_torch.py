@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (lines of templates)
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jpeft.text import chat_template
+from jpeft.text import answers, chat_template
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -337,37 +338,59 @@ def test_a_template_renders_as_in_transformers(folder, name, conversation):
 def test_generation_blocks_give_the_assistant_mask_of_transformers(folder, conversation):
     ours, theirs = both(folder)
     ours = chat_template.ChatTokenizer(ours.tokenizer, GENERATION, ours.special, ours.stop_ids, ours.where)
-    text, spans = ours.render_with_spans(CONVERSATIONS[conversation])
+    (found,) = answers.texts(ours, CONVERSATIONS[conversation])
     encoded = theirs.apply_chat_template(
         CONVERSATIONS[conversation], chat_template=GENERATION, return_dict=True, return_assistant_tokens_mask=True
     )
-    offsets = ours.tokenizer.encode(text, add_special_tokens=False).offsets
-    inside = [int(any(start <= first and last <= end for start, end in spans)) for first, last in offsets]
+    offsets = ours.tokenizer.encode(found.text, add_special_tokens=False).offsets
+    inside = [int(any(start <= first and last <= end for start, end in found.spans)) for first, last in offsets]
     assert inside == encoded["assistant_masks"] and any(inside) == (conversation == "talk")
 
 
 @pytest.mark.parametrize(
-    ("name", "answers"),
+    ("name", "expected"),
     [
         ("chatml", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "Hot.<|im_end|>"]),
         ("llama-3", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "Hot.<|im_end|>"]),
         ("mistral", [" <think>\nhm\n</think>\n\nYes 🫖<|im_end|>", " Hot.<|im_end|>"]),
         ("gemma", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "Hot.<|im_end|>"]),
         ("generation", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "Hot.<|im_end|>"]),
-        ("qwen-3", None),  # it omits the reasoning of all answers but the last
+        ("qwen-3", ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>", "<think>\n\n</think>\n\nHot.<|im_end|>"]),
     ],
 )
-def test_spans_of_answers_in_published_templates(folder, name, answers):
+def test_answers_in_published_templates_follow_the_prompts_of_transformers(folder, name, expected):
     special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
     template = TEMPLATES[name].replace("<|eot_id|>", "<|im_end|>").replace("<end_of_turn>", "<|im_end|>")
+    _, theirs = both(folder)
     ours = chat_template.ChatTokenizer(chat_template.read(folder).tokenizer, template, special, (4,), "./tiny")
     talk = [USER, ANSWER, {"role": "user", "content": "Hot?"}, {"role": "assistant", "content": "Hot."}]
-    if answers is None:
-        with pytest.raises(chat_template.ChatError, match=r"message 1: .* differently once more messages follow"):
-            ours.render_with_spans(talk)
-        talk, answers = talk[:2], ["<think>\nhm\n</think>\n\nYes 🫖<|im_end|>"]
-    text, spans = ours.render_with_spans(talk)
-    assert [text[start:end] for start, end in spans] == answers
+    found = answers.texts(ours, talk)
+    assert [answer for text in found for answer in text.answers] == expected
+    assert len(found) == (2 if name == "qwen-3" else 1)  # Qwen 3 takes the thinking out of all answers but the last
+    prompts = [
+        theirs.apply_chat_template(
+            talk[:index], chat_template=template, tokenize=False, add_generation_prompt=True, **special
+        )
+        for index in (1, 3)
+    ]
+    assert [text.text[:start] for text in found for start, _ in text.spans] == prompts
+
+
+@pytest.mark.parametrize(("name", "form"), [("llama-3", dict), ("qwen-3", str), ("qwen-3", dict)])
+def test_tool_calls_of_openai_are_learned_as_transformers_renders_them(folder, name, form):
+    """OpenAI's arguments are JSON text. Templates of transformers take an object, or both."""
+    arguments = CALL["function"]["arguments"]
+    given = json.dumps(arguments, ensure_ascii=False)
+    call = {"id": "c1", "type": "function", "function": {"name": "boil", "arguments": given}}
+    talk = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    ours, theirs = both(folder)
+    ours = chat_template.ChatTokenizer(ours.tokenizer, TEMPLATES[name], ours.special, ours.stop_ids, ours.where)
+    variables = {"tools": [TOOL]} | ({"date_string": "1 Jan 2025"} if name == "llama-3" else {})
+    (found,) = answers.texts(ours, talk, variables=variables)
+    options = {"chat_template": TEMPLATES[name], "tokenize": False, **variables}
+    as_form = {**call, "function": {"name": "boil", "arguments": arguments if form is dict else given}}
+    expected = theirs.apply_chat_template([talk[0], {**talk[1], "tool_calls": [as_form]}], **options)
+    assert found.text == expected and found.spans
 
 
 def test_a_folder_reads_as_in_transformers(folder):

@@ -332,7 +332,7 @@ MISTAKES = {
     "task": (["--task", "talk"], "--task must be classify or chat, got 'talk'"),
     "scheme": (["--quantize", "nf5"], "--quantize must be none, nf4, int4, int8 or fp8, got 'nf5'"),
     "encoder": (["--model", "bert"], "bert: not a language model, but an encoder"),
-    "data": (["--data", "none.jsonl"], "--data none.jsonl: no such file; expected 'gsm8k', or a .jsonl file"),
+    "data": (["--data", "none.jsonl"], "--data none.jsonl: no such file; expected 'gsm8k', or a .jsonl or .json file"),
     "reviews": (["--data", "food-reviews"], "--data food-reviews: no such file; expected 'gsm8k'"),
     "column": (["--text", "question"], "--text names a column of labeled texts"),
     "length": (["--max-length", "4096"], "--max-length 4096: the model takes at most 128 tokens"),

@@ -1,4 +1,4 @@
-"""Chat tokenizers: prompts, chat templates, spans of answers, and streaming text from ids."""
+"""Chat tokenizers: prompts, chat templates, and streaming text from ids."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, processors
 
 from jpeft.errors import UserError
-from jpeft.text import chat_template
+from jpeft.text import chat_template, template
 from jpeft.text.chat_template import ChatError, ChatTokenizer, Stream
 from tests.text.tiny_tokenizers import ASK, CHATML, CORPUS, TALK, TOKENIZERS, byte_level, chat_tokenizer, word_piece
 
@@ -151,7 +151,7 @@ def test_a_failing_template_is_an_error_of_one_line(template, error):
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat_template, "_MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(template, "_MAX_CHARACTERS", 1000)
     endless = "{% for i in range(100000) %}{% for i in range(100000) %}x{% endfor %}{% endfor %}"
     with pytest.raises(ChatError, match="the chat template wrote more than 1000 characters"):
         chat_tokenizer("byte-level", endless).render(ASK)
@@ -190,62 +190,40 @@ def test_roles_that_the_template_compares_are_accepted():
         chat_tokenizer("byte-level", template).render([{"role": "dev", "content": ""}])
 
 
+def test_content_may_be_parts_of_text_or_absent_beside_tool_calls(chat):
+    parts = [{"type": "text", "text": "Te"}, {"type": "text", "text": "a?"}]
+    assert chat.render([{"role": "user", "content": parts}]) == chat.render(ASK)
+    calls = chat_tokenizer(
+        "byte-level", "{% for m in messages %}{{ m.content is none }}{{ m.tool_calls[0].name }}{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"name": "boil"}]}
+    assert calls.render([{**call, "content": None}]) == "Trueboil" and calls.render([call]) == "Falseboil"
+    with pytest.raises(ChatError, match="message 0: 'content' has a part of the type 'image_url'; only parts of"):
+        chat.render([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+
+
+@pytest.mark.parametrize("arguments", [{"cups": 2, "of": "thé"}, '{"cups": 2, "of": "thé"}'])
+@pytest.mark.parametrize(
+    "written", ["c.arguments | tojson", "c.arguments", "'' + c.arguments + ''", "c.arguments ~ ''", "c | tojson"]
+)
+def test_arguments_of_tool_calls_are_an_object_or_its_text_as_the_template_takes_them(arguments, written):
+    chat = chat_tokenizer("byte-level", "{% set c = messages[0].tool_calls[0].function %}{{ " + written + " }}")
+    call = {"type": "function", "function": {"arguments": arguments}}
+    text = chat.render([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    expected = {"cups": 2, "of": "thé"}
+    assert json.loads(text) == ({"arguments": expected} if written == "c | tojson" else expected)
+
+
+def test_another_template(chat):
+    other = chat.with_template("{{ messages[0].content }}!")
+    assert other.render(ASK) == "Tea?!" and chat.with_template(None) is chat and other.tokenizer is chat.tokenizer
+    with pytest.raises(ChatError, match=r"^\./tiny with --chat-template: the chat template is not valid Jinja, line 1"):
+        other.with_template("{% for %}")
+
+
 def test_other_keys_reach_the_template():
     template = "{{ messages[0].tool_calls[0].name }}"
     assert chat_tokenizer("byte-level", template).render([{**ASK[0], "tool_calls": [{"name": "boil"}]}]) == "boil"
-
-
-# ------------------------------------------------------------------------------------------------------------ spans
-
-
-def marked(chat, messages, **variables):
-    text, spans = chat.render_with_spans(messages, **variables)
-    assert text == chat.render(messages, add_generation_prompt=False, **variables)
-    return [text[start:end] for start, end in spans]
-
-
-def test_spans_from_prefixes(chat):
-    assert marked(chat, TALK) == ["Yes.<|im_end|>", "Yes, hot.<|im_end|>"]
-    assert marked(chat_tokenizer("byte-level"), TALK) == ["Yes.<|im_end|>\n", "Yes, hot.<|im_end|>\n"]  # no stop ids
-    assert marked(chat, ASK) == []
-    assert marked(chat, [*ASK, {"role": "assistant", "content": "<|im_end|> ends it"}]) == [
-        "<|im_end|> ends it<|im_end|>"
-    ]
-    assert marked(chat_tokenizer("byte-level", stop_ids=(0, 2, 1 << 40)), TALK)[0] == "Yes.<|im_end|>"
-
-
-def test_spans_from_generation_blocks():
-    template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{%- generation -%}{{ m.content }}</s>{% endgeneration %}"
-        "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
-    )
-    chat = chat_tokenizer("byte-level", template)
-    assert marked(chat, TALK) == ["Yes.</s>", "Yes, hot.</s>"]
-    assert marked(chat, TALK[2:3]) == ["Yes.</s>"]  # transformers 4.57 misses one at the beginning of the text
-    assert chat.render(TALK[:3]) == "[Be brief.][Tea?]Yes.</s>"
-
-
-def test_a_generation_block_in_a_macro_is_an_error():
-    template = "a{% macro f() %}b{% generation %}c{% endgeneration %}{% endmacro %}{{ f() }}"
-    with pytest.raises(ChatError, match=r"\{% generation %\} is inside a macro"):
-        chat_tokenizer("byte-level", template).render_with_spans(ASK)
-
-
-def test_answers_that_later_messages_change_are_an_error():
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    chat = chat_tokenizer("byte-level", template)
-    assert marked(chat, TALK[:3]) == ["<think></think>Yes."]
-    with pytest.raises(ChatError, match=r"message 2: .* differently once more messages follow; end the conversation"):
-        chat.render_with_spans(TALK)
-    chat = chat_tokenizer("byte-level", template + "{% if add_generation_prompt %}<think>\n{% endif %}")
-    with pytest.raises(
-        ChatError,
-        match="message 2: the chat template's generation prompt differs from the beginning of a rendered answer",
-    ):
-        chat.render_with_spans(TALK)
 
 
 # ----------------------------------------------------------------------------------------------------------- stream

@@ -81,7 +81,10 @@ def turn(role, content):
     [
         ('{"prompt": ', "line 2 is not JSON"),
         ("[1]", "line 2: expected a JSON object, got list"),
-        ({"text": "a", "label": 1}, "line 2: the keys are 'text', 'label'; expected 'messages', 'prompt' and"),
+        (
+            {"text": "a", "label": 1},
+            "line 2: the keys are 'text', 'label'; expected 'messages', 'conversations', 'prompt'",
+        ),
         ({"prompt": "a"}, "line 2: the keys are 'prompt'; expected"),
         (
             {"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
@@ -107,8 +110,7 @@ def turn(role, content):
         ({"question": "a", "answer": 4}, "line 2: 'answer' must be text, got 4"),
         ({"question": "a\ud800", "answer": "4"}, "line 2: 'question' contains half a surrogate pair"),
         (turn("assistant", "a\udfff"), r"line 2: 'messages\[1\].content' contains half a surrogate pair"),
-        (turn("user", "a\udfff"), r"line 2: 'messages\[1\]' contains half a surrogate pair"),
-        ({"messages": TALK, "tools": [{"name": "kettle"}]}, "line 2: 'tools' are not supported"),
+        (turn("user", "a\udfff"), r"line 2: 'messages\[1\].content' contains half a surrogate pair"),
     ],
 )
 def test_malformed_rows(tmp_path, row, message):
@@ -120,7 +122,7 @@ def test_malformed_rows(tmp_path, row, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.json", "expected a .jsonl file"), ("a.jsonl", "the file is empty; expected a row per example")],
+    [("a.txt", "expected a .jsonl or .json file"), ("a.jsonl", "the file is empty; expected a row per example")],
 )
 def test_malformed_files(tmp_path, name, message):
     with pytest.raises(UserError, match=message):

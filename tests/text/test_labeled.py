@@ -45,6 +45,22 @@ def test_csv_and_jsonl_give_the_same_examples(tmp_path):
     assert from_csv.lines == (3, 4, 5) and from_jsonl.lines == (1, 3, 5)
 
 
+def test_a_json_array_gives_the_rows_of_jsonl(tmp_path):
+    rows = [{"text": f"tea {index}\u2028", "label": index % 2} for index in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text("\ufeff\n" + json.dumps(rows, indent=1).replace("\n", "\r\n"))
+    one, other = (labeled.read(tmp_path / name, "text", "label") for name in ("a.json", "a.jsonl"))
+    assert (one.texts, one.labels) == (other.texts, other.labels) and one.lines == (3, 7, 11)
+    (tmp_path / "b.json").write_text((tmp_path / "a.jsonl").read_text())  # rows, one after the other
+    assert labeled.read(tmp_path / "b.json", "text", "label").lines == (1, 2, 3)
+
+
+def test_columns_that_are_not_read_are_listed(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text,label,weight\n1,tea,up,0.5\n2,hot,down,1\n")
+    read = labeled.read(tmp_path / "a.csv", "text", "label")
+    assert read.unused == read.take([1], "b").unused == ("id", "weight")
+
+
 def test_json_numbers_give_the_labels_of_csv(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": true}\n')
     (tmp_path / "a.csv").write_text("text,label\na,1\nb, true\n")
@@ -87,7 +103,26 @@ def test_a_long_text_is_read_completely(tmp_path):
             "text,label\ntea,up\n".encode("utf-16"),
             "is UTF-16, expected UTF-8; convert the file: iconv -f utf-16",
         ),
-        ("a.tsv", b"text\tlabel\n", "expected a .csv or .jsonl file"),
+        ("a.tsv", b"text\tlabel\n", "expected a .csv, .jsonl or .json file"),
+        (
+            "a.csv",
+            b"text,label\ntea,up\ntext,label\nhot,down\n",
+            "line 3 repeats the header; are these two files in one",
+        ),
+        ("a.csv", b"text,label\ntea,nan\n", "line 2: expected a label in 'label', got \"nan\""),
+        ("a.jsonl", b'{"text": "a", "label": "b", "text": "c"}\n', "line 1 has the key 'text' twice"),
+        ("a.jsonl", b'[{"text": "a", "label": "b"}]\n', "got list; a file that is one JSON array has the suffix .json"),
+        ("a.json", b'[{"text": "a", "label": "b"},\n 7]', "line 2: expected a JSON object, got int"),
+        (
+            "a.json",
+            b'[{"text": "a", "label": "b"}\n {"text": "c"}]',
+            "line 2 is not JSON: expected ',' and another row",
+        ),
+        ("a.json", b'[{"text": "a", "label": "b"},\n]', "line 2 is not JSON: expected ',' and another row"),
+        ("a.json", b'[{"text": "a", "label": "b"}', "the JSON array has no end; the file is cut off"),
+        ("a.json", b'[{"text": "a", "label": "b"}] {"text": "c"}', "text after the end of the JSON array"),
+        ("a.json", b'[{"text": "a",\n "label": "b"},\n {"text": ]', "the row at line 3 is not JSON"),
+        ("a.json", b"[]", "no examples"),
     ],
 )
 def test_malformed_files(tmp_path, name, content, message):
@@ -126,6 +161,14 @@ def test_every_example_with_its_own_label_is_an_error():
         labeled.label_names(examples([str(n) for n in range(30)]))
 
 
+@pytest.mark.parametrize("pair", [("1", "1.0"), ("1", "01"), ("0.5", ".5"), ("1000", "1e3")])
+def test_one_number_in_two_spellings_is_not_two_classes(pair):
+    with pytest.raises(UserError, match="are the same number, which would be two classes") as caught:
+        labeled.label_names(examples([*pair, "7"]))
+    assert repr(pair[0]) in str(caught.value) and repr(pair[1]) in str(caught.value)
+    assert labeled.label_names(examples(["up", "1", "2.5"])) == ("1", "2.5", "up")
+
+
 def test_labels_unseen_in_training():
     with pytest.raises(UserError, match=r"test\.csv: 3 of 4 .*: 'meh', 'new' \(first 'meh' at line 3"):
         labeled.label_ids(examples(["up", "meh", "new", "meh"], "test.csv"), ("down", "up"))
@@ -150,7 +193,7 @@ def test_too_few_to_hold_out():
 def test_texts_are_truncated_but_not_padded(folder):
     tokenizer = reading.load_tokenizer(folder, 5)
     found = labeled.encode(["good tea", "good tea stale tea good", "green"], tokenizer, 5)
-    assert [ids.tolist() for ids in found.ids] == [[2, 4, 5, 3], [2, 4, 5, 6, 3], [2, 1, 3]]
+    assert [ids.tolist() for ids in found.ids] == [[2, 4, 5, 3], [2, 4, 5, 6, 3], [2, 1, 3]] and found.truncated == 1
 
 
 def test_only_the_beginning_of_a_long_text_is_tokenized(folder):

@@ -8,6 +8,8 @@ state, metrics = step(state, params, balanced(batch))
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,13 +111,18 @@ def schemes_of(params: Any) -> set[str]:
     return {leaf.scheme for leaf in flatten(params).values() if isinstance(leaf, Quantized)}
 
 
-def load_chat_tokenizer(path: Path, model: Any, max_length: int) -> chat_template.ChatTokenizer:
+def load_chat_tokenizer(
+    path: Path, model: Any, max_length: int, template: str | None = None
+) -> chat_template.ChatTokenizer:
     """The tokenizer and the chat template of a model, if the model takes rows of `max_length` tokens.
+
+    Args:
+        template: the text of another chat template to use instead of the model's.
 
     >>> load_chat_tokenizer(resolve_model("smollm2"), model, 512).stop_ids  # doctest: +SKIP
     (2,)
     """
-    tokenizer = chat_template.read(path)
+    tokenizer = chat_template.read(path).with_template(template)
     chat_template.check_vocabulary(tokenizer, model.config.vocab_size)
     base.check_length(max_length, model.config.max_position_embeddings)
     return tokenizer
@@ -261,17 +268,24 @@ def samples(
     tokenizer: chat_template.ChatTokenizer,
     prompts: Sequence[tuple[Any, str]],
     new_tokens: int,
+    variables: Sequence[Mapping[str, Any]] = (),
 ) -> list[Sample]:
     """Greedy answers to `conversations.prompts`, of at most `new_tokens` tokens or what the context has left.
+
+    Args:
+        variables: of the chat template, by prompt, such as `tools`; none by default.
 
     >>> samples(peft, params, adapter, tokenizer, conversations.prompts(test)[:4], 200)[0].answer  # doctest: +SKIP
     """
     generator = TextGenerator.of(peft, params, adapter, tokenizer)
-    ids = [tokenizer.encode_chat(list(messages)) for messages, _ in prompts]
+    ids = [
+        tokenizer.encode_chat(list(messages), **more)
+        for (messages, _), more in zip(prompts, variables or [{}] * len(prompts), strict=True)
+    ]
     room = peft.model.config.max_position_embeddings - max(map(len, ids))
     texts = generator.generate(ids, Settings(min(new_tokens, room)))
     return [
-        Sample(messages[-1]["content"], reference, text)
+        Sample(messages[-1].get("content") or "", reference, text)
         for (messages, reference), text in zip(prompts, texts, strict=True)
     ]
 
@@ -330,11 +344,11 @@ class ChatJob(Job):
 
     def _samples(self, fresh: Any, adapter: Any) -> list[dict[str, Any]]:
         """The first held-out prompts, answered before and after training."""
-        if not self.config.samples:
+        if not self.config.samples or not (chosen := self._sampled):
             return []
-        prompts = self._prompts[: self.config.samples]
+        prompts, variables = conversations.prompts(chosen), chosen.variables
         before, after = (
-            samples(self.peft, self.params, leaves, self.tokenizer, prompts, _SAMPLE_TOKENS)
+            samples(self.peft, self.params, leaves, self.tokenizer, prompts, _SAMPLE_TOKENS, variables)
             for leaves in (fresh, adapter)
         )
         return [
@@ -350,8 +364,17 @@ class ChatJob(Job):
         ]
 
     @cached_property
-    def _prompts(self) -> list[Any]:
-        return conversations.prompts(self.held_out)
+    def _sampled(self) -> conversations.Conversations:
+        """The first held-out conversations that have a prompt, and all of whose answers fit into a row."""
+        fitting = set(self.test.encoded.lines) - set(self.test.encoded.left_out)
+        rows = [row for row, line in enumerate(self.held_out.lines) if line in fitting]
+        some = conversations.with_prompts(self.held_out.take(rows, self.held_out.source))
+        return some.take(range(min(self.config.samples, len(some))), some.source)
+
+    @property
+    def task_record(self) -> dict[str, Any]:
+        template = self.tokenizer.template or ""
+        return {"chat_template": hashlib.sha256(template.encode()).hexdigest()}
 
 
 def method_defaults(kind: type[Method]) -> dict[str, Any]:
@@ -375,28 +398,31 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     for name in ("text", "label"):
         if getattr(config, name) is not None:
             raise UserError(f"--{name} names a column of labeled texts; --task chat reads conversations")
+    ignore = [key.strip() for key in (config.ignore_keys or "").split(",")]
+    read = functools.partial(conversations.read, ignore=ignore)
     train, test = base.evaluation_data(
-        conversations.read(train_file),
-        eval_file,
-        conversations.read,
-        conversations.train_test_split,
-        config,
-        reporter,
+        read(train_file), eval_file, read, conversations.train_test_split, config, reporter
     )
+    for source, part in {part.source: part for part in (test, train)}.items():
+        if part.ignored:
+            reporter.say(f"{source}: not learned from, as they only describe a row: {', '.join(part.ignored)}")
     path = resolve_model(config.model, reporter.say)
     model, params = load_base(path, config.quantize, mesh=setup.mesh, dtype=config.dtype, remat=setup.remat)
-    tokenizer = load_chat_tokenizer(path, model, config.max_length)
+    config = config.located()
+    tokenizer = load_chat_tokenizer(path, model, config.max_length, config.chat_template)
     peft = base.bind(method, model, params, example_inputs())
     encoded, test_encoded = (_encode(part, tokenizer, config.max_length, reporter) for part in (train, test))
     batches = conversations.Batches(
         encoded, config.batch_size, config.max_length, config.seed, config.epochs, config.packed
     )
+    if warning := conversations.stop_warning(encoded, tokenizer):
+        reporter.say(f"warning: {warning}")
     shapes = _format_shapes(conversations.shapes(batches))
     reporter.say(
         f"{len(encoded):,} examples in {len(batches):,} batches of {shapes}, {batches.count.padding:.1%} padding"
     )
     return ChatJob(
-        config=config.located(),
+        config=config,
         model=path,
         files={"train": train_file, "eval": eval_file},
         params=params,
@@ -412,12 +438,18 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
 def _encode(
     examples: conversations.Conversations, tokenizer: chat_template.ChatTokenizer, max_length: int, reporter: Reporter
 ) -> conversations.Encoded:
-    """The token ids of conversations; reports those that are too long."""
+    """The token ids of conversations; reports those that are too long, and conversations that make several examples."""
     encoded = conversations.encode(examples, tokenizer, max_length)
+    total = len(encoded) + len(encoded.left_out)
+    if total > len(examples):
+        reporter.say(
+            f"{examples.source}: {len(examples):,} conversations make {total:,} examples: the chat template changes "
+            "answers once more messages follow, so each is learned as the last one"
+        )
     if encoded.left_out:
         first = ", ".join(map(str, encoded.left_out[:3]))
         reporter.say(
-            f"{examples.source}: {len(encoded.left_out):,} of {len(examples):,} examples are longer than "
+            f"{examples.source}: {len(encoded.left_out):,} of {total:,} examples are longer than "
             f"{max_length} tokens and left out (at line {first}, …); see --max-length"
         )
     return encoded
@@ -487,7 +519,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
         raise UserError(f"{run}: was trained to label texts, not to chat; use jpeft predict {run}")
     source = resolve_model(config.model, log)
     model, params = load_base(source, config.quantize, dtype=config.dtype)
-    tokenizer = load_chat_tokenizer(source, model, max_length=1)
+    tokenizer = load_chat_tokenizer(source, model, 1, config.chat_template)
     peft, adapter = load(adapter_folder, model, params, *example_inputs())
     return Trained(peft, params, adapter, tokenizer, source)
 
@@ -504,6 +536,8 @@ def export_run(run: Path, out: Path, requantize: bool = False) -> str:
         raise UserError(f"--requantize: {run} was trained over plain weights; merge without it, then jpeft quantize")
     with base.writing(out):
         export(out, trained.peft, trained.params, trained.adapter, trained.source, min(schemes) if requantize else None)
+        if template := run_folder.read_record(run)["config"].get("chat_template"):
+            (out / chat_template.TEMPLATE).write_text(template, encoding="utf-8")
     return f"jpeft chat --model {out}"
 
 

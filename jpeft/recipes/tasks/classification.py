@@ -295,6 +295,14 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
         encode(part.texts, tokenizer, classifier, config.max_length, part_ids)
         for part, part_ids in zip((train, test), ids, strict=True)
     )
+    if examples.unused:
+        reporter.say(f"{examples.source}: columns that are not read: {', '.join(examples.unused)}")
+    for part, result in ((train, encoded), (test, test_encoded)):
+        if result.truncated:
+            reporter.say(
+                f"{part.source}: {result.truncated:,} of {len(part):,} texts are longer than {config.max_length} "
+                "tokens and truncated; see --max-length"
+            )
     rows = math.lcm(_EVAL_BATCH, 1 if setup.mesh is None else data_ways(setup.mesh))
     return ClassificationJob(
         config=config.located(),
