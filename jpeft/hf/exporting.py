@@ -20,7 +20,7 @@ from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables, un
 from jpeft.files import new_folder, write_atomically, write_safetensors
 from jpeft.hf import layout
 from jpeft.hf.config import CONFIG, TASK_HEADS, TENSORS, patterns
-from jpeft.hf.names import ROOT, Names, Prefix
+from jpeft.hf.names import ROOT, Names, Prefix, of_model
 from jpeft.hf.tied import head_tensors, tied_names
 from jpeft.methods import METHODS
 
@@ -33,7 +33,7 @@ def save(
     adapter: Tree,
     params: Tree,
     *,
-    prefix: Prefix = "",
+    prefix: Prefix | None = None,
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
@@ -50,7 +50,8 @@ def save(
       adapter: its leaves.
       params: the base, of which nothing is written.
       prefix: put before the names of torch's modules, e.g. ``"bert."`` for a BertForSequenceClassification; or a
-        mapping by where modules lie in the tree, e.g. ``{"encoder/": "bert."}``.
+        mapping by where modules lie in the tree, e.g. ``{"encoder/": "bert."}``. By default names are the paths or, for
+        an encoder of `jpeft.models` with a head, those of its ``…ForSequenceClassification``.
       task_type: HuggingFace's, e.g. "SEQ_CLS".
       base_model: the base's name or folder, for whoever reads the configuration.
 
@@ -71,7 +72,7 @@ def save(
     name, spec = _spec(peft)
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
-    names = Names.of(prefix)
+    names = of_model(peft.model) if prefix is None else Names.of(prefix)
     adapted = {names.torch(a.site.path): a for a in peft.actions if a.site.kind == "weight"}
     for action in adapted.values():
         layout.check_site(action.site, spec)

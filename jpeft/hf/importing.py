@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
@@ -25,7 +26,7 @@ from jpeft.errors import AdapterError
 from jpeft.hf import layout
 from jpeft.hf.config import CONFIG, read_config
 from jpeft.hf.matching import Folder, Matched, match, stacked
-from jpeft.hf.names import ROOT, Names, Prefix, find
+from jpeft.hf.names import ROOT, Names, Prefix, find, of_model
 from jpeft.hf.tensors import TensorFile
 from jpeft.hf.tied import merge_heads
 from jpeft.methods import METHODS
@@ -75,14 +76,26 @@ def load(
     survey, at = survey_model(model, params, inputs, kwargs), stacking.stacked_at(model)
     each = stacking.unroll_survey(survey, at)  # unstacked layers, as the file has them
     owners = {s.path[:-1] for s in each.leaves}
-    names = find(FilePath(path), file.modules, owners) if prefix is None else Names.of(prefix)
+    names = find(FilePath(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
     folder = Folder(config, file, names, at, tuple(ignore))
-    matched = match(folder, each)
+    matched = match(folder, _without_absent_parts(model, folder, each))
     peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey), model, params, survey)
     leaves = _leaves(peft, folder, matched.adapted)
     _check_rest(folder, survey, {s.path for s in (*matched.biases, *matched.saved)}, base)
     adapter = {path: jnp.asarray(leaves[path]).astype(dtype) for path, (_, dtype) in peft.structure}
     return peft, like(unflatten(peft.place_like_base(adapter, base)), tree)
+
+
+def _without_absent_parts(model: Any, folder: Folder, survey: Survey) -> Survey:
+    """A survey without the parts of a model, such as a pooler, that torch's model need not have and the file has not.
+
+    A model says by an attribute ``optional_parts`` which they are.
+    """
+    owners = {site.path[:-1] for site in survey.leaves}
+    there = {path[0] for module in folder.file.modules if (path := folder.names.tree(module, owners))}
+    absent = set(getattr(model, "optional_parts", ())) - there
+    weights, leaves = ([s for s in sites if s.path[0] not in absent] for sites in (survey.weights, survey.leaves))
+    return dataclasses.replace(survey, weights=tuple(weights), leaves=tuple(leaves))
 
 
 # --- the method -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any
 
 from jpeft.core.tree import Path, join, nearest
 from jpeft.errors import AdapterError
@@ -60,17 +61,30 @@ class Names:
         return all(torch or join(path).startswith(tree) for torch, tree in self.rules)
 
 
-def find(folder: FilePath, modules: Collection[str], owners: set[Path]) -> Names:
-    """The names under which every module of a file has an owner: unchanged if possible, else by the shortest prefix.
+def of_model(model: Any) -> Names:
+    """The names of the torch model whose parts a model has, from its attribute ``torch_names``; else unchanged ones.
+
+    >>> from jpeft.models.bert import Bert, BertConfig
+    >>> of_model(Bert(BertConfig(), pooler=True, num_labels=2)).torch(("pooler", "dense"))
+    'bert.pooler.dense'
+    """
+    return Names.of(getattr(model, "torch_names", ""))
+
+
+def find(folder: FilePath, modules: Collection[str], owners: set[Path], own: Names = Names()) -> Names:
+    """The names under which every module of a file has an owner.
+
+    They are unchanged if possible, else the model's ``own``, else those by the shortest prefix.
 
     Raises:
       AdapterError: a module that has no place under any prefix, or several prefixes that fit equally well.
     """
     modules = sorted(modules)
-    places = {names: [names.tree(m, owners) for m in modules] for names in (Names(), *_candidates(modules, owners))}
+    tried = (Names(), own, *_candidates(modules, owners))
+    places = {names: [names.tree(m, owners) for m in modules] for names in tried}
     fits = [names for names, paths in places.items() if None not in paths]
-    if Names() in fits:
-        return Names()
+    if first := [names for names in tried[:2] if names in fits]:
+        return first[0]
     if not fits:
         best = min(places, key=lambda names: (places[names].count(None), names.rules))
         first = modules[places[best].index(None)]

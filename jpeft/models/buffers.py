@@ -68,7 +68,7 @@ def check_buffer(buffers: Buffers, name: str, tensor: Tensor) -> None:
         raise ModelError(f"{where} has shape {found.shape}, but config.json gives {want.shape}")
     rtol = _PRECISION.get(stored.dtype.name, 1e-5)
     if (wrong := ~np.isclose(found, want, rtol=rtol, atol=2.0**-24)).any():
-        at = tuple(int(axis[0]) for axis in np.nonzero(wrong))
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ModelError(
             f"{where} has {found[at]:.6g} at {list(at)}, but config.json gives {want[at]:.6g}: correct the config, or "
             "remove the tensor if the config is right"

@@ -125,7 +125,7 @@ def test_decoder_folders_with_buffers_and_without_a_prefix(name, tmp_path):
     same(models.load(tmp_path / "saved")[1], params)
 
     rewrite(tmp_path, lambda t: t | {key.removeprefix("model."): value * 1.5 for key, value in shared.items()})
-    with pytest.raises(models.ModelError, match=r"inv_freq has .* but config.json gives .*: correct the config"):
+    with pytest.raises(models.ModelError, match=r"the buffer .* has .* but config.json gives .*: correct the config"):
         models.load(tmp_path)
 
 
