@@ -50,8 +50,10 @@ class TrainableTokens(WeightMethod):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if isinstance(self.indices, (np.ndarray, jax.Array)):
+            object.__setattr__(self, "indices", self.indices.tolist())
         check_fields(self, {"parts": POSITIVE_INT, "indices": (_is_ids, "different token ids, one or more")})
-        object.__setattr__(self, "indices", tuple(sorted(int(i) for i in self.indices)))
+        object.__setattr__(self, "indices", tuple(sorted(self.indices)))
         super().__post_init__()
 
     @property

@@ -13,3 +13,5 @@ from jpeft.models.kv_cache import init_cache as init_cache
 from jpeft.models.loading import abstract as abstract
 from jpeft.models.loading import load as load
 from jpeft.models.saving import save as save
+from jpeft.models.vocabulary import resize_embeddings as resize_embeddings
+from jpeft.models.vocabulary import untie_head as untie_head

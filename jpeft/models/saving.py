@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ from jpeft.models.families import Family, abstract_leaves, build_model, family_o
 from jpeft.models.folder import CONFIG, WEIGHTS
 from jpeft.models.gguf.tokenizer import write_tokenizer
 from jpeft.models.layout import (
-    Slot,
     check_shapes,
     leaves_by_path,
     list_slots,
@@ -33,6 +32,7 @@ from jpeft.models.layout import (
 from jpeft.models.matching import match_tensors
 from jpeft.models.naming import Naming
 from jpeft.models.sources import is_gguf, open_tensors, read_config
+from jpeft.models.vocabulary import as_in_source, grow_head, update_config
 
 SOURCE = "source"  # as a dtype: the one that each tensor has in the source
 
@@ -92,7 +92,7 @@ def save(
         {name: np.shape(leaf) for name, leaf in leaves.items()},
     )
     slots = list_slots(shapes, stacked_at(model))
-    base = _bare(family, model) if source is None else _read_source(Path(source), family, model, slots)
+    base = _bare(family, model) if source is None else _read_source(Path(source), family, model)
     config, tensors, origins = dict(base.config), dict(base.tensors), dict(base.origins)
     wanted = _wanted_dtypes(dtype, source)
     embeddings, written = set(), set()
@@ -150,14 +150,17 @@ def _bare(family: Family, model: Any) -> _Source:
     return _Source(family.to_config(model), family.namings(model)[0])
 
 
-def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]) -> _Source:
-    if build_model(*read_model_config(source), model.dtype, model.param_dtype, {})[1].config != model.config:
+def _read_source(source: Path, family: Family, model: Any) -> _Source:
+    stored_config = build_model(*read_model_config(source), model.dtype, model.param_dtype, {})[1].config
+    before = as_in_source(model, stored_config)
+    if before.config != stored_config:
         raise ModelError(f"{source}: holds another model than the one to save (their configurations differ)")
     if is_gguf(source):
         return _bare(family, model)
+    slots = list_slots(abstract_leaves(family, before), stacked_at(before))
     with open_tensors(source) as stored:
         tensors = bitsandbytes.combine_parts(stored)
-        matched = match_tensors(source, family, model, slots, tensors)
+        matched = match_tensors(source, family, before, slots, tensors)
         of_model = {*matched.names.values(), *(copy for copy, _ in matched.copies)}
         kept, origins = {}, {}
         for name, tensor in tensors.items():
@@ -167,9 +170,9 @@ def _read_source(source: Path, family: Family, model: Any, slots: Sequence[Slot]
                 kept |= {part: stored[part].read() for part in tensor.part_names}
                 origins[name] = tensor.origin
             else:
-                kept[name] = tensor.read()
+                kept[name] = grow_head(name, tensor.read(), before, model)
         config = bitsandbytes.without_quantization(read_config(source), source / CONFIG)
-        return _Source(config, matched.naming, kept, origins)
+        return _Source(update_config(config, before, model), matched.naming, kept, origins)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

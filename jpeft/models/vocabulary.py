@@ -1,0 +1,205 @@
+"""A model with another vocabulary or head: `resize_embeddings` and `untie_head`.
+
+    model, params = load(folder)
+    model, params = resize_embeddings(model, params, tokenizer.get_vocab_size())
+    new_rows = jpeft.methods.TrainableTokens(indices=range(old_size, new_size))
+
+`jpeft.models.save` writes the result as a folder that transformers loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jpeft.core.quantized import Quantized
+from jpeft.core.tree import Path, Tree, box_as, combine, flatten, join, map_with_path, peek, unflatten
+from jpeft.models.families import abstract_leaves, family_of
+from jpeft.parallel.hosts import on_host
+
+M = TypeVar("M", bound=nn.Module)
+
+# The fields of a configuration that these functions change.
+_CHANGED = ("vocab_size", "tie_word_embeddings")
+# Heads with a row for each token that a folder may hold beside an encoder, by the names of their tensors.
+_HEADS = re.compile(r"(.*\.)?(lm_head|predictions|vocab_projector)\..*")
+
+
+def resize_embeddings(model: M, params: Tree, size: int, *, multiple: int = 1) -> tuple[M, Any]:
+    """The model with more tokens: its embedding, and its head, get rows. Each is the mean of the old ones.
+
+    Args:
+        model: a model that `load` or `abstract` returned.
+        params: its parameters; they are not changed. Abstract ones give abstract ones.
+        size: the number of rows, such as the number of a tokenizer's tokens.
+        multiple: rounds the number of rows up to a multiple of this, for a mesh that splits them or for speed.
+
+    Returns:
+        `(model, params)`. The old rows are equal bit for bit, and all leaves keep their dtype and sharding.
+
+    Raises:
+        ValueError: the model has more rows already, an embedding is quantized, or a sharded one does not divide.
+
+    >>> from jpeft.models.loading import abstract
+    >>> model, params = abstract({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4})
+    >>> model, params = resize_embeddings(model, params, 32_003, multiple=64)
+    >>> params["model"]["embed_tokens"]["embedding"].shape, model.config.vocab_size
+    ((32064, 64), 32064)
+    """
+    config, rows = _config(model), -(-size // multiple) * multiple
+    if rows < config.vocab_size:
+        raise ValueError(
+            f"the embedding has {config.vocab_size:,} rows, and {size:,} would be fewer: tokens would lose theirs"
+        )
+    resized = _with_config(model, vocab_size=rows)
+    if rows == config.vocab_size:
+        return resized, params
+    family = family_of(model)
+    before, after = abstract_leaves(family, model), abstract_leaves(family, resized)
+
+    def grow(path: Path, leaf: Any) -> Any:
+        old, new = before[join(path)].shape, after[join(path)].shape
+        axes = [axis for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+        if not axes:
+            return leaf
+        if isinstance(peek(leaf), Quantized):
+            raise ValueError(f"{join(path)!r} is quantized, and cannot grow from {old[axes[0]]:,} rows to {rows:,}")
+        try:
+            return box_as(leaf, _grown(peek(leaf), axes[0], rows))
+        except ValueError as error:
+            raise ValueError(f"{join(path)!r}: {error}") from None
+
+    return resized, map_with_path(grow, params)
+
+
+def untie_head(model: M, params: Tree) -> tuple[M, Any]:
+    """The model with a head of its own, so that an adapter can change head and embedding apart.
+
+    Args:
+        model: a decoder that `load` or `abstract` returned, whose head is tied to its embedding.
+        params: its parameters; they are not changed. Abstract ones give abstract ones.
+
+    Returns:
+        `(model, params)`: `lm_head/kernel` is the transposed embedding, and the logits are the same.
+
+    Raises:
+        ValueError: the model has no tied head, or the embedding is quantized.
+
+    >>> from jpeft.models.loading import abstract
+    >>> fields = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "tie_word_embeddings": True}
+    >>> model, params = untie_head(*abstract(fields))
+    >>> params["lm_head"]["kernel"].shape
+    (64, 32000)
+    """
+    if not hasattr(_config(model), "tie_word_embeddings"):
+        raise ValueError(f"{type(model).__name__} has no head over its vocabulary")
+    tied: Mapping[str, str] = getattr(model, "tied_modules", {})
+    if not tied:
+        raise ValueError("the model's head is not tied to its embedding: it is a weight of its own already")
+    leaves, heads = flatten(params), {}
+    for head, own in tied.items():
+        leaf = leaves[*own.split("/"), "embedding"]
+        if isinstance(peek(leaf), Quantized):
+            raise ValueError(f"{own!r} is quantized: load the model without quantizing it, then untie the head")
+        heads[*head.split("/"), "kernel"] = _transposed(leaf)
+    return _with_config(model, tie_word_embeddings=False), combine(params, unflatten(heads))
+
+
+def _config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"expected a model of jpeft.models.load, got {type(model).__name__}")
+    return config
+
+
+def _with_config(model: Any, **fields: Any) -> Any:
+    return model.clone(config=dataclasses.replace(model.config, **fields))
+
+
+def _grown(x: Any, axis: int, size: int) -> Any:
+    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        _check_divides(sharding, shape, axis)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+    # By numpy in float64: every machine and every mesh computes the same bits, so an adapter fits the base again.
+    mean = np.mean(np.asarray(on_host(x)), axis=axis, dtype=np.float64, keepdims=True).astype(x.dtype)
+    if not isinstance(x, jax.Array):
+        return _extended(np, x, mean, axis, shape)
+    return jax.jit(lambda x, mean: _extended(jnp, x, mean, axis, shape), out_shardings=sharding)(x, mean)
+
+
+def _extended(xp: Any, x: Any, mean: Any, axis: int, shape: tuple[int, ...]) -> Any:
+    new = (*shape[:axis], shape[axis] - x.shape[axis], *shape[axis + 1 :])
+    return xp.concatenate([x, xp.broadcast_to(mean, new)], axis)
+
+
+def _check_divides(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> None:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        raise ValueError(
+            f"its {shape[axis]:,} rows do not divide over the mesh as {sharding.spec}, so the number of rows does not "
+            "divide over it; round it up to a multiple"
+        ) from None
+
+
+def _transposed(leaf: Any) -> Any:
+    x, sharding = peek(leaf), getattr(peek(leaf), "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        entries = (*sharding.spec, None, None)[:2]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*entries[::-1]))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        new: Any = jax.ShapeDtypeStruct(x.shape[::-1], x.dtype, sharding=sharding)
+    elif isinstance(x, jax.Array):
+        new = jax.jit(jnp.transpose, out_shardings=sharding)(x)
+    else:
+        new = np.array(x.T)
+    if not isinstance(leaf, meta.Partitioned):
+        return new
+    return leaf.replace(value=new, names=leaf.names[::-1])
+
+
+# --- saving: the model as its source has it -----------------------------------------------------------------------
+
+
+def as_in_source(model: M, config: Any) -> M:
+    """The model with the vocabulary and the tie of another configuration of its class."""
+    return _with_config(
+        model, **{n: getattr(config, n) for n in _CHANGED if hasattr(config, n) and hasattr(model.config, n)}
+    )
+
+
+def update_config(fields: Mapping[str, Any], before: Any, after: Any) -> dict[str, Any]:
+    """A `config.json` of the model `before`, changed to that of `after`.
+
+    >>> from jpeft.models.decoder import Decoder, DecoderConfig
+    >>> before, after = (Decoder(DecoderConfig(vocab_size=size)) for size in (8, 9))
+    >>> update_config({"text_config": {"vocab_size": 8}}, before, after)
+    {'text_config': {'vocab_size': 9}}
+    """
+    old, new = ({name: getattr(m.config, name, None) for name in _CHANGED} for m in (before, after))
+    changed = {name: value for name, value in new.items() if value != old[name]}
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        return {**fields, **changed}
+    tie = {name: value for name, value in changed.items() if name != "vocab_size"}  # of a vision-language model
+    return {**fields, **tie, "text_config": {**text, **changed}}
+
+
+def grow_head(name: str, x: np.ndarray, before: Any, after: Any) -> np.ndarray:
+    """A tensor beside the model `before` as it stands beside `after`: a head over its tokens gets rows too."""
+    old, new = before.config.vocab_size, after.config.vocab_size
+    if old == new or x.shape[:1] != (old,) or not _HEADS.fullmatch(name):
+        return x
+    return _grown(x, 0, new)
