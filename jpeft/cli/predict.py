@@ -1,4 +1,4 @@
-"""`jpeft predict`: labels for texts, from a finished run."""
+"""`jpeft predict`: labels for texts, from a run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jpeft.cli.terminal import print_json
+from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
 
-SUMMARY = "Label texts with a finished run."
+SUMMARY = "Label texts with a run."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run; of an unfinished one, a checkpoint")
     parser.add_argument(
         "file", metavar="FILE", nargs="?", help="a .csv or .jsonl file; default: stdin, a text per line"
     )
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.text_arg and args.file:
         raise UserError("give texts by --text-arg or a FILE, not both")
-    trained = classification.open_run(args.run)
+    trained = classification.open_run(args.run, print_note)
     texts = _texts(args, trained.record["columns"]["text"])
     if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
         raise UserError(f"text {empty[0]} is empty")

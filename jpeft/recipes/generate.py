@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core.stacking import unroll
-from jpeft.errors import AdapterError, UserError
-from jpeft.io import CONFIG, load
+from jpeft.errors import UserError
 from jpeft.models.families import is_decoder
 from jpeft.models.loading import load as load_model
 from jpeft.quantization.tree import dequantize
 from jpeft.recipes import run_folder
+from jpeft.recipes.adapters import load_adapter
 from jpeft.recipes.assets import resolve_model
 from jpeft.recipes.config import read_chat_template
 from jpeft.recipes.tasks import chat
@@ -40,7 +40,7 @@ def open_text_generator(
 
     Args:
         name: the model. None is the base of the run that `adapter` names, quantized as it was trained on, else smollm2.
-        adapter: a run, or a folder that jpeft or HuggingFace PEFT saved.
+        adapter: a run, finished or not, or a folder that jpeft or HuggingFace PEFT saved.
         template: the file of a chat template; None is the one that the run was trained with, else the model's.
 
     Raises:
@@ -50,11 +50,11 @@ def open_text_generator(
     """
     folder = None if adapter is None else Path(adapter).expanduser()
     template = None if template is None else read_chat_template(template)
-    if folder is not None and name is None and (folder / "metrics.jsonl").is_file():
+    if folder is not None and name is None and run_folder.is_run(folder):
         run = chat.open_run(folder, log)
         return TextGenerator.of(run.peft, run.params, run.adapter, run.tokenizer.with_template(template))
     path = resolve_model(name or "smollm2", log)
-    if template is None and folder is not None and (folder / "metrics.jsonl").is_file():
+    if template is None and folder is not None and run_folder.is_run(folder):
         template = run_folder.read_record(folder)["config"].get("chat_template")
     tokenizer = chat_template.read(path).with_template(template)
     if not is_decoder(path):
@@ -66,27 +66,7 @@ def open_text_generator(
     chat_template.check_vocabulary(tokenizer, model.config.vocab_size)
     peft = leaves = None
     if folder is not None:
-        peft, leaves = _load_adapter(folder, model, params)
+        peft, leaves = load_adapter(folder, model, params, chat.example_inputs(), log)
     if on_cpu:
         model, params, peft, leaves = unroll(model, dequantize(params), peft, leaves)
     return TextGenerator(model, params, tokenizer, peft, leaves)
-
-
-def _load_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
-    from jpeft import hf
-    from jpeft.hf.config import CONFIG as HF_CONFIG
-
-    inputs = chat.example_inputs()
-    if (path / HF_CONFIG).is_file():
-        return hf.load(path, model, params, *inputs)
-    if any(path.glob("model*.safetensors")):
-        raise UserError(f"{path}: a model, with no adapter of its own: --model {path}")
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"--adapter {path}: no adapter there; expected a run, or a folder that jpeft or PEFT saved")
-    try:
-        return load(folder, model, params, *inputs)
-    except AdapterError:
-        raise
-    except (ValueError, KeyError) as error:
-        raise UserError(f"--adapter {path}: does not fit {type(model).__name__}: {error}") from error

@@ -15,6 +15,7 @@ import jax
 
 from jpeft.errors import UserError
 from jpeft.recipes.config import Interrupted
+from jpeft.recipes.run_folder import saved_steps
 
 
 class Profiler:
@@ -96,7 +97,7 @@ def saved_step(run: Path) -> int:
     >>> saved_step(Path("runs/none"))
     0
     """
-    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+    return max(saved_steps(run), default=0)
 
 
 def peak_memory() -> int | None:

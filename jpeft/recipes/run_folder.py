@@ -108,17 +108,49 @@ def write_result(run: Path, result: Mapping[str, Any]) -> None:
     write_json(run / "result.json", dict(result))
 
 
-def finished(run: str | Path) -> tuple[dict[str, Any], Path]:
-    """The record of a finished run, and its adapter folder.
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, finished or not.
 
-    >>> finished("runs/smollm2-lora-1")[1]  # doctest: +SKIP
-    PosixPath('runs/smollm2-lora-1/adapter')
+    >>> is_run(Path("runs/none"))
+    False
     """
-    run = Path(run)
+    try:
+        return "config" in read_json(folder / "config.json", UserError)
+    except (OSError, UserError):
+        return False
+
+
+def has_adapter(run: Path) -> bool:
+    """Whether a run has its adapter: it is finished.
+
+    >>> has_adapter(Path("runs/none"))
+    False
+    """
+    return (run / "adapter" / ADAPTER_CONFIG).exists()
+
+
+def usable(run: Path) -> dict[str, Any]:
+    """The record of a run that has an adapter or a checkpoint.
+
+    >>> usable(Path("runs/smollm2-lora-1"))["steps"]  # doctest: +SKIP
+    60
+    """
     record = read_record(run)
-    if not (run / "adapter" / ADAPTER_CONFIG).exists():
-        raise UserError(f"{run}: the run is not finished; resume it with: jpeft finetune --out {run} --resume")
-    return record, run / "adapter"
+    if not has_adapter(run) and not saved_steps(run):
+        raise UserError(
+            f"{run}: the run is not finished, and has no checkpoint yet; resume it with: "
+            f"jpeft finetune --out {run} --resume"
+        )
+    return record
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order.
+
+    >>> saved_steps(Path("runs/none"))
+    []
+    """
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
 
 
 @contextlib.contextmanager
@@ -273,12 +305,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         "folder": str(path),
         "complete": result is not None,
         "step": max((line["step"] for line in lines), default=0),
+        "checkpoints": saved_steps(path),
         "steps": record["steps"],
         "labels": record.get("labels"),
         "config": record["config"],
         "result": result,
     }
-    if (path / "adapter" / ADAPTER_CONFIG).exists():
+    if has_adapter(path):
         return summary | _describe_adapter(path / "adapter")
     return summary | {"method": record["method"]}
 

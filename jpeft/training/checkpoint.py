@@ -105,7 +105,9 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[Checkpoints]:
+def open_checkpoints(
+    folder: str | os.PathLike[str], keep: int = 2, *, read_only: bool = False
+) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a run, and at the end waits for the save in progress.
 
     Only one job at a time may write to a folder, on however many hosts: opening it deletes the remains of an
@@ -114,6 +116,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
     Args:
         folder: where checkpoints are kept; created if it does not exist.
         keep: how many of the latest stay on disk, beside the one with the lowest loss.
+        read_only: nothing is written or deleted, so that another job may write meanwhile.
 
     Raises:
         ValueError: `keep` is below 1.
@@ -130,7 +133,7 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         checkpoints = Checkpoints(Path(folder).absolute())
-        if is_main_process():
+        if is_main_process() and not read_only:
             _delete_unfinished(checkpoints.folder)  # Orbax would delete it too, but later
         loss = operator.itemgetter("loss")
         options = ocp.CheckpointManagerOptions(
@@ -139,7 +142,9 @@ def open_checkpoints(folder: str | os.PathLike[str], keep: int = 2) -> Iterator[
             preservation_policy=AnyPreservationPolicy(
                 [LatestN(keep), BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)]
             ),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=checkpoints._write_manifest),
         )
         checkpoints.manager = ocp.CheckpointManager(checkpoints.folder, options=options)

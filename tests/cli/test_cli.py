@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -20,110 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
 
 import jpeft
 from jpeft import models
 from jpeft.cli import main
-from jpeft.models.bert import Bert, BertConfig
 from jpeft.recipes import assets, finetune, prepare, run_folder
 from jpeft.recipes.config import Config, parse_targets
 from jpeft.recipes.tasks import classification
 from jpeft.recipes.tasks.base import NullReporter
 from jpeft.training import checkpoint
-from tests.folders import link
+from tests.cli.runs import failure, job, trained
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
-GOOD, BAD, OTHER = ["good", "nice", "fine"], ["bad", "stale", "poor"], ["tea", "the", "cup", "of", "very"]
-INPUTS = ["--model", "bert", "--data", "train.csv", "--eval", "test.jsonl"]
-JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "3e-2", "--max-length", "24", "--checkpoint-every", "3"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a model (`bert`) and data (`train.csv`, `test.jsonl`)."""
-    folder = tmp_path_factory.mktemp("home")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=40,
-    )  # fmt: skip
-    model = Bert(config)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
-    models.save(folder / "bert", model, variables["params"])
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    tokenizer.save(str(folder / "bert" / "tokenizer.json"))
-    rows = reviews(77, seed=0)
-    (folder / "train.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
-    lines = [json.dumps({"text": text, "label": label}) for text, label in reviews(30, seed=1)]
-    (folder / "test.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def reviews(count, seed):
-    draw = random.Random(seed)
-    rows = []
-    for number in range(count):
-        words = [draw.choice(GOOD if number % 3 else BAD), *draw.choices(OTHER, k=draw.randint(1, 5))]
-        rows.append((" ".join(draw.sample(words, len(words))), "up" if number % 3 else "down"))
-    return rows
-
-
-@pytest.fixture(autouse=True)
-def there(home, monkeypatch, tmp_path):
-    """Every test has its own working folder, with links to the model and the data."""
-    link(home, tmp_path)
-    monkeypatch.chdir(tmp_path)
-
-
-def job(out, *more):
-    return [
-        "finetune",
-        "--model",
-        "bert",
-        "--data",
-        "train.csv",
-        "--eval",
-        "test.jsonl",
-        "--out",
-        str(out),
-        *JOB,
-        *more,
-    ]
-
-
-@pytest.fixture(scope="module")
-def finished(home, tmp_path_factory):
-    """A run that was not interrupted."""
-    out, before = tmp_path_factory.mktemp("finished") / "run", Path.cwd()
-    os.chdir(home)
-    try:
-        assert main(job(out)) == 0
-    finally:
-        os.chdir(before)
-    return out
-
-
-def trained(run):
-    """The parts of a run that must not depend on interruptions: the adapter's bytes, and the log without times."""
-    clock = {"seconds", "compiled", "tokens_per_second"}
-    log = [
-        {k: v for k, v in line.items() if k not in clock} for line in run_folder.read_lines(Path(run) / "metrics.jsonl")
-    ]
-    return (Path(run) / "adapter" / "adapter.safetensors").read_bytes(), log
-
-
-def failure(capsys, *arguments):
-    """The one line on stderr of a command that fails."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert status == 1 and err.startswith("jpeft: error: ") and err.count("\n") == 1, (status, out, err)
-    return err
 
 
 # ------------------------------------------------------------------------------------------------------ the run folder
@@ -334,16 +241,6 @@ def test_resume_starts_a_new_run_and_leaves_a_finished_one_unchanged(finished, c
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     assert main([*job("run"), "--resume"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
-
-
-@pytest.fixture
-def stopped(finished):
-    """A run in the state of a kill after its 39th step."""
-    shutil.copytree(finished, "stopped")
-    for name in ("adapter", "checkpoints/40"):
-        shutil.rmtree(Path("stopped") / name)
-    os.unlink("stopped/result.json")
-    return Path("stopped")
 
 
 def test_a_run_moved_elsewhere_resumes(stopped, finished):
@@ -612,8 +509,7 @@ def test_predict_agrees_with_the_evaluation(finished):
     assert hits == json.loads((finished / "result.json").read_text())["accuracy_after"]
 
 
-def test_mistakes_in_predicting(finished, stopped, capsys, monkeypatch):
-    assert "the run is not finished" in failure(capsys, "predict", stopped, "--text-arg", "tea")
+def test_mistakes_in_predicting(finished, capsys, monkeypatch):
     assert "not a run of `jpeft finetune`" in failure(capsys, "predict", "bert", "--text-arg", "tea")
     assert "not both" in failure(capsys, "predict", finished, "test.jsonl", "--text-arg", "tea")
     assert "text 2 is empty" in failure(capsys, "predict", finished, "--text-arg", "tea", "--text-arg", " ")

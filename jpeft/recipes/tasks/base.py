@@ -17,9 +17,13 @@ from jax.sharding import Mesh
 
 from jpeft.core.peft import Peft
 from jpeft.core.placement import AnyMesh
+from jpeft.core.quantized import Quantized
+from jpeft.core.tree import flatten, unflatten
 from jpeft.errors import UserError
 from jpeft.files import file_sha256
 from jpeft.methods.base import Method
+from jpeft.models.dtypes import narrows, stored_dtypes
+from jpeft.models.saving import SOURCE
 from jpeft.parallel.batches import local_rows, shard_batch
 from jpeft.recipes.config import Config, Setup
 
@@ -99,10 +103,10 @@ class Task(Protocol):
         ...
 
     def open_run(self, run: Path, log: Callable[[str], None] = lambda line: None) -> Any:
-        """The model of a finished run with its adapter, ready for use."""
+        """The model of a run with its adapter, ready for use; of an unfinished run, with that of a checkpoint."""
         ...
 
-    def export_run(self, run: Path, out: Path, requantize: bool = False) -> str:
+    def export_run(self, run: Path, out: Path, how: Merging, log: Callable[[str], None] = lambda line: None) -> str:
         """Writes a HuggingFace folder with the adapter merged in. Returns how to use the folder, in a few words."""
         ...
 
@@ -261,12 +265,55 @@ def bind(method: Method, model: Any, params: Any, inputs: Sequence[Any]) -> Peft
         raise UserError(str(error)) from error
 
 
-def merge(peft: Peft, params: Any, adapter: Any, **options: Any) -> Any:
-    """The merged weights; a method that cannot be merged raises a UserError."""
+@dataclass(frozen=True)
+class Merging:
+    """How `jpeft merge` merges.
+
+    Attributes:
+        requantize: quantize the merged weights like the base.
+        dtype: the dtype of weights that are not quantized; None is that of each tensor in the model's files.
+        force: also write weights that are not finite.
+
+    >>> Merging(dtype="bfloat16").force
+    False
+    """
+
+    requantize: bool = False
+    dtype: str | None = None
+    force: bool = False
+
+    @property
+    def saving(self) -> dict[str, Any]:
+        """The arguments of `jpeft.models.save`.
+
+        >>> Merging().saving
+        {'dtype': 'source', 'safe': True}
+        """
+        return {"dtype": self.dtype or SOURCE, "safe": not self.force}
+
+
+def merge(peft: Peft, params: Any, adapter: Any, how: Merging, requantize: bool = False) -> Any:
+    """The merged weights; a method that cannot be merged, and weights that are not finite, raise a UserError."""
     try:
-        return peft.merge(params, adapter, **options)
+        return peft.merge(params, adapter, requantize=requantize, safe=not how.force)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error).replace("safe=False merges it", "--force writes it")) from error
+
+
+def unrounded(params: Any, source: Path, dtype: str, reload: Callable[[], Any]) -> Any:
+    """The base weights in which to merge: without the rounding to a run's dtype that is narrower than the files'.
+
+    Args:
+        params: the base of the run.
+        source: the folder or `.gguf` file that it was loaded from.
+        dtype: the run's dtype.
+        reload: loads the base in float32.
+    """
+    if not any(narrows(stored, dtype) for stored in set(stored_dtypes(source).values())):
+        return params
+    wide = flatten(reload())
+    leaves = {path: x if isinstance(x, Quantized) else wide[path] for path, x in flatten(params).items()}
+    return unflatten(leaves)
 
 
 @contextlib.contextmanager

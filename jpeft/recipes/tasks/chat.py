@@ -26,7 +26,6 @@ from jpeft.core.placement import AnyMesh, replicated
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
 from jpeft.errors import ModelError, UserError
-from jpeft.io import load
 from jpeft.methods.base import Method
 from jpeft.models.axes import logical_names, logical_shardings
 from jpeft.models.decoder import Decoder
@@ -37,10 +36,11 @@ from jpeft.models.sources import read_config
 from jpeft.parallel.batches import constrained, data_ways, layout_on
 from jpeft.quantization.tree import dequantize, quantize
 from jpeft.recipes import run_folder
+from jpeft.recipes.adapters import load_of_run
 from jpeft.recipes.assets import resolve_conversations, resolve_model
 from jpeft.recipes.config import Config, Setup
 from jpeft.recipes.tasks import base
-from jpeft.recipes.tasks.base import AbstractModel, Job, Reporter, abstract_ids, place_batches
+from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, place_batches
 from jpeft.serving.text_generator import Settings, TextGenerator
 from jpeft.text import chat_template, conversations
 from jpeft.text.conversations import Batch
@@ -56,6 +56,7 @@ REMATS = ("full", "dots")
 _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LoRA": {"targets": "all-linear"}}
 _CHUNK = 1024  # tokens whose logits are held at once
 _SAMPLE_TOKENS = 200
+_MERGING = Merging()
 
 Scorer = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
@@ -403,9 +404,8 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     train, test = base.evaluation_data(
         read(train_file), eval_file, read, conversations.train_test_split, config, reporter
     )
-    for source, part in {part.source: part for part in (test, train)}.items():
-        if part.ignored:
-            reporter.say(f"{source}: not learned from, as they only describe a row: {', '.join(part.ignored)}")
+    if ignored := dict.fromkeys((*train.ignored, *test.ignored)):
+        reporter.say(f"{train.source}: keys that only describe a row, and are not read: {', '.join(ignored)}")
     path = resolve_model(config.model, reporter.say)
     model, params = load_base(path, config.quantize, mesh=setup.mesh, dtype=config.dtype, remat=setup.remat)
     config = config.located()
@@ -487,11 +487,11 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("batches", f"{_format_shapes(result['shapes'])}, {result['padding']:.1%} padding")]
 
 
-# ------------------------------------------------------------------------------------------------------ finished runs
+# --------------------------------------------------------------------------------------------------------------- runs
 
 
 class Trained(NamedTuple):
-    """The language model of a finished run with its adapter.
+    """The language model of a run with its adapter.
 
     Attributes:
         peft: the bound method; `peft.model` is the module.
@@ -509,39 +509,49 @@ class Trained(NamedTuple):
 
 
 def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) -> Trained:
-    """The language model of a finished run, with its adapter.
+    """The language model of a run, with its adapter or, while it is not finished, that of a checkpoint.
 
     >>> open_run("runs/smollm2-lora-1").source  # doctest: +SKIP
     """
-    record, adapter_folder = run_folder.finished(run)
+    record = run_folder.usable(run := Path(run))
     config = Config(**record["config"])
     if config.task != "chat":
         raise UserError(f"{run}: was trained to label texts, not to chat; use jpeft predict {run}")
     source = resolve_model(config.model, log)
     model, params = load_base(source, config.quantize, dtype=config.dtype)
     tokenizer = load_chat_tokenizer(source, model, 1, config.chat_template)
-    peft, adapter = load(adapter_folder, model, params, *example_inputs())
+    peft, adapter = load_of_run(run, record, model, params, example_inputs(), log)
     return Trained(peft, params, adapter, tokenizer, source)
 
 
-def export_run(run: Path, out: Path, requantize: bool = False) -> str:
-    """Writes a HuggingFace folder of a finished run, its adapter merged in. Returns how to use the folder.
+def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str], None] = lambda line: None) -> str:
+    """Writes a HuggingFace folder of a run, its adapter merged in. Returns how to use the folder.
 
     >>> export_run(Path("runs/smollm2-lora-1"), Path("merged"))  # doctest: +SKIP
     'jpeft chat --model merged'
     """
-    trained = open_run(run)
+    trained, config = open_run(run, log), Config(**run_folder.read_record(run)["config"])
     schemes = schemes_of(trained.params)
-    if requantize and not schemes:
+    if how.requantize and not schemes:
         raise UserError(f"--requantize: {run} was trained over plain weights; merge without it, then jpeft quantize")
+    params = base.unrounded(trained.params, trained.source, config.dtype, lambda: load_base(trained.source)[1])
+    scheme = min(schemes) if how.requantize else None
     with base.writing(out):
-        export(out, trained.peft, trained.params, trained.adapter, trained.source, min(schemes) if requantize else None)
-        if template := run_folder.read_record(run)["config"].get("chat_template"):
+        export(out, trained.peft, params, trained.adapter, trained.source, scheme, how)
+        if template := config.chat_template:
             (out / chat_template.TEMPLATE).write_text(template, encoding="utf-8")
     return f"jpeft chat --model {out}"
 
 
-def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, scheme: str | None = None) -> None:
+def export(
+    out: Path,
+    peft: Peft,
+    params: Any,
+    adapter: Any,
+    source: Path,
+    scheme: str | None = None,
+    how: Merging = _MERGING,
+) -> None:
     """Writes a HuggingFace folder of the model with its adapter merged in, with tokenizer and chat template.
 
     Args:
@@ -550,13 +560,14 @@ def export(out: Path, peft: Peft, params: Any, adapter: Any, source: Path, schem
             weights, not into the codes that it was trained over: rounding to the levels of a code undoes a change of
             less than half the gap between two. A source that is quantized itself has no other weights, so its own are
             merged and quantized again as they were.
+        how: the dtype of what is not quantized, and whether it may be not finite.
 
     >>> export(Path("merged"), peft, params, adapter, resolve_model("smollm2"))  # doctest: +SKIP
     """
     again = scheme is not None and is_quantized(source)
     if scheme is not None and not again:
         _, params = load_base(source)
-    merged = base.merge(peft, params, adapter, requantize=again)
+    merged = base.merge(peft, params, adapter, how, requantize=again)
     if not again:
         merged = dequantize(merged) if scheme is None else quantize(merged, scheme)
-    save_model(out, peft.model, merged, source=source)
+    save_model(out, peft.model, merged, source=source, **how.saving)

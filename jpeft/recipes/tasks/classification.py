@@ -29,7 +29,6 @@ from jaxtyping import Array, Float
 from jpeft.core.placement import AnyMesh, replicated
 from jpeft.errors import UserError
 from jpeft.files import file_sha256, new_folder, read_json, serialize, write_json
-from jpeft.io import load
 from jpeft.methods.base import LeafMethod, Method
 from jpeft.methods.chain import Chain
 from jpeft.methods.train import Train
@@ -42,10 +41,11 @@ from jpeft.models.saving import save as save_model
 from jpeft.parallel.batches import constrained, data_ways, layout_on, shard_batch
 from jpeft.parallel.rules import shard
 from jpeft.recipes import run_folder
+from jpeft.recipes.adapters import load_of_run
 from jpeft.recipes.assets import DataSource, resolve_data, resolve_model
 from jpeft.recipes.config import Config, Setup
 from jpeft.recipes.tasks import base
-from jpeft.recipes.tasks.base import AbstractModel, Job, Reporter, abstract_ids
+from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids
 from jpeft.text import labeled, reading
 from jpeft.text.labeled import Batch, Batches
 
@@ -58,6 +58,7 @@ METRIC = ("eval_accuracy", "test accuracy")
 REMATS = (None,)
 _EVAL_BATCH = 64
 _PLANNED_LABELS = 2
+_MERGING = Merging()
 
 Scorer = Callable[[Any, Any, Any, Any], Float[Array, "batch labels"]]
 
@@ -295,8 +296,8 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
         encode(part.texts, tokenizer, classifier, config.max_length, part_ids)
         for part, part_ids in zip((train, test), ids, strict=True)
     )
-    if examples.unused:
-        reporter.say(f"{examples.source}: columns that are not read: {', '.join(examples.unused)}")
+    if unused := dict.fromkeys((*examples.unused, *test.unused)):
+        reporter.say(f"{examples.source}: columns that are not read: {', '.join(unused)}")
     for part, result in ((train, encoded), (test, test_encoded)):
         if result.truncated:
             reporter.say(
@@ -346,12 +347,12 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), f"{result[name]:.1%}") for name in names]
 
 
-# ------------------------------------------------------------------------------------------------------ finished runs
+# --------------------------------------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """The classifier of a finished run with its adapter, ready for use.
+    """The classifier of a run with its adapter, ready for use.
 
     Attributes:
         record: the content of the run's config.json.
@@ -401,24 +402,30 @@ class Trained:
             raise UserError(f"text {bad[0] + 1}: the model's output is not finite; was the run's --lr too high?")
         return [(self.labels[row.argmax()], float(row.max())) for row in found]
 
-    def export(self, out: Path) -> None:
+    def export(self, out: Path, how: Merging = _MERGING) -> None:
         """Writes a HuggingFace folder with the adapter merged in.
 
         >>> run.export(Path("merged"))  # doctest: +SKIP
         """
-        config, merged = self.config, base.merge(self.peft, self.params, self.adapter)
+        config = self.config
+
+        def reload() -> Any:
+            return load_classifier(self.source, len(self.labels), config.seed)[1]
+
+        params = base.unrounded(self.params, self.source, config.dtype, reload)
+        merged = base.merge(self.peft, params, self.adapter, how)
         about = f"{config.model} fine-tuned on {config.data} with {config.method} by jpeft."
         with base.writing(out):
-            export(out, self.classifier.encoder, merged, self.labels, self.source, config.max_length, about)
+            export(out, self.classifier.encoder, merged, self.labels, self.source, config.max_length, about, how)
 
 
 def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) -> Trained:
-    """The classifier of a finished run, with its adapter.
+    """The classifier of a run, with its adapter or, while it is not finished, that of a checkpoint.
 
     >>> open_run("runs/minilm-lora-1").labels  # doctest: +SKIP
     ('great', 'other')
     """
-    record, adapter_folder = run_folder.finished(run)
+    record = run_folder.usable(run := Path(run))
     config = Config(**record["config"])
     if config.task != "classify":
         raise UserError(f"{run}: was trained to chat, not to label texts; use jpeft chat {run}")
@@ -431,24 +438,31 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
         raise UserError(
             f"{folder}/tokenizer.json changed since {run} was trained, so texts would get other token ids; restore it"
         )
-    peft, adapter = load(adapter_folder, classifier, params, *example_inputs())
+    peft, adapter = load_of_run(run, record, classifier, params, example_inputs(), log)
     return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
 
 
-def export_run(run: Path, out: Path, requantize: bool = False) -> str:
-    """Writes a HuggingFace folder of a finished run, its adapter merged in. Returns how to use the folder.
+def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str], None] = lambda line: None) -> str:
+    """Writes a HuggingFace folder of a run, its adapter merged in. Returns how to use the folder.
 
     >>> export_run(Path("runs/minilm-lora-1"), Path("merged"))  # doctest: +SKIP
     'its README.md shows how to load it with the head'
     """
-    if requantize:
+    if how.requantize:
         raise UserError("--requantize: a classifier's folder holds plain weights")
-    open_run(run).export(out)
+    open_run(run, log).export(out, how)
     return "its README.md shows how to load it with the head"
 
 
 def export(
-    out: Path, encoder: Any, merged: Any, labels: Sequence[str], source: Path, max_length: int, about: str
+    out: Path,
+    encoder: Any,
+    merged: Any,
+    labels: Sequence[str],
+    source: Path,
+    max_length: int,
+    about: str,
+    how: Merging = _MERGING,
 ) -> None:
     """Writes a merged classifier: a HuggingFace folder of encoder and tokenizer, and the head in a file of its own.
 
@@ -457,6 +471,7 @@ def export(
         source: the folder that the encoder was loaded from.
         max_length: tokens of a text, for the folder's README.md.
         about: a line on how the model was trained, for the folder's README.md.
+        how: the dtype of the encoder's weights. The head is float32.
 
     >>> export(out, encoder, merged, ("bad", "good"), folder, max_length=128, about="LoRA.")  # doctest: +SKIP
     """
@@ -471,7 +486,7 @@ def export(
         "classifier.safetensors": serialize({"weight": kernel.T, "bias": bias}, {"format": "pt"}),
     }
     with new_folder(out) as folder:
-        save_model(folder, encoder, merged["encoder"], source=source, extra_files=extra)
+        save_model(folder, encoder, merged["encoder"], source=source, extra_files=extra, **how.saving)
         config = read_json(folder / "config.json", UserError)
         config["id2label"] = {str(index): name for index, name in enumerate(labels)}
         config["label2id"] = {name: index for index, name in enumerate(labels)}
@@ -496,7 +511,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 folder = {folder}
-tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).float().eval()
 head = load_file(f"{{folder}}/classifier.safetensors")
 texts = ["a text", "another"]
 batch = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
