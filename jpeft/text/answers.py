@@ -81,6 +81,7 @@ def texts(
         renderer.check_names()  # often the cause
         raise
     renderer.check_reads(checked if tokenizer.program.marks_answers else checked[: max(chosen, default=-1) + 1])
+    renderer.check_shown(max(chosen, default=-1) + 1, ("tools", "documents"))
     return found
 
 
@@ -120,6 +121,18 @@ class _Renderer:
                 named = key in ("role", *_IMPLIED) or key in self.template.source
                 if value and not named and key not in self._reads[index]:
                     raise self._unread(index, key)
+
+    def check_shown(self, count: int, names: Sequence[str]) -> None:
+        """Raises a ChatError for a variable of these names that does not change the text of the first messages."""
+        for name in names:
+            if self.variables.get(name) and count:
+                without = {key: value for key, value in self.variables.items() if key != name}
+                if self.template.run(self.messages[:count], False, without)[0] == self.text(count):
+                    raise ChatError(
+                        f"{self.template.where}: the chat template does not write {name!r} for these messages, so its "
+                        "content would be lost; remove it from the row, or give a template that writes it "
+                        "(--chat-template FILE)"
+                    )
 
     def _unread(self, index: int, key: str) -> ChatError:
         role = self.messages[index]["role"]

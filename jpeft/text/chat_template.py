@@ -238,7 +238,8 @@ def check_vocabulary(tokenizer: ChatTokenizer, rows: int) -> None:
     if last >= rows:
         raise ChatError(
             f"{tokenizer.where}: the tokenizer gives {tokenizer.tokenizer.id_to_token(last)!r} the id {last}, but the "
-            f"embedding has {rows} rows: the tokenizer belongs to another model"
+            f"embedding has {rows} rows: the tokenizer belongs to another model, or tokens were added to it (jpeft "
+            "finetune --resize-embeddings trains rows for them)"
         )
 
 

@@ -122,6 +122,8 @@ def read(path: str | Path, text: str, label: str | None = None) -> Examples:
     >>> read("reviews.csv", text="review", label="stars")  # doctest: +SKIP
     """
     path = Path(path)
+    if text == label:
+        raise UserError(f"the column {text!r} cannot be both the text and the label (--text and --label)")
     readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".json": json_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: expected a .csv, .jsonl or .json file, got the suffix {path.suffix or '(none)'!r}")
@@ -266,7 +268,8 @@ def encode(
     if vocab_size is not None and top >= vocab_size:  # an embedding lookup would give NaN
         raise UserError(
             f"the tokenizer gives {tokenizer.id_to_token(top)!r} the id {top}, but the model's vocabulary is "
-            f"{vocab_size}: tokenizer.json belongs to another model"
+            f"{vocab_size}: tokenizer.json belongs to another model, or tokens were added to it (jpeft finetune "
+            "--resize-embeddings trains rows for them)"
         )
     cut = sum(len(text) > characters or bool(e.overflowing) for text, e in zip(texts, encodings, strict=True))
     return Encoded(ids, np.zeros(len(ids), np.int32) if labels is None else labels, max_length, pad_id, cut)

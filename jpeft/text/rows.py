@@ -240,9 +240,9 @@ def _turn(at: _At, name: str, message: Any) -> _Turn:
     """One message, with `role` and `content` or ShareGPT's `from` and `value`."""
     known = isinstance(message, dict) and ("role" in message or "from" in message)
     fields = {key: value for key, value in message.items() if key not in at.ignore} if known else {}
-    given, content = _spelled(fields, "role", "from"), _spelled(fields, "content", "value")
+    given, content = _spelled(at, name, fields, "role", "from"), _spelled(at, name, fields, "content", "value")
     has_calls = not _says_nothing(fields.get("tool_calls"))
-    if not known or given is None or (content is _MISSING and not has_calls and given != "function_call"):
+    if not known or given is _MISSING or (content is _MISSING and not has_calls and given != "function_call"):
         raise at.error(f"{name!r} must be an object with 'role' and 'content', got {json.dumps(message)[:60]}")
     role = _SHAREGPT.get(given, given) if isinstance(given, str) else given
     if role not in _ROLES:
@@ -259,9 +259,11 @@ def _turn(at: _At, name: str, message: Any) -> _Turn:
 _MISSING = object()
 
 
-def _spelled(fields: dict[str, Any], *names: str) -> Any:
-    """The value of the first of some keys that is there; all are removed."""
-    values = [fields.pop(name) for name in names if name in fields]
+def _spelled(at: _At, name: str, fields: dict[str, Any], *keys: str) -> Any:
+    """The value of the one of some keys that is there, which is removed."""
+    values = [fields.pop(key) for key in keys if key in fields]
+    if len(values) > 1:
+        raise at.error(f"{name!r} has the keys {' and '.join(map(repr, keys))}, which mean the same; keep one of them")
     return values[0] if values else _MISSING
 
 

@@ -101,6 +101,10 @@ def test_variables_reach_the_template():
         ChatError, match=r"^\./tiny: the chat template does not read 'tools', so its content would be lo"
     ):
         answers.texts(of(QWEN), PLAIN, None, {"tools": [{}]})
+    only_system = "{% if tools and messages[0].role == 'system' %}{{ tools }}{% endif %}" + CHATML
+    assert learned(of(only_system), TALK, [True] * 5, {"tools": [{}]})[0][0] == "Yes." + END
+    with pytest.raises(ChatError, match="the chat template does not write 'tools' for these messages, so its content"):
+        answers.texts(of(only_system), PLAIN, None, {"tools": [{}]})
 
 
 def test_without_stop_ids_an_answer_ends_with_its_turn():

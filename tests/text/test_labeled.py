@@ -55,6 +55,11 @@ def test_a_json_array_gives_the_rows_of_jsonl(tmp_path):
     assert labeled.read(tmp_path / "b.json", "text", "label").lines == (1, 2, 3)
 
 
+def test_one_column_is_not_both_text_and_label(tmp_path):
+    with pytest.raises(UserError, match="the column 'text' cannot be both the text and the label"):
+        labeled.read(tmp_path / "a.csv", "text", "text")
+
+
 def test_columns_that_are_not_read_are_listed(tmp_path):
     (tmp_path / "a.csv").write_text("id,text,label,weight\n1,tea,up,0.5\n2,hot,down,1\n")
     read = labeled.read(tmp_path / "a.csv", "text", "label")

@@ -160,6 +160,10 @@ def test_keys_that_describe_a_row_are_listed_and_others_refused():
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "b"}'}]},
             r"'conversations\[1\]' must hold a call with 'name' and 'arguments'",
         ),
+        (
+            {"messages": [{**TEA[0], "value": "Milk?"}, TEA[1]]},
+            r"'messages\[0\]' has the keys 'content' and 'value', which mean the same; keep one",
+        ),
         ({"prompt": [TEA[0]], "completion": [TEA[0]]}, "'completion' has no message of the assistant"),
         ({"question": [TEA[0]], "answer": "Yes."}, "'question' must be text"),
         ({"messages": [TEA[0], bot(None, tool_calls=[])]}, r"'messages\[1\].content' must be text, got null"),
