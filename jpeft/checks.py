@@ -23,6 +23,11 @@ def is_positive_int(value: Any) -> bool:
     return is_int(value) and value > 0
 
 
+def is_size(value: Any) -> bool:
+    """Whether a value can be the size of an axis: an int above 0, and below 2³¹."""
+    return is_positive_int(value) and value < 2**31
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a finite real number; booleans are not."""
     try:
@@ -36,7 +41,7 @@ def is_rate(value: Any) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
-POSITIVE_INT: Rule = (is_positive_int, "a positive integer")
+POSITIVE_INT: Rule = (is_size, "a positive integer")
 NUMBER: Rule = (is_number, "a finite number")
 RATE: Rule = (is_rate, "a rate in [0, 1)")
 
@@ -50,3 +55,16 @@ def or_none(rule: Rule) -> Rule:
     """The rule that a value is None or follows another rule."""
     accepts, expected = rule
     return lambda value: value is None or accepts(value), f"{expected} or None"
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """A value as an error message shows it: its ``repr``, cut in the middle where it is long.
+
+    >>> shown("a" * 200, 20)
+    "'aaaaaaa…aaaaaaaa'"
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python converts
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= limit else f"{text[: limit // 2 - 2]}…{text[-limit // 2 + 1 :]}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpeft.checks import Rule, is_int, one_of
+from jpeft.checks import Rule, is_int, one_of, shown
 from jpeft.core.interchange import Field, HFSpec, form
 from jpeft.core.sites import Site
 from jpeft.core.targets import ALL_LINEAR
@@ -26,6 +26,11 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # Fields of every type that say nothing about the function.
 PROVENANCE = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"
+})  # fmt: skip
+# Fields of other tools and versions that say nothing about the function either: how to train, and how to run.
+HARMLESS = frozenset({
+    "library_name", "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "merge_weights", "runtime_config", "tags",
+    "torch_dtype", "transformers_version",
 })  # fmt: skip
 # Heads that PEFT adds to modules_to_save for a task, whether or not the model has them.
 TASK_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
@@ -129,9 +134,9 @@ class Config:
             return True
         around = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         # The first numbered segment is the layer's; a later one may be an expert's.
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in around if p] or [r".*?\.[^.]*\.(\d+)\."]
+        patterns = [_layer_pattern(p) for p in around if p] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         found = next((m for p in patterns if (m := re.match(p, name))), None)
-        return found is not None and int(found[1]) in wanted
+        return found is not None and int(found["layer"]) in wanted
 
 
 def named(entries: str | Sequence[str], name: str) -> bool:
@@ -143,11 +148,26 @@ def named(entries: str | Sequence[str], name: str) -> bool:
 
 def within(entry: str, name: str) -> bool:
     """Whether an entry of ``modules_to_save`` names a module or one around it."""
-    return bool(re.match(rf"(^|.*\.){entry}($|\..*)", name))
+    return bool(re.match(_around_pattern(entry), name))
+
+
+# PEFT puts what the user wrote into larger expressions.
+
+
+def _around_pattern(entry: str) -> str:
+    return rf"(^|.*\.){entry}($|\..*)"
+
+
+def _layer_pattern(around: str) -> str:
+    return rf"(?:^|.*?\.){around}\.(?P<layer>\d+)\."
+
+
+def _module_pattern(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if re.match(_module_pattern(key), name)), default)
 
 
 def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -188,14 +208,14 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
     method, spec = _find_method(file, config, methods)
     _check_known(file, config, spec)
     rules = _rules(spec)
-    for key in ("bias", *(f.key for f in spec.fields)):
+    for key in ("bias", *(f.key for f in spec.fields if f.default is not False)):  # a switch that is null is off
         if config.get(key, 0) is None and key in rules and not rules[key][0](None):
             raise AdapterError(f"{file}: {key} must be {rules[key][1]}, got null")
     given = {k: v for k, v in config.items() if k in rules and v is not None}
     for key, value in given.items():
         accepts, expected = rules[key]
         if not accepts(value):
-            raise AdapterError(f"{file}: {key} must be {expected}, got {value!r}")
+            raise AdapterError(f"{file}: {key} must be {expected}, got {shown(value)}")
     if "target_modules" not in given:
         raise AdapterError(f"{file}: target_modules is missing")
     common = {k: v for k, v in given.items() if k in _RULES or k == "bias"}
@@ -219,14 +239,19 @@ def _find_method(file: Path, config: Mapping[str, Any], methods: Iterable[type])
     ]
     if not found:
         types = ", ".join(sorted({repr(spec.peft_type) for _, spec in specs}))
-        raise AdapterError(f"{file}: peft_type is {config.get('peft_type')!r}; jpeft reads {types}")
+        raise AdapterError(f"{file}: peft_type is {shown(config.get('peft_type'))}; jpeft reads {types}")
     return max(found, key=lambda entry: len(entry[1].when))
 
 
 def _check_known(file: Path, config: Mapping[str, Any], spec: HFSpec) -> None:
     """Raises on the first field that is unknown, or that has a value which the method does not compute."""
-    if unknown := sorted(config.keys() - spec.known - _RULES.keys() - PROVENANCE - {"bias"}):
-        raise AdapterError(f"{file}: unknown field {unknown[0]!r}; jpeft cannot tell what it changes")
+    known = spec.known | _RULES.keys() | PROVENANCE | HARMLESS | {"bias"}
+    # A field that is off says nothing: other tools and versions write theirs so, and PEFT drops what it does not know.
+    if unknown := sorted(key for key in config.keys() - known if not _is_off(config[key])):
+        raise AdapterError(
+            f"{file}: unknown field {unknown[0]!r} is {shown(config[unknown[0]])}; jpeft cannot tell what it changes: "
+            "merge the adapter in the tool that wrote it or, if the field changes nothing, delete it"
+        )
     constants = dict(spec.constants)
     if not spec.tied:
         constants["ensure_weight_tying"] = None
@@ -236,7 +261,11 @@ def _check_known(file: Path, config: Mapping[str, Any], spec: HFSpec) -> None:
         value, constant = config[key], constants[key]
         if value != constant and (value or constant):
             only = f", only {constant!r}" if constant else ""
-            raise AdapterError(f"{file}: {key}={value!r} is not supported{only}; merge it in PEFT instead")
+            raise AdapterError(f"{file}: {key}={shown(value)} is not supported{only}; merge it in PEFT instead")
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def _rules(spec: HFSpec) -> dict[str, Rule]:
@@ -257,16 +286,17 @@ def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _check_expressions(file: Path, given: Mapping[str, Any], pattern_fields: Sequence[str]) -> None:
     """Raises unless every regular expression is one, and ``layers_to_transform`` stands beside a list of targets."""
-    texts = {f: given[f] for f in ("target_modules", "exclude_modules") if isinstance(given.get(f), str)}
-    entries = [(f, entry) for f in (*pattern_fields, "modules_to_save") for entry in given.get(f, ())]
     layers = given.get("layers_pattern", [])
-    entries += [("layers_pattern", e) for e in ([layers] if isinstance(layers, str) else layers)]
-    for field, pattern in [*texts.items(), *entries]:
+    texts = [(f, given[f], str) for f in ("target_modules", "exclude_modules") if isinstance(given.get(f), str)]
+    texts += [(f, key, _module_pattern) for f in pattern_fields for key in given.get(f, ())]
+    texts += [("modules_to_save", entry, _around_pattern) for entry in given.get("modules_to_save", ())]
+    texts += [("layers_pattern", e, _layer_pattern) for e in ([layers] if isinstance(layers, str) else layers)]
+    for field, text, whole in texts:
         try:
-            re.compile(pattern)
-        except re.error as e:
-            raise AdapterError(f"{file}: {field} {pattern!r} is not a regular expression: {e}") from None
+            re.compile(whole(text))
+        except (re.error, OverflowError, RecursionError) as e:
+            raise AdapterError(f"{file}: {field} {shown(text)} is not a regular expression: {e}") from None
     if isinstance(given["target_modules"], str) and given.get("layers_to_transform") not in (None, []):
         raise AdapterError(
-            f"{file}: layers_to_transform needs a list of target_modules, got {given['target_modules']!r}"
+            f"{file}: layers_to_transform needs a list of target_modules, got {shown(given['target_modules'])}"
         )

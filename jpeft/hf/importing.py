@@ -176,7 +176,7 @@ def _site_leaves(
     tensors = layout.tensors_at(site, folder.config.spec, shapes)
     for tensor in tensors:
         shape, dtype = shapes[tensor.leaf]
-        expected = tensor.to_torch(np.zeros(shape, np.float32), site).shape
+        expected = tensor.to_torch(_abstract(shape), site).shape
         why = f"which a {folder.config.method.__name__} there needs"
         floating = jnp.issubdtype(dtype, jnp.floating)
         x = file.take(module, tensor.key, expected, why, floating=floating)
@@ -185,6 +185,11 @@ def _site_leaves(
     if extra := sorted(file.adapted[module].keys() - set(keys)):
         raise AdapterError(f"{file.path} has {f'{ROOT}{module}.{extra[0]}'!r} beside {', '.join(keys)}")
     return out
+
+
+def _abstract(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros of any shape without their memory: a rank may be mistaken by orders of magnitude."""
+    return np.broadcast_to(np.float32(0), shape)
 
 
 def _shared_leaves(peft: Peft, folder: Folder) -> dict[Path, np.ndarray]:
@@ -198,7 +203,7 @@ def _shared_leaves(peft: Peft, folder: Folder) -> dict[Path, np.ndarray]:
         if tensor.key not in folder.file.shared and tensor.regenerate is not None:
             out[path] = tensor.regenerate(method, sites)
             continue
-        expected = tensor.to_torch(np.zeros(shape, np.float32)).shape
+        expected = tensor.to_torch(_abstract(shape)).shape
         x = folder.file.take_shared(tensor.key, expected, f"which a {method.name} needs")
         out[path] = tensor.to_tree(x)
     return out

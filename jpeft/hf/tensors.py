@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class TensorFile:
                 f"{folder} has only {PICKLE}, a pickle, which may run code when opened and is refused; save it in "
                 "PEFT with save_pretrained(folder, safe_serialization=True)"
             )
-        tensors = read_safetensors(path)
+        tensors = _without_adapter_name(path, read_safetensors(path), spec)
         adapted, others = defaultdict(dict), defaultdict(dict)
         shared = {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
         copies = {t.key.rpartition(".")[2]: t.key for t in spec.shared if t.copied}
@@ -113,6 +114,44 @@ class TensorFile:
         if x.shape != shape:
             raise AdapterError(f"{self.path}: {name!r} has shape {list(x.shape)}, expected {list(shape)}")
         return x
+
+
+def _without_adapter_name(path: Path, tensors: dict[str, np.ndarray], spec: HFSpec) -> dict[str, np.ndarray]:
+    """The tensors under the names that PEFT writes: without the adapter's, which torch has in a model's state.
+
+    ``lora_A.default.weight`` is ``lora_A.weight`` of the adapter "default".
+
+    Raises:
+      AdapterError: tensors of several adapters.
+    """
+    names: dict[str, str] = {}  # and the first tensor of each
+    for key in tensors:
+        if (own := _adapter_name(key, spec)) is not None:
+            names.setdefault(own, key)
+    if len(names) > 1:
+        first, second = sorted(names.values())[:2]
+        raise AdapterError(f"{path} holds several adapters: it has {first!r} and {second!r}; save each in its own file")
+    name = next(iter(names), "")
+    if not name:
+        return tensors
+    heads = "|".join(re.escape(prefix) + "[^.]*" for prefix in _prefixes(spec))
+    own = re.escape(name)
+    pattern = re.compile(rf"(\.(?:{heads}))\.{own}(?=\.|$)|\.modules_to_save\.{own}(?=\.)")
+    plain = {pattern.sub(r"\1", key, count=1): x for key, x in tensors.items()}
+    if len(plain) < len(tensors):
+        raise AdapterError(f"{path} holds tensors both with and without the name of its adapter, {name!r}")
+    return plain
+
+
+def _adapter_name(key: str, spec: HFSpec) -> str | None:
+    """The adapter's name in a tensor's; empty if there is none, None if the tensor is not one of the method's."""
+    if any(key.endswith(f".{tensor.key}") for tensor in spec.tensors):
+        return ""
+    for tensor in spec.tensors:
+        head, dot, rest = tensor.key.partition(".")
+        if found := re.search(rf"\.{re.escape(head)}\.([^.]+){re.escape(dot + rest)}$", key):
+            return None if found[1] in ("weight", "bias") else found[1]
+    return None
 
 
 def _prefixes(spec: HFSpec) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ tests/parity/test_hf_peft.py compares the same code with PEFT itself.
 
 import functools
 import json
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import flax.linen as nn
@@ -311,7 +313,8 @@ FIELDS = {
     "megatron_config": {"a": 1},
     "use_qalora": True,
     "ensure_weight_tying": True,
-    "from_the_future": None,
+    "from_the_future": 0,
+    "enable_lora": [True, False, True],
     "init_lora_weights": "pissa_niter_16",
     "peft_type": "IA3",
     "r": 0,
@@ -360,6 +363,167 @@ def test_defaults_and_provenance_are_accepted(saved):
     edit(folder, auto_mapping={"a": "b"}, qalora_group_size=16, revision=None, target_parameters=None, peft_version="1")
     edit(folder, eva_config={"rho": 2.0}, init_lora_weights="eva", task_type="SEQ_CLS", modules_to_save=["classifier"])
     same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], adapter)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_lora": None, "merge_weights": False, "runtime_config": None, "from_the_future": {}, "another": ""},
+        {"merge_weights": True, "runtime_config": {"ephemeral_gpu_offload": True}, "use_rslora": None},
+    ],
+)
+def test_unknown_fields_that_are_off_and_harmless_ones_are_accepted(fields, saved):
+    folder, params, adapter = saved
+    edit(folder, **fields)
+    same(jpeft.hf.load(folder, Encoder(), params, IDS)[1], adapter)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "lora_2", "base_layer", "modules_to_save", "x-y z"])
+def test_names_with_the_adapters_own_are_accepted(adapter_name, tmp_path):
+    """As torch has them in a model's state: PEFT reads such a file if its adapter is called so."""
+    model = Classifier()
+    params, peft, adapter = made(
+        model, jpeft.Chain(jpeft.LoRA(rank=2, targets=["query", "words", "mix"]), jpeft.Train(["classifier"]))
+    )
+    jpeft.hf.save(tmp_path, peft, adapter, params)
+
+    between = {"lora_A": "", "lora_B": "", "classifier": "modules_to_save."}
+
+    def rename(tensors):
+        for key in list(tensors):
+            new = f"{key}.{adapter_name}" if "_embedding_" in key else key
+            new = re.sub(r"(lora_[AB]|classifier)\.", lambda m: f"{m[0]}{between[m[1]]}{adapter_name}.", new)
+            tensors[new] = tensors.pop(key)
+
+    edit_tensors(tmp_path, rename)
+    same(jpeft.hf.load(tmp_path, model, params, IDS)[1], adapter)
+
+
+def test_a_file_of_several_adapters_is_refused(saved):
+    folder, params, _ = saved
+    first = "base_model.model.layer.0.query.lora_A.weight"
+    edit_tensors(folder, lambda t: t.update({first.replace("A.", "A.other."): t.pop(first)}))
+    with pytest.raises(AdapterError, match=r"several adapters: it has '.*lora_A\.other\.weight' and '.*_B\.weight'"):
+        jpeft.hf.load(folder, Encoder(), params, IDS)
+
+
+# --- mutated folders --------------------------------------------------------------------------------------------------
+
+# fmt: off
+VALUES = [
+    None, True, False, 0, 1, -1, 3.5, float("nan"), float("-inf"), 1e308, 10**30, 10**400, "", "query", "query|value",
+    "(", "(?i)query", "a{9999999999}", "*", "all-linear", "none", "all", "x" * 3000, [], [1], ["query"], [["query"]],
+    [None], ["("], ["(?i)q"], [{}], [0, 1], [10**30], [True], {}, {"query": 4}, {"query": None}, {"query": [1]},
+    {"query": 10**30}, {"(": 3}, {"(?i)query": 3}, {"": 2}, {"query": {"a": 1}}, {"layer.0.query": 7}, "\x00",
+]
+# fmt: on
+
+
+def expected_change(config, tensors):
+    """The update of each query's kernel, from the files alone, by the formula of LoRA."""
+    out = {}
+    for i in range(2):
+        name = f"layer.{i}.query"
+        alpha, r = config.get("lora_alpha", 8), config.get("r", 8)
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            alpha = value if re.match(rf"(.*\.)?({pattern})$", name) else alpha
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+        out[str(i)] = alpha / (r**0.5 if config.get("use_rslora") else r) * (b @ a).T
+    return out
+
+
+def outcome(folder, params):
+    """An error of jpeft's own in one line, or an adapter that changes the queries as the files say, and only them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft, adapter = jpeft.hf.load(folder, Encoder(), params, IDS)
+    except AdapterError as error:
+        assert "\n" not in str(error) and len(str(error)) < 700
+        return "refused"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    change = expected_change(config, load_file(folder / "adapter_model.safetensors"))
+    merged = peft.merge(params, adapter)
+    for i, delta in change.items():
+        kernel = np.asarray(params["layer"][i]["query"]["kernel"], np.float64)
+        np.testing.assert_allclose(merged["layer"][i]["query"]["kernel"], kernel + delta, rtol=1e-4, atol=1e-4)
+        merged["layer"][i]["query"]["kernel"] = params["layer"][i]["query"]["kernel"]
+    same(merged, params)
+    return "read"
+
+
+def mutated_fields():
+    own = {*jpeft.LoRA.hf.known, "enable_lora", "from_the_future"}
+    return sorted(own | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "peft_type"} | {
+        "modules_to_save", "task_type", "ensure_weight_tying", "bias", "inference_mode", "auto_mapping", "peft_version",
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["r", "bias", "alpha_pattern", "peft_type", "layers_to_transform", "task_type"])
+def test_a_field_of_any_type_is_read_right_or_refused(field, saved):
+    folder, params, _ = saved
+    for value in VALUES[::3]:
+        edit(folder, **{field: value})
+        outcome(folder, params)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("field", mutated_fields())
+def test_every_field_of_any_type_is_read_right_or_refused(field, saved):
+    folder, params, _ = saved
+    for value in VALUES:
+        edit(folder, **{field: value})
+        outcome(folder, params)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("field", mutated_fields())
+def test_two_mutated_fields_are_read_right_or_refused(field, saved):
+    folder, params, _ = saved
+    rng, original = np.random.default_rng(0), (folder / "adapter_config.json").read_text()
+    fields = mutated_fields()
+    for _ in range(40):
+        (folder / "adapter_config.json").write_text(original)
+        other = fields[rng.integers(len(fields))]
+        edit(folder, **{field: VALUES[rng.integers(len(VALUES))], other: VALUES[rng.integers(len(VALUES))]})
+        outcome(folder, params)
+
+
+LORA_A = "base_model.model.layer.0.query.lora_A.weight"
+CHANGED = {
+    **{f"shape {shape}": lambda x, shape=shape: np.zeros(shape, "f") for shape in [(), (0,), (2,), (1, 2, 6), (6, 2)]},
+    **{f"dtype {d}": lambda x, d=d: x.astype(d) for d in ["int8", "bool", "float16", "float64", "uint32"]},
+    "nan": lambda x: x * np.nan,
+    "inf": lambda x: x * np.inf,
+}
+RENAMED = [
+    "", "a", ".", "base_model.model.", "base_model.model", "base_model.model..", "base_model.model.lora_A.weight",
+    LORA_A.removesuffix(".weight"), LORA_A.replace("weight", ""), LORA_A + ".", LORA_A + ".default",
+    *(LORA_A.replace("lora_A", name) for name in (
+        "lora_A.weight", "lora_A.a.b", "lora_A.default", "lora_C", "lora_a", "base_layer", "lora_magnitude_vector"
+    )),
+    *(LORA_A.replace(old, new) for old, new in (
+        ("base_model.", ""), (".weight", ".bias"), ("query", "key"), ("0", "7"), ("0", "-1")
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_tensor_of_any_kind_is_read_right_or_refused(name, saved):
+    folder, params, _ = saved
+    edit_tensors(folder, lambda t: t.update({LORA_A: CHANGED[name](t[LORA_A])}))
+    refused = name not in ("dtype float16", "dtype float64")
+    assert outcome(folder, params) == ("refused" if refused else "read")
+
+
+def test_a_tensor_of_any_other_name_is_refused(saved):
+    folder, params, _ = saved
+    blob = (folder / "adapter_model.safetensors").read_bytes()
+    for name in RENAMED:
+        for keep in (False, True):
+            (folder / "adapter_model.safetensors").write_bytes(blob)
+            edit_tensors(folder, lambda t, n=name, k=keep: t.update({n: np.copy(t[LORA_A] if k else t.pop(LORA_A))}))
+            assert outcome(folder, params) == "refused", (name, keep)
 
 
 def _pop(tensors, end):
