@@ -26,6 +26,7 @@ from jpeft.core.peft import Peft, split_variables
 from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
 from jpeft.files import file_sha256, read_json, read_safetensors, serialize, sync_folder, write_atomically
+from jpeft.grown import depends_on, new_leaves, without_sites
 from jpeft.methods import Chain, from_dict
 from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
 
@@ -120,6 +121,9 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
       *inputs: as for ``model.apply``.
       **kwargs: as for ``model.apply``.
 
+    A base may have more leaves than the one that it was trained on, such as a pooler that an earlier version did not
+    read, if the model's output does not depend on them. The method then excludes what it would find there.
+
     Returns:
       ``(peft, adapter)``. The adapter has the container, shardings and boxes that ``peft.init`` would give it.
 
@@ -134,10 +138,18 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
     except (ValueError, TypeError) as e:
         raise AdapterError(f"{folder / CONFIG}: {e}") from e
     tree, _ = split_variables(params)
-    if found := difference(config["base"], tree):
+    new = new_leaves(config["base"], tree)
+    if (found := difference(config["base"], tree)) and not new:
         raise AdapterError(f"{folder} was trained on another base: {found}")
     peft = method.bind(model, params, *inputs, **kwargs)
     names = [site.name for site in peft.sites]
+    if new:
+        if names != config["sites"]:
+            method = without_sites(method, peft, set(names) - set(config["sites"]))
+            peft = method.bind(model, params, *inputs, **kwargs)
+            names = [site.name for site in peft.sites]
+        if depends_on(peft, params, new, inputs, kwargs):
+            raise AdapterError(f"{folder} was trained on another base: {found}")
     if names != config["sites"]:
         first = next(iter(set(names) ^ set(config["sites"])), "their order")
         raise AdapterError(f"{folder}: its sites are not those of {method.name} in this model; differs: {first}")

@@ -318,3 +318,36 @@ def test_fingerprint_does_not_depend_on_container_box_or_sharding(trained):
         assert fingerprint(other) == fingerprint(params) and difference(fingerprint(params), other) is None
     abstract = jax.eval_shape(lambda: params)
     assert difference(fingerprint(params), abstract) is None
+
+
+class Pooled(nn.Module):
+    """`Model` with a part that its output does, or does not, depend on."""
+
+    used: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Dense(8, name="up")(x))
+        pooled = nn.Dense(8, name="pooler")(y)
+        return nn.Dense(3, name="head")(pooled if self.used else y)
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude"), [(["up"], None), ("all-linear", None), (r"up|pooler", r"hea."), ("all-linear", ["head"])]
+)
+def test_an_adapter_of_a_base_without_a_part_loads_where_the_part_does_not_matter(tmp_path, targets, exclude):
+    grown = Pooled().init(jax.random.key(0), X)["params"]
+    params = {name: grown[name] for name in ("up", "head")}
+    method = jpeft.Chain(jpeft.LoRA(rank=2, targets=targets, exclude=exclude), jpeft.BitFit(exclude=exclude))
+    peft = method.bind(MODEL, params, X)
+    adapter = jax.tree.map(lambda x: x + 0.5, peft.init(jax.random.key(1), params))
+    jpeft.save(tmp_path / "old", peft, adapter, params)
+    again, read = jpeft.load(tmp_path / "old", Pooled(), grown, X)
+    assert same(read, adapter) and [s.name for s in again.sites] == [s.name for s in peft.sites]
+    np.testing.assert_allclose(again.apply(grown, read, X), peft.apply(params, adapter, X), atol=1e-6)
+    jpeft.save(tmp_path / "new", again, read, grown)
+    assert jpeft.load(tmp_path / "new", Pooled(), grown, X)[0] == again
+    with pytest.raises(AdapterError, match="trained on another base: it has 'pooler/bias', which the other lacks"):
+        jpeft.load(tmp_path / "old", Pooled(used=True), grown, X)
+    with pytest.raises(AdapterError, match="trained on another base"):
+        jpeft.load(tmp_path / "old", Pooled(), jax.tree.map(lambda x: x + 1, grown), X)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jpeft.errors import ModelError
 from jpeft.models.buffers import check_buffer, is_buffer
-from jpeft.models.families import Family
+from jpeft.models.family import Family
 from jpeft.models.folder import Tensor
 from jpeft.models.layout import Slot, check_shapes
 from jpeft.models.naming import Naming, choose

@@ -1,0 +1,69 @@
+"""Adapters of a base that has grown: a model whose tree has parts that the base of an adapter did not have.
+
+An earlier version read encoders without their pooler. An adapter from then is valid as it is if the model's output does
+not depend on the new parts, and it says nothing about them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import partial_eval as pe
+
+from jpeft.core.fingerprint import difference
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
+from jpeft.core.tree import Path, Tree, flatten, join, split_variables, unflatten
+from jpeft.methods.chain import Chain
+
+
+def new_leaves(saved: Mapping[str, str], params: Tree) -> dict[Path, Any]:
+    """The leaves that the base with the fingerprint ``saved`` lacks, if it has all others.
+
+    >>> new_leaves({}, {"pooler": jax.numpy.zeros(2)}).keys()
+    dict_keys([('pooler',)])
+    """
+    leaves = flatten(params)
+    new = {path: leaf for path, leaf in leaves.items() if join(path) not in saved}
+    old = unflatten({path: leaf for path, leaf in leaves.items() if path not in new})
+    return {} if new and difference(dict(saved), old) else new
+
+
+def without_sites(method: Method, peft: Peft, names: Collection[str]) -> Method:
+    """The method of a Peft, excluding some of its sites by name."""
+    members = []
+    for i, member in enumerate(method.methods()):
+        own = [a.site.name for a in peft.actions if a.member == i and a.site.name in names]
+        given: Any = getattr(member, "exclude", None)
+        if own and isinstance(given, str):
+            given = "|".join(f"(?:{pattern})" for pattern in (given, *map(re.escape, own)))
+        elif own:
+            given = (*(given or ()), *own)
+        members.append(dataclasses.replace(member, exclude=given) if own else member)  # type: ignore[type-var]
+    return Chain(*members) if len(members) > 1 else members[0]
+
+
+def depends_on(peft: Peft, variables: Tree, leaves: Mapping[Path, Any], inputs: Sequence[Any], kwargs: Any) -> bool:
+    """Whether the output of a Peft depends on some leaves of the base."""
+    flat, structure = jax.tree.flatten((tuple(inputs), dict(kwargs)), is_leaf=lambda x: x is None)
+    params, others = split_variables(variables)
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
+    rest = {path: leaf for path, leaf in flatten(params).items() if path not in leaves}
+
+    def run(new: Any, rest: Any, adapter: Any, arrays: Sequence[Any]) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if array else x for x, array in zip(flat, is_array, strict=True)]
+        inputs, kwargs = jax.tree.unflatten(structure, filled)
+        tree = unflatten({**rest, **new})
+        return peft.apply({**others, "params": tree} if others else tree, adapter, *inputs, **kwargs)
+
+    new, rest = jax.eval_shape(lambda: (dict(leaves), rest))
+    adapter = peft.init(jax.random.key(0), unflatten({**rest, **new}))
+    arrays = [x for x, array in zip(flat, is_array, strict=True) if array]
+    jaxpr = jax.make_jaxpr(run)(new, rest, adapter, arrays).jaxpr
+    _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return any(used[: len(jax.tree.leaves(new))])
