@@ -1,28 +1,29 @@
 """The ends of a run: merging it, and using one that is not finished."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jpeft import models
 from jpeft.cli import main
-from jpeft.core.tree import flatten
+from jpeft.files import read_safetensors as load_file
+from jpeft.files import serialize
 from jpeft.models.dtypes import stored_dtypes
-from jpeft.recipes.tasks import classification
-from tests.cli.runs import failure
+from tests.cli.runs import failure, job
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
 TEXT = ["--text-arg", "good tea", "--text-arg", "stale cup of tea"]
 
 
-# ------------------------------------------------------------------------------------------------------------ unfinished
+# ----------------------------------------------------------------------------------------------------------- unfinished
 
 
 @pytest.fixture
@@ -51,7 +52,9 @@ def test_a_killed_run_is_used_as_its_newest_checkpoint(killed, finished, capsys)
     assert capsys.readouterr() == (out, "")  # the last checkpoint holds the adapter of the result
     assert main(["merge", str(finished), "expected"]) == 0
     for name in ("model", "classifier"):
-        assert (Path("merged") / f"{name}.safetensors").read_bytes() == Path(f"expected/{name}.safetensors").read_bytes()
+        assert (Path("merged") / f"{name}.safetensors").read_bytes() == Path(
+            f"expected/{name}.safetensors"
+        ).read_bytes()
 
 
 def test_the_best_checkpoint_of_a_run_that_keeps_the_best(killed, capsys):
@@ -85,20 +88,74 @@ def test_damaged_and_missing_checkpoints(killed, capsys):
     assert not Path("out").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------- merge
+# ---------------------------------------------------------------------------------------------------------------- merge
 
 
 @pytest.fixture(scope="module")
 def mixed(home, tmp_path_factory):
-    """The model in bfloat16, but for a float32 norm, and a short run over it."""
+    """A run whose model is in bfloat16 but for its embeddings, and trained in float32 as it is by default."""
     folder = tmp_path_factory.mktemp("mixed")
     model, params = models.load(home / "bert")
-    params = {"embeddings": params["embeddings"], "encoder": jax_cast(params["encoder"], jnp.bfloat16)}
-    models.save(folder / "bert", model, params, source=home / "bert")
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["encoder"])
+    models.save(folder / "model", model, {**params, "encoder": low}, source=home / "bert")
+    with contextlib.chdir(home):
+        assert main(job(folder / "run", "--model", str(folder / "model"), "--epochs", "1")) == 0
     return folder
 
 
-def jax_cast(tree, dtype):
-    import jax
+def merged_by_hand(folder):
+    """The merged encoder in float64, from the adapter's file and the model's."""
+    base = {name: np.asarray(x, np.float64) for name, x in load_file(folder / "model" / "model.safetensors").items()}
+    adapter = load_file(folder / "run" / "adapter" / "adapter.safetensors")
+    for name in adapter:
+        if name.endswith("lora_a"):
+            a, b = (np.asarray(adapter[name[:-1] + half], np.float64) for half in "ab")
+            base[name.removeprefix("encoder/").removesuffix("lora_a").replace("/", ".") + "weight"] += 2 * (a @ b).T
+    return base
 
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_a_merged_model_has_the_dtypes_of_its_files_or_the_chosen_one(mixed, dtype):
+    assert main(["merge", str(mixed / "run"), "out", *([] if dtype is None else ["--dtype", dtype])]) == 0
+    found, stored = stored_dtypes("out"), stored_dtypes(mixed / "model")
+    assert found == (stored if dtype is None else dict.fromkeys(stored, jnp.dtype(dtype)))
+    assert len(set(stored.values())) == 2
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["torch_dtype"] == (dtype or json.loads((mixed / "model/config.json").read_text())["torch_dtype"])
+    written, by_hand = load_file(Path("out/model.safetensors")), merged_by_hand(mixed)
+    for name, x in written.items():
+        exact, rounding = by_hand[name], float(jnp.finfo(x.dtype).eps)
+        np.testing.assert_allclose(np.asarray(x, np.float64), exact, rtol=rounding, atol=1e-7, err_msg=name)
+
+
+def test_a_run_in_low_precision_does_not_round_what_it_did_not_change(home, capsys):
+    assert main(job("run", "--dtype", "bfloat16", "--epochs", "1", "--targets", "query")) == 0
+    assert main(["merge", "run", "out"]) == 0
+    before, after = load_file(home / "bert/model.safetensors"), load_file(Path("out/model.safetensors"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"encoder.layer.0.attention.self.query.weight"}
+    assert {x.dtype for x in after.values()} == {np.dtype("float32")}
+
+
+def test_a_merge_that_is_not_finite_is_refused_unless_forced(mixed, capsys):
+    run = Path(shutil.copytree(mixed / "run", "run"))
+    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    name = next(name for name in tensors if name.endswith("query/lora_b"))
+    for value, more, said in (
+        (np.nan, [], f"the adapter's '{name}' holds NaN or infinity; --force writes it all the same"),
+        (1e6, ["--dtype", "float16"], "beyond the range of float16 (at most 6.55e+04)"),
+    ):
+        rewrite(run / "adapter", {**tensors, name: np.full_like(tensors[name], value)})
+        assert said in failure(capsys, "merge", run, "out", *more)
+        assert not Path("out").exists() and not list(Path().glob(".out*"))
+        assert main(["merge", str(run), f"forced{len(more)}", "--force", *more]) == 0
+    query = load_file(Path("forced2/model.safetensors"))["encoder.layer.0.attention.self.query.weight"]
+    assert query.dtype == np.float16 and np.isinf(query).any()
+
+
+def rewrite(folder, tensors):
+    """Replaces the tensors of an adapter folder."""
+    blob = serialize(tensors)
+    (folder / "adapter.safetensors").write_bytes(blob)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sha256": hashlib.sha256(blob).hexdigest()}))
