@@ -7,7 +7,7 @@ evaluated abstractly for the shapes of its leaves there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Leaves, Method, slugs
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
-from jpeft.core.sites import Site, Survey
+from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables
 
 
@@ -68,8 +68,10 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
     # Sites that differ only in their path have leaves of the same shapes. An initialization with an SVD takes long to
     # trace, so it is traced once, not once per layer.
     shapes: dict[tuple[Method, Site], tuple[Leaves, tuple[str, ...]]] = {}
+    chosen = _settled([member.sites(survey) for member in method.methods()], survey)
+    _check_quantized(base, survey)
     for i, (slug, member) in enumerate(zip(slugs(method), method.methods(), strict=True)):
-        sites = member.sites(survey)
+        sites = chosen[i]
         shared = jax.eval_shape(lambda key, m=member, s=sites: m.shared(key, s), jax.random.key(0))
         _claim(structure, {(slug, n): x for n, x in shared.items()}, base, member)
         shared_paths += [(slug, n) for n in shared]
@@ -97,6 +99,34 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
         shared_paths=tuple(shared_paths),
         base_size=size,
     )
+
+
+def _settled(chosen: Sequence[Sequence[Site]], survey: Survey) -> list[list[Site]]:
+    """The sites of each method; weights that the model reads in no way that opens a box are merged before it runs."""
+    paths = dict.fromkeys(s.weight_path for sites in chosen for s in sites if s.kind == "weight" and s.via == BOX)
+    boxable = survey.boxable(list(paths)) if paths else ()
+    merged = set(paths) - set(boxable)
+    return [
+        [replace(s, via=MERGE) if s.kind == "weight" and s.weight_path in merged else s for s in sites] for sites in chosen
+    ]
+
+
+def _check_quantized(base: Mapping[Path, Any], survey: Survey) -> None:
+    """Checks that the model opens its quantized weights.
+
+    Raises:
+      ValueError: it reads one through a function of the tree, which would compute with codes and scales.
+    """
+    sites = {site.weight_path: site for site in survey.weights}
+    paths = [p for p, x in base.items() if isinstance(x, Quantized) and (p not in sites or sites[p].via != FUSED)]
+    unread = set(paths) - set(survey.boxable(paths)) if paths else ()
+    for path in paths:
+        if path in unread:
+            raise ValueError(
+                f"{join(path)!r} is quantized ({base[path].scheme}), but the model reads it through a function of its "
+                "parameters (nn.map_variables, weight normalization), which would see codes; leave it out of "
+                "jpeft.quantize, e.g. by giving it the model"
+            )
 
 
 def _leaf_shapes(method: Method, site: Site, weight: Any, shared: Leaves) -> tuple[Leaves, tuple[str, ...]]:

@@ -66,7 +66,7 @@ class DenseGeneral(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """big_vision's and openpi's Gemma: weights read inside a larger method, which only a box can reach."""
+    """big_vision's and openpi's Gemma: weights read inside a larger method."""
 
     hidden: int
     dtype: Any = jnp.float32
@@ -76,6 +76,91 @@ class GatedFFN(nn.Module):
         gating = self.param("gating_einsum", nn.initializers.normal(), (2, x.shape[-1], self.hidden), self.dtype)
         linear = self.param("linear", nn.initializers.normal(), (self.hidden, x.shape[-1]), self.dtype)
         return (nn.gelu(x @ gating[0]) * (x @ gating[1])) @ linear
+
+
+class SharedScope(nn.Module):
+    """google-deepmind's Gemma: two einsums whose parameters lie in one scope."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        gating = nn.Einsum((2, x.shape[-1], self.hidden), "...d,ndh->...nh", False, param_dtype=self.dtype)
+        linear = NamedEinsum((self.hidden, x.shape[-1]), "linear", self.dtype)
+        nn.share_scope(self, gating)
+        nn.share_scope(self, linear)
+        y = gating(x)
+        return linear("...h,hd->...d", nn.gelu(y[..., 0, :]) * y[..., 1, :])
+
+
+class NamedEinsum(nn.Module):
+    """An einsum that is told the name of its parameter."""
+
+    shape: tuple[int, ...]
+    leaf: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        return jnp.einsum(eqn, x, self.param(self.leaf, nn.initializers.normal(), self.shape, self.dtype))
+
+
+class InLoop(nn.Module):
+    """A recurrent layer: the weight is used in every step of a loop."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(), (x.shape[-1], x.shape[-1]), self.dtype)
+        return jax.lax.scan(lambda h, x: (h := nn.tanh(h @ w + x), h), x[0], x)[1]
+
+
+# --- owners that change the weight, the input or the output on the way ----------------------------------------------
+
+
+class Standardized(nn.Dense):
+    """octo's and vision_transformer's R+ViT: the weight is standardized before the product."""
+
+    def param(self, name, *args, **kwargs):
+        w = super().param(name, *args, **kwargs)
+        return (w - w.mean(0)) / (w.std(0) + 1e-5) if name == "kernel" else w
+
+
+class _NormalizedEinsum(nn.Module):
+    """A foreign class that is only called ``Einsum``."""
+
+    shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        w = self.param("w", nn.initializers.normal(), self.shape, self.dtype)
+        return jnp.einsum(eqn, x, w / jnp.linalg.norm(w, axis=0))
+
+
+NormalizedEinsum: Any = type("Einsum", (_NormalizedEinsum,), {})
+
+
+def _rounded(x, w, *args, **kwargs):
+    return 3 * jax.lax.dot_general(jnp.round(x * 8) / 8, w, *args, **kwargs)
+
+
+def _rounding(x, w, *args, **kwargs):
+    return jax.lax.dot_general(x, jnp.round(w * 64) / 64, *args, **kwargs)
+
+
+def _mapped(dtype):
+    def double(tree):
+        return jax.tree.map(lambda w: 2 * w + w**2, tree)
+
+    kind = nn.map_variables(nn.Dense, "params", double, init=True)
+    return lambda x: kind(6, dtype=dtype, param_dtype=dtype, name="op")(x)
+
+
+def _weight_norm(dtype):
+    return lambda x: nn.WeightNorm(nn.Dense(6, dtype=dtype, param_dtype=dtype, name="op"), param_dtype=dtype)(x)
 
 
 # --- the uses -------------------------------------------------------------------------------------------------------
@@ -176,7 +261,7 @@ USES: dict[str, Use] = {
     "conv 2-D, batches": Use(_conv(6, (2, 2)), (2, 3, 4, 4, 4)),
     "conv 3-D valid": Use(_conv(5, (2, 2, 2), padding="VALID"), (2, 3, 3, 3, 4)),
     "conv masked": Use(lambda d: _conv(6, (3,), mask=_MASK.astype(d))(d), (2, 5, 4), via="box"),
-    "conv local": Use(_conv(6, (3,), kind=nn.ConvLocal), (2, 5, 4), via="box"),
+    "conv local": Use(_conv(6, (3,), kind=nn.ConvLocal), (2, 5, 4)),
     "conv transposed": Use(_conv(6, (3, 3), kind=nn.ConvTranspose, strides=(2, 2)), (2, 3, 3, 4)),
     "conv transposed, kernel too": Use(
         _conv(6, (3,), kind=nn.ConvTranspose, strides=(2,), transpose_kernel=True), (2, 3, 4)
@@ -188,7 +273,17 @@ USES: dict[str, Use] = {
     "fused qkv": Use(_linear(nn.Dense, 12), (2, 3, 4), parts=3),
     "fused qkv, heads": Use(_linear(nn.DenseGeneral, (3, 2, 2)), (2, 3, 4), parts=3),
     "attention": Use(_attention, (2, 3, 8), targets=r".*/op/(query|key|value|out)"),
-    "raw": Use(lambda d: lambda x: GatedFFN(5, d, name="op")(x), (2, 3, 4), via="box"),
+    "raw": Use(lambda d: lambda x: GatedFFN(5, d, name="op")(x), (2, 3, 4)),
+    "raw, in a loop": Use(lambda d: lambda x: InLoop(d, name="op")(x), (3, 2, 4), via="box"),
+    "shared scope": Use(lambda d: lambda x: SharedScope(5, d, name="op")(x), (2, 3, 4)),
+    "standardized": Use(_with(Standardized, 6), (2, 3, 4), via="box"),
+    "mapped variables": Use(_mapped, (2, 3, 4), via="merge"),
+    "weight norm": Use(_weight_norm, (2, 3, 4), via="merge"),
+    "product of its own": Use(_with(nn.Dense, 6, dot_general=_rounded), (2, 3, 4)),
+    "product that rounds the weight": Use(_with(nn.Dense, 6, dot_general=_rounding), (2, 3, 4), via="box"),
+    "named Einsum": Use(
+        lambda d: lambda x: NormalizedEinsum((4, 6), d, name="op")("...i,io->...o", x), (2, 3, 4), via="box"
+    ),
     "FlaxConv1D": Use(lambda d: lambda x: FlaxConv1D(6, d, name="op")(x), (2, 3, 4)),
     "Gemma Einsum": Use(lambda d: lambda x: Einsum((2, 4, 3), d, name="op")("BTD,NDH->BTNH", x), (2, 3, 4)),
     "Gemma Einsum, fused kv": Use(

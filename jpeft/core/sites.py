@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.geometry.base import Geometry, Raw
+from jpeft.core.geometry.base import Geometry
 from jpeft.core.tree import Path, join
 
 # (axis, size) of each stacking of a stored leaf, outermost first: the axes that nn.scan and nn.vmap slice off.
@@ -43,6 +43,7 @@ class Site:
       via: the path taken: "fused", "box", "merge" or "replace".
       head: whether the weight's output is the model's output.
       bias: whether the owner has a bias.
+      named: whether the weight has a name of its own, ``owner/leaf``: it is a raw weight, or one of several of its scope.
       role: set by a method for its own use, such as "feedforward".
     """
 
@@ -60,11 +61,12 @@ class Site:
     via: str = FUSED
     head: bool = False
     bias: bool = False
+    named: bool = False
     role: str = ""
 
     @property
     def name(self) -> str:
-        """The path that targets match: the owner's, or ``owner/leaf`` for a raw weight."""
+        """The path that targets match: the owner's, or ``owner/leaf`` for a weight with a name of its own."""
         return join((*self.path, self.leaf)) if self.prefix else join(self.path)
 
     @property
@@ -96,8 +98,8 @@ class Site:
 
     @property
     def prefix(self) -> str:
-        """Prefix of the names of adapter leaves. Two raw weights of one owner need different names."""
-        return f"{self.leaf}_" if isinstance(self.geometry, Raw) else ""
+        """Prefix of the names of adapter leaves. Two weights of one scope need different names."""
+        return f"{self.leaf}_" if self.named else ""
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -132,6 +134,8 @@ class Survey:
       attentions: its attentions.
       leaves: the leaves of its parameter tree.
       names: the paths of all its modules and leaves.
+      boxable: of some parameters, those that the model itself reads in a way that opens a box, so that it can be given
+        boxes for them.
     """
 
     weights: tuple[Site, ...]
@@ -139,6 +143,7 @@ class Survey:
     attentions: tuple[Site, ...]
     leaves: tuple[Site, ...]
     names: tuple[str, ...]
+    boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
 
 
 def stack_first(x: jax.Array, stack: Stack) -> jax.Array:

@@ -6,9 +6,10 @@ from collections.abc import Collection
 
 import numpy as np
 
-from jpeft.core.geometry.base import Parts, Raw
+from jpeft.core.geometry.base import Parts
 from jpeft.core.geometry.contraction import Contraction
 from jpeft.core.geometry.convolution import Convolution
+from jpeft.core.geometry.traced import Traced
 from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, HFSpec, Tensor
 from jpeft.core.sites import MERGE, Site
 from jpeft.hf.names import Names
@@ -29,7 +30,7 @@ def check_site(site: Site, spec: HFSpec) -> Site:
 
 def _problem(site: Site, spec: HFSpec) -> str:
     geometry = site.geometry
-    if isinstance(geometry, Raw):
+    if site.named:
         return "is a parameter of no linear module"
     if site.stack:
         sizes = "×".join(str(n) for _, n in site.stack)
@@ -39,7 +40,7 @@ def _problem(site: Site, spec: HFSpec) -> str:
     if site.lookup and site.via == MERGE:
         return "is an embedding that the model also uses elsewhere, as a tied head: PEFT leaves that as it was"
     if isinstance(geometry, Parts):
-        if not spec.joins_parts or not isinstance(geometry.inner, Contraction) or geometry.inner.batch:
+        if not spec.joins_parts or not isinstance(geometry.inner, Contraction | Traced) or geometry.inner.batch:
             return f"is split into parts, which {spec.peft_type} has not"
     elif site.batch:
         return "is a batch of matrices"

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jpeft.core import stacking
-from jpeft.core.geometry.base import Raw
-from jpeft.core.geometry.contraction import Contraction
+from jpeft.core.interchange import LINEAR
 from jpeft.core.sites import Site, Survey
 from jpeft.core.tree import nearest
 from jpeft.errors import AdapterError
@@ -78,18 +77,18 @@ def match(folder: Folder, survey: Survey) -> Matched:
 def _adapted(folder: Folder, survey: Survey) -> dict[str, Site]:
     """The weights that the method changes by torch module: those in the file must be those that are targeted."""
     file, config, name = folder.file, folder.config, folder.config.method.__name__
-    weights = {folder.module(s): s for s in survey.weights if not isinstance(s.geometry, Raw)}
+    weights = {folder.module(s): s for s in survey.weights if not s.named}
     for module in sorted(file.adapted):
         if module not in weights:
             hint = nearest(module, weights)
             raise AdapterError(f"{file.path} has a {name} for {module!r}, which is not a weight of this model{hint}")
-        if not config.targets(module, isinstance(weights[module].geometry, Contraction)):
+        if not config.targets(module, layout.kind_of(weights[module]) == LINEAR):
             raise AdapterError(
                 f"{file.path} has a {name} for {module!r}, which {CONFIG} does not target: target_modules is "
                 f"{config.target_modules!r}"
             )
     for module, site in weights.items():
-        linear = isinstance(site.geometry, Contraction) and not site.head
+        linear = layout.kind_of(site) == LINEAR and not site.head
         known = module in file.adapted or named(folder.ignore, module) or not folder.names.covers(site.path)
         if not known and config.targets(module, linear):
             raise AdapterError(f"{file.path} has no {name} for {module!r}, which target_modules names")

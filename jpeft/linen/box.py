@@ -5,18 +5,23 @@ They serve weights that the interceptor cannot reach, such as ``self.param("w")`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from jpeft.core.actions import Action, by_weight, merge_bias, merge_leaf, merge_weight
 from jpeft.core.method import Leaves
 from jpeft.core.peft import Peft
+from jpeft.core.quantized import Quantized
 from jpeft.core.sites import BOX, FUSED, MERGE
-from jpeft.core.tree import Path, Tree, box_as, flatten, split_variables, unflatten
+from jpeft.core.tree import Path, Tree, box_as, flatten, peek, split_variables, unflatten
 
 
 def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
@@ -37,10 +42,20 @@ def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
     markers: dict[Path, list[Action]] = {}
     for action in peft.actions:
         if action.site.kind != "leaf" and action.site.via == FUSED:
+            path = action.site.weight_path
+            if action.site.kind == "weight" and action.site.geometry is not None and action.site.geometry.calls:
+                full[path] = _identifiable(full[path], path)
             full |= {action.leaf_path(n): x for n, x in used[action].items()}
             markers.setdefault(action.site.path, []).append(action)
     full |= {(*path, MARKER): Marker(tuple(actions)) for path, actions in markers.items()}
     return unflatten(full)
+
+
+def _identifiable(leaf: Any, path: Path) -> Any:
+    """A weight in a form that is recognized in the trace of a call: the same array whenever it is read."""
+    if isinstance(leaf, (Quantized, Opened)):
+        return leaf if isinstance(leaf, Opened) else Opened(leaf, path)
+    return box_as(leaf, jnp.asarray(peek(leaf))) if isinstance(peek(leaf), np.ndarray) else leaf
 
 
 @jax.tree_util.register_static
@@ -58,8 +73,29 @@ class Marker:
 MARKER = "jpeft"
 
 
+class _Box(meta.AxisMetadata):
+    """A box whose axes are those of the boxes in it."""
+
+    def replace_boxed(self, val: Any) -> Any:
+        return box_as(self.value, val)
+
+    def _map_axis(self, fn: Callable[[Any], Any]) -> Any:
+        children, aux = self.tree_flatten()
+        return self.tree_unflatten(aux, jax.tree.map(fn, children, is_leaf=_is_box))
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        return self._map_axis(lambda x: x.add_axis(index, params) if _is_box(x) else x)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        return self._map_axis(lambda x: x.remove_axis(index, params) if _is_box(x) else x)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, meta.AxisMetadata)
+
+
 @jax.tree_util.register_pytree_node_class
-class Changed(meta.AxisMetadata):
+class Changed(_Box):
     """A weight or bias with its adapter leaves. Unboxed, it is the merged one, one layer at a time under a scan.
 
     Attributes:
@@ -76,22 +112,77 @@ class Changed(meta.AxisMetadata):
         merge = merge_bias if self.bias else merge_weight
         return merge(self.actions, [meta.unbox(own) for own in self.leaves], meta.unbox(self.value))
 
-    def replace_boxed(self, val: Any) -> Any:
-        return box_as(self.value, val)
-
-    def _map_axis(self, fn: Callable[[Any], Any]) -> Changed:
-        value, leaves = jax.tree.map(fn, (self.value, self.leaves), is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
-        return Changed(value, leaves, self.actions, self.bias)
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Changed:
-        return self._map_axis(lambda x: x.add_axis(index, params) if isinstance(x, meta.AxisMetadata) else x)
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Changed:
-        return self._map_axis(lambda x: x.remove_axis(index, params) if isinstance(x, meta.AxisMetadata) else x)
-
     def tree_flatten(self) -> tuple[Any, Any]:
         return (self.value, self.leaves), (self.actions, self.bias)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> Changed:
         return cls(*children, *aux)
+
+
+_opened: contextvars.ContextVar[Mapping[Path, jax.Array]] = contextvars.ContextVar("opened", default={})
+
+
+@contextlib.contextmanager
+def opened(weights: Mapping[Path, jax.Array]) -> Iterator[None]:
+    """A context in which the `Opened` weights at these paths are read as the given arrays."""
+    token = _opened.set({**_opened.get(), **weights})
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+
+
+@jax.tree_util.register_pytree_node_class
+class Opened(_Box):
+    """A quantized weight that a call reads as one array, dequantized before the call is traced.
+
+    Attributes:
+      value: the quantized weight.
+      path: its path.
+    """
+
+    def __init__(self, value: Any, path: Path):
+        self.value, self.path = value, path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def unbox(self) -> jax.Array:
+        found = _opened.get().get(self.path)
+        return meta.unbox(self.value) if found is None else found
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.value,), self.path
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Opened:
+        return cls(*children, aux)
+
+
+@jax.tree_util.register_pytree_node_class
+class TrialBox(_Box):
+    """A box for trying whether a model opens it. Opened, it is one array; a function of the tree reaches another too.
+
+    Attributes:
+      hidden: the array that the model must not use.
+      value: the parameter.
+    """
+
+    def __init__(self, hidden: Any, value: Any):
+        self.hidden, self.value = hidden, value
+
+    def unbox(self) -> Any:
+        return meta.unbox(self.value)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.hidden, self.value), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> TrialBox:
+        return cls(*children)

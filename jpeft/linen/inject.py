@@ -24,13 +24,15 @@ from jax.core import Tracer
 
 from jpeft.core import backend
 from jpeft.core.actions import Action, cast_leaves, merge_bias, merge_weight
+from jpeft.core.dataflow.steps import Product
 from jpeft.core.geometry import Call, Contraction, Geometry, Lookup, Parts, Patches, attend
+from jpeft.core.geometry.traced import Traced
 from jpeft.core.method import Leaves
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import FUSED, Site, map_axes
 from jpeft.core.tree import Path, join, peek
-from jpeft.linen import attention, registry
-from jpeft.linen.box import Marker
+from jpeft.linen import attention, registry, rewrite
+from jpeft.linen.box import Marker, Opened, opened
 
 _active: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("active", default=())
 
@@ -130,8 +132,12 @@ class Interceptor:
         """The outputs of a call under actions on its weight, its attention or its output."""
         pairs = [(action, leaves) for action in actions if (leaves := _read(call.module, action)) is not None]
         on = {kind: [p for p in pairs if p[0].site.kind == kind] for kind in ("weight", "attention", "output")}
-        if on["weight"] and registry.find(call.owner, call.method):
-            y = self._with_changed_weight(call, on["weight"])
+        products = [p for p in on["weight"] if isinstance(_whole(p[0].site), Traced)]
+        weight = [p for p in on["weight"] if not isinstance(_whole(p[0].site), Traced)]
+        if products := [p for p in products if f"{call.owner}.{call.method}" in _whole(p[0].site).calls]:
+            y = self._with_changed_products(call, products, weight)
+        elif weight and registry.find(call.owner, call.method):
+            y = self._with_changed_weight(call, weight)
         elif on["attention"] and (hook := attention.find(call.owner, call.method)):
             extend = functools.partial(_extend, on["attention"])
             y = hook(call.next_fun, call.args, call.kwargs, call.module, extend)
@@ -161,6 +167,77 @@ class Interceptor:
             change = _change_attend if call.method == "attend" else _ChangedOperation
             operation = operation.then(action, leaves, change(action, leaves, operation))
         return _recomputed(lambda: operation.run(call.args[geometry.argument]), call.variables)
+
+    def _with_changed_products(
+        self, call: _ModuleCall, pairs: Sequence[tuple[Action, Leaves]], weight: Sequence[tuple[Action, Leaves]]
+    ) -> Any:
+        """The outputs of a call in which the actions change products of the module's parameters.
+
+        Args:
+          call: the call.
+          pairs: the actions on products.
+          weight: other actions on a weight of the module.
+        """
+
+        def run() -> Any:
+            is_linear = weight and registry.find(call.owner, call.method)
+            return self._with_changed_weight(call, weight) if is_linear else call.run()
+
+        changes: dict[str, list[tuple[Action, Leaves]]] = {}
+        for action, leaves in pairs:
+            changes.setdefault(action.site.leaf, []).append((action, leaves))
+
+        def change(name: str, eqn: Any, found: Product, x: Any, w: Any) -> Any:
+            return self._changed_product(call, changes[name], eqn, found, x, w)
+
+        def fits(name: str) -> bool:  # a scan around the module passes here too, with the weights of all layers
+            return jnp.shape(peek(call.variables[name])) == _whole(changes[name][0][0].site).shape
+
+        if not (names := [name for name in changes if fits(name)]):
+            return run()
+        boxes = {name: call.variables[name] for name in names}
+        for name, box in boxes.items():
+            if isinstance(peek(box), np.ndarray) or isinstance(box, Quantized):
+                raise ValueError(_needs_overlay(changes[name][0][0].site))
+        # The arrays that a box holds: opening one may add a sharding constraint.
+        values = {n: box.unbox() if isinstance(box, Opened) else jax.tree.leaves(box)[0] for n, box in boxes.items()}
+        with opened({changes[name][0][0].site.weight_path: value for name, value in values.items()}):
+            return rewrite.run(call.module, run, values, change)
+
+    def _changed_product(
+        self, call: _ModuleCall, pairs: Sequence[tuple[Action, Leaves]], eqn: Any, found: Product, x: Any, w: Any
+    ) -> Any:
+        """The output of a product whose weight the actions change one after the other."""
+        whole, out = _whole(pairs[0][0].site), eqn.outvars[0].aval
+        geometry, operand, output = whole.contraction(found, x.shape)
+        raw, stored = x.reshape(operand), call.variables[whole.leaf]
+
+        def weight() -> jax.Array:
+            return whole.weight_of(meta.unbox(stored), found)
+
+        def multiply(z: Any, w: Any) -> jax.Array:
+            if geometry.takes_operand:  # tokens may be flattened
+                dims = (((z.ndim - 1,), (found.contracted[0][0],)), ((), ()))
+                return jax.lax.dot_general_p.bind(z, w, **{**eqn.params, "dimension_numbers": dims})
+            operands = (z.reshape(x.shape), w)[:: 1 if found.operand else -1]
+            return jax.lax.dot_general_p.bind(*operands, **eqn.params).reshape(output)
+
+        def run(z: Any) -> jax.Array:
+            if isinstance(stored, Opened):  # the backward pass dequantizes again
+                return jax.checkpoint(lambda z, box: multiply(z, whole.arranged(whole.weight_of(box.unbox(), found), found).astype(w.dtype)))(z, stored.value)
+            return multiply(z, w)
+
+        no_call = Call(call.module, call.method, (raw,), {}, {})
+        plain = eqn.params["precision"] is None and not isinstance(stored, Opened)
+        operation = _Operation(no_call, run, weight, lambda: None, x.dtype, plain, _no_dropout)
+        for action, leaves in pairs:
+            parts = action.site.geometry.parts if isinstance(action.site.geometry, Parts) else 1
+            own = dataclasses.replace(action, site=dataclasses.replace(action.site, geometry=geometry.split(parts)))
+            index, sizes, depth = whole.index(found), own.site.batch, len(action.site.batch)
+            taken = {n: leaf[index].reshape(*sizes, *leaf.shape[depth:]) for n, leaf in leaves.items()}
+            operation = dataclasses.replace(operation, dropout=self._dropout(call.module, action.method.input_dropout))
+            operation = operation.then(own, taken, _ChangedOperation(own, taken, operation))
+        return operation.run(raw).astype(out.dtype).reshape(out.shape)
 
     def _dropout(self, module: nn.Module, rate: float) -> Callable[[Any, float], Any]:
         """Dropout on an adapter's input; off if the nearest enclosing call that has the flag is deterministic.
@@ -208,13 +285,22 @@ def _read(module: nn.Module, action: Action) -> Leaves | None:
     keys = {name: action.leaf_path(name)[-1] for name in (*action.stored, *action.names)}
     needs_overlay = action.site.via != FUSED or action.names != action.stored
     if needs_overlay and any(keys[name] in variables for name in action.stored):
-        raise ValueError(
-            f"{action.site.name!r} is changed before its module is called (path taken: {action.site.via}); inside "
-            "intercept(), give the model peft.overlay(params, adapter) instead of combine(params, adapter)"
-        )
+        raise ValueError(_needs_overlay(action.site))
     if action.site.via != FUSED or not any(keys[name] in variables for name in action.names):
         return None
     return {name: meta.unbox(variables[keys[name]]) for name in action.names}
+
+
+def _needs_overlay(site: Site) -> str:
+    return (
+        f"{site.name!r} is changed before its module is called (path taken: {site.via}); inside intercept(), give the "
+        "model peft.overlay(params, adapter) instead of combine(params, adapter)"
+    )
+
+
+def _whole(site: Site) -> Any:
+    """The geometry of the whole weight, where a method splits it into parts."""
+    return site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
 
 
 def _extend(pairs: Sequence[tuple[Action, Leaves]], key: jax.Array, value: jax.Array, mask: Any) -> Any:
@@ -403,7 +489,7 @@ def _check_geometry(site: Site, found: Any, what: str) -> Any:
     Raises:
       ValueError: the call has another geometry, or none.
     """
-    bound = site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
+    bound = _whole(site)
     if found is None:
         raise ValueError(
             f"{site.name!r} was bound as {bound}, but {what} is called in a form that no geometry explains; bind with "

@@ -1,14 +1,15 @@
-"""Finds the sites of a Linen model in one abstract call: which modules use which weights, and how.
+"""The candidate sites of a Linen model, found in one abstract call.
 
-Every parameter is put in a box that records its reads. Flax opens the box when a module asks for its own parameter;
-code that reads another module's variables (a tied head) uses the box itself. To detect such other uses, the output of
-each call that a geometry explains is replaced by one that depends on the input alone. If the model's output still
-depends on a weight, the weight is used elsewhere too, and changing the call would not be enough.
+The model runs as it is, on plain parameters. An interceptor marks in the trace where each module call begins and ends;
+`jpeft.core.dataflow` then shows what becomes of every parameter. A geometry is believed only where the trace shows that
+the call uses its weight in that way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jax.interpreters import partial_eval as pe
 
+from jpeft.core.dataflow import marks
+from jpeft.core.dataflow.walk import Flow, Scope, Use, open_jaxpr, walk
 from jpeft.core.geometry import Contraction, Geometry, Raw
+from jpeft.core.geometry.traced import Traced, traced
 from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack, Survey
 from jpeft.core.tree import Path, box_as, flatten, join, peek, unflatten
 from jpeft.linen import attention, registry
+from jpeft.linen.axes import AxisProbe, axes_in, with_probes
+from jpeft.linen.box import TrialBox
 
 Shape = tuple[int, ...]
 
@@ -33,20 +38,26 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     Raises:
       Exception: whatever the model raises for these inputs.
     """
-    record = _Record({p: _Leaf(np.shape(peek(x)), str(peek(x).dtype)) for p, x in flatten(variables["params"]).items()})
-    _trace(model, variables, record, args, dict(kwargs))
-    weights = tuple(site for path in record.leaves if (site := _weight_site(record, path)) is not None)
-    geometry_of = {site.path: site.geometry for site in weights if site.linear}
+    leaves = {p: _Leaf(np.shape(peek(x)), str(peek(x).dtype)) for p, x in flatten(variables["params"]).items()}
+    record = _Record(leaves)
+    call = _AbstractCall(model, variables, args, dict(kwargs))
+    plain = call.trace(record)
+    record.flow = walk(plain, list(leaves), {number: c.scope for number, c in record.calls.items()})
+    weights = _named([site for path in leaves if (site := _weight_site(record, path)) is not None], record)
+    geometry_of = {site.path: site.geometry for site in weights if site.linear and not site.named}
     return Survey(
-        weights=weights,
+        weights=tuple(weights),
         outputs=tuple(
             _output_site(record, path, geometry_of.get(path))
             for path, module in record.modules.items()
-            if module.shape and path
+            if module.shape and path and path not in record.flow.transformed
         ),
-        attentions=tuple(_attention_site(record, path) for path in record.heads),
-        leaves=tuple(_leaf_site(record, path) for path in record.leaves),
-        names=tuple(dict.fromkeys([join(p) for p in record.modules] + [join(p) for p in record.leaves])),
+        attentions=tuple(
+            _attention_site(record, path) for path in record.heads if path not in record.flow.transformed
+        ),
+        leaves=tuple(_leaf_site(record, path) for path in leaves),
+        names=tuple(dict.fromkeys([join(p) for p in record.modules] + [join(p) for p in leaves])),
+        boxable=functools.partial(_boxable, record, call, plain),
     )
 
 
@@ -62,14 +73,6 @@ class _Leaf:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A module's read of its own parameter: the shape that it saw, and the axes that scans had sliced off."""
-
-    shape: Shape
-    axes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Module:
     """A called module: its class name, and the shape and dtype of its (first) output; None if it is not an array."""
 
@@ -78,149 +81,115 @@ class _Module:
     dtype: str
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that has parameters of its own.
+
+    Attributes:
+      name: full name of the method.
+      scope: the module's path and the shapes of its own parameters.
+      geometry: the registered geometry of the call.
+      input: shape of the input that the geometry reads.
+    """
+
+    name: str
+    scope: Scope
+    geometry: Geometry | None
+    input: Shape
+
+
 @dataclass(eq=False)
 class _Record:
     """The record of one abstract call.
 
-    It is part of the boxes' tree structure and hashed by identity, so that no trace cache can replay an earlier call.
-
     Attributes:
       leaves: the parameters of the model.
-      reads: the last read of each parameter by its own module.
-      foreign: parameters that code outside of their module read.
-      geometries: the geometries of each module's calls.
+      calls: the calls of modules with parameters of their own, by number.
       modules: the modules whose ``__call__`` ran.
-      scopes: for each scope, a parameter in it and the axes that scans had sliced off.
+      scopes: the axes that scans and vmaps had sliced off each scope.
       heads: (number of key/value heads, key dimension, value dimension) of each attention.
-      outputs: the outputs of all calls, during the call of the model only.
-      final: modules whose output is an output of the model.
-      used_elsewhere: parameters that the output depends on other than by a call that a geometry explains.
+      flow: the uses of the parameters.
     """
 
     leaves: dict[Path, _Leaf]
-    reads: dict[Path, _Read] = field(default_factory=dict)
-    foreign: set[Path] = field(default_factory=set)
-    geometries: dict[Path, list[Geometry]] = field(default_factory=dict)
+    calls: dict[int, _Call] = field(default_factory=dict)
     modules: dict[Path, _Module] = field(default_factory=dict)
-    scopes: dict[Path, tuple[Path, tuple[int, ...]]] = field(default_factory=dict)
+    scopes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     heads: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
-    outputs: list[tuple[Path, Any]] = field(default_factory=list)
-    final: set[Path] = field(default_factory=set)
-    used_elsewhere: set[Path] = field(default_factory=set)
-
-
-@jax.tree_util.register_pytree_node_class
-class _Watched(meta.AxisMetadata):
-    """A parameter that records when, where and in which shape it is read."""
-
-    def __init__(self, value: Any, path: Path, axes: tuple[int, ...], record: _Record):
-        self._value, self._path, self._axes, self._record = value, path, axes, record
-
-    def unbox(self) -> Any:
-        value = meta.unbox(self._value)
-        self._record.reads[self._path] = _Read(np.shape(value), self._axes)
-        return value
-
-    def replace_boxed(self, val: Any) -> Any:
-        return box_as(self._value, val)
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> _Watched:
-        return self
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> _Watched:
-        value = self._value
-        value = value.remove_axis(index, params) if isinstance(value, meta.AxisMetadata) else value
-        return _Watched(value, self._path, (*self._axes, index), self._record)
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return (self._value,), (self._path, self._axes, self._record)
-
-    @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> _Watched:
-        return cls(children[0], *aux)
-
-    # What follows runs only in code that reads the variable itself, without its owner.
-
-    def _array(self) -> Any:
-        self._record.foreign.add(self._path)
-        return meta.unbox(self._value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._array(), name)
-
-    def __jax_array__(self) -> Any:
-        return self._array()
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._array()[index]
-
-    def __neg__(self) -> Any:
-        return -self._array()
-
-    def __add__(self, other: Any) -> Any:
-        return self._array() + other
-
-    def __radd__(self, other: Any) -> Any:
-        return other + self._array()
-
-    def __sub__(self, other: Any) -> Any:
-        return self._array() - other
-
-    def __rsub__(self, other: Any) -> Any:
-        return other - self._array()
-
-    def __mul__(self, other: Any) -> Any:
-        return self._array() * other
-
-    def __rmul__(self, other: Any) -> Any:
-        return other * self._array()
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._array() / other
-
-    def __matmul__(self, other: Any) -> Any:
-        return self._array() @ other
-
-    def __rmatmul__(self, other: Any) -> Any:
-        return other @ self._array()
+    flow: Flow = field(default_factory=Flow)
 
 
 # --- the abstract call ----------------------------------------------------------------------------------------------
 
 
-def _trace(model: nn.Module, variables: Mapping[str, Any], record: _Record, args: Any, kwargs: Any) -> None:
-    """Traces the model on watched parameters and fills the record."""
-    leaves = flatten(variables["params"])
-    others = {name: collection for name, collection in variables.items() if name != "params"}
-    # Python values (flags, strings, None) stay what they are; only arrays are traced.
-    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
+class _AbstractCall:
+    """An abstract ``model.apply(variables, *args, **kwargs)``."""
 
-    def run(params: Sequence[Any], others: Any, arrays: Sequence[Any]) -> Any:
-        remaining = iter(arrays)
-        args, kwargs = jax.tree.unflatten(treedef, [next(remaining) if _is_array(x) else x for x in flat])
-        boxes = {path: box_as(box, x) for (path, box), x in zip(leaves.items(), params, strict=True)}
-        watched = unflatten({path: _Watched(x, path, (), record) for path, x in boxes.items()})
-        with nn.intercept_methods(_Watcher(record)):
-            out = model.apply({**others, "params": watched}, *args, **kwargs)
-        if kwargs.get("mutable", False) is not False:  # parameters that come back unchanged are not used
-            y, state = out
-            out = y, {name: collection for name, collection in state.items() if name != "params"}
-        out = jax.tree.leaves(out)
-        returned = {id(x) for x in out}
-        record.final |= {path for path, y in record.outputs if id(y) in returned}
-        record.outputs.clear()  # tracers must not outlive their trace
-        return [x for x in out if isinstance(x, jax.Array)]
+    def __init__(self, model: nn.Module, variables: Mapping[str, Any], args: Any, kwargs: Any):
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.leaves = flatten(variables["params"])
+        self.others = {name: collection for name, collection in variables.items() if name != "params"}
 
-    params = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in map(peek, leaves.values())]
-    jaxpr = jax.make_jaxpr(run)(params, others, [x for x in flat if _is_array(x)]).jaxpr
+    def trace(self, record: _Record, hidden: Collection[Path] = ()) -> Any:
+        """The jaxpr of the call, marked by a `_Watcher`. Its first inputs are the parameters.
+
+        Args:
+          record: is filled.
+          hidden: parameters that the model is given as boxes. The jaxpr's last inputs are the arrays inside of them that
+            only a function of the tree can reach; opened, a box is the parameter.
+        """
+        # Python values (flags, strings, None) stay what they are; only arrays are traced.
+        flat, treedef = jax.tree.flatten((self.args, self.kwargs), is_leaf=lambda x: x is None)
+
+        def run(params: Sequence[Any], others: Any, arrays: Sequence[Any], inner: Sequence[Any]) -> Any:
+            remaining = iter(arrays)
+            args, kwargs = jax.tree.unflatten(treedef, [next(remaining) if _is_array(x) else x for x in flat])
+            tree = {path: box_as(box, x) for (path, box), x in zip(self.leaves.items(), params, strict=True)}
+            tree |= {path: TrialBox(x, tree[path]) for path, x in zip(hidden, inner, strict=True)}
+            with nn.intercept_methods(_Watcher(record)):
+                params = with_probes(unflatten(tree), record)
+                out = self.model.apply({**others, "params": params}, *args, **kwargs)
+            if kwargs.get("mutable", False) is not False:  # parameters that come back unchanged are not used
+                y, state = out
+                out = y, {name: collection for name, collection in state.items() if name != "params"}
+            return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
+
+        params = {p: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)}
+        arrays = [x for x in flat if _is_array(x)]
+        return jax.make_jaxpr(run)(list(params.values()), self.others, arrays, [params[p] for p in hidden]).jaxpr
+
+
+def _boxable(record: _Record, call: _AbstractCall, plain: Any, paths: Collection[Path]) -> set[Path]:
+    """Those of some parameters that the model opens when it is given boxes, and computes the same from."""
+    candidates = [path for path in paths if path[:-1] not in record.flow.transformed]
+    if not candidates:
+        return set()
+    try:
+        jaxpr = call.trace(_Record(record.leaves), candidates)
+    except Exception:  # noqa: BLE001 - whatever a model raises that does not expect boxes
+        return set()
+    if _primitives(jaxpr) != _primitives(plain):
+        return set()
     _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    record.used_elsewhere |= {path for path, is_used in zip(leaves, used, strict=False) if is_used}
+    return {path for path, is_used in zip(candidates, used[-len(candidates) :], strict=True) if not is_used}
+
+
+def _primitives(jaxpr: Any) -> list[str]:
+    """The names of all primitives that the outputs of a jaxpr depend on, in their order."""
+
+    def names(jaxpr: Any) -> Iterator[str]:
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for value in eqn.params.values():
+                for part in value if isinstance(value, (tuple, list)) else (value,):
+                    if (inner := open_jaxpr(part)) is not None:
+                        yield from names(inner)
+
+    return list(names(pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]))
 
 
 class _Watcher:
-    """The interceptor that records calls."""
+    """The interceptor that records calls and marks them in the trace."""
 
     def __init__(self, record: _Record):
         self.record = record
@@ -231,24 +200,44 @@ class _Watcher:
             return next_fun(*args, **kwargs)
         path, owner = module.scope.path, registry.owner_of(context.orig_method)
         args, kwargs = registry.by_position(context.orig_method, module, args, kwargs)
-        own = module.variables.get("params", {})
-        if (watched := _first_watched(own)) is not None:
-            record.scopes[path] = (watched._path, watched._axes)
-        geometry = _geometry(module, owner, method, args, kwargs)
+        variables = module.variables.get("params", {})
+        if (axes := axes_in(variables)) is not None:
+            record.scopes[path] = max(axes, record.scopes.get(path, ()), key=len)
+        own = {
+            n: jax.tree.leaves(v)[0]  # not opened: that may add a sharding constraint
+            for n, v in variables.items()
+            if not isinstance(v, (Mapping, AxisProbe)) and (*path, n) in record.leaves
+        }
+        number = self._enter(path, owner, method, module, args, kwargs, own) if own else None
         if (hook := attention.find(owner, method)) is not None:
             y = hook(next_fun, args, kwargs, module, self._heads_recorder(path))
         else:
             y = next_fun(*args, **kwargs)
-        if geometry is not None:
-            record.geometries.setdefault(path, []).append(geometry)
-            x = args[geometry.argument]
-            y = jnp.zeros(y.shape, y.dtype) + x.sum().astype(y.dtype)  # depends on the input, not on the weight
         first = y[0] if isinstance(y, tuple) and y else y
         if method == "__call__":
             shape = np.shape(first) if hasattr(first, "shape") else None
             record.modules[path] = _Module(type(module).__name__, shape, str(getattr(first, "dtype", "")))
-        record.outputs.append((path, first))
+        if number is not None:
+            if isinstance(first, jax.Array):
+                marks.mark(first, marks.OUTPUT, number)
+            marks.mark(next(iter(own.values())), marks.EXIT, number)
         return y
+
+    def _enter(
+        self, path: Path, owner: str, method: str, module: nn.Module, args: Any, kwargs: Any, own: Mapping[str, Any]
+    ) -> int:
+        """Records a call, marks its beginning, and returns its number."""
+        number, shapes = len(self.record.calls), {n: np.shape(x) for n, x in own.items()}
+        factory = registry.find(owner, method)
+        found = None if factory is None else factory(registry.make_call(module, method, args, kwargs, shapes))
+        geometry = found if found is not None and found.leaf in own else None
+        x = args[geometry.argument] if geometry is not None else None
+        self.record.calls[number] = _Call(f"{owner}.{method}", Scope(path, shapes), geometry, np.shape(x))
+        for name, value in own.items():
+            marks.mark(value, marks.ENTER, number, name)
+        if isinstance(x, jax.Array):
+            marks.mark(x, marks.INPUT, number)
+        return number
 
     def _heads_recorder(self, path: Path) -> attention.Extend:
         def extend(key: jax.Array, value: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array, Any]:
@@ -256,32 +245,6 @@ class _Watcher:
             return key, value, mask
 
         return extend
-
-
-def _geometry(module: nn.Module, owner: str, method: str, args: Any, kwargs: Any) -> Geometry | None:
-    """The geometry of a call; None if no geometry explains it."""
-    factory = registry.find(owner, method)
-    if factory is None:
-        return None
-    own = module.variables.get("params", {})
-    values = {n: v._value if isinstance(v, _Watched) else v for n, v in own.items() if not isinstance(v, Mapping)}
-    shapes = {n: np.shape(peek(v)) for n, v in values.items()}
-    found = factory(registry.make_call(module, method, args, kwargs, shapes))
-    if found is None:
-        return None
-    # A nested root inside the model (a tied head) may be given the weight of another module. The path is the scope's: a
-    # module may have a field called `path`.
-    weight, scope = own.get(found.leaf), module.scope
-    assert scope is not None
-    is_own = isinstance(weight, _Watched) and weight._path == (*scope.path, found.leaf)
-    return found if is_own else None
-
-
-def _first_watched(node: Any) -> _Watched | None:
-    """Any parameter in a scope or below. Scans slice axes off on the way in: its axes are those of the scope."""
-    if isinstance(node, Mapping):
-        return next((w for child in node.values() if (w := _first_watched(child)) is not None), None)
-    return node if isinstance(node, _Watched) else None
 
 
 def _is_array(x: Any) -> bool:
@@ -297,18 +260,23 @@ def _is_array(x: Any) -> bool:
 def _weight_site(record: _Record, path: Path) -> Site | None:
     """The site of a weight, or None for a parameter that no method can act on as a matrix."""
     owner, name, leaf = path[:-1], path[-1], record.leaves[path]
-    read = record.reads.get(path)
-    shape = leaf.shape if read is None else read.shape
-    elsewhere = path in record.used_elsewhere
-    found = [g for g in record.geometries.get(owner, []) if g.leaf == name]
-    if not found:
-        if len(shape) < 2 or not elsewhere:
+    uses = record.flow.uses.get(path, [])
+    if any(c.geometry is not None and c.geometry.bias == name for c in record.calls.values() if c.scope.path == owner):
+        return None
+    stack = _stack(record.scopes.get(owner, ()), leaf.shape)
+    shape = _without(leaf.shape, stack)
+    registered = _registered(record, path, uses)
+    geometry = registered or traced(name, shape, uses, [_name_of(record, use) for use in uses])
+    if geometry is None or any(use.call is None for use in uses) or owner in record.flow.transformed:
+        geometry = _declared(record, path) or (Raw(leaf=name, shape=shape) if len(shape) >= 2 and uses else None)
+        if geometry is None:
             return None
-        found = [Raw(leaf=name, shape=shape)]
-    geometry = found[0]
-    explained = geometry.fused and all(g == geometry for g in found) and not elsewhere
+        via = MERGE if owner in record.flow.transformed else BOX
+    else:
+        via = FUSED
+    if len(shape) < 2:
+        return None
     inputs, outputs = jax.eval_shape(geometry.view, jax.ShapeDtypeStruct(shape, np.float32)).shape[-2:]
-    named_head = bool(owner) and owner[-1] in HEAD_NAMES
     return Site(
         path=owner,
         kind="weight",
@@ -319,11 +287,53 @@ def _weight_site(record: _Record, path: Path) -> Site | None:
         outputs=outputs,
         dtype=leaf.dtype,
         stored=leaf.shape,
-        stack=() if read is None else _stack(read.axes, leaf.shape),
-        via=FUSED if explained else MERGE if path in record.foreign else BOX,
-        head=isinstance(geometry, Contraction) and (owner in record.final or named_head),
+        stack=stack,
+        via=via,
+        head=_is_head(record, path, geometry, uses),
         bias=geometry.bias is not None and (*owner, geometry.bias) in record.leaves,
     )
+
+
+def _registered(record: _Record, path: Path, uses: Sequence[Use]) -> Geometry | None:
+    """The registered geometry of a weight, if every call shows one use of it that the geometry explains."""
+    found = _declared(record, path)
+    calls = [use.call for use in uses]
+    if found is None or not found.fused or len(set(calls)) != len(calls):
+        return None
+    for use in uses:
+        call = record.calls[use.call] if use.call is not None else None
+        if call is None or call.geometry != found or not found.explains(use, call.input):
+            return None
+    return found
+
+
+def _declared(record: _Record, path: Path) -> Geometry | None:
+    """The geometry that the calls of a weight's module declare for it, if any."""
+    owner, name = path[:-1], path[-1]
+    calls = (c for c in record.calls.values() if c.scope.path == owner)
+    return next((c.geometry for c in calls if c.geometry is not None and c.geometry.leaf == name), None)
+
+
+def _name_of(record: _Record, use: Use) -> str:
+    return record.calls[use.call].name if use.call is not None else ""
+
+
+def _is_head(record: _Record, path: Path, geometry: Geometry, uses: Sequence[Use]) -> bool:
+    """Whether a weight's output is an output of the model, or its module has the name of a head."""
+    if not isinstance(geometry, (Contraction, Traced)):
+        return False
+    is_named = len(path) > 1 and path[-2] in HEAD_NAMES
+    returned = [use.call in record.flow.returned if isinstance(geometry, Contraction) else use.final for use in uses]
+    return is_named or bool(returned) and all(returned)
+
+
+def _named(sites: Sequence[Site], record: _Record) -> list[Site]:
+    """The sites, with names of their own for raw weights and for several weights of one scope."""
+    declared = {(*s.path, s.leaf) for s in sites if _declared(record, (*s.path, s.leaf)) is not None}
+    paths = [path[:-1] for path in declared]
+    return [
+        dataclasses.replace(s, named=(*s.path, s.leaf) not in declared or paths.count(s.path) > 1) for s in sites
+    ]
 
 
 def _output_site(record: _Record, path: Path, geometry: Geometry | None) -> Site:
@@ -355,8 +365,8 @@ def _scope_stack(record: _Record, path: Path) -> Stack:
     """The stacking of a module's scope or, if it has no parameters, of the nearest scope around it that has."""
     for n in range(len(path), -1, -1):
         if path[:n] in record.scopes:
-            leaf, axes = record.scopes[path[:n]]
-            return _stack(axes, record.leaves[leaf].shape)
+            shapes = [leaf.shape for p, leaf in record.leaves.items() if p[:n] == path[:n]]
+            return _stack(record.scopes[path[:n]], shapes[0])
     return ()
 
 
@@ -364,3 +374,13 @@ def _stack(axes: tuple[int, ...], stored: Shape) -> Stack:
     """Each sliced axis with its size, from the stored shape."""
     rest = list(stored)
     return tuple((axis, rest.pop(axis)) for axis in axes)
+
+
+def _without(stored: Shape, stack: Stack) -> Shape:
+    """The shape of one layer of a stored leaf."""
+    rest = list(stored)
+    for axis, _ in stack:
+        rest.pop(axis)
+    return tuple(rest)
+
+

@@ -135,6 +135,14 @@ class Override(nn.Dense):
         return (inputs**2) @ kernel
 
 
+class Squared(nn.Dense):
+    """A subclass that squares its weight."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return inputs @ self.param("kernel", nn.initializers.normal(), (inputs.shape[-1], self.features)) ** 2
+
+
 class Super(nn.Dense):
     """A subclass whose call adds to its parent's."""
 
@@ -749,7 +757,7 @@ def test_every_scanned_layer_draws_its_own_and_an_unsplit_rng_is_an_error():
 
 def test_dropout_where_only_a_box_reaches_is_refused():
     with pytest.raises(ValueError, match="dropout acts on a module's input, but 'op/kernel' is reached only as"):
-        model = Holder(Override)
+        model = Holder(Squared)
         jpeft.LoRA(dropout=0.1, targets=r".*").bind(model, parameters(model, X), X)
 
 
@@ -841,7 +849,7 @@ def test_applying_inside_the_interceptor_applies_once():
         close(peft.module.apply({"params": jpeft.combine(params, adapter)}, X), want)
 
 
-@pytest.mark.parametrize("model", [Holder(Override), TiedVariables()], ids=["box", "merge"])
+@pytest.mark.parametrize("model", [Holder(Squared), TiedVariables()], ids=["box", "merge"])
 def test_the_bare_interceptor_says_where_combine_is_not_enough(model):
     x = X if isinstance(model, Holder) else jnp.array([[0, 1]])
     params = parameters(model, x)

@@ -44,13 +44,13 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("owner", "how", "method"), pairwise(OWNERS, FORMS, ("LoRA", "IA3", "IA3 feedforward")))
-def test_register_geometry_puts_a_foreign_weight_on_the_fused_path(owner, how, method, registries):
+def test_register_geometry_gives_a_foreign_weight_the_name_of_its_module(owner, how, method, registries):
     owner, how = OWNERS[owner], FORMS[how]
     model, x = Model(lambda x: Flipped(6, name="op")(x), "scan"), jnp.arange(24.0).reshape(2, 3, 4) / 24
     params = parameters(model, x)
     make = METHODS[method].make
     raw = make(USES["raw"]).bind(model, params, x)
-    assert [(s.name, s.via) for s in raw.sites] == [("block/op/w", "box")]
+    assert [(s.name, s.via) for s in raw.sites] == [("block/op/w", "fused")]
 
     jpeft.register_geometry(owner, how)
     peft = make(USES["dense"]).bind(model, params, x)

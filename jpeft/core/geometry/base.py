@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jpeft.core.dataflow.steps import CONVOLUTION, DOT
+from jpeft.core.dataflow.walk import Use
+
 
 @dataclass(frozen=True)
 class Call:
@@ -48,6 +51,7 @@ class Geometry:
       lookup: whether the input is an index into the weight.
       fused: whether a call can be computed without materializing the changed weight.
       channels: number of distinct input features, if the matrix has more rows than that (convolutions).
+      calls: names of the module's calls whose products use the weight, if a trace showed them.
     """
 
     leaf: str = "kernel"
@@ -58,6 +62,7 @@ class Geometry:
     lookup = False
     fused = True
     channels: ClassVar[int | None] = None
+    calls: ClassVar[tuple[str, ...]] = ()
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -105,6 +110,17 @@ class Geometry:
         """The axes of the stored weight that are its batch, its inputs and its outputs, major first; for shardings."""
         return (), (), ()
 
+    def explains(self, use: Use, shape: tuple[int, ...]) -> bool:
+        """Whether a trace shows that the call uses the weight as this geometry says.
+
+        Otherwise the geometry is not believed: the product itself is changed in the call, or the whole weight before it.
+
+        Args:
+          use: the only use of the weight in the call.
+          shape: shape of the call's input.
+        """
+        return use.product.kind in (DOT, CONVOLUTION) and not use.product.weight.fixed and use.returned is not None
+
     def split(self, parts: int) -> Geometry:
         """The same weight as ``parts`` matrices, each with an equal block of the outputs (a fused q, k, v)."""
         return self if parts == 1 else Parts(self.leaf, self.bias, self.argument, self, parts)
@@ -133,6 +149,10 @@ class Parts(Geometry):
     @property
     def fused(self) -> bool:  # type: ignore[override]
         return self.inner.fused
+
+    @property
+    def calls(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.calls
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         batch, inputs, _ = self.inner.axes()

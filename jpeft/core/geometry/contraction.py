@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core import backend
+from jpeft.core.dataflow.steps import DOT
+from jpeft.core.dataflow.views import VMAPPED, View, joined, paired
+from jpeft.core.dataflow.walk import Use
 from jpeft.core.geometry.base import Call, Geometry
 
 
@@ -31,6 +34,11 @@ def labels_of(spec: str) -> tuple[str, str, str]:
     if "." in w or not used <= set(x) | set(y) or len(used) != len(w):
         raise ValueError(f"geometry {spec!r}: every axis of the weight (second operand) must be in the input or output")
     return x, w, y
+
+
+def _free_labels(n: int) -> str:
+    """Labels for the axes of an ellipsis, from a block of Unicode that no spec uses."""
+    return "".join(chr(0x4E00 + i) for i in range(n))
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,25 @@ class Contraction(Geometry):
         batch, ins, outs = (tuple(w.index(c) for c in role) for role in self._roles)
         return batch, ins, outs
 
+    def explains(self, use: Use, shape: tuple[int, ...]) -> bool:
+        found, operand = use.product, use.operand
+        stored = View.of(self.stored).reshape(self.shape)
+        if found.kind != DOT or operand is None or use.returned is None or stored is None:
+            return False
+        x, w, y = labels_of(self.spec)
+        if "..." in x:
+            free = _free_labels(len(shape) - len(x.replace("...", "")))
+            x, y = x.replace("...", free), y.replace("...", free)
+        if found.weight.fixed or found.weight.flipped or operand.fixed or operand.flipped or len(x) != len(shape):
+            return False
+        batch, ins, _ = self._roles
+        mine, theirs = dict(zip(w, stored.axes, strict=True)), dict(zip(x, View.of(shape, "x").axes, strict=True))
+        for pairs, labels in ((found.contracted, ins), (found.batch, batch)):
+            axes = [(found.weight.axes[i], operand.axes[j]) for i, j in pairs]
+            if paired(axes) != paired([(mine[c], theirs[c]) for c in labels]):
+                return False
+        return use.returned.without(VMAPPED).axes == tuple(joined(mine.get(c) or theirs.get(c, ())) for c in y)
+
     def view(self, w: jax.Array) -> jax.Array:
         _, labels, _ = labels_of(self.spec)
         batch, ins, outs = self._roles
@@ -104,8 +131,7 @@ class Contraction(Geometry):
         x, w, y = labels_of(self.spec)
         shape = call.args[self.argument].shape
         if "..." in x:
-            # Labels for the axes of the ellipsis, from a block of Unicode that no spec uses.
-            free = "".join(chr(0x4E00 + i) for i in range(len(shape) - len(x.replace("...", ""))))
+            free = _free_labels(len(shape) - len(x.replace("...", "")))
             x, y = x.replace("...", free), y.replace("...", free)
         if len(x) != len(shape):
             raise ValueError(

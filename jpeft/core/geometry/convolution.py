@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core import backend
+from jpeft.core.dataflow.steps import CONVOLUTION
+from jpeft.core.dataflow.walk import Use
 from jpeft.core.geometry.base import Call, Geometry
 
 
@@ -78,6 +80,11 @@ class Convolution(Geometry):
     @property
     def channels(self) -> int:  # type: ignore[override]
         return self.shape[-1 if self.transposed else -2]
+
+    def explains(self, use: Use, shape: tuple[int, ...]) -> bool:
+        found = use.product
+        is_whole = found.kind == CONVOLUTION and not found.weight.fixed and use.returned is not None
+        return is_whole and (self.transposed or not found.weight.flipped)
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         return (), (), (len(self.shape) - (2 if self.transposed else 1),) if self.groups == 1 else ()

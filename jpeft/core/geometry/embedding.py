@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.core.dataflow.steps import DOT, LOOKUP
+from jpeft.core.dataflow.walk import Use
 from jpeft.core.geometry.base import Call, Geometry
 
 
@@ -53,6 +55,15 @@ class Embedding(Geometry):
 
     linear = False
     lookup = True
+
+    def explains(self, use: Use, shape: tuple[int, ...]) -> bool:
+        found = use.product
+        if use.returned is None or found.weight.fixed or found.weight.flipped:
+            return False
+        if found.kind == DOT:  # attend: the features are summed over
+            summed = [atom.axis for i, _ in found.contracted for atom in found.weight.axes[i]]
+            return use.operand is not None and summed == [1]
+        return found.kind == LOOKUP
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         return (), (0,), (1,)

@@ -1,0 +1,47 @@
+"""Marks: equations that tell where module calls begin and end in a trace, and what their arrays are."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+
+ENTER = "enter"  # a call begins; the array is one of the module's own parameters
+INPUT = "input"  # the array is the input that the call's geometry reads
+OUTPUT = "output"  # the array is the call's (first) output
+EXIT = "exit"  # the call ends
+
+mark_p = Primitive("jpeft_mark")
+
+
+def mark(x: Any, kind: str, call: int, name: Hashable = None) -> None:
+    """Adds an equation without effect on ``x`` to the trace.
+
+    Args:
+      x: the array.
+      kind: ``ENTER``, ``INPUT``, ``OUTPUT`` or ``EXIT``.
+      call: number of the call.
+      name: for ``ENTER``, the name of the parameter.
+    """
+    mark_p.bind(x, kind=kind, call=call, name=name, batched=())
+
+
+@mark_p.def_abstract_eval
+def _abstract(x: Any, **params: Any) -> Any:
+    return x
+
+
+def _batched(args: Any, dims: Any, **params: Any) -> Any:
+    # Under vmap the equation has an axis more: `batched` keeps where, innermost vmap first.
+    (x,), (dim,) = args, dims
+    return mark_p.bind(x, **{**params, "batched": (*params["batched"], dim)}), dim
+
+
+def _differentiated(primals: Any, tangents: Any, **params: Any) -> Any:
+    return mark_p.bind(*primals, **params), tangents[0]
+
+
+batching.primitive_batchers[mark_p] = _batched
+ad.primitive_jvps[mark_p] = _differentiated

@@ -1,0 +1,118 @@
+"""What an equation of a jaxpr makes of views: another view, or a product of two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from jpeft.core.dataflow.views import Axis, View
+
+_SAME = frozenset({"copy", "copy_p", "sharding_constraint", "pvary"})
+
+
+def step(eqn: Any, view: View) -> tuple[View | None, ...]:
+    """The outputs of an equation as views, given the view that its first operand is; None for one that is no view.
+
+    A cast is a view if it keeps at least 16 bits: a narrower one is another function of the array.
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name in _SAME:
+        return (view,)
+    if name == "convert_element_type":
+        dtype = p["new_dtype"]
+        return (view if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2 else None,)
+    if name == "transpose":
+        return (view.transpose(p["permutation"]),)
+    if name == "reshape":
+        return (view.reshape(p["new_sizes"]) if p.get("dimensions") is None else None,)
+    if name == "squeeze":
+        return (view.squeeze(d % len(view.axes) for d in p["dimensions"]),)
+    if name == "broadcast_in_dim":
+        return (view.expand(p["shape"], p["broadcast_dimensions"]),)
+    if name == "slice":
+        is_dense = p["strides"] is None or set(p["strides"]) == {1}
+        return (view.slice(p["start_indices"], p["limit_indices"]) if is_dense else None,)
+    if name == "split":
+        return _split(view, p["sizes"], p["axis"])
+    if name == "rev":
+        return (View(view.axes, view.fixed, True),)
+    return (None,) * len(eqn.outvars)
+
+
+def _split(view: View, sizes: Sequence[int], axis: int) -> tuple[View | None, ...]:
+    out, start = [], 0
+    for size in sizes:
+        starts, stops = [0] * len(view.axes), list(view.shape)
+        starts[axis], stops[axis] = start, start + int(size)
+        out.append(view.slice(starts, stops))
+        start += int(size)
+    return tuple(out)
+
+
+DOT = "dot"
+CONVOLUTION = "convolution"
+LOOKUP = "lookup"
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a weight and another operand.
+
+    Attributes:
+      kind: "dot", "convolution" or "lookup" (a gather of rows); "other" for any other use of the weight.
+      weight: the view of the weight that is multiplied.
+      operand: index of the weight among the equation's operands.
+      contracted: for a dot, the axes of the weight that are summed over, with those of the other operand.
+      batch: for a dot, the axes of the weight that are axes of the other operand and of the output too.
+    """
+
+    kind: str
+    weight: View
+    operand: int = 1
+    contracted: tuple[tuple[int, int], ...] = ()
+    batch: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """For a dot, the other axes of the weight."""
+        used = {w for w, _ in (*self.contracted, *self.batch)}
+        return tuple(i for i in range(len(self.weight.axes)) if i not in used)
+
+    def output(self, operand: Sequence[Any], weight: Sequence[Any]) -> list[Any]:
+        """One entry for each axis of a dot's output, from the entries of both operands' axes."""
+        used = {x for _, x in (*self.contracted, *self.batch)}
+        rest = [a for i, a in enumerate(operand) if i not in used]
+        free = [weight[i] for i in self.free]
+        return [weight[w] for w, _ in self.batch] + (rest + free if self.operand == 1 else free + rest)
+
+
+def product(eqn: Any, operand: int, weight: View) -> Product:
+    """The use that an equation makes of a weight, which is its operand of that index."""
+    name, p = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        contracted, batch = p["dimension_numbers"]
+        pairs = [tuple(zip(own[operand], own[1 - operand], strict=True)) for own in (contracted, batch)]
+        return Product(DOT, weight, operand, *pairs)
+    if name == "conv_general_dilated" and operand == 1:
+        return Product(CONVOLUTION, weight, operand)
+    if name == "gather" and operand == 0 and _takes_rows(p["slice_sizes"], weight):
+        return Product(LOOKUP, weight, operand)
+    return Product(OTHER, weight, operand)
+
+
+def _takes_rows(slice_sizes: Sequence[int], weight: View) -> bool:
+    """Whether a gather picks one place of the weight's first axis, and all of the others."""
+    for axis, size in zip(weight.axes, slice_sizes, strict=True):
+        is_row = any(atom.source == "w" and atom.axis == 0 for atom in axis)
+        if size != 1 if is_row else size not in (1, _size(axis)):
+            return False
+    return True
+
+
+def _size(axis: Axis) -> int:
+    return View((axis,)).shape[0]
+

@@ -1,0 +1,399 @@
+"""The uses of every parameter in a marked trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend.core import Literal
+
+from jpeft.core.dataflow import marks
+from jpeft.core.dataflow.marks import mark_p
+from jpeft.core.dataflow.steps import DOT, OTHER, Product, product, step
+from jpeft.core.dataflow.views import VMAPPED, Atom, View
+from jpeft.core.tree import Path
+
+# Calls whose jaxpr runs as if its equations stood in place of the call.
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+# The views that an output passes through on its way to an output of the model.
+_KEEPS_OUTPUT = frozenset({"convert_element_type", "reshape", "squeeze", "transpose", "sharding_constraint"})
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A module call: its path, and the shapes of its own parameters."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of a parameter.
+
+    Attributes:
+      product: the product that the parameter reaches, or another use.
+      call: the innermost call of the parameter's module that the parameter comes from and that the use lies in; None
+        if there is none, or if the use lies in a loop or a branch inside of it.
+      operand: the other operand as a view of the call's input; None if it is not one.
+      returned: the call's output as a view of the product plus values that do not depend on it; None if it is not one.
+      final: whether the product, or the call's output if that is the product, is an output of the model that nothing
+        else consumes.
+    """
+
+    product: Product
+    call: int | None
+    operand: View | None = None
+    returned: View | None = None
+    final: bool = False
+
+    def output(self) -> View:
+        """The axes of a dot's output, as atoms of the operand ("x") and the weight ("w")."""
+        operand = self.operand
+        assert operand is not None
+        return View(tuple(self.product.output(operand.axes, self.product.weight.axes)))
+
+
+@dataclass
+class Flow:
+    """The uses of all parameters in a trace.
+
+    Attributes:
+      uses: the uses of each parameter.
+      transformed: scopes that see another value of a parameter than the stored one (`nn.map_variables`).
+      returned: the calls whose output is an output of the model that nothing else consumes.
+    """
+
+    uses: dict[Path, list[Use]] = field(default_factory=dict)
+    transformed: set[Path] = field(default_factory=set)
+    returned: set[int] = field(default_factory=set)
+
+
+def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Scope]) -> Flow:
+    """The uses of parameters.
+
+    Args:
+      jaxpr: a jaxpr whose first inputs are the parameters.
+      paths: path of each parameter.
+      scopes: the calls that `marks` bracket, by number.
+    """
+    walker = _Walker(scopes)
+    frame = _Frame(jaxpr, None, None)
+    for path, var in zip(paths, jaxpr.invars, strict=False):
+        frame.weights[var] = _Weight(path, View.of(var.aval.shape))
+    walker.run(frame)
+    return walker.flow
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A variable that is a view of a parameter.
+
+    Attributes:
+      path: the parameter's path.
+      view: the view.
+      calls: the calls of its module that all steps of the view lie in; None before the first step.
+    """
+
+    path: Path
+    view: View
+    calls: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A variable that is a view of a call's input, or of a product plus values that do not depend on it.
+
+    Attributes:
+      view: the view.
+      call: the call whose input it is, or that the product lies in.
+      use: the product.
+    """
+
+    view: View
+    call: int | None
+    use: Use | None = None
+
+
+class _Frame:
+    """A jaxpr that is walked, in the equation `eqn` of the frame around it."""
+
+    def __init__(self, jaxpr: Any, outer: _Frame | None, eqn: Any):
+        self.jaxpr, self.outer, self.eqn = jaxpr, outer, eqn
+        self.weights: dict[Any, _Weight] = {}
+        self.data: dict[Any, _Data] = {}
+        self._consumers: dict[Any, list[Any]] | None = None
+
+    def consumers(self, var: Any) -> list[Any]:
+        """The equations that use a variable, without marks."""
+        if self._consumers is None:
+            self._consumers = {}
+            for eqn in self.jaxpr.eqns:
+                if eqn.primitive is not mark_p:
+                    for v in _variables(eqn.invars):
+                        self._consumers.setdefault(v, []).append(eqn)
+        return self._consumers.get(var, [])
+
+    def is_final(self, var: Any, adds: bool = False) -> bool:
+        """Whether a variable only becomes an output of the model.
+
+        Args:
+          adds: whether a parameter may be added on the way: a bias.
+        """
+        for eqn in self.consumers(var):
+            is_bias = adds and eqn.primitive.name == "add" and any(_is_in(v, self.weights) for v in eqn.invars)
+            if not is_bias and eqn.primitive.name not in _KEEPS_OUTPUT:
+                return False
+            if not self.is_final(eqn.outvars[0], adds and not is_bias):
+                return False
+        places = [i for i, v in enumerate(self.jaxpr.outvars) if v is var]
+        if not places or self.outer is None:
+            return bool(places or self.consumers(var))
+        if not is_call(self.eqn.primitive.name):
+            return False
+        return all(self.outer.is_final(self.eqn.outvars[i], adds) for i in places)
+
+
+class _Walker:
+    def __init__(self, scopes: Mapping[int, Scope]):
+        self.scopes, self.flow = scopes, Flow()
+        self.open: list[tuple[int, int]] = []  # (call, level), outermost first
+        self.level = 0
+        self.pending: list[tuple[Use, _Frame, Any]] = []
+
+    def run(self, frame: _Frame) -> None:
+        self.walk(frame)
+        for use, inner, var in self.pending:
+            use.final = inner.is_final(var, adds=True)
+
+    def walk(self, frame: _Frame) -> None:
+        for eqn in frame.jaxpr.eqns:
+            if eqn.primitive is mark_p:
+                self.mark(frame, eqn)
+            else:
+                self.equation(frame, eqn)
+        for var in _variables(frame.jaxpr.outvars):
+            if var in frame.weights and (frame.outer is None or frame.eqn.primitive.name not in INLINED):
+                self.use(frame, frame.weights[var], Product(OTHER, frame.weights[var].view), None)
+
+    # --- marks ---
+
+    def mark(self, frame: _Frame, eqn: Any) -> None:
+        (var,), kind, call, dims = eqn.invars, eqn.params["kind"], eqn.params["call"], eqn.params["batched"]
+        if kind == marks.ENTER:
+            if (call, self.level) not in self.open:
+                self.open.append((call, self.level))
+            self.enter(frame, var, self.scopes[call], eqn.params["name"], dims)
+        elif kind == marks.INPUT:
+            frame.data[var] = _Data(_unbatched(var.aval.shape, dims, "x"), call)
+        elif kind == marks.OUTPUT:
+            data = frame.data.get(var)
+            if data is not None and data.use is not None and data.call == call:
+                data.use.returned = data.view
+            if frame.is_final(var):
+                self.flow.returned.add(call)
+        else:
+            self.open = [entry for entry in self.open if entry[0] != call]
+
+    def enter(self, frame: _Frame, var: Any, scope: Scope, name: str, dims: tuple[int, ...]) -> None:
+        """Checks that a module's own parameter is the stored one, and starts its views anew."""
+        path, view = (*scope.path, name), _unbatched(var.aval.shape, dims, "w")
+        stored = frame.weights.get(var)
+        if stored is None or stored.path != path or not _is_whole(stored.view, view):
+            self.flow.transformed.add(scope.path)
+        else:
+            frame.weights[var] = _Weight(path, view)
+
+    # --- equations ---
+
+    def equation(self, frame: _Frame, eqn: Any) -> None:
+        weights = [(i, frame.weights[v]) for i, v in enumerate(eqn.invars) if _is_in(v, frame.weights)]
+        inner = list(_jaxprs(eqn))
+        if inner:
+            passed = {i for _, operands in inner for i in operands}
+            for i, weight in weights:
+                if i not in passed:
+                    self.use(frame, weight, Product(OTHER, weight.view), None)
+            for sub, operands in inner:
+                self.call(frame, eqn, sub, operands)
+            return
+        if len(weights) > 1:  # a product of parameters: neither is multiplied with data
+            for _, weight in weights:
+                self.use(frame, weight, Product(OTHER, weight.view), None)
+        elif weights:
+            self.weight(frame, eqn, *weights[0])
+        self.values(frame, eqn)
+
+    def weight(self, frame: _Frame, eqn: Any, index: int, weight: _Weight) -> None:
+        """A step of a view of a parameter, or a use of it."""
+        views = step(eqn, weight.view) if index == 0 else (None,)
+        if all(view is not None for view in views):
+            calls = self.calls_of(weight)
+            for var, view in zip(eqn.outvars, views, strict=True):
+                frame.weights[var] = _Weight(weight.path, view, calls)
+            return
+        found = product(eqn, index, weight.view)
+        use = self.use(frame, weight, found, eqn.invars[1 - index] if found.kind == DOT else None)
+        if found.kind != OTHER and use.call is not None:
+            frame.data[eqn.outvars[0]] = _Data(_output_view(eqn, use), use.call, use)
+            self.pending.append((use, frame, eqn.outvars[0]))
+
+    def use(self, frame: _Frame, weight: _Weight, found: Product, operand: Any) -> Use:
+        """Records a use."""
+        calls = self.calls_of(weight)
+        use = Use(found, calls[-1] if calls else None)
+        data = frame.data.get(operand) if operand is not None and not isinstance(operand, Literal) else None
+        if data is not None and data.use is None and data.call == use.call:
+            use.operand = data.view
+        self.flow.uses.setdefault(weight.path, []).append(use)
+        return use
+
+    def calls_of(self, weight: _Weight) -> tuple[int, ...]:
+        """The open calls of a parameter's module, at this level, that all steps of its view so far lie in."""
+        owner = weight.path[:-1]
+        here = tuple(c for c, level in self.open if level == self.level and self.scopes[c].path == owner)
+        return here if weight.calls is None else tuple(c for c in here if c in weight.calls)
+
+    def values(self, frame: _Frame, eqn: Any) -> None:
+        """A step of a view of an input or of a product."""
+        known = [(i, frame.data[v]) for i, v in enumerate(eqn.invars) if _is_in(v, frame.data)]
+        name = eqn.primitive.name
+        if name in ("add", "add_any", "sub") and known:
+            products = [(i, d) for i, d in known if d.use is not None and (i == 0 or name != "sub")]
+            # The sum of a product with itself is another function of it.
+            if len(products) == 1 and eqn.invars[0] is not eqn.invars[1]:
+                data = products[0][1]
+                if eqn.outvars[0].aval.shape == eqn.invars[products[0][0]].aval.shape:
+                    frame.data[eqn.outvars[0]] = data
+        elif len(known) == 1 and known[0][0] == 0 and not any(_is_in(v, frame.weights) for v in eqn.invars):
+            data = known[0][1]
+            for var, view in zip(eqn.outvars, step(eqn, data.view), strict=True):
+                if view is not None:
+                    frame.data[var] = dataclasses.replace(data, view=view)
+
+    def call(self, frame: _Frame, eqn: Any, jaxpr: Any, operands: Sequence[int | None]) -> None:
+        """An equation that runs a jaxpr: a jitted function, a scan, a branch."""
+        inlined, scanned = eqn.primitive.name in INLINED, _num_scanned(eqn)
+        inner = _Frame(jaxpr, frame, eqn)
+        for var, i in zip(jaxpr.invars, operands, strict=True):
+            outer = eqn.invars[i] if i is not None else None
+            if outer is None or isinstance(outer, Literal):
+                continue
+            if inlined and outer in frame.data:
+                inner.data[var] = frame.data[outer]
+            if outer in frame.weights:
+                weight = frame.weights[outer]
+                if scanned is not None and i is not None and i >= scanned:
+                    weight = dataclasses.replace(weight, view=View(weight.view.axes[1:], weight.view.fixed))
+                if inlined:
+                    inner.weights[var] = weight
+                elif _is_stored(weight.view):
+                    inner.weights[var] = dataclasses.replace(weight, calls=None)
+                else:
+                    self.use(frame, weight, Product(OTHER, weight.view), None)
+        if not inlined:
+            self.level += 1
+        opened = len(self.open)
+        self.walk(inner)
+        if not inlined:
+            self.level -= 1
+            del self.open[opened:]
+            return
+        for outer, var in zip(eqn.outvars, jaxpr.outvars, strict=True):
+            if _is_in(var, inner.weights):
+                frame.weights[outer] = inner.weights[var]
+            if _is_in(var, inner.data):
+                frame.data[outer] = inner.data[var]
+
+
+def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
+    return (v for v in atoms if not isinstance(v, Literal))
+
+
+def _is_in(atom: Any, known: Mapping[Any, Any]) -> bool:
+    return not isinstance(atom, Literal) and atom in known
+
+
+def _output_view(eqn: Any, use: Use) -> View:
+    """The output of a product: for a dot with a known operand as atoms of both, else as its own."""
+    if use.product.kind == DOT and use.operand is not None:
+        return use.output()
+    return View.of(eqn.outvars[0].aval.shape, "y")
+
+
+def _unbatched(shape: Sequence[int], dims: Sequence[int], source: str) -> View:
+    """The view of an array as a module sees it, from its shape outside of the vmaps around the module."""
+    axes: list[int | None] = list(range(len(shape)))
+    for dim in reversed(dims):  # outermost first
+        axes.pop(dim)
+    own = View.of([shape[i] for i in axes if i is not None], source)
+    numbers = {axis: i for i, axis in enumerate(axes)}
+    views = []
+    for i, size in enumerate(shape):
+        if i in numbers:
+            views.append(own.axes[numbers[i]])
+        else:
+            views.append((Atom(VMAPPED, i, 1, size),) if size != 1 else ())
+    return View(tuple(views))
+
+
+def _is_stored(view: View) -> bool:
+    """Whether a view only orders the axes of the parameter, or leaves out some."""
+    whole = all(len(axis) <= 1 and all(atom.stride == 1 for atom in axis) for axis in view.axes)
+    return whole and not view.fixed and not view.flipped
+
+
+def _is_whole(stored: View, seen: View) -> bool:
+    """Whether a module sees a stored parameter without stacked axes, in the order in which it is stored."""
+    if not _is_stored(stored) or stored.shape != seen.shape:
+        return False
+    kept = [
+        mine for mine, theirs in zip(stored.axes, seen.axes, strict=True) if not any(a.source != "w" for a in theirs)
+    ]
+    places = [axis[0].axis for axis in kept if axis]
+    return places == sorted(places)
+
+
+def _num_scanned(eqn: Any) -> int | None:
+    """For a scan, the index of the first operand that is sliced."""
+    return eqn.params["num_consts"] + eqn.params["num_carry"] if eqn.primitive.name == "scan" else None
+
+
+def _jaxprs(eqn: Any) -> Iterator[tuple[Any, Sequence[int | None]]]:
+    """The jaxprs that a call runs, with the index of the operand that each of their inputs is.
+
+    An input that changes from one pass of a loop to the next has None. An equation that is no call, such as a scatter,
+    has none: what its operands hold is used by itself.
+    """
+    name, n, p = eqn.primitive.name, len(eqn.invars), eqn.params
+    if name == "while":
+        cond, body = p["cond_nconsts"], p["body_nconsts"]
+        carry = [None] * (n - cond - body)
+        yield p["cond_jaxpr"].jaxpr, [*range(cond), *carry]
+        yield p["body_jaxpr"].jaxpr, [*range(cond, cond + body), *carry]
+    elif name == "scan":
+        first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
+        yield p["jaxpr"].jaxpr, [None if first <= i < last else i for i in range(n)]
+    elif name == "cond":
+        for branch in p["branches"]:
+            yield branch.jaxpr, list(range(1, n))
+    elif is_call(name):
+        for value in p.values():
+            jaxpr = open_jaxpr(value)
+            if jaxpr is not None and len(jaxpr.invars) == n:
+                yield jaxpr, list(range(n))
+
+
+def is_call(name: str) -> bool:
+    """Whether a primitive of this name runs a jaxpr once, on all of its operands."""
+    return name in INLINED or name.startswith(("remat", "checkpoint", "custom_jvp_call", "custom_vjp_call"))
+
+
+def open_jaxpr(value: Any) -> Any:
+    """The jaxpr of a parameter of an equation, or None if that is not one."""
+    value = getattr(value, "jaxpr", value) if hasattr(value, "consts") else value
+    return value if hasattr(value, "eqns") and hasattr(value, "invars") else None
+
+

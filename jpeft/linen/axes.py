@@ -1,0 +1,66 @@
+"""The stacked axes of a model's scopes, recorded without a change of what the model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import meta
+
+KEY = "jpeft:axes"
+
+
+@jax.tree_util.register_pytree_node_class
+class AxisProbe(meta.AxisMetadata):
+    """An entry of a scope's parameters without an array. Flax tells it every axis that a scan or vmap slices off.
+
+    Functions of trees do not see it: it has no leaf. It belongs to one abstract call, which is part of the tree's
+    structure and compared by identity, so that no cache of traces replays an earlier call.
+
+    Attributes:
+      axes: the axes that were sliced off, outermost first.
+      call: an object of the abstract call.
+    """
+
+    def __init__(self, axes: tuple[int, ...], call: object):
+        self.axes, self.call = axes, call
+
+    def unbox(self) -> AxisProbe:
+        return self
+
+    def replace_boxed(self, val: Any) -> AxisProbe:
+        return self
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> AxisProbe:
+        return AxisProbe(self.axes[:-1], self.call)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> AxisProbe:
+        return AxisProbe((*self.axes, index), self.call)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (), (self.axes, self.call)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> AxisProbe:
+        return cls(*aux)
+
+
+def with_probes(tree: Any, call: object) -> Any:
+    """A tree of parameters with a probe in every mapping that holds one."""
+    if not isinstance(tree, Mapping):
+        return tree
+    out = {name: with_probes(child, call) for name, child in tree.items()}
+    has_leaf = any(not isinstance(child, Mapping) for child in tree.values())
+    return {**out, KEY: AxisProbe((), call)} if has_leaf else out
+
+
+def axes_in(scope: Any) -> tuple[int, ...] | None:
+    """The axes that were sliced off a scope, from the first probe in it or below; None without parameters."""
+    if isinstance(scope, AxisProbe):
+        return scope.axes
+    if isinstance(scope, Mapping):
+        if KEY in scope:
+            return scope[KEY].axes
+        return next((axes for child in scope.values() if (axes := axes_in(child)) is not None), None)
+    return None

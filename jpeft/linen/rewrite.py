@@ -1,0 +1,77 @@
+"""Runs a module's call with products of its parameters replaced: the call is traced, and its trace evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jpeft.core.dataflow.replace import Change, evaluate
+from jpeft.core.tree import Path, flatten
+
+
+def run(module: nn.Module, call: Callable[[], Any], weights: Mapping[str, Any], change: Change) -> Any:
+    """The outputs of ``call()``, with ``change`` in place of every dot that a weight reaches.
+
+    Args:
+      module: the called module.
+      call: runs its method.
+      weights: values of the module's parameters, by name, as the method reads them.
+      change: see `jpeft.core.dataflow.replace.evaluate`.
+
+    Raises:
+      ValueError: a weight is used in another way.
+    """
+    seen = _Traced(module, call)
+    closed = jax.make_jaxpr(seen)()
+    names = {id(value): name for name, value in weights.items()}
+    found = {
+        v: names[id(c)] for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True) if id(c) in names
+    }
+    return seen.restored(evaluate(closed.jaxpr, closed.consts, found, change))
+
+
+class _Traced:
+    """A call as a function from nothing to arrays: its outputs and the variables that it writes."""
+
+    def __init__(self, module: nn.Module, call: Callable[[], Any]):
+        self.module, self.call = module, call
+        self.leaves: list[Any] = []
+        self.treedef: Any = None
+        self.paths: list[tuple[str, Path]] = []
+
+    def __call__(self) -> list[Any]:
+        before = _written(self.module)
+        y = self.call()
+        after = {key: x for key, x in _written(self.module).items() if before.get(key) is not x}
+        self.paths = list(after)
+        self.leaves, self.treedef = jax.tree.flatten((y, list(after.values())))
+        return [x for x in self.leaves if _is_array(x)]
+
+    def restored(self, arrays: list[Any]) -> Any:
+        """The call's outputs, from the values of its arrays. Puts the variables that it wrote back into their scopes."""
+        values = iter(arrays)
+        y, written = jax.tree.unflatten(self.treedef, [next(values) if _is_array(x) else x for x in self.leaves])
+        self.leaves = []  # tracers must not outlive their trace
+        for (collection, path), value in zip(self.paths, written, strict=True):
+            scope = self.module.scope
+            assert scope is not None
+            for name in path[:-1]:
+                scope = scope.push(name, reuse=True)
+            scope.put_variable(collection, path[-1], value)
+        return y
+
+
+def _written(module: nn.Module) -> dict[tuple[str, Path], Any]:
+    """The variables of a module and the modules in it that a call may write, by collection and path."""
+    scope = module.scope
+    assert scope is not None
+    mutable = {n: tree for n, tree in scope.variables().items() if scope.is_mutable_collection(n)}
+    return {(name, path): x for name, tree in mutable.items() for path, x in flatten(tree).items()}
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
