@@ -39,7 +39,8 @@ from common import Variant, compiled_facts, cross_entropy, machine, markdown, me
 from decoder import abstract, mega, tokens
 
 import jpeft
-from jpeft.core.quantized import SCHEMES, Quantized, dequantize_leaf, quantize_array
+from jpeft.core.quantized import Quantized, dequantize_leaf, quantize_array
+from jpeft.core.schemes import SCHEMES
 from jpeft.core.tree import flatten, join, size_bytes, unflatten
 from jpeft.models.decoder import Decoder
 from jpeft.recipes.assets import resolve_conversations, resolve_model

@@ -1,4 +1,4 @@
-"""The quantized weight: a box of codes and scales that dequantizes itself, its schemes, and quantizing one array.
+"""The quantized weight: a box of codes and scales that dequantizes itself, and quantizing one array.
 
 `jpeft.quantization` quantizes whole parameter trees.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,125 +22,8 @@ from jaxtyping import Array, Float
 
 from jpeft.core import fingerprint
 from jpeft.core.placement import num_shards, place, trimmed
-from jpeft.core.tree import named_sharding, peek
-
-# bitsandbytes 0.50, `functional.get_4bit_type("nf4")`: quantiles of the normal distribution, scaled to a largest of 1.
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-GROUP = 256  # the number of scales that share a group scale in double quantization
-
-
-def _dynamic_map() -> np.ndarray:
-    """The codebook of quantized scales: the 256 values of bitsandbytes' `create_dynamic_map()`, sorted."""
-    f32 = np.float32
-    first, last, values = f32(0.1), f32(1), []
-    for exponent in range(7):
-        # As torch.linspace(0.1, 1) computes it: from both ends to the middle, each product and sum rounded once.
-        pieces = 2**exponent
-        step, i = np.float64((last - first) / f32(pieces)), np.arange(pieces + 1)
-        ends = np.where(2 * i < pieces, first + step * i, last - step * (pieces - i)).astype(f32)
-        values.append(f32(10.0 ** (exponent - 6)) * ((ends[1:] + ends[:-1]) / f32(2)))
-    positive = np.concatenate(values)
-    return np.sort(np.concatenate([-positive, [f32(0)], positive, [f32(1)]]))
-
-
-SCALE_CODES = _dynamic_map()
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A code for weights in [-1, 1].
-
-    Attributes:
-      bits: bits of a code; two 4-bit codes share a byte.
-      encode: weights to codes.
-      decode: codes to weights in float32.
-    """
-
-    bits: int
-    encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
-
-
-def _encode_nf4(x: jax.Array) -> jax.Array:
-    levels = np.asarray(NF4, np.float32)
-    middles = (levels[1:] + levels[:-1]) / 2
-    return functools.reduce(jnp.add, [(x > m).astype(jnp.uint8) for m in middles])
-
-
-def _decode_nf4(codes: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(codes, tpu=_decode_nf4_by_bits, default=_decode_nf4_by_lookup)
-
-
-def _decode_nf4_by_lookup(codes: jax.Array) -> jax.Array:
-    return jnp.asarray(NF4, jnp.float32).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-
-
-def _decode_nf4_by_bits(codes: jax.Array) -> jax.Array:
-    # A tree of selects, one level for each bit, because gathers are slow on TPUs. On CPU, XLA would hoist every level
-    # out of the scan as an array of the weight's size.
-    values: list[Any] = [jnp.float32(level) for level in NF4]
-    for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
-        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
-
-
-def _encode_int(x: jax.Array, largest: int) -> jax.Array:
-    return jnp.clip(jnp.round(x * largest), -largest, largest)
-
-
-def _encode_int4(x: jax.Array) -> jax.Array:
-    return (_encode_int(x, 7) + 8).astype(jnp.uint8)
-
-
-def _decode_int4(codes: jax.Array) -> jax.Array:
-    return (codes.astype(jnp.float32) - 8) / 7
-
-
-def _encode_int8(x: jax.Array) -> jax.Array:
-    return _encode_int(x, 127).astype(jnp.int8)
-
-
-def _decode_int8(codes: jax.Array) -> jax.Array:
-    return codes.astype(jnp.float32) / 127
-
-
-_FP8_MAX = 448.0  # the largest float8_e4m3fn
-
-
-def _encode_fp8(x: jax.Array) -> jax.Array:
-    # Stored as bytes: XLA CPU would convert a stack of float8 to float16 outside the scan that slices it.
-    return jax.lax.bitcast_convert_type((x * _FP8_MAX).astype(jnp.float8_e4m3fn), jnp.uint8)
-
-
-def _decode_fp8(codes: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32) / _FP8_MAX
-
-
-SCHEMES: Mapping[str, Scheme] = {
-    "nf4": Scheme(4, _encode_nf4, _decode_nf4),
-    "int4": Scheme(4, _encode_int4, _decode_int4),
-    "int8": Scheme(8, _encode_int8, _decode_int8),
-    "fp8": Scheme(8, _encode_fp8, _decode_fp8),
-}
-
+from jpeft.core.schemes import GROUP, SCALE_CODES, SCHEMES
+from jpeft.core.tree import box_as, named_sharding, peek
 
 # --- the box --------------------------------------------------------------------------------------------------------
 
@@ -161,8 +44,10 @@ class Quantized(meta.AxisMetadata):
         quantized base the same fingerprint as the original one.
       scheme: a key of `SCHEMES`.
       block: the number of weights that share a scale.
-      axis: the axis along which blocks run, -2 or -1.
+      axis: the axis of one layer along which blocks run, -2 or -1.
       dtype: the dtype of the weight.
+      stack: the axes of codes and scales that scans and vmaps slice off, outermost first; empty if they lead. Groups,
+        offset and origin have these axes first.
 
     >>> q = quantize_array(jnp.ones((64, 2)), "nf4")
     >>> q.shape, q.codes.shape, q.scales.shape, float(q.unbox()[0, 0])
@@ -178,14 +63,23 @@ class Quantized(meta.AxisMetadata):
     block: int
     axis: int
     dtype: Any
+    stack: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         shape = list(np.shape(meta.unbox(self.codes)))
         if shape:
-            shape[self.axis] *= 8 // SCHEMES[self.scheme].bits
+            shape[self.stored_axis] *= 8 // SCHEMES[self.scheme].bits
         return tuple(shape)
+
+    @property
+    def stored_axis(self) -> int:
+        """The axis of codes and scales along which blocks run, counted from the last."""
+        if not self.stack:
+            return self.axis
+        ndim = np.ndim(meta.unbox(self.codes))
+        return stack_order(ndim, self.stack)[self.axis] - ndim
 
     @property
     def ndim(self) -> int:
@@ -214,12 +108,12 @@ class Quantized(meta.AxisMetadata):
     def unbox(self) -> Float[Array, "*shape"]:
         """The weight, dequantized in float32 and then cast to its dtype."""
         codes, scales = meta.unbox(self.codes), self.float_scales()
-        scheme = SCHEMES[self.scheme]
+        scheme, axis = SCHEMES[self.scheme], self.stored_axis
         if scheme.bits == 4:
             # The new axis comes right after `axis`, so that the reshape restores the order of the weights.
-            pair = jnp.stack([codes >> 4, codes & 15], axis=self.axis)
+            pair = jnp.stack([codes >> 4, codes & 15], axis=axis)
             codes = pair.reshape(self.shape)
-        values = _split_blocks(scheme.decode(codes), self.block, self.axis) * jnp.expand_dims(scales, self.axis)
+        values = _split_blocks(scheme.decode(codes), self.block, axis) * jnp.expand_dims(scales, axis)
         return values.reshape(self.shape).astype(self.dtype)
 
     def float_scales(self) -> Float[Array, "*scales"]:
@@ -228,10 +122,14 @@ class Quantized(meta.AxisMetadata):
         if self.groups is None:
             return scales
         assert self.offset is not None
+        order = stack_order(scales.ndim, self.stack)
+        scales = jnp.transpose(scales, order)
         unit = jnp.asarray(SCALE_CODES).at[scales.astype(jnp.int32)].get(mode="promise_in_bounds")
         flat = _flatten_scales(unit, self.axis)
-        wide = jnp.repeat(self.groups, GROUP, axis=-1)[..., : flat.shape[-1]]
-        return _unflatten_scales(flat * wide + self.offset[..., None], scales.shape, self.axis)
+        # Their axes of size 1, which `remove_axis` may have added, go.
+        groups, offset = (jnp.reshape(x, (*flat.shape[:-1], -1)) for x in (self.groups, self.offset))
+        wide = jnp.repeat(groups, GROUP, axis=-1)[..., : flat.shape[-1]]
+        return jnp.transpose(_unflatten_scales(flat * wide + offset, scales.shape, self.axis), np.argsort(order))
 
     # --- the interface that Flax and JAX call ---
 
@@ -240,10 +138,52 @@ class Quantized(meta.AxisMetadata):
         return meta.replace_boxed(self.codes, val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        return self._map_boxes(lambda box: box.add_axis(index, params))
+        # Flax has stacked all arrays along this axis.
+        leads = not self.stack and index % np.ndim(meta.unbox(self.codes)) == 0
+        new = self if leads else self._map_rest(lambda x: jnp.moveaxis(x, index, 0), (index, *self.stack))
+        return new._map_boxes(lambda box: box.add_axis(index, params))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        return self._map_boxes(lambda box: box.remove_axis(index, params))
+        """The weight as Flax slices it next: along this axis, in all its arrays.
+
+        Raises:
+          ValueError: blocks run along the axis.
+        """
+        return self._sliceable(index)._map_boxes(lambda box: box.remove_axis(index, params))
+
+    def _sliceable(self, index: int) -> Quantized:
+        ndim = np.ndim(meta.unbox(self.codes))
+        at = index % ndim
+        if not self.stack and at == 0:
+            return self
+        own = self if self.stack and self.stack[0] % ndim == at else self._stacked_along(at)
+        return own._map_rest(lambda x: _place_first(x, index), own.stack[1:])
+
+    def _stacked_along(self, at: int) -> Quantized:
+        """The weight as a stack along an axis for which it was not quantized: groups of scales may cross layers."""
+        if problem := self.problem_with_stack((at,)):
+            raise ValueError(f"a weight of shape {self.shape} {problem}")
+        ndim, axis = np.ndim(meta.unbox(self.codes)), self.stored_axis
+        rows = jnp.broadcast_to(jnp.reshape(self.origin, (-1, 2))[0], (self.shape[at], 2))
+        scales = box_as(self.scales, self.float_scales())
+        axis = axis + 1 if at > ndim + axis else axis
+        return dataclasses.replace(self, scales=scales, groups=None, offset=None, origin=rows, axis=axis, stack=(at,))
+
+    def problem_with_stack(self, stack: Sequence[int]) -> str | None:
+        """Why scans that slice off these axes cannot slice the weight, as the end of an error message; or None."""
+        ndim = np.ndim(meta.unbox(self.codes))
+        if ndim + self.stored_axis not in stack_order(ndim, stack)[: len(stack)]:
+            return None
+        return (
+            f"is quantized in blocks along axis {ndim + self.stored_axis}, along which the model stacks its layers; "
+            "give jpeft.quantize the model: jpeft.quantize(params, scheme, model, *inputs)"
+        )
+
+    def _map_rest(self, fn: Callable[[Any], Any], stack: tuple[int, ...]) -> Quantized:
+        """Maps a function over the arrays that do not have the weight's axes."""
+        names = ("groups", "offset", "origin")
+        rest = {name: None if (x := getattr(self, name)) is None else fn(x) for name in names}
+        return dataclasses.replace(self, **rest, stack=stack)
 
     def get_partition_spec(self) -> Quantized:
         """For ``nn.get_partition_spec``: codes and scales have the weight's spec, the rest is replicated."""
@@ -255,12 +195,34 @@ class Quantized(meta.AxisMetadata):
         return dataclasses.replace(self, codes=codes, scales=scales)
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        aux = (self.scheme, self.block, self.axis, self.dtype)
+        aux = (self.scheme, self.block, self.axis, self.dtype, self.stack)
         return (self.codes, self.scales, self.groups, self.offset, self.origin), aux
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> Quantized:
         return cls(*children, *aux)
+
+
+def stack_order(ndim: int, stack: Sequence[int]) -> tuple[int, ...]:
+    """The axes of an array with those of a stack first.
+
+    Args:
+      ndim: the number of axes.
+      stack: the axes that are sliced off, outermost first, each counted without those before it.
+
+    >>> stack_order(4, (1, 1)), stack_order(3, (-1,))
+    ((1, 2, 0, 3), (2, 0, 1))
+    """
+    rest = list(range(ndim))
+    first = [rest.pop(axis) for axis in stack]
+    return (*first, *rest)
+
+
+def _place_first(x: jax.Array, index: int) -> jax.Array:
+    """The array with its first axis at an index, which axes of size 1 make room for."""
+    if index >= 0:
+        return jnp.moveaxis(x.reshape(x.shape[0], *[1] * index, *x.shape[1:]), 0, index)
+    return jnp.moveaxis(x.reshape(*x.shape, *[1] * (-1 - index)), 0, index)
 
 
 def _split_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
@@ -292,15 +254,20 @@ def block_axis(shape: tuple[int, ...], block: int) -> int | None:
     return next((axis for axis in (-2, -1) if len(shape) >= 2 and shape[axis] % block == 0 and shape[axis]), None)
 
 
-def quantize_array(weight: Any, scheme: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
+def quantize_array(
+    weight: Any, scheme: str = "nf4", block: int = 64, double: bool = True, stack: Sequence[int] = ()
+) -> Quantized:
     """Quantizes one weight, `[..., in, out]`. Every matrix of a stack has its own scales.
 
     Args and errors as for `jpeft.quantize`. Traceable; an abstract weight gives an abstract result.
 
+    Args:
+      stack: the axes along which layers are stacked, see `Quantized`; without them, layers have the other two axes.
+
     >>> quantize_array(jnp.ones((2, 128, 8)), "int8").codes.dtype
     dtype('int8')
     """
-    return _quantize_part(weight, scheme, block, double, 0)
+    return _quantize_part(weight, scheme, block, double, 0, stack)
 
 
 def quantize_part(like: Quantized, weight: Any, start: int) -> Quantized:
@@ -319,7 +286,9 @@ def quantize_part(like: Quantized, weight: Any, start: int) -> Quantized:
     return _quantize_part(weight, like.scheme, like.block, like.groups is not None, start)
 
 
-def _quantize_part(weight: Any, scheme: str, block: int, double: bool, start: int) -> Quantized:
+def _quantize_part(
+    weight: Any, scheme: str, block: int, double: bool, start: int, stack: Sequence[int] = ()
+) -> Quantized:
     check_scheme(scheme, block)
     shape, dtype = np.shape(weight), np.dtype(weight.dtype)
     if isinstance(weight, Quantized):
@@ -328,23 +297,30 @@ def _quantize_part(weight: Any, scheme: str, block: int, double: bool, start: in
         raise ValueError(f"is {dtype}, expected a floating dtype")
     if not math.prod(shape):
         raise ValueError(f"has shape {shape}, which holds no elements")
-    axis = block_axis(shape, block)
+    layer = tuple(shape[at] for at in stack_order(len(shape), stack)[len(stack) :])
+    axis, stack = block_axis(layer, block), tuple(stack) if any(stack) else ()
     if axis is None:
+        each = f" in each layer of {shape}" if stack else ""
         raise ValueError(
-            f"has shape {shape}: a block of {block} divides neither of its last two axes; try another block="
+            f"has shape {layer if stack else shape}{each}: a block of {block} divides neither of its last two axes; "
+            "try another block="
         )
     if isinstance(weight, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis, np.uint32(0)), weight)
+        return jax.eval_shape(lambda w: _quantize(w, scheme, block, double, axis, stack, np.uint32(0)), weight)
     # Checked on the weight, not on the scales: on XLA CPU the maximum of a block with a NaN may be a number.
     if not isinstance(weight, Tracer) and not bool(jnp.isfinite(weight).all()):
         raise ValueError("holds NaN or infinity, which no code represents")
-    return _quantize(weight, scheme, block, double, axis, np.uint32(start % 2**32))
+    return _quantize(weight, scheme, block, double, axis, stack, np.uint32(start % 2**32))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int, start: Any) -> Quantized:
-    scheme, shape = SCHEMES[name], weight.shape
-    wide = _split_blocks(weight.astype(jnp.float32), block, axis)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _quantize(
+    weight: jax.Array, name: str, block: int, double: bool, axis: int, stack: tuple[int, ...], start: Any
+) -> Quantized:
+    order = stack_order(weight.ndim, stack)
+    own = jnp.transpose(weight, order)  # layers first
+    scheme, shape = SCHEMES[name], own.shape
+    wide = _split_blocks(own.astype(jnp.float32), block, axis)
     scales = jnp.abs(wide).max(axis=axis)
     # A block of zeros has scale 0.
     codes = scheme.encode(wide / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), axis)).reshape(shape)
@@ -353,8 +329,9 @@ def _quantize(weight: jax.Array, name: str, block: int, double: bool, axis: int,
         high, low = (jax.lax.index_in_dim(pair, i, axis, keepdims=False) for i in range(2))
         codes = (high << 4) | low
     sums = jnp.broadcast_to(fingerprint.checksum(weight, start), (*shape[:-2], 2))
-    box = functools.partial(Quantized, origin=sums, scheme=name, block=block, axis=axis, dtype=weight.dtype)
-    return box(codes, *_quantize_scales(scales, axis)) if double else box(codes, scales, None, None)
+    scales, groups, offset = _quantize_scales(scales, axis) if double else (scales, None, None)
+    codes, scales = (jnp.transpose(x, np.argsort(order)) for x in (codes, scales))
+    return Quantized(codes, scales, groups, offset, sums, name, block, axis, weight.dtype, stack)
 
 
 def _quantize_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -429,7 +406,7 @@ def requantize_leaf(like: Quantized, weight: Any) -> Quantized:
     >>> requantize_leaf(quantize_array(jnp.ones((64, 2)), "int8"), jnp.zeros((64, 2))).scheme
     'int8'
     """
-    return quantize_leaf(weight, like.scheme, like.block, like.groups is not None)
+    return quantize_leaf(weight, like.scheme, like.block, like.groups is not None, like.stack)
 
 
 @jax.jit
@@ -445,10 +422,10 @@ def check_scheme(scheme: str, block: int) -> None:
         raise ValueError(f"block must be an even number of weights, got {block!r}")
 
 
-def quantize_leaf(leaf: Any, scheme: str, block: int, double: bool) -> Quantized:
-    """Quantizes a leaf of a tree; its box and sharding stay."""
+def quantize_leaf(leaf: Any, scheme: str, block: int, double: bool, stack: Sequence[int] = ()) -> Quantized:
+    """Quantizes a leaf of a tree; its box and sharding stay. See `quantize_array`."""
     held = peek(leaf)
-    new = quantize_array(held, scheme, block, double)
+    new = quantize_array(held, scheme, block, double, stack)
     if (sharding := named_sharding(held)) is not None:
         new = jax.tree.map(place, new, shardings_like(new, sharding))
     if isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Quantized):

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import fingerprint
-from jpeft.core.quantized import GROUP, NF4, SCALE_CODES, SCHEMES, Quantized
+from jpeft.core.quantized import Quantized
+from jpeft.core.schemes import GROUP, NF4, SCALE_CODES, SCHEMES
 from jpeft.core.sites import HEAD_NAMES
 from jpeft.errors import ModelError
 from jpeft.models.folder import Tensor

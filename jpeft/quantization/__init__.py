@@ -1,6 +1,6 @@
 """Quantized bases, for any model and method: `quantize`, `dequantize` and LoftQ."""
 
-from jpeft.core.quantized import SCHEMES as SCHEMES
+from jpeft.core.schemes import SCHEMES as SCHEMES
 from jpeft.core.quantized import Quantized as Quantized
 from jpeft.core.quantized import dequantize_leaf as dequantize_leaf
 from jpeft.core.quantized import quantize_array as quantize_array

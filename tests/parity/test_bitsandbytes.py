@@ -14,7 +14,8 @@ import transformers
 import jpeft
 from jpeft import models
 from jpeft.core.fingerprint import fingerprint
-from jpeft.core.quantized import NF4, SCALE_CODES, Quantized, quantize_array
+from jpeft.core.quantized import Quantized, quantize_array
+from jpeft.core.schemes import NF4, SCALE_CODES
 from jpeft.core.tree import flatten
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

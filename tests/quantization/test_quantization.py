@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jpeft
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.peft import Peft
-from jpeft.core.quantized import NF4, SCHEMES, Quantized, block_axis, dequantize_leaf, quantize_array
+from jpeft.core.quantized import Quantized, block_axis, dequantize_leaf, quantize_array
+from jpeft.core.schemes import NF4, SCHEMES
 from jpeft.core.stacking import unstack
 from jpeft.linen import inject
 from jpeft.models.decoder import Decoder, DecoderConfig
