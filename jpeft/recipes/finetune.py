@@ -55,6 +55,8 @@ UNCHANGED: Mapping[str, str] = {
     "tokenizer": "its model's tokenizer.json",
     "chat_template": "its model's chat template",
 }
+# Fields of a configuration that a resumed run may have more of.
+LENGTHS = ("steps", "epochs")
 # Entries of the record that must be the same on all processes, and their names in the error.
 _SAME: Mapping[str, str] = {
     "config": "the configuration",
@@ -99,24 +101,30 @@ def resume(
 ) -> dict[str, Any]:
     """Continues a run under its recorded configuration. Returns the content of its result.json, also if it is complete.
 
+    Larger `steps` or `epochs` lengthen the run, also a complete one: it goes on after its last checkpoint with the data
+    in the order that a run of that length has. The learning rate of the remaining steps is that of the new length: it
+    decays to zero at the new end, so that it rises where a run had come near its old one. config.json records it, as
+    `lengthened`.
+
     Args:
-        given: fields of `Config` to compare with the recorded configuration; a difference raises a UserError.
+        given: fields of `Config` to compare with the recorded configuration. Any other difference raises a UserError.
         setup: where and how to run, as for `finetune`. It may differ from the run's earlier setup.
 
     >>> resume(Path("runs/first"), {})  # doctest: +SKIP
     """
     reporter = _main_reporter(reporter)
-    record, result = on_all_hosts(lambda: _read_run(run, given))
-    if result is not None:
+    record, config, result = on_all_hosts(lambda: _read_run(run, given))
+    longer = config != Config(**record["config"])
+    if result is not None and not longer:
         reporter.say(f"{run} is complete")
         return result
     with run_folder.locked(run):  # raises before the model is loaded
         pass
-    job = on_all_hosts(lambda: _prepare_again(run, record, reporter, setup))
+    job = on_all_hosts(lambda: _prepare_again(run, record, config, reporter, setup))
     _checked_record(job)
     if changed := difference(record["base"], job.params):
         raise UserError(f"{run}: cannot be resumed: the model {job.config.model} changed since it began: {changed}")
-    return _finish(job, run, reporter, setup)
+    return _finish(job, run, reporter, setup, record if longer else None)
 
 
 def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
@@ -128,25 +136,38 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
     return job
 
 
-def _prepare_again(run: Path, record: Mapping[str, Any], reporter: Reporter, setup: Setup) -> Job:
-    job = prepare(Config(**record["config"]), reporter, setup)
+def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporter: Reporter, setup: Setup) -> Job:
+    job = prepare(config, reporter, setup)
+    longer = config != Config(**record["config"])
     for name, words in UNCHANGED.items():
-        if name in record and job.record.get(name) != record[name]:  # older runs record less
+        if name in record and job.record.get(name) != record[name] and not (longer and name == "steps"):
             raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
+    if longer and job.steps <= record["steps"]:
+        raise UserError(
+            f"{run}: {_length(job.config)} makes {job.steps:,} steps, and the run has {record['steps']:,}: it may only "
+            "become longer, and ends with its --epochs or its --steps, whichever comes first; give both"
+        )
     return job
 
 
-def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A run's record, and its result if it is complete."""
+def _length(config: Config) -> str:
+    return f"--epochs {config.epochs}" + ("" if config.steps is None else f" with --steps {config.steps}")
+
+
+def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Config, dict[str, Any] | None]:
+    """A run's record, the configuration to continue it with, and its result if it is complete."""
     record = run_folder.read_record(run)
     config = Config(**record["config"])
-    if name := config.conflict(given):
+    now = {"epochs": config.epochs, "steps": config.steps or record["steps"]}
+    longer = {name: given[name] for name in LENGTHS if (given.get(name) or 0) > now[name]}
+    if name := config.conflict({name: value for name, value in given.items() if name not in longer}):
         recorded = "default" if getattr(config, name) is None else " ".join(str(getattr(config, name)).split())[:60]
+        may = "; only --steps and --epochs may become more" if name in LENGTHS else ""
         raise UserError(
             f"{run}: {flag(name)} {given[name]} conflicts with the run's {recorded}: a resumed run keeps its "
-            "configuration; start another with another --out"
+            f"configuration{may}; start another with another --out"
         )
-    return record, run_folder.read_result(run)
+    return record, dataclasses.replace(config, **longer), run_folder.read_result(run)
 
 
 def _checked_record(job: Job) -> dict[str, Any]:
@@ -202,8 +223,14 @@ class _Run:
     heartbeat: Heartbeat
 
 
-def _finish(job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[str, Any]:
-    """Trains to the end from the last checkpoint, if there is one, and writes the files of a complete run."""
+def _finish(
+    job: Job, folder: Path, reporter: Reporter, setup: Setup, shorter: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains to the end from the last checkpoint, if there is one, and writes the files of a complete run.
+
+    Args:
+        shorter: the record of the run before it is lengthened, if it is.
+    """
     reporter.say(job.peft.summary())
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
     fresh = job.peft.init(adapter_key, job.params)
@@ -214,6 +241,17 @@ def _finish(job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[st
         checkpoint.open_checkpoints(folder / "checkpoints") as checkpoints,
     ):
         state, start = _restore(job, fresh, rng, checkpoints, reporter)
+        if shorter is not None:
+            if not start and run_folder.has_adapter(folder):
+                raise UserError(
+                    f"{folder}: its checkpoints are gone, so it cannot be lengthened; start another run from its "
+                    f"adapter with: jpeft finetune --adapter {folder}"
+                )
+            _on_main_process(lambda: run_folder.lengthen(folder, shorter, job.record, start))
+            reporter.say(
+                f"lengthened from {shorter['steps']:,} to {job.steps:,} steps; from step {start + 1:,} on the learning "
+                f"rate is that of a run of {job.steps:,} steps"
+            )
         with run_folder.open_log(folder, start, write=is_main_process(), tensorboard=setup.tensorboard) as log:
             run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat)
             state = _train(run, fresh, state, start)

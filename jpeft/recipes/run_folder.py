@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,25 @@ def saved_steps(run: Path) -> list[int]:
     []
     """
     return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def lengthen(run: Path, record: Mapping[str, Any], longer: Mapping[str, Any], step: int) -> None:
+    """Records that a run goes on to more steps. It is not complete any more: its adapter is in its checkpoints.
+
+    Args:
+        record: the content of its config.json.
+        longer: the entries that change, `config` and `steps`.
+        step: the steps that it has made.
+
+    >>> lengthen(run, read_record(run), job.record, step=40)  # doctest: +SKIP
+    """
+    (run / "result.json").unlink(missing_ok=True)  # first: a run that is killed here is resumed, to the same length
+    shutil.rmtree(run / "adapter", ignore_errors=True)
+    entry = {"from_steps": record["steps"], "to_steps": longer["steps"], "after_step": step}
+    entry["learning_rate"] = f"as in a run of {longer['steps']} steps, from step {step + 1} on"
+    changed = {"config": longer["config"], "steps": longer["steps"]}
+    changed["lengthened"] = [*record.get("lengthened", ()), entry]
+    write_json(run / "config.json", {**record, **changed})
 
 
 @contextlib.contextmanager
@@ -307,6 +327,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "step": max((line["step"] for line in lines), default=0),
         "checkpoints": saved_steps(path),
         "steps": record["steps"],
+        "lengthened": record.get("lengthened", []),
         "labels": record.get("labels"),
         "config": record["config"],
         "result": result,

@@ -1,6 +1,7 @@
 """The ends of a run: merging it, and using one that is not finished."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,9 +15,16 @@ import pytest
 
 from jpeft import models
 from jpeft.cli import main
+from jpeft.core.tree import flatten
 from jpeft.files import read_safetensors as load_file
 from jpeft.files import serialize
 from jpeft.models.dtypes import stored_dtypes
+from jpeft.recipes import prepare, run_folder
+from jpeft.recipes.config import Config
+from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
+from jpeft.recipes.tasks.base import NullReporter
+from jpeft.training import checkpoint
+from jpeft.training.step import TrainState
 from tests.cli.runs import failure, job
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
@@ -86,6 +94,66 @@ def test_damaged_and_missing_checkpoints(killed, capsys):
     said = failure(capsys, "predict", killed, *TEXT)
     assert "the run is not finished, and has no checkpoint yet; resume it with: jpeft finetune --out killed" in said
     assert not Path("out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- lengthening
+
+
+def continued(run, config, start):
+    """The adapter after the rest of a run, by hand from a checkpoint; and the counts of each step's data."""
+    job = prepare.prepare(config, NullReporter())
+    tx = optimizer(config, job.steps)
+    state = TrainState.create(job.peft, job.peft.init(jax.random.key(0), job.params), tx, jax.random.key(0))
+    with checkpoint.open_checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        state, _ = checkpoint.restore(checkpoints, state, start)
+    step = training_step(job.peft, job.loss_fn(), tx, config)
+    for batch, _ in job.batches(start):
+        state, _ = step(state, job.params, batch)
+    return flatten(state.adapter), [count._asdict() for count in job.train.counts(0)]
+
+
+@pytest.mark.parametrize("start", [40, 39])
+def test_a_resumed_run_may_become_longer(finished, killed, start, capsys):
+    run = killed if start == 39 else Path(shutil.copytree(finished, "run"))
+    if start == 39:
+        shutil.rmtree(run / "checkpoints" / "40")
+    config = dataclasses.replace(Config(**run_folder.read_record(run)["config"]), epochs=5)
+    expected, counts = continued(run, config, start)
+    assert main(["finetune", "--resume", str(run), "--epochs", "5"]) == 0
+    said = "lengthened from 40 to 50 steps; from step {} on the learning rate is that of a run of 50 steps"
+    assert said.format(start + 1) in capsys.readouterr().out
+    record, lines = run_folder.read_record(run), run_folder.read_lines(run / "metrics.jsonl")
+    assert (record["steps"], record["config"]["epochs"]) == (50, 5)
+    (entry,) = record["lengthened"]
+    assert (entry["from_steps"], entry["to_steps"], entry["after_step"]) == (40, 50, start)
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 51))
+    assert [{name: line[name] for name in count} for line, count in zip(trained, counts, strict=True)] == counts
+    rates = [float(learning_rate(config, 50)(step)) for step in range(start, 50)]
+    assert [line["lr"] for line in trained[start:]] == pytest.approx(rates, rel=1e-6)
+    found = load_file(run / "adapter" / "adapter.safetensors")
+    assert all(np.array_equal(found["/".join(path)], leaf) for path, leaf in expected.items())
+    assert run_folder.read_result(run)["steps"] == 50
+    before = content(run)
+    assert main(["finetune", "--resume", str(run), "--epochs", "5"]) == 0
+    assert content(run) == before and "is complete" in capsys.readouterr().out
+
+
+def test_a_resumed_run_may_not_become_shorter(finished, capsys):
+    run = Path(shutil.copytree(finished, "run"))
+    before = content(run)
+    for more, said in {
+        ("--epochs", "3"): "--epochs 3 conflicts with the run's 4: a resumed run keeps its configuration; only --steps",
+        ("--steps", "30"): "--steps 30 conflicts with the run's default",
+        ("--epochs", "5", "--steps", "40"): "--steps 40 conflicts with the run's default",
+        ("--steps", "45"): "--epochs 4 with --steps 45 makes 40 steps, and the run has 40: it may only become longer",
+        ("--epochs", "5", "--batch-size", "4"): "--batch-size 4 conflicts with the run's 8: a resumed run keeps",
+    }.items():
+        assert said in failure(capsys, "finetune", "--resume", run, *more)
+    shutil.rmtree(run / "checkpoints")
+    said = failure(capsys, "finetune", "--resume", run, "--epochs", "5")
+    assert "its checkpoints are gone" in said and "jpeft finetune --adapter run" in said
+    assert all(before.get(path) == time for path, time in content(run).items() if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------------- merge

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -260,8 +261,13 @@ def test_a_stopped_run_resumes_to_the_same_adapter(finished, capsys, monkeypatch
 def test_a_maximum_of_steps(short, capsys):
     run, output = short
     assert run_folder.read_result(run)["steps"] == 3 and "--- prompt" not in output
-    assert main(["finetune", "--out", str(run), "--resume", "--steps", "4"]) == 1
-    assert "--steps 4 conflicts with the run's 3" in capsys.readouterr().err
+    assert main(["finetune", "--out", str(run), "--resume", "--steps", "2"]) == 1
+    assert "--steps 2 conflicts with the run's 3" in capsys.readouterr().err
+    longer = Path(shutil.copytree(run, "longer"))
+    assert main(["finetune", "--out", str(longer), "--resume", "--steps", "4"]) == 0
+    assert "lengthened from 3 to 4 steps" in capsys.readouterr().out
+    assert run_folder.read_result(longer)["steps"] == 4
+    assert run_folder.describe(longer)["lengthened"][0]["after_step"] == 3
 
 
 def test_a_run_generates_and_is_merged(finished, capsys, monkeypatch, tmp_path):
@@ -340,12 +346,18 @@ MISTAKES = {
     "full": (["--method", "full"], "--method full: quantized weights have no gradient; it needs --quantize none"),
     "train": (["--method", "train", "--targets", ".*/kernel"], "which is quantized (nf4)"),
     "accumulate": (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 2"),
+    "template": (["--chat-template", "no.jinja"], "--chat-template no.jinja: No such file or directory; expected"),
+    "no template": (["--chat-template", "train.jsonl"], "--chat-template train.jsonl: holds no Jinja template"),
     "steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
 }
 BAD_ROWS = {
     "json": ('{"question": ', "bad.jsonl: line 2 is not JSON"),
     "empty answer": ('{"question": "1?", "answer": " "}', "bad.jsonl: line 2: the text in 'answer' is empty"),
     "keys": ('{"text": "1"}', "bad.jsonl: line 2: the keys are 'text'; expected"),
+    "another key": (
+        '{"question": "1?", "answer": "1", "score": 2}',
+        "bad.jsonl: line 2: the key 'score' means nothing here, and what it holds would be lost",
+    ),
     "no assistant": (
         '{"messages": [{"role": "user", "content": "1"}]}',
         "line 2: 'messages' has no message of the assistant",
@@ -374,6 +386,47 @@ def test_answers_longer_than_a_row_are_left_out_and_counted(short):
     run, output = short
     assert "1 of 25 examples are longer than 128 tokens and left out (at line 25" in output
     assert run_folder.read_result(run)["left_out"] == 1
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}<b>"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<b>{% endif %}"
+)
+
+
+def test_a_run_with_another_template_keeps_it(capsys):
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<think>hm</think>It is 1."}]
+    rows = [{"id": row, "messages": [*turns, turns[0], {**turns[1], "weight": row % 2}]} for row in range(6)]
+    Path("talks.json").write_text(json.dumps(rows))
+    Path("thinking.jinja").write_text(THINKING)
+    data = ["--data", "talks.json", "--eval", "talks.json", "--quantize", "none", "--samples", "0", "--steps", "1"]
+    assert main(job("run", *data, "--chat-template", "thinking.jinja")) == 0
+    output = capsys.readouterr().out
+    assert "talks.json: 6 conversations make 9 examples" in output and "are not read: id" in output
+    Path("thinking.jinja").unlink()
+    assert chat.open_run("run").tokenizer.template == THINKING
+    assert main(["finetune", "--out", "run", "--resume"]) == 0
+    assert main(["merge", "run", "merged"]) == 0
+    assert chat_template.read("merged").template == THINKING
+    Path("other.jinja").write_text("{{ messages[0].content }}")
+    capsys.readouterr()
+    assert main(["finetune", "--task", "chat", "--out", "run", "--resume", "--chat-template", "other.jinja"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "--chat-template other.jinja conflicts with the run's {% for m in messages" in error and error.count("\n") == 1
+    )
+
+
+def test_answers_that_do_not_end_in_a_stop_token_are_told_before_training(home):
+    said, open_ended = [], "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    open_ended += "{% if add_generation_prompt %}assistant: {% endif %}"
+    files = {"task": "chat", "model": "llama", "data": "train.jsonl", "eval": "test.jsonl", "chat_template": open_ended}
+    reporter = NullReporter()
+    reporter.say = said.append
+    prepare(Config(**files, max_length=WIDTH * 2, quantize="none"), reporter)
+    (warning,) = [line for line in said if line.startswith("warning: ")]
+    assert "no answer ends in a stop token (</s>)" in warning and "often in '\\n'" in warning and "\n" not in warning
 
 
 def test_a_tokenizer_without_chat_template(home, tmp_path, capsys):
