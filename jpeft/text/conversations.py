@@ -315,7 +315,7 @@ def stop_warning(encoded: Encoded, tokenizer: ChatTokenizer) -> str | None:
     missing = ends[~np.isin(ends, tokenizer.stop_ids)]
     if not len(missing):
         return None
-    usual = tokenizer.tokenizer.id_to_token(int(np.bincount(missing).argmax()))
+    usual = tokenizer.tokenizer.decode([int(np.bincount(missing).argmax())], skip_special_tokens=False)
     stops = ", ".join(tokenizer.stop_tokens)
     count = "no answer ends" if len(missing) == len(ends) else f"{len(missing):,} of {len(ends):,} answers do not end"
     return (
