@@ -45,6 +45,11 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--eval", str, "a .csv, .jsonl or .json file to evaluate on (default: a held-out tenth of --data)")
     _option(parser, "--quantize", str, f"{', '.join(SCHEMES)} or none: quantizes the base ({_default('quantize')})")
     _option(parser, "--dtype", str, "float32 (default), bfloat16 or float16: dtype of base weights and activations")
+    parser.add_argument("--resize-embeddings", nargs="?", const=1, type=int, default=argparse.SUPPRESS,
+                        metavar="MULTIPLE", help="for tokens that were added to the tokenizer: new rows of the "
+                        "embedding and the head, which train; their number is rounded up to MULTIPLE")  # fmt: skip
+    parser.add_argument("--untie-head", action="store_true", default=argparse.SUPPRESS,
+                        help="gives a head that is tied to the embedding a weight of its own")  # fmt: skip
     _option(parser, "--chat-template", str, "a file with a Jinja template to use instead of the model's chat template")
     _option(parser, "--ignore-keys", str, "keys of conversations that may be left out, such as score,notes")
     _option(parser, "--text", str, "column of the texts (default: text)")
@@ -87,7 +92,12 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="the run folder (default: a new one in runs/)")
     add(
-        "--resume", nargs="?", const=True, metavar="RUN", help="resume RUN, or the run at --out, or the latest in runs/"
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help="resume RUN, or the run at --out, or the latest in runs/; a larger --steps or --epochs lengthens it: the "
+        "learning rate of its remaining steps is then that of a run of the new length, which decays to zero at its end",
     )
     add(
         "--remat",

@@ -114,6 +114,26 @@ def untie_head(model: M, params: Tree) -> tuple[M, Any]:
     return _with_config(model, tie_word_embeddings=False), combine(params, unflatten(heads))
 
 
+def token_weights(model: Any) -> list[str]:
+    """The paths of the modules whose weight has a row for each token: the embedding, and a head of its own.
+
+    >>> from jpeft.models.decoder import Decoder, DecoderConfig
+    >>> token_weights(Decoder(DecoderConfig(num_hidden_layers=1))), token_weights(
+    ...     Decoder(DecoderConfig(num_hidden_layers=1, tie_word_embeddings=True)))
+    (['lm_head', 'model/embed_tokens'], ['model/embed_tokens'])
+    """
+    family, other = family_of(model), _with_config(model, vocab_size=model.config.vocab_size + 1)
+    before, after = abstract_leaves(family, model), abstract_leaves(family, other)
+    return sorted(path.rpartition("/")[0] for path, leaf in before.items() if leaf.shape != after[path].shape)
+
+
+def reshape_like(model: M, params: Tree, other: Any) -> tuple[M, Any]:
+    """The model with the vocabulary and the head of another model of its kind, by `untie_head`, `resize_embeddings`."""
+    if getattr(model, "tied_modules", {}) and not getattr(other, "tied_modules", {}):
+        model, params = untie_head(model, params)
+    return resize_embeddings(model, params, other.config.vocab_size)
+
+
 def _config(model: Any) -> Any:
     config = getattr(model, "config", None)
     if not hasattr(config, "vocab_size"):

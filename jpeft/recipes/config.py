@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 # Fields that a task does not use, and the only value that they may have.
 _UNUSED: Mapping[str, Mapping[str, Any]] = {
-    CLASSIFY: {"packed": True, "samples": 0, "chat_template": None, "ignore_keys": None}
+    CLASSIFY: {"packed": True, "samples": 0, "chat_template": None, "ignore_keys": None, "untie_head": False}
 }
 # Peak learning rates by method; the others take that of LoRA.
 LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
@@ -68,10 +68,10 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
     **dict.fromkeys(("steps", "eval_every"), _COUNT_OR_DEFAULT),
     "keep": _one_of(("last", "best")),
-    **dict.fromkeys(("eval_examples", "samples"), _SIZE),
+    **dict.fromkeys(("eval_examples", "samples", "resize_embeddings"), _SIZE),
     "quantize": _one_of(("none", *SCHEMES)),
     "dtype": _one_of(DTYPES),
-    "packed": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("packed", "untie_head"), (lambda value: isinstance(value, bool), "true or false")),
     "lr": (lambda value: value is None or (is_number(value) and value > 0), "a positive number"),
     "warmup": (is_rate, "a share of the steps in [0, 1)"),
     "weight_decay": (lambda value: is_number(value) and value >= 0, "a number, at least 0"),
@@ -115,6 +115,8 @@ class Config:
     packed: bool = True
     quantize: str = None  # type: ignore[assignment]
     dtype: str = "float32"
+    resize_embeddings: int = 0  # a multiple to round the number of rows up to; 0 keeps the model's
+    untie_head: bool = False
     eval_examples: int = None  # type: ignore[assignment]
     eval_every: int | None = None
     keep: str = "last"

@@ -23,8 +23,9 @@ from jpeft.quantization.tree import dequantize
 from jpeft.recipes import run_folder
 from jpeft.recipes.adapters import load_adapter
 from jpeft.recipes.assets import resolve_model
-from jpeft.recipes.config import read_chat_template
+from jpeft.recipes.config import Config, read_chat_template
 from jpeft.recipes.tasks import chat
+from jpeft.recipes.vocabulary import reshape
 from jpeft.serving.text_generator import TextGenerator
 from jpeft.text import chat_template
 
@@ -63,6 +64,9 @@ def open_text_generator(
     on_cpu = jax.default_backend() == "cpu"
     options: dict[str, Any] = {"scan_layers": False} if on_cpu and folder is None else {}
     model, params = load_model(path, param_dtype=jnp.dtype(dtype), **options)
+    if folder is not None and run_folder.is_run(folder):
+        config = Config(**run_folder.read_record(folder)["config"])
+        model, params, _ = reshape(model, params, config, lambda: tokenizer.size)
     chat_template.check_vocabulary(tokenizer, model.config.vocab_size)
     peft = leaves = None
     if folder is not None:

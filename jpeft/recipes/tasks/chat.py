@@ -33,14 +33,16 @@ from jpeft.models.families import is_decoder
 from jpeft.models.loading import load as load_model
 from jpeft.models.saving import save as save_model
 from jpeft.models.sources import read_config
+from jpeft.models.vocabulary import reshape_like
 from jpeft.parallel.batches import constrained, data_ways, layout_on
 from jpeft.quantization.tree import dequantize, quantize
 from jpeft.recipes import run_folder
 from jpeft.recipes.adapters import load_of_run
 from jpeft.recipes.assets import resolve_conversations, resolve_model
-from jpeft.recipes.config import Config, Setup
+from jpeft.recipes.config import Config, Setup, read_chat_template
 from jpeft.recipes.tasks import base
 from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, place_batches
+from jpeft.recipes.vocabulary import reshape, with_rows
 from jpeft.serving.text_generator import Settings, TextGenerator
 from jpeft.text import chat_template, conversations
 from jpeft.text.conversations import Batch
@@ -399,6 +401,7 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     for name in ("text", "label"):
         if getattr(config, name) is not None:
             raise UserError(f"--{name} names a column of labeled texts; --task chat reads conversations")
+    template = None if config.chat_template is None else read_chat_template(config.chat_template)
     ignore = [key.strip() for key in (config.ignore_keys or "").split(",")]
     read = functools.partial(conversations.read, ignore=ignore)
     train, test = base.evaluation_data(
@@ -408,9 +411,9 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
         reporter.say(f"{train.source}: keys that only describe a row, and are not read: {', '.join(ignored)}")
     path = resolve_model(config.model, reporter.say)
     model, params = load_base(path, config.quantize, mesh=setup.mesh, dtype=config.dtype, remat=setup.remat)
-    config = config.located()
-    tokenizer = load_chat_tokenizer(path, model, config.max_length, config.chat_template)
-    peft = base.bind(method, model, params, example_inputs())
+    model, params, rows = reshape(model, params, config, lambda: chat_template.read(path).size, reporter.say)
+    tokenizer = load_chat_tokenizer(path, model, config.max_length, template)
+    peft = base.bind(with_rows(method, model, rows), model, params, example_inputs())
     encoded, test_encoded = (_encode(part, tokenizer, config.max_length, reporter) for part in (train, test))
     batches = conversations.Batches(
         encoded, config.batch_size, config.max_length, config.seed, config.epochs, config.packed
@@ -422,7 +425,7 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
         f"{len(encoded):,} examples in {len(batches):,} batches of {shapes}, {batches.count.padding:.1%} padding"
     )
     return ChatJob(
-        config=config,
+        config=config.located(),
         model=path,
         files={"train": train_file, "eval": eval_file},
         params=params,
@@ -519,6 +522,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
         raise UserError(f"{run}: was trained to label texts, not to chat; use jpeft predict {run}")
     source = resolve_model(config.model, log)
     model, params = load_base(source, config.quantize, dtype=config.dtype)
+    model, params, _ = reshape(model, params, config, lambda: chat_template.read(source).size)
     tokenizer = load_chat_tokenizer(source, model, 1, config.chat_template)
     peft, adapter = load_of_run(run, record, model, params, example_inputs(), log)
     return Trained(peft, params, adapter, tokenizer, source)
@@ -534,7 +538,8 @@ def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str
     schemes = schemes_of(trained.params)
     if how.requantize and not schemes:
         raise UserError(f"--requantize: {run} was trained over plain weights; merge without it, then jpeft quantize")
-    params = base.unrounded(trained.params, trained.source, config.dtype, lambda: load_base(trained.source)[1])
+    reload = lambda: reshape_like(*load_base(trained.source), trained.peft.model)[1]  # noqa: E731
+    params = base.unrounded(trained.params, trained.source, config.dtype, reload)
     scheme = min(schemes) if how.requantize else None
     with base.writing(out):
         export(out, trained.peft, params, trained.adapter, trained.source, scheme, how)
@@ -566,7 +571,7 @@ def export(
     """
     again = scheme is not None and is_quantized(source)
     if scheme is not None and not again:
-        _, params = load_base(source)
+        _, params = reshape_like(*load_base(source), peft.model)
     merged = base.merge(peft, params, adapter, how, requantize=again)
     if not again:
         merged = dequantize(merged) if scheme is None else quantize(merged, scheme)

@@ -46,6 +46,7 @@ from jpeft.recipes.assets import DataSource, resolve_data, resolve_model
 from jpeft.recipes.config import Config, Setup
 from jpeft.recipes.tasks import base
 from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids
+from jpeft.recipes.vocabulary import reshape, with_rows
 from jpeft.text import labeled, reading
 from jpeft.text.labeled import Batch, Batches
 
@@ -87,6 +88,22 @@ def load_classifier(
     head = _new_head(states, num_labels, seed)
     head = head if mesh is None else shard(head, mesh, [])
     return Classifier(encoder, num_labels), {"encoder": params, HEAD: head}
+
+
+def _reshape(
+    classifier: Classifier,
+    params: Mapping[str, Any],
+    config: Config,
+    folder: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Classifier, dict[str, Any], range]:
+    """The classifier with rows for all tokens, its parameters, and the new rows; see `jpeft.recipes.vocabulary`."""
+
+    def tokens() -> int:
+        return max(reading.load_tokenizer(folder, config.max_length).get_vocab().values()) + 1
+
+    encoder, own, rows = reshape(classifier.encoder, params["encoder"], config, tokens, say)
+    return classifier.clone(encoder=encoder), {**params, "encoder": own}, rows
 
 
 def _abstract_states(encoder: Any, params: Any) -> Any:
@@ -290,7 +307,9 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     classifier, params = load_classifier(
         folder, len(labels), config.seed, config.quantize, mesh=setup.mesh, dtype=config.dtype
     )
+    classifier, params, rows = _reshape(classifier, params, config, folder, reporter.say)
     tokenizer = load_tokenizer(folder, classifier, config.max_length)
+    method = with_rows(method, classifier.encoder, rows, "encoder/")
     peft = base.bind(method, classifier, params, example_inputs())
     encoded, test_encoded = (
         encode(part.texts, tokenizer, classifier, config.max_length, part_ids)
@@ -410,7 +429,8 @@ class Trained:
         config = self.config
 
         def reload() -> Any:
-            return load_classifier(self.source, len(self.labels), config.seed)[1]
+            classifier, params = load_classifier(self.source, len(self.labels), config.seed)
+            return _reshape(classifier, params, config, self.source)[1]
 
         params = base.unrounded(self.params, self.source, config.dtype, reload)
         merged = base.merge(self.peft, params, self.adapter, how)
@@ -433,6 +453,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
     classifier, params = load_classifier(
         folder, len(record["labels"]), config.seed, config.quantize, dtype=config.dtype
     )
+    classifier, params, _ = _reshape(classifier, params, config, folder)
     tokenizer = load_tokenizer(folder, classifier, config.max_length)
     if file_sha256(folder / "tokenizer.json") != record["tokenizer"]:
         raise UserError(
