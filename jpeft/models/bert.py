@@ -95,9 +95,11 @@ class _Module(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
+    @nn.nowrap
     def fields(self) -> dict[str, Any]:
         return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
+    @nn.nowrap
     def dense(self, features: int, name: str, used: bool = True) -> nn.Dense | UnusedDense:
         init = nn.initializers.normal(self.config.initializer_range)
         kind = nn.Dense if used else UnusedDense
@@ -389,20 +391,32 @@ class Bert(_Module):
             results[POOLED] = Pooler(**self.fields(), used=used, name="pooler")(first)
         if self.num_labels:
             used = self.output == LOGITS
-            results[LOGITS] = self._logits(results[POOLED] if is_bert else first, used, deterministic or not used)
+            first = results[POOLED] if is_bert else first
+            results[LOGITS] = sequence_logits(self, first, self.num_labels, deterministic or not used, used)
         if self.output not in results:
             raise ValueError(f"output={self.output!r}: this model has {', '.join(results)}")
         return results[self.output]
 
-    def _logits(self, first: Flat, used: bool, deterministic: bool) -> Float[Array, "batch labels"]:
-        """The logits from the first token's state, pooled in bert."""
-        cfg = self.config
-        if cfg.model_type not in ("bert", "distilbert"):
-            return Head(**self.fields(), num_labels=self.num_labels, used=used, name="classifier")(first, deterministic)
-        if cfg.model_type == "distilbert":
-            first = nn.relu(self.dense(cfg.hidden_size, "pre_classifier", used)(first))
-        first = head_dropout(cfg)(first, deterministic)
-        return self.dense(self.num_labels, "classifier", used)(first)
+
+def sequence_logits(
+    encoder: _Module, features: Flat, num_labels: int, deterministic: bool, used: bool = True
+) -> Float[Array, "batch labels"]:
+    """The head of HuggingFace's sequence classifier, as submodules of the module that is being called.
+
+    Args:
+      encoder: gives the configuration and the dtypes.
+      features: the pooler's output in bert, the first token's state in the others.
+      num_labels: the number of labels.
+      deterministic: disables dropout.
+      used: whether the logits are returned.
+    """
+    cfg = encoder.config
+    if cfg.model_type not in ("bert", "distilbert"):
+        return Head(**encoder.fields(), num_labels=num_labels, used=used, name="classifier")(features, deterministic)
+    if cfg.model_type == "distilbert":
+        features = nn.relu(encoder.dense(cfg.hidden_size, "pre_classifier", used)(features))
+    features = head_dropout(cfg)(features, deterministic)
+    return encoder.dense(num_labels, "classifier", used)(features)
 
 
 def torch_names(model_type: str) -> dict[str, str]:

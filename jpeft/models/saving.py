@@ -20,7 +20,8 @@ from jpeft.errors import ModelError
 from jpeft.files import new_folder, write_json, write_safetensors
 from jpeft.models import bitsandbytes
 from jpeft.models.dtypes import cast, stored_dtypes
-from jpeft.models.families import Family, abstract_leaves, build_model, family_of, read_model_config
+from jpeft.models.families import abstract_leaves, build_model, family_of, read_model_config
+from jpeft.models.family import Family
 from jpeft.models.folder import CONFIG, WEIGHTS
 from jpeft.models.gguf.tokenizer import write_tokenizer
 from jpeft.models.layout import (

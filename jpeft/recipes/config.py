@@ -61,21 +61,24 @@ _COUNT: Rule = (is_positive_int, "at least 1")
 _COUNT_OR_DEFAULT: Rule = (lambda value: value is None or is_positive_int(value), "at least 1")
 _SIZE: Rule = (lambda value: is_int(value) and value >= 0, "an integer, at least 0")
 _TEXT: Rule = (lambda value: isinstance(value, str), "a text")
+_SEED: Rule = (lambda value: is_int(value) and 0 <= value < 2**32, "an integer in [0, 2^32)")
 _RULES: Mapping[str, Rule] = {
     "task": _one_of(DEFAULTS),
-    **dict.fromkeys(("model", "data", "method"), _TEXT),
-    **dict.fromkeys(("eval", "text", "label", "targets", "chat_template", "ignore_keys"), or_none(_TEXT)),
+    **dict.fromkeys(("model", "data"), _TEXT),
+    **dict.fromkeys(("method", "adapter", "eval", "text", "label", "targets", "chat_template", "ignore_keys"), or_none(_TEXT)),
     **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
     **dict.fromkeys(("steps", "eval_every"), _COUNT_OR_DEFAULT),
     "keep": _one_of(("last", "best")),
     **dict.fromkeys(("eval_examples", "samples", "resize_embeddings"), _SIZE),
     "quantize": _one_of(("none", *SCHEMES)),
     "dtype": _one_of(DTYPES),
+    "head": _one_of(("folder", "new")),
     **dict.fromkeys(("packed", "untie_head"), (lambda value: isinstance(value, bool), "true or false")),
     "lr": (lambda value: value is None or (is_number(value) and value > 0), "a positive number"),
     "warmup": (is_rate, "a share of the steps in [0, 1)"),
     "weight_decay": (lambda value: is_number(value) and value >= 0, "a number, at least 0"),
-    "seed": (lambda value: is_int(value) and 0 <= value < 2**32, "an integer in [0, 2^32)"),
+    "seed": _SEED,
+    "head_seed": or_none(_SEED),
     "settings": (lambda value: isinstance(value, Mapping), "fields by name"),
 }
 
@@ -98,7 +101,8 @@ class Config:
     label: str | None = None
     chat_template: str | None = None
     ignore_keys: str | None = None
-    method: str = "lora"
+    adapter: str | None = None
+    method: str = None  # type: ignore[assignment]  # that of the adapter to begin from, else "lora"
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
@@ -115,6 +119,7 @@ class Config:
     packed: bool = True
     quantize: str = None  # type: ignore[assignment]
     dtype: str = "float32"
+    head: str = "folder"  # of a classifier: that of the folder if it fits, or "new"
     resize_embeddings: int = 0  # a multiple to round the number of rows up to; 0 keeps the model's
     untie_head: bool = False
     eval_examples: int = None  # type: ignore[assignment]
@@ -122,9 +127,12 @@ class Config:
     keep: str = "last"
     samples: int = None  # type: ignore[assignment]
     seed: int = 0
+    head_seed: int | None = None  # of a classifier's untrained head, as it was for the adapter to begin from
     checkpoint_every: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.method is None and self.adapter is None:
+            object.__setattr__(self, "method", "lora")
         # The demonstration's limit of steps must not cut other data short, or a given number of epochs.
         limited = self.data in (None, *CONVERSATIONS) and self.epochs is None
         for name, value in DEFAULTS.get(self.task, {}).items():
@@ -147,7 +155,7 @@ class Config:
         >>> Config().rate, Config(method="ia3").rate, Config(lr=0.1).rate
         (0.0005, 0.005, 0.1)
         """
-        return LEARNING_RATES.get(self.method.lower(), 5e-4) if self.lr is None else self.lr
+        return LEARNING_RATES.get((self.method or "").lower(), 5e-4) if self.lr is None else self.lr
 
     def located(self) -> Config:
         """The same configuration with absolute paths, which are valid from any working directory.
@@ -169,7 +177,7 @@ class Config:
 
 
 _PATHS: Mapping[str, Mapping[str, Any]] = {
-    "model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}, "chat_template": {}
+    "model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}, "chat_template": {}, "adapter": {}
 }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def read_record(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: not a run of `jpeft finetune` (its config.json is of another kind)")
     if record.get("format") != FORMAT:
         raise UserError(f"{run}: written in format {record.get('format')}; this version reads format {FORMAT}")
+    record["config"] = {"head": "new"} | record["config"]  # earlier versions had no other
     try:
         Config(**record["config"])
     except (TypeError, UserError) as error:

@@ -33,9 +33,10 @@ from jpeft.methods.base import LeafMethod, Method
 from jpeft.methods.chain import Chain
 from jpeft.methods.train import Train
 from jpeft.models.axes import logical_names, logical_shardings
-from jpeft.models.classifier import HEAD, Classifier
+from jpeft.models.classifier import HEAD, Classifier, as_loaded, with_own_head, without_parts
 from jpeft.models.decoder import Decoder
 from jpeft.models.families import is_decoder
+from jpeft.models.loading import abstract as abstract_model
 from jpeft.models.loading import load as load_model
 from jpeft.models.saving import save as save_model
 from jpeft.parallel.batches import constrained, data_ways, layout_on, shard_batch
@@ -59,6 +60,7 @@ METRIC = ("eval_accuracy", "test accuracy")
 REMATS = (None,)
 _EVAL_BATCH = 64
 _PLANNED_LABELS = 2
+FOLDER_HEAD, NEW_HEAD = "folder", "new"  # where a classifier's head comes from
 _MERGING = Merging()
 
 Scorer = Callable[[Any, Any, Any, Any], Float[Array, "batch labels"]]
@@ -68,26 +70,69 @@ Scorer = Callable[[Any, Any, Any, Any], Float[Array, "batch labels"]]
 
 
 def load_classifier(
-    folder: Path, num_labels: int, seed: int, scheme: str = "none", *, mesh: Mesh | None = None, dtype: str = "float32"
+    folder: Path,
+    num_labels: int,
+    seed: int,
+    scheme: str = "none",
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    head: str = NEW_HEAD,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Classifier, dict[str, Any]]:
-    """The encoder of a HuggingFace folder, quantized unless the scheme is "none", under a new head from the seed.
+    """The encoder of a HuggingFace folder, quantized unless the scheme is "none", under a head.
 
-    On a mesh the encoder is sharded by its logical axis names (`jpeft.models.logical_shardings`) and the head is
+    On a mesh the encoder is sharded by its logical axis names (`jpeft.models.logical_shardings`) and a new head is
     replicated.
+
+    Args:
+        head: "new" is a linear layer from the seed, on the mean of the states; "folder" is that of a
+            `…ForSequenceClassification` with as many labels, and a new one for other folders.
+        say: receives why the head of a folder does not fit.
 
     >>> classifier, params = load_classifier(resolve_model("minilm"), num_labels=2, seed=0)  # doctest: +SKIP
     """
     if is_decoder(folder):
         raise UserError(f"{folder}: a language model; expected an encoder such as BERT, to classify texts with")
     shardings = None if mesh is None else lambda encoder: logical_shardings(encoder, mesh)
-    quantize = None if scheme == "none" else scheme
-    encoder, params = load_model(folder, param_dtype=jnp.dtype(dtype), quantize=quantize, shardings=shardings)
+    found = getattr(abstract_model(folder)[0], "num_labels", None)  # None: the family knows no heads
+    fits = head == FOLDER_HEAD and found == num_labels
+    if head == FOLDER_HEAD and found and not fits:
+        say(f"{folder}: its head has {found} labels, the data {num_labels}: the head is a new one")
+    options = {} if fits or found is None else {"pooler": False, "head": False}
+    quantize = None if scheme == "none" else {"scheme": scheme, **({"exclude": r".*classifier(/.*)?"} if fits else {})}
+    encoder, params = load_model(
+        folder, param_dtype=jnp.dtype(dtype), quantize=quantize, shardings=shardings, **options
+    )
+    if fits:
+        return with_own_head(encoder, params)
     states = _abstract_states(encoder, params)
     if states.ndim != 3:
         raise UserError(f"{folder}: expected an encoder with states [batch, length, hidden], found {states.shape}")
-    head = _new_head(states, num_labels, seed)
-    head = head if mesh is None else shard(head, mesh, [])
-    return Classifier(encoder, num_labels), {"encoder": params, HEAD: head}
+    new = _new_head(states, num_labels, seed)
+    new = new if mesh is None else shard(new, mesh, [])
+    return Classifier(encoder, num_labels), {"encoder": params, HEAD: new}
+
+
+def _in_order_of_head(labels: tuple[str, ...], folder: Path, head: str, say: Callable[[str], None]) -> tuple[str, ...]:
+    """The labels of the data in the order of the logits: that of the folder's head, if it is used."""
+    if head != FOLDER_HEAD or is_decoder(folder):
+        return labels
+    model, _ = abstract_model(folder)
+    if getattr(model, "num_labels", 0) != len(labels):
+        return labels
+    given = read_json(folder / "config.json", UserError).get("id2label") or {}
+    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(len(labels))]
+    for key in (str, str.casefold):
+        own = {key(label): label for label in labels}
+        if sorted(own) == sorted(map(key, names)) and len(own) == len(labels):
+            say(f"{folder}: the run starts from its head, of the labels {', '.join(names)}")
+            return tuple(own[key(name)] for name in names)
+    say(
+        f"{folder}: the run starts from its head, of the labels {', '.join(names)}; the data's have other names and "
+        f"take their places in this order: {', '.join(labels)}"
+    )
+    return labels
 
 
 def _reshape(
@@ -302,10 +347,18 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     examples = read(source.train)
     labels = labeled.label_names(examples)
     train, test = base.evaluation_data(examples, source.eval, read, labeled.train_test_split, config, reporter)
-    ids = [labeled.label_ids(part, labels) for part in (train, test)]
     folder = resolve_model(config.model, reporter.say)
+    labels = _in_order_of_head(labels, folder, config.head, reporter.say)
+    ids = [labeled.label_ids(part, labels) for part in (train, test)]
     classifier, params = load_classifier(
-        folder, len(labels), config.seed, config.quantize, mesh=setup.mesh, dtype=config.dtype
+        folder,
+        len(labels),
+        config.seed,
+        config.quantize,
+        mesh=setup.mesh,
+        dtype=config.dtype,
+        head=config.head,
+        say=reporter.say,
     )
     classifier, params, rows = _reshape(classifier, params, config, folder, reporter.say)
     tokenizer = load_tokenizer(folder, classifier, config.max_length)
@@ -343,6 +396,7 @@ def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractM
     if isinstance(model, Decoder):
         raise UserError(f"--model {config.model}: a language model; plan for it with --task chat")
     _check_remat(setup)
+    model, params = without_parts(model, params)
     head = jax.eval_shape(lambda: _new_head(_abstract_states(model, params), _PLANNED_LABELS, config.seed))
     ids, row = abstract_ids(config.batch_size, config.max_length), abstract_ids(config.batch_size)
     weight = cast(Any, jax.ShapeDtypeStruct(row.shape, jnp.float32))
@@ -429,14 +483,14 @@ class Trained:
         config = self.config
 
         def reload() -> Any:
-            classifier, params = load_classifier(self.source, len(self.labels), config.seed)
+            classifier, params = load_classifier(self.source, len(self.labels), config.seed, head=config.head)
             return _reshape(classifier, params, config, self.source)[1]
 
         params = base.unrounded(self.params, self.source, config.dtype, reload)
         merged = base.merge(self.peft, params, self.adapter, how)
         about = f"{config.model} fine-tuned on {config.data} with {config.method} by jpeft."
         with base.writing(out):
-            export(out, self.classifier.encoder, merged, self.labels, self.source, config.max_length, about, how)
+            export(out, self.classifier, merged, self.labels, self.source, config.max_length, about, how)
 
 
 def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) -> Trained:
@@ -451,7 +505,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
         raise UserError(f"{run}: was trained to chat, not to label texts; use jpeft chat {run}")
     folder = resolve_model(config.model, log)
     classifier, params = load_classifier(
-        folder, len(record["labels"]), config.seed, config.quantize, dtype=config.dtype
+        folder, len(record["labels"]), config.seed, config.quantize, dtype=config.dtype, head=config.head
     )
     classifier, params, _ = _reshape(classifier, params, config, folder)
     tokenizer = load_tokenizer(folder, classifier, config.max_length)
@@ -477,7 +531,7 @@ def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str
 
 def export(
     out: Path,
-    encoder: Any,
+    classifier: Any,
     merged: Any,
     labels: Sequence[str],
     source: Path,
@@ -485,34 +539,55 @@ def export(
     about: str,
     how: Merging = _MERGING,
 ) -> None:
-    """Writes a merged classifier: a HuggingFace folder of encoder and tokenizer, and the head in a file of its own.
+    """Writes a merged classifier: a HuggingFace folder of encoder and tokenizer, and the head.
+
+    A head from the folder is written as its own. A new one, which no class of transformers has, is a file of its own.
 
     Args:
+        classifier: the classifier, or its encoder if the head is new.
         merged: `peft.merge(params, adapter)`.
         source: the folder that the encoder was loaded from.
         max_length: tokens of a text, for the folder's README.md.
         about: a line on how the model was trained, for the folder's README.md.
         how: the dtype of the encoder's weights. The head is float32.
 
-    >>> export(out, encoder, merged, ("bad", "good"), folder, max_length=128, about="LoRA.")  # doctest: +SKIP
+    >>> export(out, classifier, merged, ("bad", "good"), folder, max_length=128, about="LoRA.")  # doctest: +SKIP
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder, nothing was written")
-    kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
-    readme = _README.format(
+    own = isinstance(classifier, Classifier) and classifier.pretrained
+    readme = (_README_OF_OWN_HEAD if own else _README).format(
         about=about, labels=", ".join(labels), folder=repr(str(out.absolute())), max_length=max_length
     )
-    extra = {
-        "README.md": readme.encode(),
-        "classifier.safetensors": serialize({"weight": kernel.T, "bias": bias}, {"format": "pt"}),
-    }
+    extra = {"README.md": readme.encode()}
+    if own:
+        model, params = as_loaded(classifier, merged)
+    else:
+        model, params = getattr(classifier, "encoder", classifier), merged["encoder"]
+        kernel, bias = (np.asarray(merged[HEAD][name], np.float32) for name in ("kernel", "bias"))
+        extra["classifier.safetensors"] = serialize({"weight": kernel.T, "bias": bias}, {"format": "pt"})
     with new_folder(out) as folder:
-        save_model(folder, encoder, merged["encoder"], source=source, extra_files=extra, **how.saving)
+        save_model(folder, model, params, source=source, extra_files=extra, **how.saving)
         config = read_json(folder / "config.json", UserError)
         config["id2label"] = {str(index): name for index, name in enumerate(labels)}
         config["label2id"] = {name: index for index, name in enumerate(labels)}
         write_json(folder / "config.json", config)
 
+
+_README_OF_OWN_HEAD = """\
+# A classifier merged by jpeft
+
+{about}
+
+Labels: {labels}.
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model={folder})
+print(classify(["a text", "another"], truncation=True, max_length={max_length}))
+```
+"""
 
 _README = """\
 # A classifier merged by jpeft
