@@ -34,6 +34,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("the prompt is empty: give some text")
     generator, settings = open_text_generator(args)
     tokenizer = generator.tokenizer
+    if args.messages:
+        from jpeft.text import answers
+
+        answers.check_prompt(tokenizer, _as_messages(prompts[0], None))
     raw = args.raw or (not tokenizer.template and not args.messages and not args.system)
     ids = [tokenizer.encode(p) if raw else tokenizer.encode_chat(_as_messages(p, args.system)) for p in prompts]
     if len(ids) > 1:

@@ -85,6 +85,17 @@ def texts(
     return found
 
 
+def check_prompt(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> None:
+    """Raises a ChatError if the chat template does not read a key of the messages of a prompt.
+
+    >>> check_prompt(tokenizer, [{"role": "user", "content": "Tea?"}])  # doctest: +SKIP
+    """
+    checked = tokenizer.check(messages)
+    renderer = _Renderer(tokenizer, checked, tokenizer.special)
+    renderer.text(len(checked), add_generation_prompt=True)
+    renderer.check_reads(checked)
+
+
 class _Renderer:
     """Renders beginnings of a conversation, and records what the template reads."""
 

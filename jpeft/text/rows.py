@@ -48,6 +48,7 @@ _SHAREGPT = {
     "chatgpt": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "function": "tool",
     "function_call": "assistant",
 }
 _ROLES = (*ROLES, "developer", "ipython")  # the chat template decides about the last two
@@ -241,6 +242,8 @@ def _turn(at: _At, name: str, message: Any) -> _Turn:
     known = isinstance(message, dict) and ("role" in message or "from" in message)
     fields = {key: value for key, value in message.items() if key not in at.ignore} if known else {}
     given, content = _spelled(at, name, fields, "role", "from"), _spelled(at, name, fields, "content", "value")
+    if not _says_nothing(call := fields.pop("function_call", None)):  # OpenAI's, before it had `tool_calls`
+        fields["tool_calls"] = _calls(at, f"{name}.function_call", call)
     has_calls = not _says_nothing(fields.get("tool_calls"))
     if not known or given is _MISSING or (content is _MISSING and not has_calls and given != "function_call"):
         raise at.error(f"{name!r} must be an object with 'role' and 'content', got {json.dumps(message)[:60]}")
@@ -250,7 +253,7 @@ def _turn(at: _At, name: str, message: Any) -> _Turn:
     trained = _trained(at, name, role, fields)
     more = {key: value for key, value in fields.items() if not _says_nothing(value) and key not in METADATA}
     if given == "function_call":
-        more["tool_calls"], content, has_calls = _calls(at, name, content), None, True
+        more["tool_calls"], content, has_calls = _calls(at, f"{name}.value", content), None, True
     content = _content(at, f"{name}.content", None if content is _MISSING else content, role, has_calls)
     check_unicode(at.path, at.line, name, json.dumps(more, ensure_ascii=False))
     return _Turn({"role": role, "content": content, **more}, trained)
@@ -298,8 +301,8 @@ def _trained(at: _At, name: str, role: str, fields: dict[str, Any]) -> bool:
 
 
 def _calls(at: _At, name: str, content: Any) -> list[dict[str, Any]]:
-    """The tool calls in the JSON of ShareGPT's `function_call`."""
-    parsed = _parsed(at, f"{name}.value", content) if isinstance(content, str) else content
+    """The tool calls in a `function_call`, or in the JSON of ShareGPT's."""
+    parsed = _parsed(at, name, content) if isinstance(content, str) else content
     calls = parsed if isinstance(parsed, list) else [parsed]
     for call in calls:
         if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:

@@ -177,6 +177,12 @@ def test_what_templates_read_by_other_means_counts_as_read():
     assert learned(of(CHATML), [*ASK, tool, bot("Yes.")]) == [["Yes.<|im_end|>"]]
 
 
+def test_a_prompt_is_checked_as_well():
+    answers.check_prompt(of(CHATML), TALK[:4])
+    with pytest.raises(ChatError, match="message 0: the chat template does not read 'weight' of the role user"):
+        answers.check_prompt(of(CHATML), [{**ASK[0], "weight": 1}])
+
+
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,17 @@ FORMS = {
         },
         (SYSTEM, TEA[0], bot(None, tool_calls=[CALL]), {"role": "tool", "content": "done"}, TEA[1]),
     ),
+    "OpenAI's functions": (
+        {
+            "messages": [
+                TEA[0],
+                {"role": "assistant", "content": None, "function_call": {"name": "boil", "arguments": {"cups": 2}}},
+                {"role": "function", "name": "boil", "content": "done"},
+                TEA[1],
+            ]
+        },
+        (TEA[0], bot(None, tool_calls=[CALL]), {"role": "tool", "content": "done", "name": "boil"}, TEA[1]),
+    ),
     "roles in conversations": ({"conversations": TEA}, TEA),
     "prompt and completion as messages": ({"prompt": [SYSTEM, TEA[0]], "completion": [TEA[1]]}, (SYSTEM, *TEA)),
     "prompt as messages, completion as text": ({"prompt": [TEA[0]], "completion": "Yes."}, TEA),
@@ -158,7 +169,7 @@ def test_keys_that_describe_a_row_are_listed_and_others_refused():
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "b"}'}]},
-            r"'conversations\[1\]' must hold a call with 'name' and 'arguments'",
+            r"'conversations\[1\].value' must hold a call with 'name' and 'arguments'",
         ),
         (
             {"messages": [{**TEA[0], "value": "Milk?"}, TEA[1]]},
