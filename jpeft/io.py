@@ -22,6 +22,7 @@ import numpy as np
 from flax.core import meta
 
 from jpeft.core.fingerprint import difference, fingerprint
+from jpeft.core.loaded import check_loaded
 from jpeft.core.peft import Peft, split_variables
 from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
@@ -129,7 +130,11 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
 
     Raises:
       AdapterError: there is no adapter; a file is truncated or changed; a field is unknown; the base weights are not
-        those it was trained on (names the first leaf that differs); a leaf is missing, unknown or has another shape.
+        those it was trained on (names the first leaf that differs); a leaf is missing, unknown or has another shape, or
+        holds NaN or infinities.
+
+    Warns:
+      UserWarning: the adapter is known to change nothing, as one that was never trained.
     """
     folder = FilePath(path)
     config = read_config(folder)
@@ -196,8 +201,10 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
             raise AdapterError(f"{file}: {name!r} is {got.dtype.name}{list(got.shape)}, expected {dtype}{list(shape)}")
     if file_sha256(file) != config["sha256"]:
         raise AdapterError(f"{file} is not the file that {CONFIG} was saved with: its SHA-256 differs; save it again")
-    leaves = {path: jnp.asarray(tensors[name]) for name, (path, _, _) in expected.items()}
-    return like(unflatten(peft.place_like_base(leaves, flatten(params))), params)
+    base, read = flatten(params), {path: tensors[name] for name, (path, _, _) in expected.items()}
+    check_loaded(file, peft, read, base)
+    leaves = {path: jnp.asarray(x) for path, x in read.items()}
+    return like(unflatten(peft.place_like_base(leaves, base)), params)
 
 
 def _tensor_file(folder: FilePath, sha256: str) -> FilePath:

@@ -84,7 +84,8 @@ def test_low_precision_leaves_round_trip(trained, tmp_path, dtype):
 
 def test_targets_given_as_a_function_are_saved_as_site_names(trained, tmp_path):
     params = trained[1]
-    peft = jpeft.LoRA(rank=2, targets=lambda path, site: path == "up").bind(MODEL, params, X)
+    method = jpeft.LoRA(rank=2, targets=lambda path, site: path == "up", init_weights="random")
+    peft = method.bind(MODEL, params, X)
     jpeft.save(tmp_path / "a", peft, peft.init(jax.random.key(1), params), params)
     assert [s.name for s in jpeft.load(tmp_path / "a", MODEL, params, X)[0].sites] == ["up"]
 
@@ -173,6 +174,20 @@ def test_a_header_whose_length_reads_like_a_pickle_is_no_pickle(saved, length):
     assert same(jpeft.load(path, MODEL, params, X)[1], adapter)
     file.write_bytes(blob[:-1])
     with pytest.raises(AdapterError, match="truncated"):
+        jpeft.load(path, MODEL, params, X)
+
+
+def test_an_adapter_that_is_zero_or_not_finite_is_told(saved):
+    path, params, peft, adapter = saved
+    fresh = peft.init(jax.random.key(0), params)
+    jpeft.save(path, peft, fresh, params)
+    with pytest.warns(
+        UserWarning, match=r"adapter\.safetensors: this Chain changes nothing: every update in it is zero"
+    ):
+        assert same(jpeft.load(path, MODEL, params, X)[1], fresh)
+    broken = jpeft.combine(adapter, {"up": {"lora_b": adapter["up"]["lora_b"].at[0, 1].set(jnp.nan)}})
+    jpeft.save(path, peft, broken, params)
+    with pytest.raises(AdapterError, match=r"adapter\.safetensors: 'up/lora_b' holds NaN or infinity"):
         jpeft.load(path, MODEL, params, X)
 
 

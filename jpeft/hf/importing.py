@@ -16,7 +16,8 @@ import numpy as np
 from jpeft.binding import bind_survey, survey_model
 from jpeft.core import stacking
 from jpeft.core.actions import Action
-from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, Role, form
+from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form
+from jpeft.core.loaded import check_loaded
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import Site, Survey
@@ -62,9 +63,12 @@ def load(
     Raises:
       AdapterError: no adapter there, a pickle, a truncated file; a field that is unknown or not supported; a tensor
         that is missing, extra or misshapen; a module that the model lacks, or that only one of file and
-        ``target_modules`` names; layers that differ where the model stacks them; a tied embedding or head that changes
-        without the other.
+        ``target_modules`` names; NaN or infinities; layers that differ where the model stacks them; a tied embedding or
+        head that changes without the other.
       ValueError: a weight of the model that no torch module can be like, such as one stacked by a scan.
+
+    Warns:
+      UserWarning: the adapter is known to change nothing, as one that was never trained.
 
     >>> # peft, adapter = jpeft.hf.load("adapter", model, params, input_ids, attention_mask); see jpeft.hf.save
     """
@@ -82,7 +86,10 @@ def load(
     peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey), model, params, survey)
     leaves = _leaves(peft, folder, matched.adapted)
     _check_rest(folder, survey, {s.path for s in (*matched.biases, *matched.saved)}, base)
-    adapter = {path: jnp.asarray(leaves[path]).astype(dtype) for path, (_, dtype) in peft.structure}
+    with np.errstate(over="ignore"):  # what float64 holds and a narrower dtype does not is infinite then
+        leaves = {path: leaves[path].astype(dtype) for path, (_, dtype) in peft.structure}
+    check_loaded(file.path, peft, leaves, base)
+    adapter = {path: jnp.asarray(x) for path, x in leaves.items()}
     return peft, like(unflatten(peft.place_like_base(adapter, base)), tree)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import NUMBER, POSITIVE_INT, RATE, one_of, or_none
+from jpeft.checks import NUMBER, POSITIVE_INT, RATE, one_of, or_none, shown
 from jpeft.core.geometry.base import Parts
 from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, Field, HFSpec, Tensor
@@ -141,13 +141,13 @@ _HF_INITS_OF_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 def _read_init(init: bool | str | None, site: Site | None) -> str:
     if isinstance(init, str) and init.lower().startswith(_HF_INITS_OF_BASE):
         raise ValueError(
-            f"init_lora_weights={init!r} took a part of the base weights into the adapter, so it does not fit the "
+            f"init_lora_weights={shown(init)} took a part of the base weights into the adapter, so it does not fit the "
             "original base; save it in PEFT with path_initial_model_for_weight_conversion, as an ordinary LoRA"
         )
     if init in (None, "eva", "mica"):  # these leave the base as it is
         return "kaiming"
     if init not in _HF_INITS:
-        raise ValueError(f"init_lora_weights={init!r} is unknown: it may have changed the base")
+        raise ValueError(f"init_lora_weights={shown(init)} is unknown: it may have changed the base")
     return _HF_INITS[init]
 
 

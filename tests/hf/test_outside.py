@@ -112,9 +112,14 @@ def test_required_fields_choose_among_methods_of_one_type(params, tmp_path):
     assert type(jpeft.hf.load(tmp_path, Layers(), params, X)[0].method) is jpeft.LoRA
 
 
+def changing(adapter):
+    """A fresh adapter with scales that are not zero, so that it changes something."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x + 0.5 if path[-1].key == "lambda_b" else x, adapter)
+
+
 def test_shared_tensors_that_a_file_leaves_out_are_regenerated(params, tmp_path):
     peft = SAVED["shared tensors"].bind(Layers(), params, X)
-    adapter = peft.init(jax.random.key(0), params)
+    adapter = changing(peft.init(jax.random.key(0), params))
     jpeft.hf.save(tmp_path, peft, adapter, params)
     edit(tmp_path, lambda t: [t.pop(f"base_model.vera_{x}") for x in "AB"], save_projection=False)
     same(jpeft.hf.load(tmp_path, Layers(), params, X)[1], adapter)
@@ -138,7 +143,7 @@ class Copied(VeRA):
 def test_copies_of_shared_tensors_are_ignored(params, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "Copied", Copied)
     peft = Copied(rank=2, targets=["up"]).bind(Layers(), params, X)
-    adapter = peft.init(jax.random.key(0), params)
+    adapter = changing(peft.init(jax.random.key(0), params))
     jpeft.hf.save(tmp_path, peft, adapter, params)
     edit(tmp_path, lambda t: t.update({"base_model.model.up.vera_A": t["base_model.vera_A"]}))
     same(jpeft.hf.load(tmp_path, Layers(), params, X)[1], adapter)

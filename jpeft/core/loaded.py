@@ -1,0 +1,106 @@
+"""What can be said of an adapter when it is loaded: whether it is finite, and whether it changes anything."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core.actions import Action, cast_leaves
+from jpeft.core.peft import Peft
+from jpeft.core.sites import stack_first
+from jpeft.core.tree import Path, join, peek
+from jpeft.errors import AdapterError
+
+
+def check_loaded(source: Any, peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping[Path, Any]) -> None:
+    """Checks the leaves of an adapter that was read, and warns with a `UserWarning` if they change nothing.
+
+    Args:
+      source: the file that they were read from, for messages.
+      peft: the bound method.
+      leaves: the adapter's leaves, on the host.
+      base: the base's leaves; may be abstract.
+
+    Raises:
+      AdapterError: a leaf holds NaN or infinities.
+    """
+    for path, x in leaves.items():
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+            raise AdapterError(
+                f"{source}: {join(path)!r} holds NaN or infinity; outputs would be NaN: use an earlier checkpoint, or "
+                "train again with a lower learning rate"
+            )
+    if changes_nothing(peft, leaves, base):
+        warnings.warn(
+            f"{source}: this {peft.method.name} changes nothing: every update in it is zero, and the outputs are the "
+            "base's. It was saved before it was trained, or its training did not reach it",
+            stacklevel=3,
+        )
+
+
+def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping[Path, Any]) -> bool:
+    """Whether the outputs under an adapter are known to be those of the base.
+
+    A weight method changes nothing if it merges to the same weight, which is asked of a made-up one, so that neither
+    the base's numbers nor their placement matter; an output method, if it gives back a made-up output; leaves that
+    replace the base's, if they are equal. False where this cannot be told.
+    """
+    if not peft.actions or any(_is_varied(leaves, action) for action in peft.actions):
+        return False
+    used = peft.expanded({path: jnp.asarray(x) for path, x in leaves.items()})
+
+    def is_neutral(action: Action) -> bool:
+        if action.site.kind == "leaf":
+            return _is_copy(leaves[action.site.path], base.get(action.site.path))
+        return bool(_gives_back(replace(action, site=replace(action.site, path=())), used[action]))
+
+    return all(map(is_neutral, peft.actions))
+
+
+def _is_varied(leaves: Mapping[Path, np.ndarray], action: Action) -> bool:
+    """Whether no leaf at a site is constant, as one must be to change nothing; then nothing need be computed."""
+    own = [leaves[action.leaf_path(name)] for name in action.stored]
+    return action.site.kind != "leaf" and bool(own) and not any(x.size and (x == x.flat[0]).all() for x in own)
+
+
+def _is_copy(leaf: np.ndarray, stored: Any) -> bool:
+    """Whether a leaf that replaces one of the base is the same. False for a base that is abstract or elsewhere."""
+    weight = peek(stored)
+    if not isinstance(weight, np.ndarray | jax.Array) or not getattr(weight, "is_fully_addressable", True):
+        return False
+    return np.array_equal(np.asarray(leaf).astype(weight.dtype), np.asarray(weight))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gives_back(action: Action, leaves: Mapping[str, Any]) -> jax.Array:
+    """Whether a method at a site gives back what it is given."""
+    site, method = action.site, action.method
+    if site.kind == "attention":  # it adds keys, each of which takes a part of the attention
+        return jnp.bool_(False)
+    first = {name: stack_first(x, site.stack) for name, x in leaves.items()}
+
+    def one(own: Mapping[str, Any]) -> jax.Array:
+        own = cast_leaves(own, jnp.float32)
+        if site.kind == "output":
+            return _same(lambda y: method.apply(own, y), (2, site.outputs))
+        same = _same(lambda w: method.merge(own, w), (site.inputs, site.outputs))
+        return same & _same(lambda b: method.merge_bias(own, b), (site.outputs,)) if method.changes_bias else same
+
+    for _ in (*site.stack, *site.batch):  # a matrix at a time
+        one = functools.partial(lambda inner, own: jax.lax.map(inner, own).all(), one)
+    return one(first)
+
+
+def _same(function: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Whether a function gives back zeros, to which the smallest sum shows, and numbers, to which a product does."""
+    numbers = jnp.cos(jnp.arange(1, 1 + math.prod(shape), dtype=jnp.float32)).reshape(shape)
+    zeros = jnp.zeros_like(numbers)
+    return (function(zeros) == zeros).all() & (function(numbers) == numbers).all()
