@@ -57,6 +57,8 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
+    _option(parser, "--adapter", str, "begin from an adapter: a run (whose model it also takes), or a folder that "
+            "jpeft or PEFT saved; the method is the adapter's")  # fmt: skip
     _option(parser, "--method", str, "lora, bitfit, prefix, bottleneck, ia3, train or full (default: lora)")
     _option(parser, "--rank", int, "rank, for methods that have one (default: 8)")
     _option(parser, "--alpha", float, "numerator of the scale alpha/rank (default: twice the rank)")
@@ -146,6 +148,10 @@ def run(args: argparse.Namespace) -> None:
     if "settings" in given:
         given["settings"] = dict(given["settings"])
     config = Config(**given)  # reports mistakes before anything heavy is imported
+    if config.adapter is not None:
+        from jpeft.recipes.start import inherited
+
+        config = Config(**{**inherited(config.adapter), **given})
     out = _run_folder(args)
     joined = args.distributed or any(x is not None for x in (args.coordinator, args.processes, args.process))
     if joined:

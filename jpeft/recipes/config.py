@@ -65,7 +65,9 @@ _SEED: Rule = (lambda value: is_int(value) and 0 <= value < 2**32, "an integer i
 _RULES: Mapping[str, Rule] = {
     "task": _one_of(DEFAULTS),
     **dict.fromkeys(("model", "data"), _TEXT),
-    **dict.fromkeys(("method", "adapter", "eval", "text", "label", "targets", "chat_template", "ignore_keys"), or_none(_TEXT)),
+    **dict.fromkeys(
+        ("method", "adapter", "eval", "text", "label", "targets", "chat_template", "ignore_keys"), or_none(_TEXT)
+    ),
     **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
     **dict.fromkeys(("steps", "eval_every"), _COUNT_OR_DEFAULT),
     "keep": _one_of(("last", "best")),

@@ -28,6 +28,7 @@ from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.tree import combine, flatten, peek, size_bytes
 from jpeft.errors import UserError
 from jpeft.hardware import utilization
+from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import save
 from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
@@ -54,7 +55,9 @@ UNCHANGED: Mapping[str, str] = {
     "steps": "its number of steps",
     "tokenizer": "its model's tokenizer.json",
     "chat_template": "its model's chat template",
+    "start": "the adapter it begins from",
 }
+START = "start"  # the folder in a run of the adapter that it begins from
 # Fields of a configuration that a resumed run may have more of.
 LENGTHS = ("steps", "epochs")
 # Entries of the record that must be the same on all processes, and their names in the error.
@@ -64,6 +67,7 @@ _SAME: Mapping[str, str] = {
     "tokenizer": "the model's tokenizer",
     "data": "the data",
     "method": "the method",
+    "start": "the adapter to begin from",
 }
 
 
@@ -137,7 +141,8 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
 
 
 def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporter: Reporter, setup: Setup) -> Job:
-    job = prepare(config, reporter, setup)
+    job = prepare(dataclasses.replace(config, adapter=_copy_of_start(run) or config.adapter), reporter, setup)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, adapter=config.adapter))
     longer = config != Config(**record["config"])
     for name, words in UNCHANGED.items():
         if name in record and job.record.get(name) != record[name] and not (longer and name == "steps"):
@@ -148,6 +153,11 @@ def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporte
             "become longer, and ends with its --epochs or its --steps, whichever comes first; give both"
         )
     return job
+
+
+def _copy_of_start(run: Path) -> str | None:
+    """The run's own copy of the adapter that it begins from, if it has one."""
+    return str(run / START) if (run / START / ADAPTER_CONFIG).is_file() else None
 
 
 def _length(config: Config) -> str:
@@ -173,9 +183,10 @@ def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Conf
 def _checked_record(job: Job) -> dict[str, Any]:
     """The record of the job with the fingerprint of its base; processes that would train on other things raise."""
     record = {**job.record, "base": fingerprint(job.params)}
-    paths = ("model", "data", "eval")  # these may differ between hosts; the content of the files may not
+    paths = ("model", "data", "eval", "adapter")  # these may differ between hosts; the content of the files may not
     config = {name: value for name, value in record["config"].items() if name not in paths}
-    check_same({words: json.dumps({**record, "config": config}[name], sort_keys=True) for name, words in _SAME.items()})
+    seen = {**record, "config": config}
+    check_same({words: json.dumps(seen.get(name), sort_keys=True) for name, words in _SAME.items()})
     return record
 
 
@@ -233,13 +244,15 @@ def _finish(
     """
     reporter.say(job.peft.summary())
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
-    fresh = job.peft.init(adapter_key, job.params)
+    fresh = job.peft.init(adapter_key, job.params) if job.start is None else job.start
     with (
         reporting_saved_step(folder),
         run_folder.locked(folder),
         watched() as heartbeat,
         checkpoint.open_checkpoints(folder / "checkpoints") as checkpoints,
     ):
+        if job.start is not None and not _copy_of_start(folder):
+            save(folder / START, job.peft, job.start, job.params)  # the original may be trained on, or go
         state, start = _restore(job, fresh, rng, checkpoints, reporter)
         if shorter is not None:
             if not start and run_folder.has_adapter(folder):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jpeft.core.placement import AnyMesh
 from jpeft.errors import UserError
-from jpeft.methods import METHODS, from_dict
+from jpeft.methods import from_dict
 from jpeft.methods.base import Method
 from jpeft.methods.train import Train
 from jpeft.parallel.batches import data_ways
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
 from jpeft.recipes import tasks
 from jpeft.recipes.config import Config, Setup, parse_targets
+from jpeft.recipes.start import method_class
 from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
 
-# Names of methods on the command line that are not the lower case of the class's name.
-ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
 _SETUP = Setup()
 
 
@@ -27,7 +25,7 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
 
     >>> prepare(Config()).peft.summary()  # doctest: +SKIP
     """
-    method, mesh = build_method(config), setup.mesh
+    method, mesh = None if config.adapter else build_method(config), setup.mesh
     if mesh is not None:
         check_mesh(config, mesh)
     try:
@@ -45,11 +43,7 @@ def build_method(config: Config) -> Method:
     >>> build_method(Config()) == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
     True
     """
-    classes = {**{name.lower(): name for name in METHODS}, **ALIASES}
-    name = config.method.lower()
-    if name not in classes:
-        raise UserError(f"--method {config.method}: unknown method; expected one of {', '.join(sorted(classes))}")
-    kind = METHODS[classes[name]]
+    kind, name = method_class(config.method), config.method.lower()
     fields = _method_fields(config, kind)
     if name == "full":
         if "targets" in fields:

@@ -2,6 +2,7 @@
 
 run/config.json      the configuration, and checksums of the base and the data
 run/metrics.jsonl    a line for each training step and each evaluation
+run/start/           the adapter that it began from, if it was not a fresh one
 run/checkpoints/     to resume from
 run/adapter/         the trained adapter: this, and the files below, exist once the run is complete
 run/loss.png

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jpeft
 from jpeft import models
 from jpeft.cli import main
 from jpeft.core.tree import flatten
@@ -22,6 +23,7 @@ from jpeft.models.dtypes import stored_dtypes
 from jpeft.recipes import prepare, run_folder
 from jpeft.recipes.config import Config
 from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
+from jpeft.recipes.tasks import classification
 from jpeft.recipes.tasks.base import NullReporter
 from jpeft.training import checkpoint
 from jpeft.training.step import TrainState
@@ -154,6 +156,88 @@ def test_a_resumed_run_may_not_become_shorter(finished, capsys):
     said = failure(capsys, "finetune", "--resume", run, "--epochs", "5")
     assert "its checkpoints are gone" in said and "jpeft finetune --adapter run" in said
     assert all(before.get(path) == time for path, time in content(run).items() if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------ beginning elsewhere
+
+
+def again(adapter, *more):
+    """A short run that begins from an adapter, on data in another order."""
+    data = ["--data", "train.csv", "--eval", "test.jsonl", "--max-length", "24", "--seed", "3", "--epochs", "1"]
+    return ["finetune", "--adapter", str(adapter), "--out", "again", *data, *more]
+
+
+def start_of(run):
+    return load_file(Path(run) / "start" / "adapter.safetensors")
+
+
+def test_a_run_begins_from_the_adapter_of_another(finished, capsys):
+    assert main(again(finished, "--rank", "8", "--method", "lora", "--targets", "all-linear", "--steps", "2")) == 0
+    first, record = load_file(finished / "adapter" / "adapter.safetensors"), run_folder.read_record(Path("again"))
+    found = start_of("again")
+    assert found.keys() == first.keys() and all(np.array_equal(found[name], first[name]) for name in first)
+    assert record["config"]["adapter"] == str(finished) and record["start"]
+    assert record["method"] == run_folder.read_record(finished)["method"]
+    before, after = run_folder.read_result(Path("again")), run_folder.read_result(finished)
+    assert before["accuracy_before"] == after["accuracy_after"]
+    assert before["loss_before"] == pytest.approx(after["loss_after"], rel=1e-6)
+    assert main(["predict", "again", *TEXT]) == 0  # the untrained head is that of the first run
+
+
+def test_a_run_that_began_elsewhere_resumes_without_it(killed, capsys, monkeypatch):
+    assert main(again(killed, "--steps", "4", "--batch-size", "8", "--checkpoint-every", "2")) == 0
+    assert "using its newest checkpoint, of step 40 of 40" in capsys.readouterr().out
+    expected = load_file(Path("again/adapter/adapter.safetensors"))
+    shutil.rmtree(killed)
+    for path in ("again/adapter", "again/checkpoints/4"):
+        shutil.rmtree(path)
+    os.unlink("again/result.json")
+    assert main(["finetune", "--resume", "again"]) == 0
+    found = load_file(Path("again/adapter/adapter.safetensors"))
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert run_folder.read_record(Path("again"))["config"]["adapter"].endswith("killed")
+    start = Path("again/start/config.json")
+    start.write_text(start.read_text().replace('"alpha": 16', '"alpha": 4'))
+    for path in ("again/adapter", "again/checkpoints/4"):
+        shutil.rmtree(path)
+    os.unlink("again/result.json")
+    assert "its method changed since it began" in failure(capsys, "finetune", "--resume", "again")
+
+
+def test_flags_that_contradict_the_adapter(finished, capsys):
+    for more, said in {
+        ("--rank", "4"): f"--rank 4 contradicts --adapter {finished}, which has 8: leave it out",
+        ("--method", "ia3"): f"--method ia3 contradicts --adapter {finished}, whose method is lora, train",
+        ("--targets", "query"): f"--targets ['query'] contradicts --adapter {finished}, which has other sites",
+        ("--set", "rslora=true"): f"--set rslora True contradicts --adapter {finished}, which has False",
+        ("--set", "length=4"): f"--set length: --adapter {finished} is a LoRA, which has no field 'length'",
+        ("--model", "no/such"): "no/such",
+    }.items():
+        assert said in failure(capsys, *again(finished, *more))
+    assert "--adapter none: no adapter there" in failure(capsys, *again("none", "--model", "bert"))
+    other = Path("other.csv")
+    other.write_text(Path("train.csv").read_text().replace("down", "worse"))
+    said = failure(capsys, *again(finished), "--data", other, "--eval", other)
+    assert "was trained on the labels down, up, and the data's are up, worse" in said
+    assert not Path("again").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_begins_from_a_huggingface_folder(dtype, capsys):
+    encoder, params = models.load("bert")
+    inputs = classification.example_inputs()
+    peft = jpeft.LoRA(rank=2, targets=["query"], init_weights="random", dtype=dtype).bind(encoder, params, inputs[0])
+    adapter = peft.init(jax.random.key(5), params)
+    jpeft.hf.save("hf", peft, adapter, params)
+    assert main(again("hf", "--model", "bert", "--rank", "2", "--targets", "query", "--steps", "1")) == 0
+    found = start_of("again")
+    (own,) = (leaf for path, leaf in flatten(adapter).items() if path[-1] == "lora_a")
+    leaf = found["encoder/encoder/layer/0/attention/self/query/lora_a"]
+    assert leaf.dtype == np.float32 and np.array_equal(leaf, np.asarray(own, np.float32))
+    assert "classifier/kernel" in found and len(found) == 4
+    result = run_folder.read_result(Path("again"))
+    assert result["trainable_parameters"] == 2 * (16 * 2) + 16 * 2 + 2
+    assert "rank 3 contradicts" in failure(capsys, *again("hf", "--model", "bert", "--rank", "3", "--out", "no"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- merge

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jpeft.core.fingerprint import fingerprint
 from jpeft.core.peft import Peft
 from jpeft.core.placement import AnyMesh
 from jpeft.core.quantized import Quantized
@@ -90,8 +91,8 @@ class Task(Protocol):
         """The method together with whatever else this task trains."""
         ...
 
-    def prepare(self, config: Config, method: Method, reporter: Reporter, setup: Setup) -> Job:
-        """Reads the data, loads the model and binds the method."""
+    def prepare(self, config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> Job:
+        """Reads the data, loads the model and binds the method, or that of the adapter that the run begins from."""
         ...
 
     def abstract(self, config: Config, model: Any, params: Any, setup: Setup) -> AbstractModel:
@@ -130,6 +131,7 @@ class Job(ABC):
         peft: the bound method.
         train: the training batches.
         mesh: the device mesh that batches are sharded over; None for one device.
+        start: the adapter to begin from; None for a fresh one.
     """
 
     config: Config
@@ -139,6 +141,7 @@ class Job(ABC):
     peft: Peft
     train: Any
     mesh: Mesh | None = None
+    start: Any = None
 
     @property
     def steps(self) -> int:
@@ -168,6 +171,7 @@ class Job(ABC):
             "method": self.peft.method.to_dict(),
             "data": {name: None if path is None else file_sha256(path) for name, path in self.files.items()},
             "tokenizer": file_sha256(tokenizer),
+            **({} if self.start is None else {"start": fingerprint(self.start)}),
             **self.task_record,
         }
 

@@ -40,6 +40,7 @@ from jpeft.recipes import run_folder
 from jpeft.recipes.adapters import load_of_run
 from jpeft.recipes.assets import resolve_conversations, resolve_model
 from jpeft.recipes.config import Config, Setup, read_chat_template
+from jpeft.recipes.start import begin
 from jpeft.recipes.tasks import base
 from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, place_batches
 from jpeft.recipes.vocabulary import reshape, with_rows
@@ -395,7 +396,7 @@ def complete(method: Method) -> Method:
     return method
 
 
-def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) -> ChatJob:
+def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ChatJob:
     """Reads the conversations, loads the language model, and binds the method."""
     train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)
     for name in ("text", "label"):
@@ -413,7 +414,8 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     model, params = load_base(path, config.quantize, mesh=setup.mesh, dtype=config.dtype, remat=setup.remat)
     model, params, rows = reshape(model, params, config, lambda: chat_template.read(path).size, reporter.say)
     tokenizer = load_chat_tokenizer(path, model, config.max_length, template)
-    peft = base.bind(with_rows(method, model, rows), model, params, example_inputs())
+    complete = functools.partial(with_rows, model=model, rows=rows)
+    config, peft, start = begin(config, method, model, params, example_inputs(), complete, reporter.say)
     encoded, test_encoded = (_encode(part, tokenizer, config.max_length, reporter) for part in (train, test))
     batches = conversations.Batches(
         encoded, config.batch_size, config.max_length, config.seed, config.epochs, config.packed
@@ -432,6 +434,7 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
         peft=peft,
         train=batches,
         mesh=setup.mesh,
+        start=start,
         tokenizer=tokenizer,
         test=conversations.Batches(test_encoded, config.batch_size, config.max_length),
         held_out=test,

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from jpeft.core.placement import AnyMesh, replicated
 from jpeft.errors import UserError
 from jpeft.files import file_sha256, new_folder, read_json, serialize, write_json
+from jpeft.hf.config import CONFIG as HF_CONFIG
 from jpeft.methods.base import LeafMethod, Method
 from jpeft.methods.chain import Chain
 from jpeft.methods.train import Train
@@ -45,6 +46,7 @@ from jpeft.recipes import run_folder
 from jpeft.recipes.adapters import load_of_run
 from jpeft.recipes.assets import DataSource, resolve_data, resolve_model
 from jpeft.recipes.config import Config, Setup
+from jpeft.recipes.start import begin
 from jpeft.recipes.tasks import base
 from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids
 from jpeft.recipes.vocabulary import reshape, with_rows
@@ -339,8 +341,8 @@ def complete(method: Method) -> Method:
     return Chain(method, Train(HEAD))
 
 
-def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) -> ClassificationJob:
-    """Reads the data, loads the encoder under a new head, and binds the method."""
+def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ClassificationJob:
+    """Reads the data, loads the encoder under its head, and binds the method."""
     _check_remat(setup)
     source = resolve_data(config.data, config.eval, config.text, config.label, reporter.say)
     read = functools.partial(labeled.read, text=source.text, label=source.label)
@@ -349,11 +351,12 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     train, test = base.evaluation_data(examples, source.eval, read, labeled.train_test_split, config, reporter)
     folder = resolve_model(config.model, reporter.say)
     labels = _in_order_of_head(labels, folder, config.head, reporter.say)
+    _check_labels(config, labels)
     ids = [labeled.label_ids(part, labels) for part in (train, test)]
     classifier, params = load_classifier(
         folder,
         len(labels),
-        config.seed,
+        _head_seed(config),
         config.quantize,
         mesh=setup.mesh,
         dtype=config.dtype,
@@ -362,8 +365,12 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
     )
     classifier, params, rows = _reshape(classifier, params, config, folder, reporter.say)
     tokenizer = load_tokenizer(folder, classifier, config.max_length)
-    method = with_rows(method, classifier.encoder, rows, "encoder/")
-    peft = base.bind(method, classifier, params, example_inputs())
+
+    def whole(own: Method) -> Method:
+        own = own if method is not None else _with_head(own, config, classifier, params)
+        return with_rows(own, classifier.encoder, rows, "encoder/")
+
+    config, peft, start = begin(config, method, classifier, params, example_inputs(), whole, reporter.say)
     encoded, test_encoded = (
         encode(part.texts, tokenizer, classifier, config.max_length, part_ids)
         for part, part_ids in zip((train, test), ids, strict=True)
@@ -376,7 +383,7 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
                 f"{part.source}: {result.truncated:,} of {len(part):,} texts are longer than {config.max_length} "
                 "tokens and truncated; see --max-length"
             )
-    rows = math.lcm(_EVAL_BATCH, 1 if setup.mesh is None else data_ways(setup.mesh))
+    batch = math.lcm(_EVAL_BATCH, 1 if setup.mesh is None else data_ways(setup.mesh))
     return ClassificationJob(
         config=config.located(),
         model=folder,
@@ -385,10 +392,39 @@ def prepare(config: Config, method: Method, reporter: Reporter, setup: Setup) ->
         peft=peft,
         train=Batches(encoded, config.batch_size, config.seed, config.epochs),
         mesh=setup.mesh,
+        start=start,
         source=source,
         labels=labels,
-        test=Batches(test_encoded, rows),
+        test=Batches(test_encoded, batch),
     )
+
+
+def _head_seed(config: Config) -> int:
+    return config.seed if config.head_seed is None else config.head_seed
+
+
+def _check_labels(config: Config, labels: Sequence[str]) -> None:
+    """Raises a UserError if a run begins from the adapter of one with other labels."""
+    if config.adapter is None or not run_folder.is_run(run := Path(config.adapter).expanduser()):
+        return
+    if (own := run_folder.read_record(run).get("labels")) is not None and list(labels) != own:
+        raise UserError(
+            f"--adapter {config.adapter} was trained on the labels {', '.join(own)}, and the data's are "
+            f"{', '.join(labels)}: its head has no meaning for them"
+        )
+
+
+def _with_head(method: Method, config: Config, classifier: Classifier, params: Any) -> Method:
+    """The method of an adapter, with the head trained beside it."""
+    published = config.adapter is not None and (Path(config.adapter).expanduser() / HF_CONFIG).is_file()
+    trained = [member for member in method.methods() if isinstance(member, Train)] if published else []
+    sites = [site for member in trained for site in base.bind(member, classifier, params, example_inputs()).sites]
+    if any(site.path[0] == HEAD for site in sites) and not classifier.pretrained:
+        raise UserError(
+            f"--adapter {config.adapter} holds a head, {HEAD!r}, for HuggingFace's pooled state, but this run's is on "
+            "the mean of the states: give a --model with a sequence classifier's head of as many labels"
+        )
+    return complete(method)
 
 
 def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractModel:
@@ -483,7 +519,7 @@ class Trained:
         config = self.config
 
         def reload() -> Any:
-            classifier, params = load_classifier(self.source, len(self.labels), config.seed, head=config.head)
+            classifier, params = load_classifier(self.source, len(self.labels), _head_seed(config), head=config.head)
             return _reshape(classifier, params, config, self.source)[1]
 
         params = base.unrounded(self.params, self.source, config.dtype, reload)
@@ -505,7 +541,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
         raise UserError(f"{run}: was trained to chat, not to label texts; use jpeft chat {run}")
     folder = resolve_model(config.model, log)
     classifier, params = load_classifier(
-        folder, len(record["labels"]), config.seed, config.quantize, dtype=config.dtype, head=config.head
+        folder, len(record["labels"]), _head_seed(config), config.quantize, dtype=config.dtype, head=config.head
     )
     classifier, params, _ = _reshape(classifier, params, config, folder)
     tokenizer = load_tokenizer(folder, classifier, config.max_length)
