@@ -13,6 +13,8 @@ from jpeft.errors import ModelError
 from jpeft.models.bitsandbytes import combine_parts
 from jpeft.models.sources import open_tensors
 
+SOURCE = "source"  # as a dtype: the one that each tensor has in the source
+
 
 def stored_dtypes(path: str | os.PathLike[str]) -> dict[str, np.dtype]:
     """The dtype of every floating tensor of a folder or a `.gguf` file, by HuggingFace's name. Reads no weights.

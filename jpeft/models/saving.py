@@ -19,7 +19,7 @@ from jpeft.core.stacking import stacked_at
 from jpeft.errors import ModelError
 from jpeft.files import new_folder, write_json, write_safetensors
 from jpeft.models import bitsandbytes
-from jpeft.models.dtypes import cast, stored_dtypes
+from jpeft.models.dtypes import SOURCE, cast, stored_dtypes
 from jpeft.models.families import abstract_leaves, build_model, family_of, read_model_config
 from jpeft.models.family import Family
 from jpeft.models.folder import CONFIG, WEIGHTS
@@ -34,8 +34,6 @@ from jpeft.models.matching import match_tensors
 from jpeft.models.naming import Naming
 from jpeft.models.sources import is_gguf, open_tensors, read_config
 from jpeft.models.vocabulary import as_in_source, grow_head, update_config
-
-SOURCE = "source"  # as a dtype: the one that each tensor has in the source
 
 # `save` does not copy these from the source: it writes its own config and weights, and other weights would be stale.
 _NOT_COPIED = re.compile(

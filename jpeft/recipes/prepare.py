@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jpeft.core.placement import AnyMesh
 from jpeft.errors import UserError
-from jpeft.methods import from_dict
+from jpeft.methods import METHODS, from_dict
 from jpeft.methods.base import Method
 from jpeft.methods.train import Train
 from jpeft.parallel.batches import data_ways
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
 from jpeft.recipes import tasks
 from jpeft.recipes.config import Config, Setup, parse_targets
-from jpeft.recipes.start import method_class
 from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
 
+# Names of methods on the command line that are not the lower case of the class's name.
+ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
 _SETUP = Setup()
 
 
@@ -34,6 +36,18 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
         if mesh is None or type(error) is not ValueError:
             raise
         raise UserError(f"--mesh: {config.model}: {error}") from error  # an axis of a weight that does not divide
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name on the command line.
+
+    >>> method_class("prefix").__name__
+    'PrefixTuning'
+    """
+    classes = {**{name.lower(): name for name in METHODS}, **ALIASES}
+    if name.lower() not in classes:
+        raise UserError(f"--method {name}: unknown method; expected one of {', '.join(sorted(classes))}")
+    return METHODS[classes[name.lower()]]
 
 
 def build_method(config: Config) -> Method:

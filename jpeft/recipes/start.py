@@ -17,16 +17,15 @@ from jpeft.core.peft import Peft
 from jpeft.core.tree import flatten, like, unflatten
 from jpeft.errors import UserError
 from jpeft.hf.config import CONFIG as HF_CONFIG
-from jpeft.methods import METHODS, from_dict
+from jpeft.methods import from_dict
 from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
 from jpeft.recipes import run_folder
 from jpeft.recipes.adapters import load_adapter
 from jpeft.recipes.config import Config, flag, parse_targets
+from jpeft.recipes.prepare import ALIASES, method_class
 from jpeft.recipes.tasks.base import bind
 
-# Names of methods on the command line that are not the lower case of the class's name.
-ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
 _HALF = ("bfloat16", "float16")  # of published adapters: a step of training is too small for them
 # What an adapter was trained with, and a run that begins from it has too, unless another is given.
 _INHERITED = ("task", "model", "quantize", "dtype", "chat_template", "resize_embeddings", "untie_head", "head")
@@ -44,18 +43,6 @@ def inherited(adapter: str | Path) -> dict[str, Any]:
     config = run_folder.usable(run)["config"]
     head_seed = config["seed"] if config.get("head_seed") is None else config["head_seed"]
     return {name: config[name] for name in _INHERITED if config.get(name) is not None} | {"head_seed": head_seed}
-
-
-def method_class(name: str) -> type[Method]:
-    """The class of a method by its name on the command line.
-
-    >>> method_class("prefix").__name__
-    'PrefixTuning'
-    """
-    classes = {**{name.lower(): name for name in METHODS}, **ALIASES}
-    if name.lower() not in classes:
-        raise UserError(f"--method {name}: unknown method; expected one of {', '.join(sorted(classes))}")
-    return METHODS[classes[name.lower()]]
 
 
 def begin(

@@ -23,8 +23,7 @@ from jpeft.core.tree import flatten, unflatten
 from jpeft.errors import UserError
 from jpeft.files import file_sha256
 from jpeft.methods.base import Method
-from jpeft.models.dtypes import narrows, stored_dtypes
-from jpeft.models.saving import SOURCE
+from jpeft.models.dtypes import SOURCE, narrows, stored_dtypes
 from jpeft.parallel.batches import local_rows, shard_batch
 from jpeft.recipes.config import Config, Setup
 
