@@ -104,7 +104,8 @@ def from_config(
 def _check_output(output: str, pooler: bool, labels: int) -> None:
     there = [STATES] + [POOLED] * pooler + [LOGITS] * bool(labels)
     if output not in there:
-        raise ValueError(f"output={output!r}: this checkpoint has {', '.join(there)}")
+        hint = "; head=True reads a classifier that architectures does not name" if output == LOGITS else ""
+        raise ValueError(f"output={output!r}: this checkpoint has {', '.join(there)}{hint}")
 
 
 def _check(cfg: BertConfig) -> None:

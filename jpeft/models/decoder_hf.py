@@ -174,6 +174,7 @@ def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = next((config[k] for k in ("rope_parameters", "rope_scaling") if config.get(k) is not None), {})
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling={scaling!r} is not an object")
+    _check_one_rotary(config, scaling)
     if kind != "gemma3_text":
         return {"rotary": rotary_from_config(scaling, theta)}
     local = config.get("rope_local_base_freq") or 10000.0
@@ -183,6 +184,16 @@ def _rotary(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "rotary_sliding": rotary_from_config(scaling.get(SLIDING), local),
         }
     return {"rotary": rotary_from_config(scaling, theta), "rotary_sliding": rotary_from_config(None, local)}
+
+
+def _check_one_rotary(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> None:
+    """Raises if the fields of transformers 4 and of transformers 5 say different things: each reads its own."""
+    old, new = config.get("rope_theta"), scaling.get("rope_theta")
+    if None not in (old, new) and old != new:
+        raise ValueError(f"rope_theta={old!r}, but the rope scaling has rope_theta={new!r}; keep the right one")
+    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    if None not in (old, new) and old != new:
+        raise ValueError(f"rope_scaling={old!r} and rope_parameters={new!r} differ; keep the right one")
 
 
 def _check_fields(given: Mapping[str, Any]) -> None:

@@ -98,6 +98,10 @@ def read_tensors(folder: Path) -> dict[str, SafeTensor]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: (tuple(x.get_shape()), _dtype_name(x.get_dtype())) for name, x in slices.items()}
             metadata = file.metadata() or {}
+        if twice := sorted(tensors.keys() & kinds.keys()):  # readers of such folders disagree on which one counts
+            raise ModelError(
+                f"{folder}: {twice[0]} is in {tensors[twice[0]].path.name} and in {path.name}; remove one of them"
+            )
         tensors |= {name: SafeTensor(path, name, *kind, metadata) for name, kind in kinds.items()}
     return tensors
 
@@ -129,7 +133,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise ModelError(
             f"{folder}: only {pickles[0]}, a pickle, which may run code when opened and is refused; if you trust it, "
-            "convert it with transformers.AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
+            "convert it with transformers.AutoModelForCausalLM (or AutoModel, for an encoder): "
+            ".from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise FileNotFoundError(f"{folder}: no weights (neither {WEIGHTS} nor {INDEX})")
 

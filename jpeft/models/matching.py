@@ -67,9 +67,21 @@ def match_tensors(
             shapes[name] = tensor.shape
     if problem := family.problem(model, found):
         raise ModelError(f"{source}: {problem}")
+    if elsewhere := _elsewhere([slot for slot in slots if slot not in names], tensors):
+        raise ModelError(f"{source}: {elsewhere}")
     check_shapes(str(source), {slot.name: slot.shape for slot in slots}, shapes)
     copies = [(found[a], found[b]) for a, b in family.copies(model).items() if a in found and b in found]
     return Matched(naming, names, own_buffers, copies)
+
+
+def _elsewhere(missing: Sequence[Slot], tensors: Mapping[str, Tensor]) -> str:
+    """Why a tensor is missing that the file has under another prefix; empty if it has none."""
+    for slot in missing:
+        for name in tensors:
+            if name.endswith(f".{slot.tensor_name}"):
+                prefix = name.removesuffix(slot.tensor_name)
+                return f"missing {slot.name}, but there is {name}: rename the tensors, without the prefix {prefix!r}"
+    return ""
 
 
 def check_values(family: Family, model: Any, matched: Matched, tensors: Mapping[str, Tensor]) -> None:

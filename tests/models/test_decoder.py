@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft import models
@@ -776,12 +776,57 @@ def test_a_truncated_shard_is_named(tmp_path):
         models.load(folder)
 
 
-def test_buffers_and_a_tied_head_in_the_file_are_ignored(tmp_path):
+def test_buffers_and_a_tied_head_may_be_in_the_file_if_they_are_right(tmp_path):
     model, params = tiny("qwen3")
-    extra = {"lm_head.weight": np.ones((60, 32), np.float32),
-             "model.layers.2.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}  # fmt: skip
-    folder = write(tmp_path / "m", "qwen3", tensors=torch_tensors(model, params) | extra)
-    assert_trees_close(models.load(folder)[1], params, atol=0)
+    tensors, inv_freq = torch_tensors(model, params), 1e4 ** -(np.arange(0, 12, 2) / 12)
+    buffers = {"model.layers.2.self_attn.rotary_emb.inv_freq": inv_freq.astype(np.float16),
+               "model.rotary_emb.inv_freq": inv_freq.astype(np.float32),
+               "model.layers.0.self_attn.bias": np.tri(8, dtype=bool)[None, None],
+               "model.layers.0.self_attn.masked_bias": np.float32(-1e9)[None]}  # fmt: skip
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    folder = write(tmp_path / "m", "qwen3", tensors=tensors | buffers | head)
+    loaded, again = models.load(folder)
+    assert_trees_close(again, params, atol=0)
+    models.save(tmp_path / "saved", loaded, jax.tree.map(lambda x: x + 1, again), source=folder)
+    assert_trees_close(models.load(tmp_path / "saved")[1], jax.tree.map(lambda x: x + 1, params), atol=0)
+
+    bare = {name.removeprefix("model."): value for name, value in (tensors | buffers).items()}
+    assert_trees_close(models.load(write(tmp_path / "bare", "qwen3", tensors=bare))[1], params, atol=0)
+
+    wrong = {
+        "the buffer model.rotary_emb.inv_freq has 0.5 at": {"model.rotary_emb.inv_freq": inv_freq / 2},
+        r"inv_freq has shape \(5,\), but config.json gives \(6,\)": {"model.rotary_emb.inv_freq": inv_freq[:5]},
+        r"bias has 1 at \[0, 1\], but config": {"model.layers.0.self_attn.bias": np.ones((8, 8))},
+        "lm_head.weight differs from model.embed_tokens.weight, to which config.json ties it": {
+            name: value + 1 for name, value in head.items()
+        },
+    }
+    for number, (message, change) in enumerate(wrong.items()):
+        change = {name: value.astype(np.float32) for name, value in change.items()}
+        folder = write(tmp_path / str(number), "qwen3", tensors=tensors | change)
+        with pytest.raises(models.ModelError, match=message):
+            models.load(folder)
+
+
+def test_names_of_other_versions_and_tools(tmp_path):
+    model, params = tiny("gemma3")
+    tensors = torch_tensors(model, params)
+    for prefix in ("model.language_model.", "language_model."):  # transformers 5, and its AutoModel
+        renamed = {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
+        vision = {f"{prefix.removesuffix('language_model.')}vision_tower.x": np.ones(2, np.float32)}
+        folder = write(tmp_path / prefix, "gemma3", tensors=renamed | vision)
+        assert_trees_close(models.load(folder)[1], params, atol=0)
+    compiled = {f"_orig_mod.{name}": value for name, value in tensors.items()}
+    with pytest.raises(
+        models.ModelError, match=r"but there is _orig_mod\..*: rename .* without the prefix '_orig_mod.'"
+    ):
+        models.load(write(tmp_path / "compiled", "gemma3", tensors=compiled))
+    folder = write(tmp_path / "twice", "gemma3", tensors=tensors, shards=2)
+    first, second = sorted(folder.glob("*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name] + 1}, second)
+    with pytest.raises(models.ModelError, match=rf"{name} is in {first.name} and in {second.name}; remove one"):
+        models.load(folder)
 
 
 def test_the_text_part_of_a_vision_language_model_loads(tmp_path):
@@ -824,6 +869,10 @@ BAD_CONFIGS = {
     "rope order": ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "low_freq_factor < high_freq_factor"),
     "rope no object": ("llama", {"rope_scaling": 5}, "rope_scaling=5 is not an object"),
     "rope no object by kind": ("gemma3", {"rope_parameters": {FULL: 5}}, "rope_scaling=5 is not an object"),
+    "rope_theta twice": ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},
+                         "rope_theta=10000.0, but the rope scaling has rope_theta=500000.0"),
+    "rope scaling twice": ("llama", {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+                           "rope_scaling=.* and rope_parameters=.* differ; keep the right one"),
     "rope_theta": ("llama", {"rope_theta": "big"}, "rope_theta='big'"),
     "layer_types too short": ("qwen2", {"layer_types": [FULL]}, "layer_types=.* must list .* for each of 3 layers"),
     "layer_types unknown": ("gemma2", {"layer_types": [FULL, "chunked_attention", FULL]},

@@ -57,7 +57,8 @@ def test_a_run_starts_from_the_head_of_its_folder(name, tmp_path, standard_promo
     assert "the run starts from its head, of the labels up, down" in capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["labels"] == ["up", "down"]
-    hits = [NAMES[i] == row["label"] for i, row in zip(torch_logits(model, tmp_path / "model").argmax(-1), TEXTS)]
+    guesses = torch_logits(model, tmp_path / "model").argmax(-1)
+    hits = [NAMES[i] == row["label"] for i, row in zip(guesses, TEXTS, strict=True)]
     assert result["accuracy_before"] == pytest.approx(np.mean(hits))
 
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
