@@ -23,6 +23,7 @@ from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
 from jpeft.recipes import run_folder
 from jpeft.recipes.config import Config
+from jpeft.recipes.generate import open_text_generator
 from jpeft.recipes.prepare import NullReporter, build_method, prepare
 from jpeft.recipes.tasks import chat
 from jpeft.text import chat_template, conversations
@@ -410,6 +411,8 @@ def test_a_run_with_another_template_keeps_it(capsys):
     assert main(["merge", "run", "merged"]) == 0
     assert chat_template.read("merged").template == THINKING
     Path("other.jinja").write_text("{{ messages[0].content }}")
+    assert open_text_generator("llama", "run").tokenizer.template == THINKING
+    assert open_text_generator("llama", template="other.jinja").tokenizer.template == "{{ messages[0].content }}"
     capsys.readouterr()
     assert main(["finetune", "--task", "chat", "--out", "run", "--resume", "--chat-template", "other.jinja"]) == 1
     error = capsys.readouterr().err
