@@ -1,4 +1,4 @@
-"""The command line: `jpeft finetune | plan | predict | merge | inspect | generate | chat | quantize`.
+"""The command line: `jpeft finetune | plan | predict | merge | export | inspect | generate | chat | quantize`.
 
 Results go to stdout, errors to stderr as one line. A command imports its heavy modules only when it runs.
 """
@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from jpeft.cli import chat, finetune, generate, inspect, merge, plan, predict, quantize
+from jpeft.cli import chat, export, finetune, generate, inspect, merge, plan, predict, quantize
 from jpeft.cli.terminal import print_error
 from jpeft.recipes.config import Interrupted
 
 # Modules of the extra [demo]; an error about a missing one names the command that installs them.
 _EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers"}
-_COMMANDS = (finetune, plan, predict, merge, generate, chat, quantize, inspect)
+_COMMANDS = (finetune, plan, predict, merge, export, generate, chat, quantize, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

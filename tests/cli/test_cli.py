@@ -571,7 +571,7 @@ def test_help_imports_only_light_modules():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     imported = ast.literal_eval(done.stdout.splitlines()[-1])
-    commands = {"chat", "finetune", "generate", "inspect", "merge", "plan", "predict", "quantize"}
+    commands = {"chat", "export", "finetune", "generate", "inspect", "merge", "plan", "predict", "quantize"}
     light = {f"jpeft.cli.{name}" for name in (*commands, "app", "arguments", "terminal")} | {"jpeft.cli"}
     light |= {"jpeft.recipes", "jpeft.recipes.assets", "jpeft.recipes.config", "jpeft.recipes.tasks", "jpeft.units"}
     assert {name for name in imported if name.startswith("jpeft")} <= light

@@ -158,6 +158,13 @@ def test_a_resumed_run_may_not_become_shorter(finished, capsys):
     assert all(before.get(path) == time for path, time in content(run).items() if path.is_file())
 
 
+def test_an_adapter_is_exported_where_its_head_has_a_place(killed, finished, capsys):
+    assert "use jpeft merge, or --format jpeft" in failure(capsys, "export", finished, "out")
+    assert not Path("out").exists()
+    assert main(["export", str(killed), "out", "--format", "jpeft"]) == 0
+    assert Path("out/adapter.safetensors").read_bytes() == (finished / "adapter/adapter.safetensors").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ beginning elsewhere
 
 

@@ -317,6 +317,31 @@ def test_the_adapter_loads_on_the_unquantized_base_and_exports_to_huggingface(fi
     assert (Path("hf") / "adapter_model.safetensors").is_file()
 
 
+def test_an_unfinished_run_chats_and_is_exported_and_merged(finished, capsys, monkeypatch):
+    run, question = Path(shutil.copytree(finished, "killed")), sums(1, 1)[0]["question"]
+    shutil.rmtree(run / "adapter")
+    os.unlink(run / "result.json")
+    expected = run_folder.read_result(finished)["samples"][0]["after"]
+    last = run_folder.read_result(finished)["steps"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(question + "\n"))
+    assert main(["chat", "killed", "--max-new-tokens", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert expected.startswith(out.rstrip("\n"))
+    assert f"killed is not finished: using its newest checkpoint, of step {last} of {last}" in err
+    assert main(["export", "killed", "hf"]) == main(["export", "killed", "own", "--format", "jpeft"]) == 0
+    assert (Path("own") / "adapter.safetensors").read_bytes() == trained(finished)[0]
+    model, params = models.load("llama")
+    _, adapter = jpeft.hf.load("hf", model, params, *chat.example_inputs())
+    _, own = jpeft.load("own", model, params, *chat.example_inputs())
+    for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(a, b)
+    capsys.readouterr()
+    assert main(["export", "killed", "own"]) == 1 and "own exists" in capsys.readouterr().err
+    begun = Config(task="chat", model="llama", data="train.jsonl", max_length=WIDTH * 2, adapter="hf", rank=8)
+    start = flatten(prepare(begun, NullReporter()).start)
+    assert all(np.array_equal(start[path], leaf) for path, leaf in flatten(own).items())
+
+
 def test_predict_names_the_command_for_a_chat_run(finished, capsys):
     assert main(["predict", str(finished), "--text-arg", "x"]) == 1
     assert f"use jpeft chat {finished}" in capsys.readouterr().err

@@ -110,6 +110,10 @@ class Task(Protocol):
         """Writes a HuggingFace folder with the adapter merged in. Returns how to use the folder, in a few words."""
         ...
 
+    def hf_options(self, trained: Any) -> dict[str, Any]:
+        """The arguments of `jpeft.hf.save` for the adapter of an opened run."""
+        ...
+
     def result_rows(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The rows of the final table that only this task has."""
         ...

@@ -531,6 +531,15 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
     return Trained(peft, params, adapter, tokenizer, source)
 
 
+def hf_options(trained: Trained) -> dict[str, Any]:
+    """The arguments of `jpeft.hf.save` for the adapter of an opened run.
+
+    >>> hf_options(open_run("runs/smollm2-lora-1"))  # doctest: +SKIP
+    {'task_type': 'CAUSAL_LM'}
+    """
+    return {"task_type": "CAUSAL_LM"}
+
+
 def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str], None] = lambda line: None) -> str:
     """Writes a HuggingFace folder of a run, its adapter merged in. Returns how to use the folder.
 

@@ -553,6 +553,24 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
     return Trained(record, folder, classifier, params, peft, adapter, tokenizer)
 
 
+def hf_options(trained: Trained) -> dict[str, Any]:
+    """The arguments of `jpeft.hf.save` for the adapter of an opened run.
+
+    Raises:
+        UserError: the head is not one of HuggingFace's.
+
+    >>> hf_options(open_run("runs/bert-lora-1"))["task_type"]  # doctest: +SKIP
+    'SEQ_CLS'
+    """
+    if not trained.classifier.pretrained:
+        raise UserError(
+            "--format hf: the head is on the mean of the states, as that of no class of transformers: use jpeft merge, "
+            "or --format jpeft"
+        )
+    names = as_loaded(trained.classifier, trained.params)[0].torch_names
+    return {"task_type": "SEQ_CLS", "prefix": {tree or "encoder/": torch for tree, torch in names.items()}}
+
+
 def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str], None] = lambda line: None) -> str:
     """Writes a HuggingFace folder of a run, its adapter merged in. Returns how to use the folder.
 
