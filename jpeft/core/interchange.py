@@ -154,6 +154,11 @@ class HFSpec:
       tied: for methods that act on an embedding and on the head that is tied to it: a tensor of the head by name, and
         the tensor of the embedding that is its transpose.
       joins_parts: whether ``functions`` of the tensors join the leaves of a fused weight's parts.
+      ties: whether PEFT itself changes a head with the embedding to which it is tied. ``tied`` tensors are then equal.
+      beside: the field of configurations of other types by which their folders hold this method too: what its first
+        field says, for all modules or by module; e.g. ``"trainable_token_indices"``.
+      wrapper: what then stands before its tensors' names, e.g. ``"token_adapter."``.
+      holds: the fields ``beside`` of other methods that folders of this type can have.
     """
 
     peft_type: str
@@ -166,12 +171,16 @@ class HFSpec:
     bias: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
     joins_parts: bool = False
+    ties: bool = False
+    beside: str = ""
+    wrapper: str = ""
+    holds: frozenset[str] = frozenset()
 
     @property
     def known(self) -> set[str]:
         """The fields of a configuration that the declaration covers."""
         own = {name for f in self.fields for name in (f.key, f.pattern) if name}
-        return own | {*self.when, *self.constants, *self.ignored}
+        return own | {*self.when, *self.constants, *self.ignored, *self.holds}
 
 
 def form(method: type) -> HFSpec | Role | None:

@@ -66,6 +66,7 @@ class Config:
     Attributes:
       method: the method class, whose `HFSpec` says what ``own`` holds.
       own: the method's fields and patterns as they stand in the file.
+      beside: the methods that the folder holds too, by `HFSpec.beside`, and what that field says.
 
     >>> from jpeft.methods.lora import LoRA
     >>> config = Config(method=LoRA, target_modules=["query", "value"], own={"r": 8, "rank_pattern": {"query": 16}})
@@ -83,6 +84,7 @@ class Config:
     task_type: str = ""
     ensure_weight_tying: bool = False
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    beside: Mapping[type, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def spec(self) -> HFSpec:
@@ -205,7 +207,7 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
     except FileNotFoundError:
         problem = f"has no {CONFIG}" if file.parent.is_dir() else "is not a folder"
         raise AdapterError(f"{file.parent} {problem}: expected an adapter saved by HuggingFace PEFT") from None
-    method, spec = _find_method(file, config, methods)
+    method, spec = _find_method(file, config, methods := list(methods))
     _check_known(file, config, spec)
     rules = _rules(spec)
     for key in ("bias", *(f.key for f in spec.fields if f.default is not False)):  # a switch that is null is off
@@ -221,11 +223,26 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
     common = {k: v for k, v in given.items() if k in _RULES or k == "bias"}
     own = {k: v for k, v in given.items() if k not in common}
     _check_expressions(file, given, [f.pattern for f in spec.fields if f.pattern])
-    out = Config(method=method, own=own, **common)
+    out = Config(method=method, own=own, beside=_beside(file, config, spec, methods), **common)
     try:
         out.settings()
     except ValueError as error:
         raise AdapterError(f"{file}: {error}") from error
+    return out
+
+
+def _beside(file: Path, config: Mapping[str, Any], spec: HFSpec, methods: Iterable[type]) -> dict[type, Any]:
+    """The methods that stand beside the folder's own, and what the configuration says of them."""
+    out = {}
+    for method in methods:
+        other = form(method)
+        if not isinstance(other, HFSpec) or other.beside not in spec.holds or _is_off(config.get(other.beside)):
+            continue
+        value, (accepts, expected) = config[other.beside], other.fields[0].rule or (lambda _: True, "")
+        each = value.values() if isinstance(value, dict) else [value]
+        if not all(isinstance(v, list) and accepts(v) for v in each):
+            raise AdapterError(f"{file}: {other.beside} must be {expected}, or such by module, got {shown(value)}")
+        out[method] = value
     return out
 
 

@@ -69,16 +69,21 @@ def save(
     >>> peft.method.targets
     ('layers_0',)
     """
-    name, spec = _spec(peft)
+    name, spec, beside = _specs(peft)
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
     names = of_model(peft.model) if prefix is None else Names.of(prefix)
-    adapted = {names.torch(a.site.path): a for a in peft.actions if a.site.kind == "weight"}
-    for action in adapted.values():
-        layout.check_site(action.site, spec)
+    adapted, others = (
+        {names.torch(a.site.path): a for a in peft.actions if a.site.kind == "weight" and form(type(a.method)) is form_}
+        for form_ in (spec, beside)
+    )
+    for action in (*adapted.values(), *others.values()):
+        layout.check_site(action.site, _form_at(action))
+    if both := sorted(adapted.keys() & others.keys()):
+        raise ValueError(f"HuggingFace PEFT changes {both[0]!r} by one method, and this chain by two")
     tensors = _tensors(peft, leaves, names, spec, adapted)
     tied = tied_names(peft.model, names)
-    heads = head_tensors(tied, spec, tensors)
+    heads = head_tensors(tied, spec, {k: x for k, x in tensors.items() if not _is_beside(k, beside)})
     settings = adapted | {head: adapted[own] for head, own in tied.items() if own in adapted}
     config = _method_fields(name, spec, settings) | {
         "base_model_name_or_path": base_model,
@@ -90,7 +95,10 @@ def save(
     }
     if (bias := _bias(peft, base, name, spec)) != "none" or spec.bias:
         config["bias"] = bias
-    if heads:
+    if beside is not None:
+        field = beside.fields[0]
+        config[beside.beside] = {m: field.of(a.method, a.site, config) for m, a in sorted(others.items())}
+    if heads and not spec.ties:
         config["ensure_weight_tying"] = True
     _check_free(FilePath(path))
     with new_folder(FilePath(path), replace=True) as folder:
@@ -99,8 +107,18 @@ def save(
         write_atomically(folder / _README, _card(name, spec, config).encode())
 
 
-def _spec(peft: Peft) -> tuple[str, HFSpec]:
-    """The name and the form of the one method with a ``peft_type``.
+def _form_at(action: Action) -> HFSpec:
+    spec = form(type(action.method))
+    assert isinstance(spec, HFSpec)
+    return spec
+
+
+def _is_beside(name: str, beside: HFSpec | None) -> bool:
+    return beside is not None and any(name.endswith(f".{beside.wrapper}{t.key}") for t in beside.tensors)
+
+
+def _specs(peft: Peft) -> tuple[str, HFSpec, HFSpec | None]:
+    """The name and the form of the one method with a ``peft_type``, and the form of one that can stand beside it.
 
     Raises:
       ValueError: a method without a form in PEFT folders, no method with a ``peft_type``, or several.
@@ -117,9 +135,12 @@ def _spec(peft: Peft) -> tuple[str, HFSpec]:
         raise ValueError(
             f"a HuggingFace PEFT folder needs one of {known} in the chain; save this adapter with jpeft.save"
         )
-    if len(found) > 1:
+    held = {spec.beside for spec in found.values() if spec.beside} & {f for s in found.values() for f in s.holds}
+    others = [name for name, spec in found.items() if spec.beside in held]
+    own = [name for name in found if name not in others]
+    if len(own) != 1 or len(others) > 1:
         raise ValueError(f"a HuggingFace PEFT folder has one method, this chain has {' and '.join(found)}")
-    return next(iter(found.items()))
+    return own[0], found[own[0]], found[others[0]] if others else None
 
 
 def _one_by_one(
@@ -145,9 +166,11 @@ def _tensors(
             module = names.torch(site.path[:-1])
             own = {layout.leaf_suffix(names, site, adapted): layout.leaf_to_torch(site, leaves[site.path])}
         else:
+            of_method = _form_at(action)
+            wrapper = "" if of_method is spec else of_method.wrapper
             own = {
-                tensor.key: tensor.to_torch(leaves[action.leaf_path(tensor.leaf)], site)
-                for tensor in layout.tensors_at(site, spec, action.stored)
+                wrapper + tensor.key: tensor.to_torch(leaves[action.leaf_path(tensor.leaf)], site)
+                for tensor in layout.tensors_at(site, of_method, action.stored)
             }
         by_name = {f"{ROOT}{module}.{suffix}": x for suffix, x in own.items()}
         if not module or by_name.keys() & out.keys():

@@ -22,14 +22,14 @@ from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import matches_entry
-from jpeft.core.tree import Path, Tree, flatten, join, like, peek, split_variables, unflatten
+from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, split_variables, unflatten
 from jpeft.errors import AdapterError
 from jpeft.hf import layout
-from jpeft.hf.config import CONFIG, read_config
+from jpeft.hf.config import CONFIG, named, read_config
 from jpeft.hf.matching import Folder, Matched, match, stacked
 from jpeft.hf.names import ROOT, Names, Prefix, find, of_model
 from jpeft.hf.tensors import TensorFile
-from jpeft.hf.tied import merge_heads
+from jpeft.hf.tied import merge_heads, tied_names
 from jpeft.methods import METHODS
 from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
@@ -83,7 +83,8 @@ def load(
     names = find(FilePath(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
     folder = Folder(config, file, names, at, tuple(ignore))
     matched = match(folder, _without_absent_parts(model, folder, each))
-    peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey), model, params, survey)
+    tied = tied_names(model, names)
+    peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey, tied), model, params, survey)
     leaves = _leaves(peft, folder, matched.adapted)
     _check_rest(folder, survey, {s.path for s in (*matched.biases, *matched.saved)}, base)
     with np.errstate(over="ignore"):  # what float64 holds and a narrower dtype does not is infinite then
@@ -108,9 +109,10 @@ def _without_absent_parts(model: Any, folder: Folder, survey: Survey) -> Survey:
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
-def _method(folder: Folder, matched: Matched, survey: Survey) -> Method:
-    """The method that acts on the matched sites and no others."""
+def _method(folder: Folder, matched: Matched, survey: Survey, tied: Collection[str]) -> Method:
+    """The method that acts on the matched sites and no others. ``tied``: heads that are their embedding."""
     members = [_adapting(folder, matched.adapted, survey)]
+    members += [_beside(folder, method, value, survey, tied) for method, value in folder.config.beside.items()]
     if biases := matched.biases:
         every = len(biases) == sum(s.path[-1] == "bias" for s in survey.leaves)
         targets = None if every else _exactly([s.name for s in biases], biases, survey.leaves)
@@ -135,6 +137,38 @@ def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Meth
         return config.method(**settings, dtype=folder.file.dtype, targets=targets, overrides=overrides)
     except ValueError as error:
         raise AdapterError(f"{folder.file.path.parent / CONFIG}: {error}") from error
+
+
+def _beside(folder: Folder, method: Any, value: Any, survey: Survey, tied: Collection[str]) -> Method:
+    """A method that stands beside the folder's own, with the settings of the configuration.
+
+    Raises:
+      AdapterError: a module that the model lacks, or that only one of file and configuration names.
+    """
+    file, spec = folder.file, form(method)
+    assert isinstance(spec, HFSpec)
+    weights = {folder.module(s): s for s in survey.weights}
+    settings: dict[str, Any] = {}
+    for module in sorted(file.beside):
+        if module not in weights:
+            hint = nearest(module, weights)
+            raise AdapterError(f"{file.path} has a {method.__name__} for {module!r}, not a weight of this model{hint}")
+        own = value if isinstance(value, list) else next((v for k, v in value.items() if named([k], module)), None)
+        if own is None:
+            raise AdapterError(f"{file.path} has a {method.__name__} for {module!r}, which {spec.beside} does not name")
+        layout.check_site(weights[module], spec)
+        settings[module] = spec.fields[0].read(own, weights[module])
+    missing = (
+        [k for k in value if not any(named([k], m) for m in (*settings, *tied))] if isinstance(value, dict) else []
+    )
+    if missing or not settings:
+        where = f" for {missing[0]!r}" if missing else ""
+        raise AdapterError(f"{file.path} has no {method.__name__}{where}, which {spec.beside} asks for")
+    sites = [weights[module] for module in settings]
+    name, common = spec.fields[0].name, next(iter(settings.values()))
+    overrides = {weights[m].name: {name: own} for m, own in settings.items() if own != common}
+    targets = _exactly([s.name for s in sites], sites, survey.weights)
+    return method(**{name: common}, dtype=file.dtype_beside, targets=targets, overrides=overrides)
 
 
 def _with_role(role: Role) -> Any:
@@ -162,7 +196,7 @@ def _leaves(peft: Peft, folder: Folder, adapted: Collection[str]) -> dict[Path, 
         else:
             expected = {name: structure[action.leaf_path(name)] for name in action.stored}
             shapes = {n: (s[1:] if is_stacked else s, dtype) for n, (s, dtype) in expected.items()}
-            read = [_site_leaves(folder, site, shapes) for site in each]
+            read = [_site_leaves(folder, type(action.method), site, shapes) for site in each]
         for name, first in read[0].items():
             out[action.leaf_path(name)] = np.stack([own[name] for own in read]) if is_stacked else first
     return out | _shared_leaves(peft, folder)
@@ -176,20 +210,22 @@ def _trained_leaf(folder: Folder, action: Action, site: Site, adapted: Collectio
 
 
 def _site_leaves(
-    folder: Folder, site: Site, shapes: Mapping[str, tuple[tuple[int, ...], str]]
+    folder: Folder, method: type, site: Site, shapes: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> dict[str, np.ndarray]:
-    """The method's leaves of one torch module, by name. ``shapes`` has the shape and dtype that each must have."""
-    file, module, out = folder.file, folder.module(site), {}
-    tensors = layout.tensors_at(site, folder.config.spec, shapes)
+    """A method's leaves of one torch module, by name. ``shapes`` has the shape and dtype that each must have."""
+    file, module, out, spec = folder.file, folder.module(site), {}, form(method)
+    assert isinstance(spec, HFSpec)
+    wrapper = spec.wrapper if method in folder.config.beside else ""
+    tensors = layout.tensors_at(site, spec, shapes)
     for tensor in tensors:
         shape, dtype = shapes[tensor.leaf]
         expected = tensor.to_torch(_abstract(shape), site).shape
-        why = f"which a {folder.config.method.__name__} there needs"
+        why = f"which a {method.__name__} there needs"
         floating = jnp.issubdtype(dtype, jnp.floating)
-        x = file.take(module, tensor.key, expected, why, floating=floating)
+        x = file.take(module, wrapper + tensor.key, expected, why, floating=floating)
         out[tensor.leaf] = tensor.to_tree(x, site)
-    keys = [tensor.key for tensor in tensors]
-    if extra := sorted(file.adapted[module].keys() - set(keys)):
+    keys = [wrapper + tensor.key for tensor in tensors]
+    if extra := sorted((file.beside if wrapper else file.adapted)[module].keys() - set(keys)):
         raise AdapterError(f"{file.path} has {f'{ROOT}{module}.{extra[0]}'!r} beside {', '.join(keys)}")
     return out
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core.interchange import HFSpec
+from jpeft.core.interchange import HFSpec, form
 from jpeft.core.tree import nearest
 from jpeft.errors import AdapterError
 from jpeft.files import read_safetensors
@@ -30,12 +30,14 @@ class TensorFile:
       adapted: the method's tensors, e.g. ``{"….query": {"lora_A.weight": …}}``.
       others: all others, e.g. ``{"classifier": {"weight": …}, "….query": {"base_layer.bias": …}}``.
       shared: the method's tensors that all modules share, by whole name.
+      beside: those of the methods that stand beside it, e.g. ``{"….embed_tokens": {"token_adapter.….delta": …}}``.
     """
 
     path: Path
     adapted: Modules
     others: Modules
     shared: dict[str, np.ndarray]
+    beside: Modules = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, config: Config, ignore: Sequence[str] = ()) -> TensorFile:
@@ -52,7 +54,7 @@ class TensorFile:
                 "PEFT with save_pretrained(folder, safe_serialization=True)"
             )
         tensors = _without_adapter_name(path, read_safetensors(path), spec)
-        adapted, others = defaultdict(dict), defaultdict(dict)
+        adapted, others, beside = defaultdict(dict), defaultdict(dict), defaultdict(dict)
         shared = {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
         copies = {t.key.rpartition(".")[2]: t.key for t in spec.shared if t.copied}
         suffixes, ignored = {t.key for t in spec.tensors}, set()
@@ -67,12 +69,15 @@ class TensorFile:
                 if original in shared and not np.array_equal(x, shared[original]):
                     raise AdapterError(f"{path}: {key!r} differs from {original!r}, of which it must be a copy")
                 continue
-            module, suffix = _split(key.removeprefix(ROOT), _prefixes(spec))
+            module, suffix = _split_beside(key.removeprefix(ROOT), config) or _split(
+                key.removeprefix(ROOT), _prefixes(spec)
+            )
             if named(ignore, module):
                 ignored.add(module)
             else:
-                (adapted if suffix in suffixes else others)[module][suffix] = x
-        file = cls(path, dict(adapted), dict(others), shared)
+                kind = adapted if suffix in suffixes else beside if _split_beside(key, config) else others
+                kind[module][suffix] = x
+        file = cls(path, dict(adapted), dict(others), shared, dict(beside))
         for entry in ignore:
             if not any(named([entry], module) for module in ignored):
                 raise AdapterError(f"{path} has no module {entry!r} to ignore{nearest(entry, file.modules)}")
@@ -86,19 +91,23 @@ class TensorFile:
     @property
     def modules(self) -> set[str]:
         """The torch modules that have tensors."""
-        return {*self.adapted, *self.others}
+        return {*self.adapted, *self.others, *self.beside}
 
     @property
     def dtype(self) -> str:
         """The dtype of the method's leaves: the file's, if it has one and that is a usual one."""
-        every = (x for own in self.adapted.values() for x in own.values())
-        found = {x.dtype.name for x in every if jnp.issubdtype(x.dtype, jnp.floating)}
-        return found.pop() if len(found) == 1 and found <= {"float32", "bfloat16", "float16"} else "float32"
+        return _common_dtype(x for own in self.adapted.values() for x in own.values())
+
+    @property
+    def dtype_beside(self) -> str:
+        """The same of the methods that stand beside it."""
+        return _common_dtype(x for own in self.beside.values() for x in own.values())
 
     def take(self, module: str, suffix: str, shape: tuple[int, ...], why: str, *, floating: bool = True) -> np.ndarray:
         """A tensor that must be there, in this shape. ``why`` says what needs it."""
         name = f"{ROOT}{module}.{suffix}"
-        x = {**self.adapted.get(module, {}), **self.others.get(module, {})}.get(suffix)
+        kinds = (self.beside, self.adapted, self.others)
+        x = next((kind[module][suffix] for kind in kinds if suffix in kind.get(module, {})), None)
         return self._checked(name, x, shape, why, floating)
 
     def take_shared(self, key: str, shape: tuple[int, ...], why: str) -> np.ndarray:
@@ -114,6 +123,11 @@ class TensorFile:
         if x.shape != shape:
             raise AdapterError(f"{self.path}: {name!r} has shape {list(x.shape)}, expected {list(shape)}")
         return x
+
+
+def _common_dtype(every: Iterable[np.ndarray]) -> str:
+    found = {x.dtype.name for x in every if jnp.issubdtype(x.dtype, jnp.floating)}
+    return found.pop() if len(found) == 1 and found <= {"float32", "bfloat16", "float16"} else "float32"
 
 
 def _without_adapter_name(path: Path, tensors: dict[str, np.ndarray], spec: HFSpec) -> dict[str, np.ndarray]:
@@ -157,6 +171,17 @@ def _adapter_name(key: str, spec: HFSpec) -> str | None:
 def _prefixes(spec: HFSpec) -> tuple[str, ...]:
     """The beginnings of a method's tensor names, e.g. ``("lora_",)``: also those of tensors it does not know."""
     return tuple(sorted({t.key.partition("_")[0] + "_" for t in spec.tensors}))
+
+
+def _split_beside(name: str, config: Config) -> tuple[str, str] | None:
+    """A name as module and tensor, if it is a tensor of a method that stands beside the folder's own."""
+    for method in config.beside:
+        other = form(method)
+        assert isinstance(other, HFSpec)
+        for key in (other.wrapper + tensor.key for tensor in other.tensors):
+            if name.endswith(f".{key}"):
+                return name.removesuffix(f".{key}"), key
+    return None
 
 
 def _split(name: str, prefixes: tuple[str, ...]) -> tuple[str, str]:

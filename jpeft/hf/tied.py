@@ -54,7 +54,7 @@ def head_tensors(tied: Mapping[str, str], spec: HFSpec, tensors: Mapping[str, np
                         f"{embedding!r} has no counterpart in HuggingFace PEFT: {spec.peft_type} cannot change the "
                         f"head {head!r} with it, to which it is tied"
                     )
-                out[f"{ROOT}{head}.{of_head[suffix]}"] = x if suffix in _BASE else x.T
+                out[f"{ROOT}{head}.{of_head[suffix]}"] = x if suffix in _BASE or spec.ties else x.T
     return out
 
 
@@ -81,7 +81,7 @@ def _in_file(module: str, file: TensorFile) -> str:
 
 
 def _merge_head(head: str, embedding: str, config: Config, file: TensorFile) -> None:
-    if not config.ensure_weight_tying:
+    if not (config.ensure_weight_tying or config.spec.ties):
         for module in (embedding, head):
             if module in file.adapted or (module in file.others and config.saves(module)):
                 raise AdapterError(
@@ -97,7 +97,7 @@ def _merge_head(head: str, embedding: str, config: Config, file: TensorFile) -> 
             name = f"{ROOT}{head}.{suffix}"
             if suffix not in of_embedding:
                 raise AdapterError(f"{file.path} has {name!r}, which no tied head has")
-            own, x = kind.setdefault(embedding, {}), x if suffix in _BASE else x.T
+            own, x = kind.setdefault(embedding, {}), x if suffix in _BASE or config.spec.ties else x.T
             if not np.array_equal(own.setdefault(of_embedding[suffix], x), x):
                 raise AdapterError(
                     f"{file.path}: {name!r} differs from the tensor of {embedding!r}, but this model's head and "

@@ -244,8 +244,7 @@ LoRA.hf = HFSpec(
     ),
     constants=dict.fromkeys((
         "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
-        "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
-        "velora_config",
+        "monteclora_config", "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
     )),
     ignored=frozenset({
         "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size",
@@ -254,4 +253,5 @@ LoRA.hf = HFSpec(
     # The head multiplies by the transpose of the table: W + A^T B^T against W^T + B A.
     tied={"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"},
     joins_parts=True,
+    holds=frozenset({"trainable_token_indices"}),
 )  # fmt: skip

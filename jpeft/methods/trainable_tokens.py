@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, is_int
+from jpeft.checks import POSITIVE_INT, Rule, is_int
 from jpeft.core.geometry.embedding import Lookup
+from jpeft.core.interchange import EMBEDDING, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import TargetError
@@ -31,7 +32,7 @@ class TrainableTokens(WeightMethod):
     for an untied head, name both: ``targets=["embed_tokens", "lm_head"]``.
 
     Attributes:
-      indices: the token ids; sorted here. ``overrides`` may set others for one target.
+      indices: the token ids, in the order of the leaves' rows. ``overrides`` may set others for one target.
       dtype: of the leaves.
       targets: embedding tables, and heads: weights with an output for each token. By default the model's one table.
       exclude, overrides, parts: see `WeightMethod`.
@@ -52,8 +53,8 @@ class TrainableTokens(WeightMethod):
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if isinstance(self.indices, (np.ndarray, jax.Array)):
             object.__setattr__(self, "indices", self.indices.tolist())
-        check_fields(self, {"parts": POSITIVE_INT, "indices": (_is_ids, "different token ids, one or more")})
-        object.__setattr__(self, "indices", tuple(sorted(self.indices)))
+        check_fields(self, {"parts": POSITIVE_INT, "indices": _IDS})
+        object.__setattr__(self, "indices", tuple(self.indices))
         super().__post_init__()
 
     @property
@@ -75,9 +76,9 @@ class TrainableTokens(WeightMethod):
     def prepare(self, site: Site) -> Site:
         site = super().prepare(site)
         size = site.inputs if site.lookup else site.outputs
-        if self.indices[-1] >= size:
+        if max(self.indices) >= size:
             raise ValueError(
-                f"{self.name}: {site.name!r} has {size} tokens, but indices has {self.indices[-1]}; "
+                f"{self.name}: {site.name!r} has {size} tokens, but indices has {max(self.indices)}; "
                 "jpeft.models.resize_embeddings adds rows"
             )
         return site
@@ -102,7 +103,9 @@ class TrainableTokens(WeightMethod):
         """The base's rows, with those of trained tokens in place."""
         y, size = base(x), jax.eval_shape(lambda: base.weight).shape[0]
         ids = jnp.where(x.ids < 0, x.ids + size, x.ids)  # as jnp.take counts them
-        place = jnp.minimum(jnp.searchsorted(self._ids, ids), len(self.indices) - 1)
+        order = np.argsort(self.indices)
+        place = jnp.searchsorted(self._ids[order], ids)
+        place = jnp.asarray(order)[jnp.minimum(place, order.size - 1)]
         own = Lookup(place, x.weight, x.dtype) @ rows
         return jnp.where((self._ids[place] == ids)[..., None], own.astype(y.dtype), y)
 
@@ -119,4 +122,18 @@ class TrainableTokens(WeightMethod):
 def _is_ids(value: Any) -> bool:
     if isinstance(value, str) or not len(value):
         return False
-    return len(set(value)) == len(value) and all(is_int(i) and i >= 0 for i in value)
+    return all(is_int(i) and i >= 0 for i in value) and len(set(value)) == len(value)
+
+
+_IDS: Rule = (_is_ids, "different token ids, one or more")
+_NAME = "trainable_tokens_delta"
+TrainableTokens.hf = HFSpec(
+    peft_type="TRAINABLE_TOKENS",
+    tensors=(Tensor(_NAME, "tokens_in", kinds=(EMBEDDING,)), Tensor(_NAME, "tokens_out")),
+    fields=(Field("token_indices", "indices", (), _IDS, read=lambda ids, site: tuple(ids)),),
+    ignored=frozenset({"init_weights"}),
+    tied={_NAME: _NAME},
+    ties=True,
+    beside="trainable_token_indices",
+    wrapper="token_adapter.",
+)

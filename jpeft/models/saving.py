@@ -32,8 +32,8 @@ from jpeft.models.layout import (
 )
 from jpeft.models.matching import match_tensors
 from jpeft.models.naming import Naming
+from jpeft.models.reshaped import as_in_source, grow_head, update_config
 from jpeft.models.sources import is_gguf, open_tensors, read_config
-from jpeft.models.vocabulary import as_in_source, grow_head, update_config
 
 # `save` does not copy these from the source: it writes its own config and weights, and other weights would be stale.
 _NOT_COPIED = re.compile(

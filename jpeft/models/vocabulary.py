@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -21,17 +19,14 @@ import numpy as np
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft.checks import is_positive_int
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import Path, Tree, box_as, combine, flatten, join, map_with_path, peek, unflatten
 from jpeft.models.families import abstract_leaves, family_of
+from jpeft.models.reshaped import extended, mean_rows, with_config
 from jpeft.parallel.hosts import on_host
 
 M = TypeVar("M", bound=nn.Module)
-
-# The fields of a configuration that these functions change.
-_CHANGED = ("vocab_size", "tie_word_embeddings")
-# Heads with a row for each token that a folder may hold beside an encoder, by the names of their tensors.
-_HEADS = re.compile(r"(.*\.)?(lm_head|predictions|vocab_projector)\..*")
 
 
 def resize_embeddings(model: M, params: Tree, size: int, *, multiple: int = 1) -> tuple[M, Any]:
@@ -55,12 +50,14 @@ def resize_embeddings(model: M, params: Tree, size: int, *, multiple: int = 1) -
     >>> params["model"]["embed_tokens"]["embedding"].shape, model.config.vocab_size
     ((32064, 64), 32064)
     """
+    if not (is_positive_int(size) and is_positive_int(multiple)):
+        raise ValueError(f"size and multiple must be positive integers, got {size!r} and {multiple!r}")
     config, rows = _config(model), -(-size // multiple) * multiple
     if rows < config.vocab_size:
         raise ValueError(
             f"the embedding has {config.vocab_size:,} rows, and {size:,} would be fewer: tokens would lose theirs"
         )
-    resized = _with_config(model, vocab_size=rows)
+    resized = with_config(model, vocab_size=rows)
     if rows == config.vocab_size:
         return resized, params
     family = family_of(model)
@@ -111,7 +108,7 @@ def untie_head(model: M, params: Tree) -> tuple[M, Any]:
         if isinstance(peek(leaf), Quantized):
             raise ValueError(f"{own!r} is quantized: load the model without quantizing it, then untie the head")
         heads[*head.split("/"), "kernel"] = _transposed(leaf)
-    return _with_config(model, tie_word_embeddings=False), combine(params, unflatten(heads))
+    return with_config(model, tie_word_embeddings=False), combine(params, unflatten(heads))
 
 
 def token_weights(model: Any) -> list[str]:
@@ -122,7 +119,7 @@ def token_weights(model: Any) -> list[str]:
     ...     Decoder(DecoderConfig(num_hidden_layers=1, tie_word_embeddings=True)))
     (['lm_head', 'model/embed_tokens'], ['model/embed_tokens'])
     """
-    family, other = family_of(model), _with_config(model, vocab_size=model.config.vocab_size + 1)
+    family, other = family_of(model), with_config(model, vocab_size=model.config.vocab_size + 1)
     before, after = abstract_leaves(family, model), abstract_leaves(family, other)
     return sorted(path.rpartition("/")[0] for path, leaf in before.items() if leaf.shape != after[path].shape)
 
@@ -141,10 +138,6 @@ def _config(model: Any) -> Any:
     return config
 
 
-def _with_config(model: Any, **fields: Any) -> Any:
-    return model.clone(config=dataclasses.replace(model.config, **fields))
-
-
 def _grown(x: Any, axis: int, size: int) -> Any:
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
     sharding = getattr(x, "sharding", None)
@@ -152,16 +145,10 @@ def _grown(x: Any, axis: int, size: int) -> Any:
         _check_divides(sharding, shape, axis)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
-    # By numpy in float64: every machine and every mesh computes the same bits, so an adapter fits the base again.
-    mean = np.mean(np.asarray(on_host(x)), axis=axis, dtype=np.float64, keepdims=True).astype(x.dtype)
+    mean = mean_rows(np.asarray(on_host(x)), axis)
     if not isinstance(x, jax.Array):
-        return _extended(np, x, mean, axis, shape)
-    return jax.jit(lambda x, mean: _extended(jnp, x, mean, axis, shape), out_shardings=sharding)(x, mean)
-
-
-def _extended(xp: Any, x: Any, mean: Any, axis: int, shape: tuple[int, ...]) -> Any:
-    new = (*shape[:axis], shape[axis] - x.shape[axis], *shape[axis + 1 :])
-    return xp.concatenate([x, xp.broadcast_to(mean, new)], axis)
+        return extended(np, x, mean, axis, size)
+    return jax.jit(lambda x, mean: extended(jnp, x, mean, axis, size), out_shardings=sharding)(x, mean)
 
 
 def _check_divides(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> None:
@@ -169,8 +156,7 @@ def _check_divides(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -
         sharding.shard_shape(shape)
     except ValueError:
         raise ValueError(
-            f"its {shape[axis]:,} rows do not divide over the mesh as {sharding.spec}, so the number of rows does not "
-            "divide over it; round it up to a multiple"
+            f"{shape[axis]:,} rows do not divide over the mesh as {sharding.spec}; round their number up with multiple="
         ) from None
 
 
@@ -188,38 +174,3 @@ def _transposed(leaf: Any) -> Any:
     if not isinstance(leaf, meta.Partitioned):
         return new
     return leaf.replace(value=new, names=leaf.names[::-1])
-
-
-# --- saving: the model as its source has it -----------------------------------------------------------------------
-
-
-def as_in_source(model: M, config: Any) -> M:
-    """The model with the vocabulary and the tie of another configuration of its class."""
-    return _with_config(
-        model, **{n: getattr(config, n) for n in _CHANGED if hasattr(config, n) and hasattr(model.config, n)}
-    )
-
-
-def update_config(fields: Mapping[str, Any], before: Any, after: Any) -> dict[str, Any]:
-    """A `config.json` of the model `before`, changed to that of `after`.
-
-    >>> from jpeft.models.decoder import Decoder, DecoderConfig
-    >>> before, after = (Decoder(DecoderConfig(vocab_size=size)) for size in (8, 9))
-    >>> update_config({"text_config": {"vocab_size": 8}}, before, after)
-    {'text_config': {'vocab_size': 9}}
-    """
-    old, new = ({name: getattr(m.config, name, None) for name in _CHANGED} for m in (before, after))
-    changed = {name: value for name, value in new.items() if value != old[name]}
-    text = fields.get("text_config")
-    if not isinstance(text, Mapping):
-        return {**fields, **changed}
-    tie = {name: value for name, value in changed.items() if name != "vocab_size"}  # of a vision-language model
-    return {**fields, **tie, "text_config": {**text, **changed}}
-
-
-def grow_head(name: str, x: np.ndarray, before: Any, after: Any) -> np.ndarray:
-    """A tensor beside the model `before` as it stands beside `after`: a head over its tokens gets rows too."""
-    old, new = before.config.vocab_size, after.config.vocab_size
-    if old == new or x.shape[:1] != (old,) or not _HEADS.fullmatch(name):
-        return x
-    return _grown(x, 0, new)
