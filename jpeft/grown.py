@@ -15,9 +15,9 @@ import jax
 from jax.interpreters import partial_eval as pe
 
 from jpeft.core.fingerprint import difference
-from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.tree import Path, Tree, flatten, join, split_variables, unflatten
+from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
 
 

@@ -92,13 +92,13 @@ def from_config(
     _check(cfg)
     labels = _num_labels(config) if (_is_classifier(config) if head is None else head) else 0
     needed = bool(labels) and model_type == "bert"
-    pooler = needed if pooler is None else pooler
-    if needed and not pooler:
+    has_pooler = needed if pooler is None else pooler
+    if needed and not has_pooler:
         raise ValueError("the head of a BertForSequenceClassification needs the pooler; give head=False too")
-    if pooler and model_type not in _POOLED:
+    if has_pooler and model_type not in _POOLED:
         raise ValueError(f"pooler=True: {model_type} models have no pooler")
-    _check_output(output, pooler, labels)
-    return Bert(cfg, dtype=dtype, param_dtype=param_dtype, pooler=pooler, num_labels=labels, output=output)
+    _check_output(output, has_pooler, labels)
+    return Bert(cfg, dtype=dtype, param_dtype=param_dtype, pooler=has_pooler, num_labels=labels, output=output)
 
 
 def _check_output(output: str, pooler: bool, labels: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
@@ -40,11 +40,11 @@ class Classifier(nn.Module):
         states = self.encoder(input_ids, attention_mask=attention_mask, deterministic=deterministic)
         if self.pretrained:
             features = states if states.ndim == 2 else states[:, 0]
-            return sequence_logits(self.encoder, features, self.num_labels, deterministic)
+            return sequence_logits(cast(Any, self.encoder), features, self.num_labels, deterministic)
         return nn.Dense(self.num_labels, name=HEAD)(mean_pool(states, attention_mask))
 
 
-def with_own_head(model: Bert, params: Mapping[str, Any]) -> tuple[Classifier, dict[str, Any]]:
+def with_own_head(model: Any, params: Mapping[str, Any]) -> tuple[Classifier, dict[str, Any]]:
     """The classifier of an encoder that was loaded with its head. Inverse of `as_loaded`.
 
     >>> from jpeft.models.bert import BertConfig
