@@ -98,7 +98,16 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
         structure=tuple(sorted(structure.items())),
         shared_paths=tuple(shared_paths),
         base_size=size,
+        left_alone=_left_alone(survey, actions),
+        weights=survey.weights,
     )
+
+
+def _left_alone(survey: Survey, actions: Sequence[Action]) -> tuple[str, ...]:
+    """The weights that no action changes or replaces, and those that the model did not use."""
+    changed = {a.site.weight_path for a in actions if a.site.kind in ("weight", "leaf")}
+    weights = [site.weight_path for site in survey.weights] + list(survey.unused)
+    return tuple(join(path) for path in weights if path not in changed)
 
 
 def _settled(chosen: Sequence[Sequence[Site]], survey: Survey) -> list[list[Site]]:
@@ -107,7 +116,8 @@ def _settled(chosen: Sequence[Sequence[Site]], survey: Survey) -> list[list[Site
     boxable = survey.boxable(list(paths)) if paths else ()
     merged = set(paths) - set(boxable)
     return [
-        [replace(s, via=MERGE) if s.kind == "weight" and s.weight_path in merged else s for s in sites] for sites in chosen
+        [replace(s, via=MERGE) if s.kind == "weight" and s.weight_path in merged else s for s in sites]
+        for sites in chosen
     ]
 
 

@@ -261,7 +261,7 @@ USES: dict[str, Use] = {
     "conv 2-D, batches": Use(_conv(6, (2, 2)), (2, 3, 4, 4, 4)),
     "conv 3-D valid": Use(_conv(5, (2, 2, 2), padding="VALID"), (2, 3, 3, 3, 4)),
     "conv masked": Use(lambda d: _conv(6, (3,), mask=_MASK.astype(d))(d), (2, 5, 4), via="box"),
-    "conv local": Use(_conv(6, (3,), kind=nn.ConvLocal), (2, 5, 4)),
+    "conv local": Use(_conv(6, (3,), kind=nn.ConvLocal), (2, 5, 4), targets=r".*/op/kernel"),
     "conv transposed": Use(_conv(6, (3, 3), kind=nn.ConvTranspose, strides=(2, 2)), (2, 3, 3, 4)),
     "conv transposed, kernel too": Use(
         _conv(6, (3,), kind=nn.ConvTranspose, strides=(2,), transpose_kernel=True), (2, 3, 4)

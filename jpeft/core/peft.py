@@ -61,6 +61,9 @@ class Peft:
       structure: path, shape and dtype of every adapter leaf.
       shared_paths: paths of the adapter leaves that several sites share.
       base_size: number of parameters of the base.
+      left_alone: paths of the base's parameters of two or more axes that the method does not act on: embeddings, heads,
+        what no target names, and what the model did not use in the call that it was bound with.
+      weights: the model's weights, changed or not, as the survey found them.
     """
 
     model: Any
@@ -70,6 +73,8 @@ class Peft:
     structure: Structure
     shared_paths: tuple[Path, ...]
     base_size: int
+    left_alone: tuple[str, ...] = ()
+    weights: tuple[Site, ...] = ()
 
     def __hash__(self) -> int:
         return hash((self.method, self.structure))  # without the model, whose fields may be unhashable
@@ -310,7 +315,7 @@ class Peft:
         return like(unflatten(params), full), like(unflatten({p: leaves[p] for p in expected if p in leaves}), full)
 
     def summary(self) -> str:
-        """A table of the sites, with path, shape, rank, bytes and the path taken, and totals."""
+        """A table of the sites, with path, shape, rank, bytes and the path taken, totals, and what was left alone."""
         sizes = dict(self.structure)
         rows = [
             Row(a.site, a.method.name, a.method.columns(), [sizes[a.leaf_path(n)] for n in a.stored])
@@ -318,7 +323,7 @@ class Peft:
         ]
         shared = [(path, sizes[path]) for path in self.shared_paths]
         frozen = [sizes[path] for path in self.non_trainable_paths]
-        return summary(rows, shared, frozen, self.base_size)
+        return summary(rows, shared, frozen, self.base_size, self.left_alone)
 
 
 def _base_leaf(base: Mapping[Path, Any], path: Path) -> Any:

@@ -43,7 +43,7 @@ class Site:
       via: the path taken: "fused", "box", "merge" or "replace".
       head: whether the weight's output is the model's output.
       bias: whether the owner has a bias.
-      named: whether the weight has a name of its own, ``owner/leaf``: it is a raw weight, or one of several of its scope.
+      named: whether the weight is named ``owner/leaf``: a raw weight, or one of several in its scope.
       role: set by a method for its own use, such as "feedforward".
     """
 
@@ -134,6 +134,7 @@ class Survey:
       attentions: its attentions.
       leaves: the leaves of its parameter tree.
       names: the paths of all its modules and leaves.
+      unused: parameters of two or more stored axes that the call did not use.
       boxable: of some parameters, those that the model itself reads in a way that opens a box, so that it can be given
         boxes for them.
     """
@@ -143,6 +144,7 @@ class Survey:
     attentions: tuple[Site, ...]
     leaves: tuple[Site, ...]
     names: tuple[str, ...]
+    unused: tuple[Path, ...] = ()
     boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
 
 

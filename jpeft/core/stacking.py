@@ -201,7 +201,11 @@ def unroll_peft(peft: Peft) -> Peft:
         for own in numbered(path, at, shape[0] if shape else 0):
             structure[own] = (shape if own == path else shape[1:], dtype)
     return dataclasses.replace(
-        peft, model=peft.model.unrolled(), actions=tuple(actions), structure=tuple(sorted(structure.items()))
+        peft,
+        model=peft.model.unrolled(),
+        actions=tuple(actions),
+        structure=tuple(sorted(structure.items())),
+        weights=tuple(own for site in peft.weights for own in unroll_site(site, at)),
     )
 
 
@@ -227,9 +231,14 @@ def unroll_survey(seen: Survey, at: str | None) -> Survey:
 
     if at is None:
         return seen
-    kinds = {kind: each(getattr(seen, kind)) for kind in ("weights", "outputs", "attentions", "leaves")}
+    kinds: dict[str, Any] = {kind: each(getattr(seen, kind)) for kind in ("weights", "outputs", "attentions", "leaves")}
     names = dict.fromkeys(name for sites in kinds.values() for site in sites for name in site.names)
-    return Survey(**kinds, names=tuple(names))
+    unused = tuple(own for path in seen.unused for own in numbered(path, at, _layers_of(seen, at)))
+    return Survey(**kinds, names=tuple(names), unused=unused)
+
+
+def _layers_of(seen: Survey, at: str) -> int:
+    return next((s.stored[0] for s in seen.leaves if _is_below(s.path, at)), 0)
 
 
 def numbered(path: tree.Path, at: str, layers: int) -> list[tree.Path]:

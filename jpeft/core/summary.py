@@ -12,6 +12,7 @@ from jpeft.core.sites import Site
 from jpeft.core.tree import Path, join
 
 Leaf = tuple[tuple[int, ...], str]  # shape and dtype
+_NAMED = 4  # how many of the weights that were left alone the table names
 
 
 class Row(NamedTuple):
@@ -35,6 +36,7 @@ def summary(
     shared: Sequence[tuple[Path, Leaf]],
     non_trainable: Iterable[Leaf],
     base_size: int,
+    left_alone: Sequence[str] = (),
 ) -> str:
     """The table: one line per site (path, owner, shape, parameters, bytes, method, path taken), then totals.
 
@@ -43,6 +45,7 @@ def summary(
       shared: the leaves that all sites of a method share.
       non_trainable: the leaves, at sites or shared, that never train.
       base_size: number of parameters of the base.
+      left_alone: paths of the weights that no method acts on.
     """
     own = list(dict.fromkeys(name for row in rows for name in row.columns))
     table = [("site", "owner", "weight", *own, "parameters", "bytes", "method", "via")]
@@ -69,6 +72,12 @@ def summary(
         f"({100 * trainable / max(1, base_size):.3f} %){f', {frozen:,} not trainable' if frozen else ''}; "
         f"adapter {_bytes(every):,} bytes"
     )
+    if left_alone:
+        rest = f", and {len(left_alone) - _NAMED} more" if len(left_alone) > _NAMED else ""
+        lines.append(
+            f"left alone: {len(left_alone)} parameters of two or more axes, listed by .left_alone: "
+            f"{', '.join(left_alone[:_NAMED])}{rest}"
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 

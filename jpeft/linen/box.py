@@ -76,6 +76,15 @@ MARKER = "jpeft"
 class _Box(meta.AxisMetadata):
     """A box whose axes are those of the boxes in it."""
 
+    value: Any
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        raise TypeError(f"{type(self).__name__} is not a pytree node")
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Any:
+        raise TypeError(f"{cls.__name__} is not a pytree node")
+
     def replace_boxed(self, val: Any) -> Any:
         return box_as(self.value, val)
 
@@ -120,13 +129,13 @@ class Changed(_Box):
         return cls(*children, *aux)
 
 
-_opened: contextvars.ContextVar[Mapping[Path, jax.Array]] = contextvars.ContextVar("opened", default={})
+_opened: contextvars.ContextVar[tuple[tuple[Path, jax.Array], ...]] = contextvars.ContextVar("opened", default=())
 
 
 @contextlib.contextmanager
 def opened(weights: Mapping[Path, jax.Array]) -> Iterator[None]:
     """A context in which the `Opened` weights at these paths are read as the given arrays."""
-    token = _opened.set({**_opened.get(), **weights})
+    token = _opened.set((*weights.items(), *_opened.get()))
     try:
         yield
     finally:
@@ -154,8 +163,8 @@ class Opened(_Box):
         return self.value.dtype
 
     def unbox(self) -> jax.Array:
-        found = _opened.get().get(self.path)
-        return meta.unbox(self.value) if found is None else found
+        found = [array for path, array in _opened.get() if path == self.path]
+        return found[0] if found else meta.unbox(self.value)
 
     def tree_flatten(self) -> tuple[Any, Any]:
         return (self.value,), self.path

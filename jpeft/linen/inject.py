@@ -24,7 +24,7 @@ from jax.core import Tracer
 
 from jpeft.core import backend
 from jpeft.core.actions import Action, cast_leaves, merge_bias, merge_weight
-from jpeft.core.dataflow.steps import Product
+from jpeft.core.dataflow.views import Product
 from jpeft.core.geometry import Call, Contraction, Geometry, Lookup, Parts, Patches, attend
 from jpeft.core.geometry.traced import Traced
 from jpeft.core.method import Leaves
@@ -224,7 +224,11 @@ class Interceptor:
 
         def run(z: Any) -> jax.Array:
             if isinstance(stored, Opened):  # the backward pass dequantizes again
-                return jax.checkpoint(lambda z, box: multiply(z, whole.arranged(whole.weight_of(box.unbox(), found), found).astype(w.dtype)))(z, stored.value)
+                return jax.checkpoint(
+                    lambda z, box: multiply(
+                        z, whole.arranged(whole.weight_of(box.unbox(), found), found).astype(w.dtype)
+                    )
+                )(z, stored.value)
             return multiply(z, w)
 
         no_call = Call(call.module, call.method, (raw,), {}, {})

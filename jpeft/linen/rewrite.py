@@ -28,9 +28,7 @@ def run(module: nn.Module, call: Callable[[], Any], weights: Mapping[str, Any], 
     seen = _Traced(module, call)
     closed = jax.make_jaxpr(seen)()
     names = {id(value): name for name, value in weights.items()}
-    found = {
-        v: names[id(c)] for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True) if id(c) in names
-    }
+    found = {v: names[id(c)] for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True) if id(c) in names}
     return seen.restored(evaluate(closed.jaxpr, closed.consts, found, change))
 
 
@@ -52,7 +50,7 @@ class _Traced:
         return [x for x in self.leaves if _is_array(x)]
 
     def restored(self, arrays: list[Any]) -> Any:
-        """The call's outputs, from the values of its arrays. Puts the variables that it wrote back into their scopes."""
+        """The call's outputs, from the values of its arrays. The variables that it wrote go into their scopes."""
         values = iter(arrays)
         y, written = jax.tree.unflatten(self.treedef, [next(values) if _is_array(x) else x for x in self.leaves])
         self.leaves = []  # tracers must not outlive their trace

@@ -20,7 +20,8 @@ import numpy as np
 from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
-from jpeft.core.dataflow.walk import Flow, Scope, Use, open_jaxpr, walk
+from jpeft.core.dataflow.views import Use
+from jpeft.core.dataflow.walk import Flow, Scope, open_jaxpr, walk
 from jpeft.core.geometry import Contraction, Geometry, Raw
 from jpeft.core.geometry.traced import Traced, traced
 from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack, Survey
@@ -52,11 +53,10 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
             for path, module in record.modules.items()
             if module.shape and path and path not in record.flow.transformed
         ),
-        attentions=tuple(
-            _attention_site(record, path) for path in record.heads if path not in record.flow.transformed
-        ),
+        attentions=tuple(_attention_site(record, path) for path in record.heads if path not in record.flow.transformed),
         leaves=tuple(_leaf_site(record, path) for path in leaves),
         names=tuple(dict.fromkeys([join(p) for p in record.modules] + [join(p) for p in leaves])),
+        unused=tuple(p for p, leaf in leaves.items() if len(leaf.shape) >= 2 and p not in record.flow.uses),
         boxable=functools.partial(_boxable, record, call, plain),
     )
 
@@ -135,8 +135,8 @@ class _AbstractCall:
 
         Args:
           record: is filled.
-          hidden: parameters that the model is given as boxes. The jaxpr's last inputs are the arrays inside of them that
-            only a function of the tree can reach; opened, a box is the parameter.
+          hidden: parameters that the model is given as boxes. Opened, a box is the parameter; the jaxpr's last inputs
+            are arrays inside of the boxes, which only a function of the tree can reach.
         """
         # Python values (flags, strings, None) stay what they are; only arrays are traced.
         flat, treedef = jax.tree.flatten((self.args, self.kwargs), is_leaf=lambda x: x is None)
@@ -148,13 +148,17 @@ class _AbstractCall:
             tree |= {path: TrialBox(x, tree[path]) for path, x in zip(hidden, inner, strict=True)}
             with nn.intercept_methods(_Watcher(record)):
                 params = with_probes(unflatten(tree), record)
-                out = self.model.apply({**others, "params": params}, *args, **kwargs)
+                variables: Any = {**others, "params": params}
+                out = self.model.apply(variables, *args, **kwargs)
             if kwargs.get("mutable", False) is not False:  # parameters that come back unchanged are not used
                 y, state = out
                 out = y, {name: collection for name, collection in state.items() if name != "params"}
             return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
-        params = {p: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)}
+        params = {
+            p: jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+            for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)
+        }
         arrays = [x for x in flat if _is_array(x)]
         return jax.make_jaxpr(run)(list(params.values()), self.others, arrays, [params[p] for p in hidden]).jaxpr
 
@@ -166,7 +170,7 @@ def _boxable(record: _Record, call: _AbstractCall, plain: Any, paths: Collection
         return set()
     try:
         jaxpr = call.trace(_Record(record.leaves), candidates)
-    except Exception:  # noqa: BLE001 - whatever a model raises that does not expect boxes
+    except Exception:  # whatever a model raises that does not expect boxes
         return set()
     if _primitives(jaxpr) != _primitives(plain):
         return set()
@@ -232,7 +236,9 @@ class _Watcher:
         found = None if factory is None else factory(registry.make_call(module, method, args, kwargs, shapes))
         geometry = found if found is not None and found.leaf in own else None
         x = args[geometry.argument] if geometry is not None else None
-        self.record.calls[number] = _Call(f"{owner}.{method}", Scope(path, shapes), geometry, np.shape(x))
+        self.record.calls[number] = _Call(
+            f"{owner}.{method}", Scope(path, shapes), geometry, () if x is None else np.shape(x)
+        )
         for name, value in own.items():
             marks.mark(value, marks.ENTER, number, name)
         if isinstance(x, jax.Array):
@@ -324,16 +330,14 @@ def _is_head(record: _Record, path: Path, geometry: Geometry, uses: Sequence[Use
         return False
     is_named = len(path) > 1 and path[-2] in HEAD_NAMES
     returned = [use.call in record.flow.returned if isinstance(geometry, Contraction) else use.final for use in uses]
-    return is_named or bool(returned) and all(returned)
+    return is_named or (bool(returned) and all(returned))
 
 
 def _named(sites: Sequence[Site], record: _Record) -> list[Site]:
     """The sites, with names of their own for raw weights and for several weights of one scope."""
     declared = {(*s.path, s.leaf) for s in sites if _declared(record, (*s.path, s.leaf)) is not None}
     paths = [path[:-1] for path in declared]
-    return [
-        dataclasses.replace(s, named=(*s.path, s.leaf) not in declared or paths.count(s.path) > 1) for s in sites
-    ]
+    return [dataclasses.replace(s, named=(*s.path, s.leaf) not in declared or paths.count(s.path) > 1) for s in sites]
 
 
 def _output_site(record: _Record, path: Path, geometry: Geometry | None) -> Site:
@@ -382,5 +386,3 @@ def _without(stored: Shape, stack: Stack) -> Shape:
     for axis, _ in stack:
         rest.pop(axis)
     return tuple(rest)
-
-

@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from jpeft.core.dataflow.steps import DOT, Product, product, step
-from jpeft.core.dataflow.views import View
+from jpeft.core.dataflow.steps import product, step
+from jpeft.core.dataflow.views import DOT, Product, View
 from jpeft.core.dataflow.walk import INLINED, open_jaxpr
 
 # The output in place of a dot: a function of the weight's name, the equation, the product and both operands.
@@ -66,9 +66,13 @@ def _inlined(eqn: Any, values: list[Any], views: dict[Any, Any], change: Change)
     closed = next(p for p in eqn.params.values() if open_jaxpr(p) is not None)
     jaxpr = open_jaxpr(closed)
     inner = {
-        own: views[v] for own, v in zip(jaxpr.invars, eqn.invars, strict=True) if not isinstance(v, Literal) and v in views
+        own: views[v]
+        for own, v in zip(jaxpr.invars, eqn.invars, strict=True)
+        if not isinstance(v, Literal) and v in views
     }
-    env = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True)) | dict(zip(jaxpr.invars, values))
+    env = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True)) | dict(
+        zip(jaxpr.invars, values, strict=True)
+    )
     outputs = _evaluate(jaxpr, env, inner, change)
     for var, own in zip(eqn.outvars, jaxpr.outvars, strict=True):
         if not isinstance(own, Literal) and own in inner:

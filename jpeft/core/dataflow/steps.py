@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
-from jpeft.core.dataflow.views import Axis, View
+from jpeft.core.dataflow.views import CONVOLUTION, DOT, LOOKUP, OTHER, Axis, Product, View
 
 _SAME = frozenset({"copy", "copy_p", "sharding_constraint", "pvary"})
 
@@ -52,44 +51,6 @@ def _split(view: View, sizes: Sequence[int], axis: int) -> tuple[View | None, ..
     return tuple(out)
 
 
-DOT = "dot"
-CONVOLUTION = "convolution"
-LOOKUP = "lookup"
-OTHER = "other"
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of a weight and another operand.
-
-    Attributes:
-      kind: "dot", "convolution" or "lookup" (a gather of rows); "other" for any other use of the weight.
-      weight: the view of the weight that is multiplied.
-      operand: index of the weight among the equation's operands.
-      contracted: for a dot, the axes of the weight that are summed over, with those of the other operand.
-      batch: for a dot, the axes of the weight that are axes of the other operand and of the output too.
-    """
-
-    kind: str
-    weight: View
-    operand: int = 1
-    contracted: tuple[tuple[int, int], ...] = ()
-    batch: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        """For a dot, the other axes of the weight."""
-        used = {w for w, _ in (*self.contracted, *self.batch)}
-        return tuple(i for i in range(len(self.weight.axes)) if i not in used)
-
-    def output(self, operand: Sequence[Any], weight: Sequence[Any]) -> list[Any]:
-        """One entry for each axis of a dot's output, from the entries of both operands' axes."""
-        used = {x for _, x in (*self.contracted, *self.batch)}
-        rest = [a for i, a in enumerate(operand) if i not in used]
-        free = [weight[i] for i in self.free]
-        return [weight[w] for w, _ in self.batch] + (rest + free if self.operand == 1 else free + rest)
-
-
 def product(eqn: Any, operand: int, weight: View) -> Product:
     """The use that an equation makes of a weight, which is its operand of that index."""
     name, p = eqn.primitive.name, eqn.params
@@ -115,4 +76,3 @@ def _takes_rows(slice_sizes: Sequence[int], weight: View) -> bool:
 
 def _size(axis: Axis) -> int:
     return View((axis,)).shape[0]
-

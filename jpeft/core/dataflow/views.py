@@ -1,10 +1,12 @@
-"""Views: arrays that hold the elements of another array, reshaped, transposed, sliced or cast."""
+"""Views (arrays that hold the elements of another array, reshaped, transposed, sliced or cast) and their products."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -164,9 +166,9 @@ def refined(axis: int, size: int, atoms: Iterable[Atom]) -> tuple[Atom, ...] | N
         if atom.axis == axis:
             cuts |= {atom.stride, atom.stride * atom.size}
     strides = sorted(cuts)
-    if any(high % low for low, high in zip(strides, strides[1:], strict=False)):
+    if any(high % low for low, high in itertools.pairwise(strides)):
         return None
-    pairs = list(zip(strides, strides[1:], strict=False))
+    pairs = list(itertools.pairwise(strides))
     return tuple(Atom("w", axis, low, high // low) for low, high in reversed(pairs))
 
 
@@ -191,3 +193,70 @@ def paired(axes: Iterable[tuple[Axis, Axis]]) -> frozenset[tuple[Atom, Atom]]:
             if VMAPPED not in (first.source, second.source):
                 out.add((first, second))
     return frozenset(out)
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+DOT = "dot"
+CONVOLUTION = "convolution"
+LOOKUP = "lookup"
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a weight and another operand.
+
+    Attributes:
+      kind: "dot", "convolution" or "lookup" (a gather of rows); "other" for any other use of the weight.
+      weight: the view of the weight that is multiplied.
+      operand: index of the weight among the equation's operands.
+      contracted: for a dot, the axes of the weight that are summed over, with those of the other operand.
+      batch: for a dot, the axes of the weight that are axes of the other operand and of the output too.
+    """
+
+    kind: str
+    weight: View
+    operand: int = 1
+    contracted: tuple[tuple[int, int], ...] = ()
+    batch: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """For a dot, the other axes of the weight."""
+        used = {w for w, _ in (*self.contracted, *self.batch)}
+        return tuple(i for i in range(len(self.weight.axes)) if i not in used)
+
+    def output(self, operand: Sequence[Any], weight: Sequence[Any]) -> list[Any]:
+        """One entry for each axis of a dot's output, from the entries of both operands' axes."""
+        used = {x for _, x in (*self.contracted, *self.batch)}
+        rest = [a for i, a in enumerate(operand) if i not in used]
+        free = [weight[i] for i in self.free]
+        return [weight[w] for w, _ in self.batch] + (rest + free if self.operand == 1 else free + rest)
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of a parameter.
+
+    Attributes:
+      product: the product that the parameter reaches, or another use.
+      call: the innermost call of the parameter's module that the parameter comes from and that the use lies in; None
+        if there is none, or if the use lies in a loop or a branch inside of it.
+      operand: the other operand as a view of the call's input; None if it is not one.
+      returned: the call's output as a view of the product plus values that do not depend on it; None if it is not one.
+      final: whether the product, or the call's output if that is the product, is an output of the model that nothing
+        else consumes.
+    """
+
+    product: Product
+    call: int | None
+    operand: View | None = None
+    returned: View | None = None
+    final: bool = False
+
+    def output(self) -> View:
+        """The axes of a dot's output, as atoms of the operand ("x") and the weight ("w")."""
+        operand = self.operand
+        assert operand is not None
+        return View(tuple(self.product.output(operand.axes, self.product.weight.axes)))

@@ -11,8 +11,8 @@ from jax.extend.core import Literal
 
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.marks import mark_p
-from jpeft.core.dataflow.steps import DOT, OTHER, Product, product, step
-from jpeft.core.dataflow.views import VMAPPED, Atom, View
+from jpeft.core.dataflow.steps import product, step
+from jpeft.core.dataflow.views import DOT, OTHER, VMAPPED, Atom, Product, Use, View
 from jpeft.core.tree import Path
 
 # Calls whose jaxpr runs as if its equations stood in place of the call.
@@ -27,33 +27,6 @@ class Scope:
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(eq=False)
-class Use:
-    """One use of a parameter.
-
-    Attributes:
-      product: the product that the parameter reaches, or another use.
-      call: the innermost call of the parameter's module that the parameter comes from and that the use lies in; None
-        if there is none, or if the use lies in a loop or a branch inside of it.
-      operand: the other operand as a view of the call's input; None if it is not one.
-      returned: the call's output as a view of the product plus values that do not depend on it; None if it is not one.
-      final: whether the product, or the call's output if that is the product, is an output of the model that nothing
-        else consumes.
-    """
-
-    product: Product
-    call: int | None
-    operand: View | None = None
-    returned: View | None = None
-    final: bool = False
-
-    def output(self) -> View:
-        """The axes of a dot's output, as atoms of the operand ("x") and the weight ("w")."""
-        operand = self.operand
-        assert operand is not None
-        return View(tuple(self.product.output(operand.axes, self.product.weight.axes)))
 
 
 @dataclass
@@ -395,5 +368,3 @@ def open_jaxpr(value: Any) -> Any:
     """The jaxpr of a parameter of an equation, or None if that is not one."""
     value = getattr(value, "jaxpr", value) if hasattr(value, "consts") else value
     return value if hasattr(value, "eqns") and hasattr(value, "invars") else None
-
-

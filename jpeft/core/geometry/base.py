@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.dataflow.steps import CONVOLUTION, DOT
-from jpeft.core.dataflow.walk import Use
+from jpeft.core.dataflow.views import CONVOLUTION, DOT, Use
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Geometry:
     def explains(self, use: Use, shape: tuple[int, ...]) -> bool:
         """Whether a trace shows that the call uses the weight as this geometry says.
 
-        Otherwise the geometry is not believed: the product itself is changed in the call, or the whole weight before it.
+        Otherwise the geometry is not believed: the product is changed where it is computed, or the whole weight.
 
         Args:
           use: the only use of the weight in the call.

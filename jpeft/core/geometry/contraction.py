@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core import backend
-from jpeft.core.dataflow.steps import DOT
-from jpeft.core.dataflow.views import VMAPPED, View, joined, paired
-from jpeft.core.dataflow.walk import Use
+from jpeft.core.dataflow.views import DOT, VMAPPED, Use, View, joined, paired
 from jpeft.core.geometry.base import Call, Geometry
 
 

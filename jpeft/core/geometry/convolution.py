@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core import backend
-from jpeft.core.dataflow.steps import CONVOLUTION
-from jpeft.core.dataflow.walk import Use
+from jpeft.core.dataflow.views import CONVOLUTION, Use
 from jpeft.core.geometry.base import Call, Geometry
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.dataflow.steps import DOT, LOOKUP
-from jpeft.core.dataflow.walk import Use
+from jpeft.core.dataflow.views import DOT, LOOKUP, Use
 from jpeft.core.geometry.base import Call, Geometry
 
 

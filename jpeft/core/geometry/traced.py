@@ -1,4 +1,4 @@
-"""Weights whose use a trace shows: any parameter that reaches products through casts, reshapes, transposes and slices."""
+"""Weights whose use a trace shows: parameters that reach products through casts, reshapes, transposes and slices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
-from jpeft.core.dataflow.steps import DOT, Product
-from jpeft.core.dataflow.views import Atom, Axis, refined
-from jpeft.core.dataflow.walk import Use
+from jpeft.core.dataflow.views import DOT, Atom, Axis, Product, Use, refined
 from jpeft.core.geometry.base import Geometry
 from jpeft.core.geometry.contraction import Contraction, labels_of
 
@@ -24,7 +21,7 @@ BATCH, IN, OUT = "batch", "in", "out"
 class Traced(Geometry):
     """A weight that was seen to reach products in calls of its module: the products are changed as the call runs.
 
-    What is summed over is an input, what slices pick or the other operand has too is a batch axis, the rest are outputs.
+    Axes that are summed over are inputs, those that slices pick or the other operand has are batch, others are outputs.
 
     Attributes:
       shape: shape of the parameter in its scope.
@@ -135,7 +132,10 @@ class Traced(Geometry):
             out += [
                 i
                 for i, own in enumerate(self.atoms)
-                if atom.source == own.source and own.axis == atom.axis and own.stride >= atom.stride and own.stride * own.size <= end
+                if atom.source == own.source
+                and own.axis == atom.axis
+                and own.stride >= atom.stride
+                and own.stride * own.size <= end
             ]
         return out
 
