@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-
-M = TypeVar("M")
 
 # The fields of a configuration that `jpeft.models.vocabulary` changes.
 _CHANGED = ("vocab_size", "tie_word_embeddings")
@@ -39,7 +37,7 @@ def extended(xp: Any, x: Any, row: Any, axis: int, size: int) -> Any:
     return xp.concatenate([x, xp.broadcast_to(row, new)], axis)
 
 
-def as_in_source(model: M, config: Any) -> M:
+def as_in_source(model: Any, config: Any) -> Any:
     """The model with the vocabulary and the tie of another configuration of its class."""
     return with_config(
         model, **{n: getattr(config, n) for n in _CHANGED if hasattr(config, n) and hasattr(model.config, n)}
