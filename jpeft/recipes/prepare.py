@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jpeft.core.placement import AnyMesh
@@ -27,7 +28,9 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
 
     >>> prepare(Config()).peft.summary()  # doctest: +SKIP
     """
-    method, mesh = None if config.adapter else build_method(config), setup.mesh
+    if config.adapter is not None and not Path(config.adapter).expanduser().is_dir():
+        raise UserError(f"--adapter {config.adapter}: no such folder; expected a run, or one that jpeft or PEFT saved")
+    method, mesh = None if config.adapter is not None else build_method(config), setup.mesh
     if mesh is not None:
         check_mesh(config, mesh)
     try:

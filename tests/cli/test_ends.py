@@ -217,7 +217,8 @@ def test_flags_that_contradict_the_adapter(finished, capsys):
         ("--model", "no/such"): "no/such",
     }.items():
         assert said in failure(capsys, *again(finished, *more))
-    assert "--adapter none: no adapter there" in failure(capsys, *again("none", "--model", "bert"))
+    assert "--adapter none: no such folder" in failure(capsys, *again("none", "--model", "bert"))
+    assert "bert: a model, with no adapter of its own" in failure(capsys, *again("bert", "--model", "bert"))
     other = Path("other.csv")
     other.write_text(Path("train.csv").read_text().replace("down", "worse"))
     said = failure(capsys, *again(finished), "--data", other, "--eval", other)
