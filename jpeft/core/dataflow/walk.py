@@ -192,12 +192,25 @@ class _Walker:
             for sub, operands in inner:
                 self.call(frame, eqn, sub, operands)
             return
-        if len(weights) > 1:  # a product of parameters: neither is multiplied with data
-            for _, weight in weights:
-                self.use(frame, weight, Product(OTHER, weight.view), None)
-        elif weights:
+        if len(weights) > 1:
+            weights = self.of_parameters(frame, eqn, weights)
+        if weights:
             self.weight(frame, eqn, *weights[0])
         self.values(frame, eqn)
+
+    def of_parameters(self, frame: _Frame, eqn: Any, weights: list[tuple[int, _Weight]]) -> list[tuple[int, _Weight]]:
+        """The parameter that an equation of several multiplies with the input of its call; the others are used by it.
+
+        There is none if none of the others is that input: learned queries are, where a layer is called on them.
+        """
+        kept = []
+        for i, weight in weights:
+            calls, data = self.calls_of(weight), frame.data.get(eqn.invars[1 - i]) if len(eqn.invars) == 2 else None
+            if not kept and data is not None and data.use is None and calls and data.call == calls[-1]:
+                kept = [(i, weight)]
+            else:
+                self.use(frame, weight, Product(OTHER, weight.view), None)
+        return kept
 
     def weight(self, frame: _Frame, eqn: Any, index: int, weight: _Weight) -> None:
         """A step of a view of a parameter, or a use of it."""
@@ -331,7 +344,11 @@ def _is_whole(stored: View, seen: View) -> bool:
 
 def _num_scanned(eqn: Any) -> int | None:
     """For a scan, the index of the first operand that is sliced."""
-    return eqn.params["num_consts"] + eqn.params["num_carry"] if eqn.primitive.name == "scan" else None
+    if eqn.primitive.name != "scan":
+        return None
+    # From the ranks, because the parameters that tell it differ between versions of JAX.
+    pairs = zip(eqn.params["jaxpr"].jaxpr.invars, eqn.invars, strict=True)
+    return sum(own.aval.ndim == outer.aval.ndim for own, outer in pairs)
 
 
 def _jaxprs(eqn: Any) -> Iterator[tuple[Any, Sequence[int | None]]]:
@@ -347,8 +364,11 @@ def _jaxprs(eqn: Any) -> Iterator[tuple[Any, Sequence[int | None]]]:
         yield p["cond_jaxpr"].jaxpr, [*range(cond), *carry]
         yield p["body_jaxpr"].jaxpr, [*range(cond, cond + body), *carry]
     elif name == "scan":
-        first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
-        yield p["jaxpr"].jaxpr, [None if first <= i < last else i for i in range(n)]
+        jaxpr, last = p["jaxpr"].jaxpr, _num_scanned(eqn)
+        assert last is not None
+        # A carry has the same rank outside; what a step returns has an axis more.
+        carries = sum(v.aval.ndim == o.aval.ndim for v, o in zip(jaxpr.outvars, eqn.outvars, strict=True))
+        yield jaxpr, [None if last - carries <= i < last else i for i in range(n)]
     elif name == "cond":
         for branch in p["branches"]:
             yield branch.jaxpr, list(range(1, n))
