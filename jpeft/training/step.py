@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from jpeft.core.backend import backend
+from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized
-from jpeft.core.tree import Tree, combine, named_sharding, partition
+from jpeft.core.tree import Tree, combine, flatten, named_sharding, partition
 from jpeft.parallel.batches import Layout, constrained, layout_of
 
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
@@ -137,7 +140,7 @@ def train_step(
 
     Raises:
       ValueError: an ``accumulate`` or ``clip`` that is not positive; when the step is traced, an ``accumulate`` that
-        does not divide the batch.
+        does not divide the batch, or a ``loss_fn`` that does not depend on the adapter.
 
     >>> # step = jpeft.train_step(peft, loss_fn, optax.adamw(1e-4), clip=1.0)
     >>> # state, metrics = step(state, params, batch)
@@ -235,7 +238,26 @@ class Step:
                 raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(value)}: take its mean")
             return value.astype(jnp.float32), jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
 
-        return jax.value_and_grad(loss, has_aux=True)(trainable)
+        traced, shapes = jax.make_jaxpr(loss, return_shape=True)(trainable)
+        _check_used(traced, self.peft, trainable)
+
+        def again(trainable: Tree) -> Any:  # the same operations, without running loss_fn a second time
+            return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(traced)(*jax.tree.leaves(trainable)))
+
+        return jax.value_and_grad(again, has_aux=True)(trainable)
+
+
+def _check_used(traced: Any, peft: Peft, trainable: Tree) -> None:
+    """Raises a ValueError unless the loss, the first output of a traced function, depends on the adapter."""
+    leaves = flatten(trainable)
+    if not leaves or is_bypassed():
+        return
+    _, used = dce_jaxpr(traced.jaxpr, [True] + [False] * (len(traced.jaxpr.outvars) - 1))
+    if not any(used):
+        raise ValueError(
+            f"loss_fn does not depend on the adapter, so nothing would train ({len(leaves)} leaves of "
+            f"{peft.method.name}): call peft.apply in it, or enter peft.intercept() around the call of the model"
+        )
 
 
 def _mean_over_parts(fn: Callable[[Any, jax.Array], Any], batch: Any, rng: jax.Array, n: int) -> Any:

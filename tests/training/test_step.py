@@ -229,6 +229,47 @@ def test_a_loss_must_be_a_scalar_in_a_pair(setup):
             run((peft, params, batch, fn), optax.sgd(0.1))
 
 
+class Scanned(nn.Module):
+    """Two dense layers in a scan, whose gradient is a stack of zeros where nothing depends on a leaf."""
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(ScannedDense, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return body(name="layers")(x, None)[0]
+
+
+class ScannedDense(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(4, name="up")(x)), None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("model", [nn.Sequential([nn.Dense(4), nn.Dense(4)]), Scanned()], ids=["plain", "scanned"])
+def test_a_loss_that_does_not_depend_on_the_adapter_raises(model, accumulate):
+    x = jnp.ones((2, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    peft = jpeft.LoRA(rank=2, targets="all-linear").bind(model, params, x)
+    state = jpeft.TrainState.create(peft, peft.init(jax.random.key(1), params), optax.sgd(1.0), jax.random.key(2))
+
+    def without(adapter, params, batch, rng):
+        y = model.apply({"params": jpeft.combine(params, adapter)}, batch)
+        return y.mean(), {"norm": optax.tree.norm(adapter)}  # a metric alone trains nothing
+
+    def intercepted(adapter, params, batch, rng):
+        with peft.intercept():
+            return without(adapter, params, batch, rng)
+
+    def merged(adapter, params, batch, rng):
+        return model.apply({"params": peft.merge(params, adapter)}, batch).mean(), {}
+
+    step = jpeft.train_step(peft, without, optax.sgd(1.0), accumulate=accumulate, donate=False)
+    with pytest.raises(ValueError, match=r"loss_fn does not depend on the adapter.*call peft\.apply.*peft\.intercept"):
+        step(state, params, x)
+    for loss_fn in (intercepted, merged):
+        jpeft.train_step(peft, loss_fn, optax.sgd(1.0), accumulate=accumulate).lower(state, params, x)
+
+
 def test_invalid_options_raise(setup):
     peft, params, batch, loss = setup
     for clip in (0.0, -1.0, float("nan"), float("inf")):
