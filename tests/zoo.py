@@ -128,19 +128,18 @@ class Standardized(nn.Dense):
         return (w - w.mean(0)) / (w.std(0) + 1e-5) if name == "kernel" else w
 
 
-class _NormalizedEinsum(nn.Module):
-    """A foreign class that is only called ``Einsum``."""
+def _normalized(dtype):
+    class Einsum(nn.Module):
+        """A foreign class that is only called ``Einsum``."""
 
-    shape: tuple[int, ...]
-    dtype: Any = jnp.float32
+        shape: tuple[int, ...]
 
-    @nn.compact
-    def __call__(self, eqn, x):
-        w = self.param("w", nn.initializers.normal(), self.shape, self.dtype)
-        return jnp.einsum(eqn, x, w / jnp.linalg.norm(w, axis=0))
+        @nn.compact
+        def __call__(self, eqn, x):
+            w = self.param("w", nn.initializers.normal(), self.shape, dtype)
+            return jnp.einsum(eqn, x, w / jnp.linalg.norm(w, axis=0))
 
-
-NormalizedEinsum: Any = type("Einsum", (_NormalizedEinsum,), {})
+    return lambda x: Einsum((4, 6), name="op")("...i,io->...o", x)
 
 
 def _rounded(x, w, *args, **kwargs):
@@ -281,9 +280,7 @@ USES: dict[str, Use] = {
     "weight norm": Use(_weight_norm, (2, 3, 4), via="merge"),
     "product of its own": Use(_with(nn.Dense, 6, dot_general=_rounded), (2, 3, 4)),
     "product that rounds the weight": Use(_with(nn.Dense, 6, dot_general=_rounding), (2, 3, 4), via="box"),
-    "named Einsum": Use(
-        lambda d: lambda x: NormalizedEinsum((4, 6), d, name="op")("...i,io->...o", x), (2, 3, 4), via="box"
-    ),
+    "named Einsum": Use(_normalized, (2, 3, 4), via="box"),
     "FlaxConv1D": Use(lambda d: lambda x: FlaxConv1D(6, d, name="op")(x), (2, 3, 4)),
     "Gemma Einsum": Use(lambda d: lambda x: Einsum((2, 4, 3), d, name="op")("BTD,NDH->BTNH", x), (2, 3, 4)),
     "Gemma Einsum, fused kv": Use(
