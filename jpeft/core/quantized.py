@@ -416,7 +416,12 @@ def _unbox_jitted(leaf: Quantized) -> jax.Array:
 
 def check_scheme(scheme: str, block: int) -> None:
     """Raises a ValueError for an unknown scheme or a block that is not an even number."""
-    if not isinstance(scheme, str) or scheme not in SCHEMES:
+    if not isinstance(scheme, str):
+        raise ValueError(
+            f"scheme must be one of {', '.join(SCHEMES)}, got an object of type {type(scheme).__name__}; a model or a "
+            'Peft comes after it: jpeft.quantize(params, "nf4", peft)'
+        )
+    if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; expected one of {', '.join(SCHEMES)}")
     if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 2 or block % 2:
         raise ValueError(f"block must be an even number of weights, got {block!r}")

@@ -62,8 +62,8 @@ def loftq(
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number, at least 1, got {iterations!r}")
-    own, others = split_variables(params)
-    quantized = quantize(own, scheme, block=block, double=double, targets=targets, exclude=exclude)
+    own, _ = split_variables(params)
+    quantized = quantize(own, scheme, peft, block=block, double=double, targets=targets, exclude=exclude)
     base, full, adapter = flatten(quantized), flatten(meta.unbox(own)), flatten(meta.unbox(peft.init(key, params)))
     done = set()
     for action in peft.actions:
@@ -78,7 +78,8 @@ def loftq(
         adapter |= {action.leaf_path(name): leaf for name, leaf in leaves.items()}
     new = like(unflatten(base), own)
     laid = peft.place_like_base(adapter, base)
-    return ({**others, "params": new} if others else new), like(unflatten(laid), own)
+    base_tree = new if own is params else like({**params, "params": new}, params)
+    return base_tree, like(unflatten(laid), own)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -599,7 +599,7 @@ def one_of(value):
         ({"kernel": one_of(-np.inf)}, {"scheme": "fp8"}, "'a/kernel': it holds NaN or infinity"),
         ({"kernel": quantize_array(np.ones((64, 64), np.float32))}, {}, "'a/kernel': it is quantized already, as nf4"),
         ({"kernel": np.ones((64, 0), np.float32)}, {}, r"'a/kernel': it has shape \(64, 0\), which holds no elements"),
-        ({}, {"scheme": ["nf4"]}, "unknown scheme"),
+        ({}, {"scheme": ["nf4"]}, "scheme must be one of nf4, int4, int8, fp8, got an object of type list"),
     ],
 )
 def test_mistakes_raise_and_name_the_path(change, options, message):
