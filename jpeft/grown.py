@@ -16,6 +16,7 @@ from jax.interpreters import partial_eval as pe
 
 from jpeft.core.fingerprint import difference
 from jpeft.core.peft import Peft
+from jpeft.core.targets import ALL_LINEAR
 from jpeft.core.tree import Path, Tree, flatten, join, split_variables, unflatten
 from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
@@ -33,18 +34,35 @@ def new_leaves(saved: Mapping[str, str], params: Tree) -> dict[Path, Any]:
     return {} if new and difference(dict(saved), old) else new
 
 
-def without_sites(method: Method, peft: Peft, names: Collection[str]) -> Method:
-    """The method of a Peft, excluding some of its sites by name."""
-    members = []
+def with_sites(method: Method, peft: Peft, names: Sequence[str]) -> Method:
+    """The method of a Peft, acting on the sites that an adapter names.
+
+    Sites that the adapter lacks are excluded. Those that it has beside them go to the first member that takes all
+    linear weights: what these are differs between versions.
+    """
+    missing = [name for name in names if name not in {a.site.name for a in peft.actions}]
+    members: list[Method] = []
     for i, member in enumerate(method.methods()):
-        own = [a.site.name for a in peft.actions if a.member == i and a.site.name in names]
-        given: Any = getattr(member, "exclude", None)
-        if own and isinstance(given, str):
-            given = "|".join(f"(?:{pattern})" for pattern in (given, *map(re.escape, own)))
-        elif own:
-            given = (*(given or ()), *own)
-        members.append(dataclasses.replace(member, exclude=given) if own else member)  # type: ignore[type-var]
+        own = [a.site.name for a in peft.actions if a.member == i]
+        if missing and (member.targets or member.default_targets()) == ALL_LINEAR:
+            kept = [name for name in own if name in names]
+            members.append(dataclasses.replace(member, targets=(*kept, *missing)))
+            missing = []
+        else:
+            members.append(_without(member, [name for name in own if name not in names]))
     return Chain(*members) if len(members) > 1 else members[0]
+
+
+def _without(member: Method, names: Collection[str]) -> Method:
+    """A method that excludes sites by name."""
+    given: Any = getattr(member, "exclude", None)
+    if not names:
+        return member
+    if isinstance(given, str):
+        given = "|".join(f"(?:{pattern})" for pattern in (given, *map(re.escape, names)))
+    else:
+        given = (*(given or ()), *names)
+    return dataclasses.replace(member, exclude=given)  # type: ignore[type-var]
 
 
 def depends_on(peft: Peft, variables: Tree, leaves: Mapping[Path, Any], inputs: Sequence[Any], kwargs: Any) -> bool:

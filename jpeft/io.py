@@ -7,6 +7,7 @@ after it, `load` finds the new tensors under their temporary name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from jpeft.checks import shown
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.loaded import check_loaded
 from jpeft.core.peft import Peft, split_variables
+from jpeft.core.targets import TargetError
 from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
 from jpeft.files import file_sha256, read_json, read_safetensors, serialize, sync_folder, write_atomically
-from jpeft.grown import depends_on, new_leaves, without_sites
+from jpeft.grown import depends_on, new_leaves, with_sites
 from jpeft.methods import Chain, from_dict
 from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
 
@@ -123,7 +126,8 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
       **kwargs: as for ``model.apply``.
 
     A base may have more leaves than the one that it was trained on, such as a pooler that an earlier version did not
-    read, if the model's output does not depend on them. The method then excludes what it would find there.
+    read, if the model's output does not depend on them. Where "all-linear" takes other weights in this version than in
+    the one that saved the adapter, the method names those of the adapter.
 
     Returns:
       ``(peft, adapter)``. The adapter has the container, shardings and boxes that ``peft.init`` would give it.
@@ -148,13 +152,13 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
         raise AdapterError(f"{folder} was trained on another base: {found}")
     peft = method.bind(model, params, *inputs, **kwargs)
     names = [site.name for site in peft.sites]
-    if new:
-        if names != config["sites"]:
-            method = without_sites(method, peft, set(names) - set(config["sites"]))
+    if names != config["sites"]:
+        with contextlib.suppress(TargetError):
+            method = with_sites(method, peft, config["sites"])
             peft = method.bind(model, params, *inputs, **kwargs)
             names = [site.name for site in peft.sites]
-        if depends_on(peft, params, new, inputs, kwargs):
-            raise AdapterError(f"{folder} was trained on another base: {found}")
+    if new and depends_on(peft, params, new, inputs, kwargs):
+        raise AdapterError(f"{folder} was trained on another base: {found}")
     if names != config["sites"]:
         first = next(iter(set(names) ^ set(config["sites"])), "their order")
         raise AdapterError(f"{folder}: its sites are not those of {method.name} in this model; differs: {first}")
@@ -184,6 +188,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     for field, kind in kinds.items():
         if not isinstance(config[field], kind):
             raise AdapterError(f"{file}: {field!r} must be a JSON {kind.__name__}, got {type(config[field]).__name__}")
+    for field, texts in (("sites", config["sites"]), ("base", config["base"].values())):
+        for text in texts:
+            if not isinstance(text, str) or (field == "base" and ":" not in text):
+                expected = "names" if field == "sites" else "fingerprints, such as 'float32[2]:0a1b…'"
+                raise AdapterError(f"{file}: {field!r} must hold {expected}, got {shown(text)}")
     return config
 
 

@@ -191,6 +191,60 @@ def test_an_adapter_that_is_zero_or_not_finite_is_told(saved):
         jpeft.load(path, MODEL, params, X)
 
 
+# fmt: off
+VALUES = [
+    None, True, 0, -1, 3.5, float("nan"), 1e308, 10**30, 10**400, "", "up", "(", "a{9999999999}", "all-linear", "x" * 3000,
+    [], [1], ["up"], [["up"]], [{}], {}, {"up": 4}, {"up": {"rank": None}}, {"(": {}}, {"method": "LoRA"},
+]
+# fmt: on
+
+
+def places(value, path=()):
+    """The path of every value in a configuration, below its first level."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def load_mutated(path, params, place, value):
+    """Loads a folder with one value of its config.json changed: that must work, or end in one line that names it."""
+    text = (path / "config.json").read_text()
+    inner = config = json.loads(text)
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (path / "config.json").write_text(json.dumps(config))
+    try:
+        peft, adapter = jpeft.load(path, MODEL, params, X)
+        assert np.isfinite(np.asarray(peft.apply(params, adapter, X))).all() or value == 1e308, (place, value)
+    except (AdapterError, jpeft.core.targets.TargetError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 800, (place, value)
+    (path / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "place", [("sites", 0), ("base", "up/bias"), ("method", "methods", 0, "overrides"), ("method",)]
+)
+def test_a_value_of_any_type_in_the_configuration_is_read_or_refused(saved, place):
+    path, params, _, _ = saved
+    for value in VALUES:
+        load_mutated(path, params, place, value)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "method", [METHOD, jpeft.Bottleneck(targets="up", size=2), jpeft.IA3(targets="up"), jpeft.BitFit()]
+)
+def test_every_value_of_any_type_in_the_configuration_is_read_or_refused(trained, tmp_path, method):
+    params = trained[1]
+    peft = method.bind(MODEL, params, X)
+    adapter = jax.tree.map(lambda x: x + 0.5, peft.init(jax.random.key(1), params))
+    jpeft.save(tmp_path / "a", peft, adapter, params)
+    for place in places(json.loads((tmp_path / "a" / "config.json").read_text())):
+        for value in VALUES:
+            load_mutated(tmp_path / "a", params, place, value)
+
+
 def test_missing_files(saved, tmp_path):
     path, params, _, _ = saved
     with pytest.raises(AdapterError, match="is not a folder"):
@@ -366,3 +420,28 @@ def test_an_adapter_of_a_base_without_a_part_loads_where_the_part_does_not_matte
         jpeft.load(tmp_path / "old", Pooled(used=True), grown, X)
     with pytest.raises(AdapterError, match="trained on another base"):
         jpeft.load(tmp_path / "old", Pooled(), jax.tree.map(lambda x: x + 1, grown), X)
+
+
+@pytest.mark.parametrize("saved", [["up"], ["up", "head"], ["up", "head", "BitFit"]], ids="-".join)
+def test_an_adapter_of_other_linear_weights_than_this_version_takes_loads_with_its_own(tmp_path, saved):
+    """What "all-linear" takes differs between versions: raw weights that reach a product, outputs that are heads."""
+
+    class Raw(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="up")(x) @ self.param("raw", nn.initializers.normal(), (8, 8))
+            return nn.Dense(3, name="head")(x).astype(jnp.float16)
+
+    params = Raw().init(jax.random.key(0), X)["params"]
+    method = jpeft.LoRA(rank=2, targets=saved[:2], init_weights="random")
+    method = jpeft.Chain(method, jpeft.BitFit()) if "BitFit" in saved else method
+    peft = method.bind(Raw(), params, X)
+    adapter = peft.init(jax.random.key(1), params)
+    jpeft.save(tmp_path / "old", peft, adapter, params)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    members = config["method"].get("methods", [config["method"]])
+    members[0]["targets"] = None
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert {s.name for s in jpeft.LoRA().bind(Raw(), params, X).sites} == {"up", "raw"}
+    again, read = jpeft.load(tmp_path / "old", Raw(), params, X)
+    assert same(read, adapter) and again.sites == peft.sites

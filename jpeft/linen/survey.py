@@ -28,6 +28,7 @@ from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack
 from jpeft.core.tree import Path, box_as, flatten, join, peek, unflatten
 from jpeft.linen import attention, registry
 from jpeft.linen.axes import AxisProbe, axes_in, with_probes
+from jpeft.linen.axis_names import with_axis_names
 from jpeft.linen.box import TrialBox
 
 Shape = tuple[int, ...]
@@ -160,7 +161,8 @@ class _AbstractCall:
             for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)
         }
         arrays = [x for x in flat if _is_array(x)]
-        return jax.make_jaxpr(run)(list(params.values()), self.others, arrays, [params[p] for p in hidden]).jaxpr
+        inputs = list(params.values()), self.others, arrays, [params[p] for p in hidden]
+        return with_axis_names(lambda axis_env: jax.make_jaxpr(run, axis_env=axis_env)(*inputs)).jaxpr
 
 
 def _boxable(record: _Record, call: _AbstractCall, plain: Any, paths: Collection[Path]) -> set[Path]:

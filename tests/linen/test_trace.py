@@ -482,3 +482,33 @@ def test_a_standardized_layer_keeps_its_name_and_a_named_einsum_has_its_own():
         "/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(moved(peft, params))
     }
     assert "standardized/lora_a" in leaves and "einsum/gate_lora_a" in leaves
+
+
+# --- mapped axes ------------------------------------------------------------------------------------------------------
+
+
+class Mapped(nn.Module):
+    """A model that averages over axes of the caller's vmaps."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, axis_name=("rows", "columns"), name="norm")(nn.Dense(8)(x))
+        return 2 * nn.Dense(8)(x + jax.lax.axis_index("rows").astype(x.dtype))
+
+
+def test_a_model_that_names_axes_of_a_vmap_is_bound_outside_of_it():
+    def mapped(f):
+        return jax.vmap(jax.vmap(f, axis_name="columns"), axis_name="rows")
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    model, mutable = Mapped(), ["batch_stats"]
+    shapes = jax.eval_shape(lambda: mapped(lambda x: model.init(jax.random.key(0), x))(x))
+    variables = jax.tree.map(lambda s: jax.random.normal(jax.random.key(1), s.shape[2:]), shapes)
+    peft = jpeft.LoRA(rank=2, init_weights="random").bind(model, variables, x[0, 0], mutable=mutable)
+    adapter = peft.init(jax.random.key(2), variables)
+    y, _ = mapped(lambda x: peft.apply(variables, adapter, x, mutable=mutable))(x)
+    merged = {**variables, "params": peft.merge(variables, adapter)}
+    want, _ = mapped(lambda x: model.apply(merged, x, mutable=mutable))(x)
+    close(y, want)
+    with pytest.raises(NameError, match="unbound axis name: "):
+        peft.apply(variables, adapter, x[0, 0], mutable=mutable)
