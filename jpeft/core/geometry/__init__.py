@@ -2,8 +2,9 @@
 
 A geometry views the weight as ``[batch..., in, out]``, the module's input as ``[batch..., tokens..., in]`` and its
 output as ``[batch..., tokens..., out]``, so that a method is written once, for one matrix. A weight used in an einsum
-is a `Contraction`, a convolution kernel a `Convolution`, an embedding table an `Embedding`, and a parameter that no
-module call explains is `Raw`. `jpeft.register_geometry` adds a geometry for other modules.
+is a `Contraction`, a convolution kernel a `Convolution`, an embedding table an `Embedding`, a parameter that a trace
+shows to reach a product is `Traced`, and any other parameter is `Raw`. `jpeft.register_geometry` adds a geometry for
+other modules. A call's geometry is believed only if it explains what the trace of the call shows.
 """
 
 from jpeft.core.geometry.base import Call as Call
