@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from jpeft.core.quantized import Quantized
     from jpeft.models.loading import load
     from jpeft.models.saving import save
+    from jpeft.quantization.tree import unquantized
     from jpeft.recipes.assets import resolve_model
     from jpeft.recipes.config import parse_targets
 
@@ -48,16 +49,19 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:  # the options do not suit the model
         raise UserError(str(error)) from error
     save(args.out, model, params, source=path)
-    leaves = tree.flatten(params).values()
+    leaves, left = tree.flatten(params).values(), unquantized(params)
     quantized = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
     size = sum(leaf.size for leaf in quantized)
     bits = sum(leaf.bits * leaf.size for leaf in quantized) / size
     before, after = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), tree.size_bytes(params)
     if args.json:
         sizes = {"bits": bits, "quantized": size, "bytes_before": before, "bytes_after": after}
-        print_json({"scheme": args.scheme, **sizes, "folder": str(args.out)})
+        print_json({"scheme": args.scheme, **sizes, "left": left, "folder": str(args.out)})
     else:
         print(
             f"{args.scheme}, {bits:.3f} bits per quantized weight: {format_bytes(before)} ({before:,} bytes) in "
             f"{args.dtype} -> {format_bytes(after)} ({after:,} bytes), {args.out}"
         )
+        if left:
+            more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+            print(f"left in {args.dtype}: {', '.join(left[:8])}{more}")

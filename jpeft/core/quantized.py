@@ -129,7 +129,7 @@ class Quantized(meta.AxisMetadata):
         # Their axes of size 1, which `remove_axis` may have added, go.
         groups, offset = (jnp.reshape(x, (*flat.shape[:-1], -1)) for x in (self.groups, self.offset))
         wide = jnp.repeat(groups, GROUP, axis=-1)[..., : flat.shape[-1]]
-        return jnp.transpose(_unflatten_scales(flat * wide + offset, scales.shape, self.axis), np.argsort(order))
+        return _stored(_unflatten_scales(flat * wide + offset, scales.shape, self.axis), order)
 
     # --- the interface that Flax and JAX call ---
 
@@ -140,7 +140,8 @@ class Quantized(meta.AxisMetadata):
     def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
         # Flax has stacked all arrays along this axis.
         leads = not self.stack and index % np.ndim(meta.unbox(self.codes)) == 0
-        new = self if leads else self._map_rest(lambda x: jnp.moveaxis(x, index, 0), (index, *self.stack))
+        stack = () if leads else (index, *self.stack)
+        new = self._map_rest(lambda x: jnp.moveaxis(x, index, 0), stack)._without_padding()
         return new._map_boxes(lambda box: box.add_axis(index, params))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
@@ -150,24 +151,6 @@ class Quantized(meta.AxisMetadata):
           ValueError: blocks run along the axis.
         """
         return self._sliceable(index)._map_boxes(lambda box: box.remove_axis(index, params))
-
-    def _sliceable(self, index: int) -> Quantized:
-        ndim = np.ndim(meta.unbox(self.codes))
-        at = index % ndim
-        if not self.stack and at == 0:
-            return self
-        own = self if self.stack and self.stack[0] % ndim == at else self._stacked_along(at)
-        return own._map_rest(lambda x: _place_first(x, index), own.stack[1:])
-
-    def _stacked_along(self, at: int) -> Quantized:
-        """The weight as a stack along an axis for which it was not quantized: groups of scales may cross layers."""
-        if problem := self.problem_with_stack((at,)):
-            raise ValueError(f"a weight of shape {self.shape} {problem}")
-        ndim, axis = np.ndim(meta.unbox(self.codes)), self.stored_axis
-        rows = jnp.broadcast_to(jnp.reshape(self.origin, (-1, 2))[0], (self.shape[at], 2))
-        scales = box_as(self.scales, self.float_scales())
-        axis = axis + 1 if at > ndim + axis else axis
-        return dataclasses.replace(self, scales=scales, groups=None, offset=None, origin=rows, axis=axis, stack=(at,))
 
     def problem_with_stack(self, stack: Sequence[int]) -> str | None:
         """Why scans that slice off these axes cannot slice the weight, as the end of an error message; or None."""
@@ -179,20 +162,58 @@ class Quantized(meta.AxisMetadata):
             "give jpeft.quantize the model: jpeft.quantize(params, scheme, model, *inputs)"
         )
 
+    def _sliceable(self, index: int) -> Quantized:
+        ndim = np.ndim(meta.unbox(self.codes))
+        at = index % ndim
+        if not self.stack and at == 0:
+            return self._without_padding()
+        own = self if self.stack and self.stack[0] % ndim == at else self._stacked_along(at)
+        return own._without_padding()._map_rest(lambda x: _place_first(x, index), own.stack[1:])
+
+    def _stacked_along(self, at: int) -> Quantized:
+        """The weight as a stack along an axis for which it was not quantized: groups of scales may cross layers."""
+        if problem := self.problem_with_stack((at,)):
+            raise ValueError(f"a weight of shape {self.shape} {problem}")
+        ndim, axis = np.ndim(meta.unbox(self.codes)), self.stored_axis
+        lead = [self.shape[i] for i in stack_order(ndim, (at,))[:-2]]
+        return dataclasses.replace(
+            self,
+            scales=box_as(self.scales, self.float_scales()),
+            groups=None,
+            offset=None,
+            origin=jnp.broadcast_to(jnp.reshape(self.origin, (-1, 2))[0], (*lead, 2)),
+            axis=axis + 1 if at > ndim + axis else axis,
+            stack=(at,),
+        )
+
+    def _without_padding(self) -> Quantized:
+        """Without the axes of size 1 that `_place_first` adds, of which a slice keeps some."""
+        shape = np.shape(meta.unbox(self.codes))
+        lead = [shape[i] for i in stack_order(len(shape), self.stack)[:-2]]
+
+        def reshaped(x: Any, rest: list[int]) -> Any:
+            return x if x is None or np.ndim(x) == len(lead) + len(rest) else jnp.reshape(x, (*lead, *rest))
+
+        return dataclasses.replace(
+            self,
+            groups=reshaped(self.groups, [-1]),
+            offset=reshaped(self.offset, []),
+            origin=reshaped(self.origin, [2]),
+        )
+
     def _map_rest(self, fn: Callable[[Any], Any], stack: tuple[int, ...]) -> Quantized:
         """Maps a function over the arrays that do not have the weight's axes."""
-        names = ("groups", "offset", "origin")
-        rest = {name: None if (x := getattr(self, name)) is None else fn(x) for name in names}
-        return dataclasses.replace(self, **rest, stack=stack)
+        rest = {name: getattr(self, name) for name in ("groups", "offset", "origin")}
+        return dataclasses.replace(self, **{n: None if x is None else fn(x) for n, x in rest.items()}, stack=stack)
+
+    def _map_boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
+        codes, scales = (fn(x) if isinstance(x, meta.AxisMetadata) else x for x in (self.codes, self.scales))
+        return dataclasses.replace(self, codes=codes, scales=scales)
 
     def get_partition_spec(self) -> Quantized:
         """For ``nn.get_partition_spec``: codes and scales have the weight's spec, the rest is replicated."""
         spec = meta.get_partition_spec(self.codes)
         return dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), self), codes=spec, scales=spec)
-
-    def _map_boxes(self, fn: Callable[[meta.AxisMetadata], Any]) -> Quantized:
-        codes, scales = (fn(x) if isinstance(x, meta.AxisMetadata) else x for x in (self.codes, self.scales))
-        return dataclasses.replace(self, codes=codes, scales=scales)
 
     def tree_flatten(self) -> tuple[Any, Any]:
         aux = (self.scheme, self.block, self.axis, self.dtype, self.stack)
@@ -216,6 +237,11 @@ def stack_order(ndim: int, stack: Sequence[int]) -> tuple[int, ...]:
     rest = list(range(ndim))
     first = [rest.pop(axis) for axis in stack]
     return (*first, *rest)
+
+
+def _stored(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """The array with its axes in their places again, after ``jnp.transpose(x, order)``."""
+    return jnp.transpose(x, [order.index(axis) for axis in range(len(order))])
 
 
 def _place_first(x: jax.Array, index: int) -> jax.Array:
@@ -330,7 +356,7 @@ def _quantize(
         codes = (high << 4) | low
     sums = jnp.broadcast_to(fingerprint.checksum(weight, start), (*shape[:-2], 2))
     scales, groups, offset = _quantize_scales(scales, axis) if double else (scales, None, None)
-    codes, scales = (jnp.transpose(x, np.argsort(order)) for x in (codes, scales))
+    codes, scales = _stored(codes, order), _stored(scales, order)
     return Quantized(codes, scales, groups, offset, sums, name, block, axis, weight.dtype, stack)
 
 

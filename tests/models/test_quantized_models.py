@@ -407,13 +407,15 @@ def test_the_command_quantizes_a_folder_that_generate_loads(plain, nf4, tmp_path
     assert (
         report["bits"] == pytest.approx(4 + 8 / 64 + 64 / 4096) and report["bytes_after"] < 0.6 * report["bytes_before"]
     )
+    assert report["left"] == ["lm_head/kernel", "model/embed_tokens/embedding"]
     same(models.load(out)[1], models.load(nf4)[1])
     assert main(["generate", "--model", str(out), "--max-new-tokens", "4", "--json", "ab"]) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] > 0
     more = ["--scheme", "int8", "--block", "32", "--no-double", "--targets", "q_proj,v_proj", "--dtype", "bfloat16"]
     assert main(["quantize", str(plain), str(tmp_path / "int8"), *more]) == 0
-    line = capsys.readouterr().out
-    assert re.fullmatch(rf"int8, 9\.000 bits per quantized weight: .* in bfloat16 -> .*, {tmp_path}/int8\n", line), line
+    line, left, _ = capsys.readouterr().out.split("\n")
+    assert re.fullmatch(rf"int8, 9\.000 bits per quantized weight: .* in bfloat16 -> .*, {tmp_path}/int8", line), line
+    assert left.startswith("left in bfloat16: ") and "/k_proj/kernel" in left and "/q_proj/" not in left
 
 
 def test_errors_of_the_command_are_one_line_and_leave_no_folder(plain, nf4, tmp_path, capsys, lenient):
