@@ -6,6 +6,7 @@ The caller raises the error, since only it knows the name of the field: "LoRA.ra
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection
 from numbers import Real
 from typing import Any
@@ -42,7 +43,8 @@ def is_rate(value: Any) -> bool:
 
 
 POSITIVE_INT: Rule = (is_size, "a positive integer")
-NUMBER: Rule = (is_number, "a finite number")
+NUMBER: Rule = (lambda value: is_number(value) and abs(value) < 2.0**128, "a finite number")  # also in float32
+BOOL: Rule = (lambda value: isinstance(value, bool), "true or false")
 RATE: Rule = (is_rate, "a rate in [0, 1)")
 
 
@@ -58,13 +60,13 @@ def or_none(rule: Rule) -> Rule:
 
 
 def shown(value: Any, limit: int = 100) -> str:
-    """A value as an error message shows it: its ``repr``, cut in the middle where it is long.
+    """A value as an error message shows it: its ``repr`` in one line, cut in the middle where it is long.
 
     >>> shown("a" * 200, 20)
     "'aaaaaaa…aaaaaaaa'"
     """
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
     except ValueError:  # an int of more digits than Python converts
         return f"a {type(value).__name__} too long to print"
     return text if len(text) <= limit else f"{text[: limit // 2 - 2]}…{text[-limit // 2 + 1 :]}"

@@ -30,7 +30,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """
     try:
         return re.compile(pattern)
-    except re.error as e:
+    except (re.error, OverflowError, RecursionError) as e:
         raise TargetError(f"target {pattern!r} is not a regular expression: {e}") from e
 
 
@@ -138,5 +138,5 @@ def _first_match(entry: str, paths: Iterable[str]) -> str | None:
     """The first path that an entry matches, be it a regular expression or an entry of a list."""
     try:
         return next((path for path in paths if re.fullmatch(entry, path) or matches_entry(entry, path)), None)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return None

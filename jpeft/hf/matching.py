@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from jpeft.checks import shown
 from jpeft.core import stacking
 from jpeft.core.interchange import LINEAR
 from jpeft.core.sites import Site, Survey
@@ -85,7 +86,7 @@ def _adapted(folder: Folder, survey: Survey) -> dict[str, Site]:
         if not config.targets(module, layout.kind_of(weights[module]) == LINEAR):
             raise AdapterError(
                 f"{file.path} has a {name} for {module!r}, which {CONFIG} does not target: target_modules is "
-                f"{config.target_modules!r}"
+                f"{shown(config.target_modules)}"
             )
     for module, site in weights.items():
         linear = layout.kind_of(site) == LINEAR and not site.head

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import Rule
+from jpeft.checks import Rule, shown
 from jpeft.core.interchange import HFSpec, Role
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site, Survey
@@ -66,7 +66,13 @@ class Method:
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 object.__setattr__(self, name, tuple(value))
-        overrides = FrozenDict({k: FrozenDict(v) for k, v in self.overrides.items()})
+        given: Any = self.overrides
+        if not isinstance(given, Mapping) or not all(isinstance(fields, Mapping) for fields in given.values()):
+            raise ValueError(
+                f"{self.name}.overrides must have a mapping of fields for each target pattern, as in "
+                f"{{'.*/query': {{'rank': 16}}}}, got {shown(given)}"
+            )
+        overrides = FrozenDict({k: FrozenDict(v) for k, v in given.items()})
         object.__setattr__(self, "overrides", overrides)
         for pattern, fields in overrides.items():
             compile_pattern(pattern)
@@ -331,6 +337,8 @@ def dtype_name(dtype: Any) -> str:
     'bfloat16'
     """
     try:
+        if dtype is None:  # float64 in numpy
+            raise TypeError
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(
@@ -354,9 +362,9 @@ def check_fields(method: Method, rules: Mapping[str, Rule]) -> None:
         except TypeError:  # e.g. a comparison with a string
             accepted = False
         if not accepted:
-            raise ValueError(f"{method.name}.{field} must be {expected}, got {value!r}")
+            raise ValueError(f"{method.name}.{field} must be {expected}, got {shown(value)}")
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: str) -> Array:
     """Normal numbers. They are drawn in float32, so that all dtypes start from the same numbers."""
-    return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+    return (jax.random.normal(key, shape, jnp.float32) * float(std)).astype(dtype)

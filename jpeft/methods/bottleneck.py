@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, one_of, or_none
+from jpeft.checks import NUMBER, POSITIVE_INT, one_of, or_none
 from jpeft.core.method import Leaves
 from jpeft.core.sites import Site
 from jpeft.core.targets import ALL_LINEAR, Targets
@@ -65,6 +65,8 @@ class Bottleneck(OutputMethod):
             "reduction": POSITIVE_INT,
             "size": or_none(POSITIVE_INT),
             "activation": one_of(_ACTIVATIONS),
+            "scale": NUMBER,
+            "init_std": NUMBER,
         }
         check_fields(self, rules)
         super().__post_init__()
@@ -84,4 +86,4 @@ class Bottleneck(OutputMethod):
     def apply(self, leaves: Leaves, y: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         # h + s (f(h D + d) U + u)
         hidden = _ACTIVATIONS[self.activation](narrow(y, leaves["bottleneck_down"]) + leaves["bottleneck_down_bias"])
-        return y + self.scale * (hidden @ leaves["bottleneck_up"] + leaves["bottleneck_up_bias"])
+        return y + float(self.scale) * (hidden @ leaves["bottleneck_up"] + leaves["bottleneck_up_bias"])

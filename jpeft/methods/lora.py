@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import NUMBER, POSITIVE_INT, RATE, one_of, or_none, shown
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, one_of, or_none, shown
 from jpeft.core.geometry.base import Parts
 from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, Field, HFSpec, Tensor
@@ -66,6 +66,7 @@ class LoRA(WeightMethod):
             "parts": POSITIVE_INT,
             "dropout": RATE,
             "alpha": or_none(NUMBER),
+            "rslora": BOOL,
             "init_weights": one_of(_INITS),
         }
         check_fields(self, rules)
@@ -216,7 +217,6 @@ def _b_to_tree(b: np.ndarray, site: Site) -> np.ndarray:
     return b.reshape(b.shape[:2]).T
 
 
-_BOOL = (lambda v: isinstance(v, bool), "true or false")
 LoRA.hf = HFSpec(
     peft_type="LORA",
     tensors=(
@@ -227,7 +227,7 @@ LoRA.hf = HFSpec(
     ),
     fields=(
         Field("r", "rank", 8, POSITIVE_INT, pattern="rank_pattern", write=_write_rank),
-        Field("use_rslora", "rslora", False, _BOOL, differ=all),
+        Field("use_rslora", "rslora", False, BOOL, differ=all),
         Field("lora_alpha", "alpha", 8, NUMBER, pattern="alpha_pattern", write=_write_alpha),
         Field("lora_dropout", "dropout", 0.0, RATE, read=_read_dropout, write=_write_dropout),
         Field(

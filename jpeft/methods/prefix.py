@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from jpeft.checks import POSITIVE_INT
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT
 from jpeft.core.method import Leaves, pad_left
 from jpeft.core.sites import Site
 from jpeft.methods.base import AttentionMethod, check_fields, dtype_name, normal
@@ -57,7 +57,8 @@ class PrefixTuning(AttentionMethod):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"length": POSITIVE_INT, "hidden": POSITIVE_INT, "embedding": POSITIVE_INT})
+        sizes = dict.fromkeys(("length", "hidden", "embedding"), POSITIVE_INT)
+        check_fields(self, {**sizes, "reparametrize": BOOL, "init_std": NUMBER})
         super().__post_init__()
 
     @property
