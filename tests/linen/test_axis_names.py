@@ -14,7 +14,7 @@ class Named(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.BatchNorm(use_running_average=False, axis_name=("batch", "data"))(nn.Dense(4)(x))
-        x = jax.lax.psum(x, "model") + jax.lax.axis_index("i")
+        x = jax.lax.psum(x, "model") * (jax.lax.axis_index("i") + 1).astype(x.dtype)
         return nn.remat(nn.BatchNorm)(use_running_average=False, axis_name="batch")(x)
 
 
@@ -36,4 +36,4 @@ def test_every_name_is_an_axis_of_size_one():
 
 def test_other_names_stay_errors():
     with pytest.raises(NameError, match="missing"):
-        with_axis_names(lambda env: jax.make_jaxpr(lambda: missing, axis_env=env)())  # noqa: F821
+        with_axis_names(lambda env: jax.make_jaxpr(lambda: missing, axis_env=env)())
