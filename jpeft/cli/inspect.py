@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from jpeft.cli.results import result_rows
-    from jpeft.recipes import run_folder
+    from jpeft.recipes.describing import describe
 
-    summary = run_folder.describe(args.path)
+    summary = describe(args.path)
     if args.json:
         print_json(summary)
         return

@@ -109,7 +109,20 @@ def _restored(
         except DamagedError as error:
             failure = failure or error
             log(f"the checkpoint of step {step} is damaged and left out")
+    if failure:
+        raise damaged_error(run, failure)
     raise UserError(
-        f"{run}: not finished, and {'its checkpoints are damaged' if failure else 'it has no checkpoint'}"
-        f"{f' ({failure})' if failure else ''}; resume it with: jpeft finetune --out {run} --resume"
+        f"{run}: not finished, and it has no checkpoint; resume it with: jpeft finetune --out {run} --resume"
+    )
+
+
+def damaged_error(run: Path, failure: Exception) -> UserError:
+    """The error for a run none of whose checkpoints can be read.
+
+    >>> damaged_error(Path("run"), DamagedError("run/checkpoints/3: damaged")).args[0][:40]
+    'run: not finished, and its checkpoints a'
+    """
+    return UserError(
+        f"{run}: not finished, and its checkpoints are damaged ({failure}); to train it from the beginning, remove "
+        f"{run / 'checkpoints'} and call: jpeft finetune --out {run} --resume"
     )

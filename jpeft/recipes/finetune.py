@@ -33,6 +33,7 @@ from jpeft.io import save
 from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
 from jpeft.recipes import run_folder, tasks
+from jpeft.recipes.adapters import damaged_error
 from jpeft.recipes.config import Config, Interrupted, Setup, flag
 from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
 from jpeft.recipes.prepare import prepare
@@ -40,7 +41,7 @@ from jpeft.recipes.process import Profiler, peak_memory, reporting_saved_step, s
 from jpeft.recipes.run_folder import Log
 from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
 from jpeft.training import checkpoint
-from jpeft.training.checkpoint import Checkpoints
+from jpeft.training.checkpoint import Checkpoints, DamagedError
 from jpeft.training.step import TrainState
 
 T = TypeVar("T")
@@ -253,7 +254,7 @@ def _finish(
     ):
         if job.start is not None and not _copy_of_start(folder):
             save(folder / START, job.peft, job.start, job.params)  # the original may be trained on, or go
-        state, start = _restore(job, fresh, rng, checkpoints, reporter)
+        state, start = _restore(job, folder, fresh, rng, checkpoints, reporter)
         if shorter is not None:
             if not start and run_folder.has_adapter(folder):
                 raise UserError(
@@ -276,12 +277,17 @@ def _finish(
     return result
 
 
-def _restore(job: Job, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter) -> tuple[Any, int]:
+def _restore(
+    job: Job, folder: Path, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter
+) -> tuple[Any, int]:
     """The training state of the newest checkpoint, or a new one, and the number of steps it has made."""
     state = TrainState.create(job.peft, fresh, optimizer(job.config, job.steps), rng)
     if checkpoints.latest_step() is None:
         return state, 0
-    state, notes, damaged = checkpoint.restore_newest(checkpoints, like=state)
+    try:
+        state, notes, damaged = checkpoint.restore_newest(checkpoints, like=state)
+    except DamagedError as error:
+        raise damaged_error(folder, error) from error
     for step in damaged:
         reporter.say(f"the checkpoint of step {step} cannot be read and is left out")
     reporter.say(f"continuing after step {notes['position']} of {job.steps}")
@@ -293,6 +299,7 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
     job, config, total = run.job, run.job.config, run.job.steps
     evaluate = job.evaluator()
     _evaluate(run, 0, evaluate, fresh)
+    _check_begins_finite(run)
     step = training_step(job.peft, job.loss_fn(), optimizer(config, total), config)
     rates, usage = np.asarray(learning_rate(config, total)(np.arange(total)), float), _usage(job, state)
     batches = itertools.islice(job.batches(start), total - start)
@@ -348,6 +355,17 @@ def _usage(job: Job, state: Any) -> Callable[[tuple[int, ...], float], dict[str,
 
 
 # ------------------------------------------------------------------------------------------------------------- results
+
+
+def _check_begins_finite(run: _Run) -> None:
+    """Raises a UserError if the loss is not finite before training, which no learning rate mends."""
+    before = run.log.evaluation(0)
+    if before is None or before["eval_loss"] is None:
+        raise UserError(
+            f"{run.folder}: the loss is not finite before training: the weights of --model {run.job.config.model} "
+            f"hold NaN or infinity, or its activations overflow in --dtype {run.job.config.dtype or 'float32'}; choose "
+            "another"
+        )
 
 
 def _check_converged(run: _Run) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -26,9 +25,6 @@ from typing import IO, Any
 
 from jpeft.errors import UserError
 from jpeft.files import new_folder, read_json, write_atomically, write_json
-from jpeft.io import CONFIG as ADAPTER_CONFIG
-from jpeft.io import TENSORS
-from jpeft.io import read_config as read_adapter_config
 from jpeft.parallel.hosts import is_main_process, on_all_hosts
 from jpeft.recipes.config import Config
 
@@ -55,7 +51,8 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
                 write_json(folder / "config.json", {"format": FORMAT, **record})
             return run
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process took the name
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and run.exists()  # by another process
+            if not taken:
                 raise UserError(f"{run}: cannot be created: {error.strerror}") from error
     raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
 
@@ -86,6 +83,13 @@ def read_record(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: not a run of `jpeft finetune` (its config.json is of another kind)")
     if record.get("format") != FORMAT:
         raise UserError(f"{run}: written in format {record.get('format')}; this version reads format {FORMAT}")
+    for name, kind in (("config", dict), ("steps", int), ("method", dict), ("base", dict)):
+        if not isinstance(record.get(name), kind):
+            found = type(record[name]).__name__ if name in record else "nothing"
+            raise UserError(
+                f"{path}: {name!r} must be a JSON {kind.__name__}, got {found}: the file is damaged; restore it, or "
+                "start another run"
+            )
     record["config"] = {"head": "new"} | record["config"]  # earlier versions had no other
     try:
         Config(**record["config"])
@@ -104,6 +108,8 @@ def read_result(run: Path) -> dict[str, Any] | None:
         return read_json(run / "result.json", UserError)
     except FileNotFoundError:
         return None
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and write it again with: jpeft finetune --out {run} --resume") from error
 
 
 def write_result(run: Path, result: Mapping[str, Any]) -> None:
@@ -129,7 +135,7 @@ def has_adapter(run: Path) -> bool:
     >>> has_adapter(Path("runs/none"))
     False
     """
-    return (run / "adapter" / ADAPTER_CONFIG).exists()
+    return (run / "adapter" / "config.json").exists()
 
 
 def usable(run: Path) -> dict[str, Any]:
@@ -305,58 +311,3 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path, metric: str, label: str
     image = io.BytesIO()
     figure.savefig(image, dpi=120, format="png")
     write_atomically(path, image.getvalue())
-
-
-# ------------------------------------------------------------------------------------------------------------ inspect
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """A summary of a run or an adapter folder, from its files alone.
-
-    >>> describe("runs/minilm-lora-1")["method"]  # doctest: +SKIP
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run or adapter")
-    if (path / TENSORS).exists() or not (path / ADAPTER_CONFIG).exists():
-        return {"kind": "adapter", "folder": str(path), **_describe_adapter(path)}
-    record = read_record(path)
-    result, lines = read_result(path), read_lines(path / "metrics.jsonl")
-    summary = {
-        "kind": "run",
-        "folder": str(path),
-        "complete": result is not None,
-        "step": max((line["step"] for line in lines), default=0),
-        "checkpoints": saved_steps(path),
-        "steps": record["steps"],
-        "lengthened": record.get("lengthened", []),
-        "labels": record.get("labels"),
-        "config": record["config"],
-        "result": result,
-    }
-    if has_adapter(path):
-        return summary | _describe_adapter(path / "adapter")
-    return summary | {"method": record["method"]}
-
-
-def _describe_adapter(folder: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    config = read_adapter_config(folder)
-    try:
-        with safe_open(folder / TENSORS, framework="numpy") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{folder / TENSORS} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / TENSORS}: not a whole safetensors file ({error})") from error
-    return {
-        "jpeft": config["jpeft"],
-        "method": config["method"],
-        "sites": config["sites"],
-        "leaves": shapes,
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
-        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-        "base_leaves": len(config["base"]),
-        "base_fingerprint": hashlib.sha256(json.dumps(config["base"], sort_keys=True).encode()).hexdigest()[:16],
-    }

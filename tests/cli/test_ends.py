@@ -87,15 +87,43 @@ def test_damaged_and_missing_checkpoints(killed, capsys):
     err = capsys.readouterr().err
     assert "the checkpoint of step 40 is damaged and left out" in err and "newest checkpoint, of step 39 of 40" in err
     damage(killed / "checkpoints" / "39")
-    for command in (["predict", killed, "--text-arg", "tea"], ["merge", killed, "out"]):
+    resume = ["finetune", "--resume", killed]
+    for command in (["predict", killed, "--text-arg", "tea"], ["merge", killed, "out"], resume):
         capsys.readouterr()
         assert main([str(word) for word in command]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert "killed: not finished, and its checkpoints are damaged (" in line and "finetune --out killed" in line
+        assert "remove killed/checkpoints and call: " in line
     shutil.rmtree(killed / "checkpoints")
     said = failure(capsys, "predict", killed, *TEXT)
     assert "the run is not finished, and has no checkpoint yet; resume it with: jpeft finetune --out killed" in said
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["config", "steps", "method", "base"])
+@pytest.mark.parametrize("value", [None, "x"])
+def test_a_record_that_lost_an_entry(killed, name, value, capsys):
+    record = json.loads((killed / "config.json").read_text())
+    record = {key: old for key, old in record.items() if key != name} | ({name: value} if value else {})
+    (killed / "config.json").write_text(json.dumps(record))
+    for command in (["merge", killed, "out"], ["finetune", "--resume", killed], ["inspect", killed]):
+        said = failure(capsys, *command)
+        assert "killed" in said and ("config.json: " + repr(name) in said or "not a run" in said)
+
+
+def test_a_base_with_nan_is_told_before_training(capsys):
+    shutil.copytree("bert", "broken")
+    file = Path("broken/model.safetensors")
+    tensors = load_file(file)
+    tensors["embeddings.LayerNorm.weight"] = np.full_like(tensors["embeddings.LayerNorm.weight"], np.nan)
+    file.write_bytes(serialize(tensors))
+    said = failure(capsys, *job("run", "--model", "broken"))
+    assert "run: the loss is not finite before training: the weights of --model " in said and "broken hold NaN" in said
+
+
+def test_a_run_folder_that_cannot_be_made(capsys):
+    Path("runs").touch()  # a file: no name below it is ever free
+    assert "runs/bert-lora-1: cannot be created: " in failure(capsys, *job("x")[:7], "--max-length", "24")
 
 
 # ---------------------------------------------------------------------------------------------------------- lengthening

@@ -23,6 +23,7 @@ from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
 from jpeft.recipes import run_folder
 from jpeft.recipes.config import Config
+from jpeft.recipes.describing import describe
 from jpeft.recipes.generate import open_text_generator
 from jpeft.recipes.prepare import NullReporter, build_method, prepare
 from jpeft.recipes.tasks import chat
@@ -268,7 +269,7 @@ def test_a_maximum_of_steps(short, capsys):
     assert main(["finetune", "--out", str(longer), "--resume", "--steps", "4"]) == 0
     assert "lengthened from 3 to 4 steps" in capsys.readouterr().out
     assert run_folder.read_result(longer)["steps"] == 4
-    assert run_folder.describe(longer)["lengthened"][0]["after_step"] == 3
+    assert describe(longer)["lengthened"][0]["after_step"] == 3
 
 
 def test_a_run_generates_and_is_merged(finished, capsys, monkeypatch, tmp_path):
