@@ -122,15 +122,15 @@ class _Renderer:
         for index, message in enumerate(messages):
             for key, value in message.items():
                 implied = key == "role" or message["role"] in _IMPLIED.get(key, ())
-                if value and not implied and key not in self._reads[index]:
+                if _says_something(value) and not implied and key not in self._reads[index]:
                     raise self._unread(index, key)
 
     def check_names(self) -> None:
         """Raises a ChatError for a key of a message whose name is not in the template."""
         for index, message in enumerate(self.messages):
             for key, value in message.items():
-                named = key in ("role", *_IMPLIED) or key in self.template.source
-                if value and not named and key not in self._reads[index]:
+                named = key in ("role", "content", *_IMPLIED) or key in self.template.source
+                if _says_something(value) and not named and key not in self._reads[index]:
                     raise self._unread(index, key)
 
     def check_shown(self, count: int, names: Sequence[str]) -> None:
@@ -147,11 +147,17 @@ class _Renderer:
 
     def _unread(self, index: int, key: str) -> ChatError:
         role = self.messages[index]["role"]
+        remedy = "remove the message" if key == "content" else "remove it (--ignore-keys)"
         return self.error(
             index,
-            f"the chat template does not read {key!r:.40} of the role {role}, so its content would be lost; remove it "
-            "(--ignore-keys), or give a template that reads it (--chat-template FILE)",
+            f"the chat template does not read {key!r:.40} of the role {role}, so its content would be lost; {remedy}, "
+            "or give a template that reads it (--chat-template FILE)",
         )
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a value is more than an empty one; false and 0 are values."""
+    return value is not None and value not in ("", [], {})
 
 
 def _marked(renderer: _Renderer, chosen: Sequence[int]) -> list[Text]:

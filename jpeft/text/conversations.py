@@ -149,11 +149,11 @@ def read(path: str | Path, ignore: Collection[str] = ()) -> Conversations:
     - `{"prompt", "completion"}` or `{"prompt", "response"}`, each a text or a list of messages; only the completion is
       learned;
     - `{"instruction", "input", "output"}` with an optional input, or with `"response"` for its output;
-    - `{"question", "answer"}` or `{"query", "response"}`.
+    - `{"question", "answer"}`, or `"question"` or `"query"` with `"response"`.
 
     Contents are texts or lists of text parts. An assistant's message with `tool_calls` may have none, and one with
-    `"weight": 0` or `"train": false` is not learned. `system` holds a system message; `tools`, `documents` and
-    `chat_template_kwargs` are passed to the chat template.
+    `"weight": 0`, `"train": false` or `"loss": false` is not learned. `system` holds a system message; `tools`,
+    `documents` and `chat_template_kwargs` are passed to the chat template.
 
     Args:
         ignore: keys of rows and messages to leave out, whatever they hold. Keys that only describe a row

@@ -34,6 +34,7 @@ _PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
+    ("question", "response"),
     ("query", "response"),
 )
 _EXPECTED = (
@@ -286,15 +287,18 @@ def _content(at: _At, name: str, content: Any, role: str, has_calls: bool) -> st
 
 
 def _trained(at: _At, name: str, role: str, fields: dict[str, Any]) -> bool:
-    """Whether a message is an answer to learn, by its `weight` or `train`, which are removed."""
-    weight, train = fields.pop("weight", None), fields.pop("train", None)
+    """Whether a message is an answer to learn, by its `weight`, `train` or `loss` (ms-swift's), which are removed."""
+    weight, train, loss = (fields.pop(key, None) for key in ("weight", "train", "loss"))
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise at.error(f"'{name}.weight' must be 0 (not trained on) or 1, got {json.dumps(weight)[:40]}")
-    if train is not None and not isinstance(train, bool):
-        raise at.error(f"'{name}.train' must be true or false, got {json.dumps(train)[:40]}")
-    said = {bool(value) for value in (weight, train) if value is not None}
+    for key, value in (("train", train), ("loss", loss)):
+        if value is not None and not isinstance(value, bool):
+            raise at.error(f"'{name}.{key}' must be true or false, got {json.dumps(value)[:40]}")
+    given = {"weight": weight, "train": train, "loss": loss}
+    said = {bool(value) for value in given.values() if value is not None}
     if len(said) > 1:
-        raise at.error(f"{name!r} has the weight {weight} and train {json.dumps(train)}, which contradict each other")
+        shown = " and ".join(f"{key} {json.dumps(value)}" for key, value in given.items() if value is not None)
+        raise at.error(f"{name!r} has {shown}, which contradict each other")
     if role != "assistant" and said == {True}:
         raise at.error(f"{name!r} asks to train on a message of the role {role}; only the assistant's are learned")
     return role == "assistant" and said != {False}

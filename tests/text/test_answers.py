@@ -127,7 +127,14 @@ REFUSED = {
         [{**ASK[0], "name": "A"}, bot("Yes.")],
         "message 0: .* does not read 'name' of the role user",
     ),
-    "a system message": (R1, TALK, "message 0: the chat template does not read 'content' of the role system"),
+    "a key that says no": (CHATML, [ASK[0], bot("Yes.", learn=False)], "message 1: .* does not read 'learn' of the"),
+    "a system message": (
+        R1,
+        TALK,
+        "message 0: the chat template does not read 'content' of the role system.*; remove the message, or give",
+    ),
+    "a template cut off": ("{% for m in messages %}", PLAIN, "the chat template is not valid Jinja, line 1"),
+    "a template that refuses": ("{{ raise_exception('no') }}", PLAIN, "rejects the messages: no"),
     "a part that is left out": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | truncate(12) }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}",

@@ -63,6 +63,7 @@ FORMS = {
     "prompt and response": ({"prompt": "Tea?", "response": "Yes."}, TEA),
     "instruction and response": ({"instruction": "Tea?", "response": "Yes."}, TEA),
     "query and response": ({"query": "Tea?", "response": "Yes."}, TEA),
+    "question and response": ({"question": "Tea?", "response": "Yes."}, TEA),
     "system beside a prompt": ({"system": "Be brief.", "prompt": "Tea?", "completion": "Yes."}, (SYSTEM, *TEA)),
     "system beside an instruction": (
         {"system_prompt": "Be brief.", "instruction": "Tea?", "output": "Yes."},
@@ -103,7 +104,9 @@ def test_variables_of_the_template_are_kept():
     assert read({"question": "Tea?", "answer": "Yes.", "tools": json.dumps(TOOLS)}).variables == {"tools": TOOLS}
 
 
-@pytest.mark.parametrize("said", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}])
+@pytest.mark.parametrize(
+    "said", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}, {"loss": False}]
+)
 def test_answers_of_weight_0_are_not_learned(said):
     row = read({"messages": [user("Tea?"), bot("No.", **said), user("Tea?"), bot("Yes.", weight=1)]})
     assert row.messages == (user("Tea?"), bot("No."), user("Tea?"), bot("Yes."))  # the template never sees the weight
@@ -135,7 +138,8 @@ def test_keys_that_describe_a_row_are_listed_and_others_refused():
         ({"messages": [TEA[0], bot("Yes.", weight=True)]}, r"'messages\[1\].weight' must be 0 .* or 1, got true"),
         ({"messages": [TEA[0], bot("Yes.", weight="0")]}, r"must be 0 .* or 1, got \"0\""),
         ({"messages": [TEA[0], bot("Yes.", train="no")]}, r"'messages\[1\].train' must be true or false, got \"no\""),
-        ({"messages": [TEA[0], bot("Yes.", weight=0, train=True)]}, "the weight 0 and train true, which contradict"),
+        ({"messages": [TEA[0], bot("Yes.", weight=0, train=True)]}, "has weight 0 and train true, which contradict"),
+        ({"messages": [TEA[0], bot("Yes.", loss=0.5)]}, r"'messages\[1\].loss' must be true or false, got 0.5"),
         ({"messages": [{**TEA[0], "train": True}, TEA[1]]}, r"'messages\[0\]' asks to train on .* the role user"),
         ({"messages": TEA, "weight": 0.5}, "the key 'weight' means nothing here"),
         ({"prompt": "Tea?", "completion": "Yes.", "input": "Milk"}, "the key 'input' means nothing here"),
