@@ -211,6 +211,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise AdapterError(
                 f"{path} is a pickle, which may run code when opened and is refused; save it as safetensors"
             ) from None
+        if isinstance(error, AttributeError):  # safetensors looks a dtype up in numpy, which lacks float8
+            raise AdapterError(
+                f"{path} holds tensors of a dtype that is not read ({error}); save it in float32, bfloat16 or float16"
+            ) from error
         raise AdapterError(
             f"{path} is not a complete safetensors file ({error}): truncated, or of another format"
         ) from error

@@ -144,12 +144,16 @@ def test_tensors_that_do_not_match_are_an_error_that_names_them(saved, damage, m
         jpeft.load(path, MODEL, params, X)
 
 
+FLOAT8 = b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (lambda b: b[: len(b) // 2], "truncated"),
         (lambda b: b"", "truncated"),
         (lambda b: b"\xff" * 8 + b, "truncated, or of another format"),
+        (lambda b: len(FLOAT8).to_bytes(8, "little") + FLOAT8 + bytes(4), "a dtype that is not read"),
         (lambda b: b"\x80\x04\x95" + b, "is a pickle"),
         (lambda b: b"PK\x03\x04" + b, "is a pickle"),
     ],

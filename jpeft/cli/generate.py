@@ -63,6 +63,9 @@ def open_text_generator(args: argparse.Namespace) -> tuple[Any, Any]:
     keep_compiled()
     if not 0 <= args.seed < 1 << 63:
         raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
+    for option, value, most in (("--top-k", args.top_k, float("inf")), ("--top-p", args.top_p, 1)):
+        if args.temperature == 0 and 0 < (value or 0) <= most:  # others are errors of their own
+            raise UserError(f"{option} {value} is for sampling, and --temperature is 0: give one above 0")
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     generator = generate.open_text_generator(args.model, args.adapter, args.dtype, print_note, args.chat_template)
     return generator, settings

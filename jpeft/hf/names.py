@@ -90,8 +90,8 @@ def find(folder: FilePath, modules: Collection[str], owners: set[Path], own: Nam
         first = modules[places[best].index(None)]
         hint = nearest(first.replace(".", "/"), map(join, sorted(owners)))
         raise AdapterError(
-            f"{folder} has tensors for {first!r}, which this model lacks{hint}; set prefix= to where modules lie, or "
-            f"leave them out: ignore=[{first!r}]"
+            f"{folder} has tensors for {first!r}, which this model lacks{hint}; it belongs to another model, or "
+            f"jpeft.hf.load takes prefix=, where modules lie, and ignore=[{first!r}], to leave it out"
         )
     shortest = min(len(names.rules[0][0]) for names in fits)
     rivals = sorted((n for n in fits if len(n.rules[0][0]) == shortest), key=lambda names: names.rules)

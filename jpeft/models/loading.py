@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def load(
             unexpected, misshapen or, if quantized, incomplete; it names them.
         ValueError: `quantize` does not fit the model, as from `jpeft.quantize`.
 
+    Warns:
+        UserWarning: the folder also holds an adapter of PEFT's, which is not loaded.
+
     >>> import jax, tempfile
     >>> from jpeft.models.bert import Bert, BertConfig
     >>> from jpeft.models.saving import save
@@ -76,6 +80,12 @@ def load(
     """
     path = Path(path)
     config, where = read_model_config(path)
+    if (path / "adapter_config.json").is_file():  # transformers would apply it
+        warnings.warn(
+            f"{path} holds an adapter beside the model, which is not loaded with it: give it to jpeft.hf.load, or as "
+            "--adapter",
+            stacklevel=2,
+        )
     build_model(config, where, dtype, param_dtype, {})  # an error in it comes before one in the weights
     with open_tensors(path) as stored:
         tensors = bitsandbytes.combine_parts(stored)

@@ -108,7 +108,10 @@ def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> 
     if name in MODELS:
         return fetch(name, MODELS[name], log) / MODELS[name].file
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+    if path.is_dir():
+        _check_no_adapter(name, path)
+        return path
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return path
     if path.exists():
         raise UserError(
@@ -119,6 +122,17 @@ def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> 
     raise UserError(
         f"--model {name}: no such folder; expected {_names(MODELS)}, a HuggingFace folder, a .gguf file or a hub id"
     )
+
+
+def _check_no_adapter(name: str, folder: Path) -> None:
+    """Raises a UserError for a folder that holds an adapter alone: a run, or one that jpeft or PEFT saved."""
+    holds_model = any(folder.glob("*model*.safetensors")) or any(folder.glob("*.bin"))
+    is_published = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    is_own = any((folder / name).exists() for name in ("adapter.safetensors", "adapter", "checkpoints"))
+    if is_published or (is_own and not holds_model):
+        raise UserError(
+            f"--model {name}: an adapter, not a model; give it as --adapter {name}, and its base as --model"
+        )
 
 
 def resolve_data(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jpeft.core.stacking import unroll
 from jpeft.errors import UserError
+from jpeft.hf.config import CONFIG as HF_CONFIG
 from jpeft.models.families import is_decoder
 from jpeft.models.loading import load as load_model
 from jpeft.quantization.tree import dequantize
@@ -60,9 +61,11 @@ def open_text_generator(
     tokenizer = chat_template.read(path).with_template(template)
     if not is_decoder(path):
         raise UserError(f"{path}: not a language model, but an encoder; it cannot generate text")
-    # A CPU decodes faster with unrolled layers. An adapter is loaded onto layers as it was trained, and unrolled then.
+    # A CPU decodes faster with unrolled layers. An adapter is loaded onto layers as it was trained, and unrolled then;
+    # PEFT's layers are separate, and may differ.
     on_cpu = jax.default_backend() == "cpu"
-    options: dict[str, Any] = {"scan_layers": False} if on_cpu and folder is None else {}
+    separate = (folder / HF_CONFIG).is_file() if folder is not None else on_cpu
+    options: dict[str, Any] = {"scan_layers": False} if separate else {}
     model, params = load_model(path, param_dtype=jnp.dtype(dtype), **options)
     if folder is not None and run_folder.is_run(folder):
         config = Config(**run_folder.read_record(folder)["config"])

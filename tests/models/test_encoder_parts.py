@@ -1,5 +1,7 @@
 """The pooler of an encoder and the head of a sequence classifier, without torch."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,13 @@ def test_outputs_are_those_of_the_formula(classifier):
     np.testing.assert_array_equal(run(bare, encoder), states)
     assert encoder.keys() == params.keys() - {"pooler", "classifier"}
     same(models.load(classifier, output="logits")[1], params)
+
+
+def test_an_adapter_beside_the_model_is_told(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="m holds an adapter beside the model, which is not loaded with it"):
+        models.load(tmp_path / "m")
 
 
 def test_all_linear_takes_a_pooler_that_the_output_depends_on(classifier):

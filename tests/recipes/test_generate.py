@@ -17,6 +17,7 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.cli import main
+from jpeft.files import read_safetensors, serialize
 from jpeft.recipes import generate
 from jpeft.serving import text_generator
 from jpeft.text import chat_template
@@ -141,6 +142,21 @@ def test_with_an_adapter(capsys, folder):
     assert adapted != expected(user("hi"))
 
 
+def test_an_adapter_of_peft_for_one_layer():
+    shutil.copytree("hf", "one")
+    file = Path("one/adapter_model.safetensors")
+    file.write_bytes(serialize({name: x for name, x in read_safetensors(file).items() if ".layers.1." in name}))
+    config = json.loads(Path("one/adapter_config.json").read_text())
+    Path("one/adapter_config.json").write_text(json.dumps({**config, "layers_to_transform": [1]}))
+    model, params = models.load("llama", scan_layers=False)
+    peft, adapter = jpeft.hf.load("one", model, params, IDS)
+    generator = generate.open_text_generator("llama", "one")
+    expected, found = peft.merge(params, adapter), generator.peft.merge(generator.params, generator.adapter)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+    changed = jax.tree.map(lambda x, y: not np.array_equal(x, y), expected["model"], params["model"])
+    assert changed["layers"]["1"]["mlp"]["up_proj"]["kernel"] and not any(jax.tree.leaves(changed["layers"]["0"]))
+
+
 def test_half_precision(capsys):
     generator = generate.open_text_generator("llama", dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(generator.params)} == {jnp.dtype("bfloat16")}
@@ -182,6 +198,10 @@ MISTAKES = {
     "no such model": (["nowhere", "hi"], "no such folder"),
     "another family": (["other", "hi"], "'mamba' is not one of .*llama.*gemma2"),
     "no adapter there": (["llama", "hi", "--adapter", "bert"], "bert"),
+    "an adapter of PEFT as the model": (["hf", "hi"], "--model hf: an adapter, not a model; give it as --adapter hf"),
+    "an adapter of jpeft as the model": (["lora", "hi"], "--model lora: an adapter, not a model"),
+    "top_k for greedy decoding": (["llama", "hi", "--top-k", "5"], "--top-k 5 is for sampling, and --temperature is 0"),
+    "top_p for greedy decoding": (["llama", "hi", "--top-p", "0.5"], "--top-p 0.5 is for sampling"),
     "an adapter of another model": (["shifted", "hi", "--adapter", "lora"], "base"),
     "a negative temperature": (
         ["llama", "hi", "--temperature", "-1"],
