@@ -62,7 +62,7 @@ def save(
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft, tempfile
     >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), jnp.ones((1, 4))
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> peft = jpeft.LoRA(rank=2, targets=["layers_0"]).bind(model, params, x)
+    >>> peft = jpeft.LoRA(rank=2, targets=["layers_0"], init_weights="random").bind(model, params, x)
     >>> folder = tempfile.mkdtemp()
     >>> jpeft.hf.save(folder, peft, peft.init(jax.random.key(1), params), params)
     >>> peft, adapter = jpeft.hf.load(folder, model, params, x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized
-from jpeft.core.tree import Tree, combine, flatten, named_sharding, partition
+from jpeft.core.tree import Tree, combine, join, map_with_path, named_sharding, partition
 from jpeft.parallel.batches import Layout, constrained, layout_of
 
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
@@ -248,15 +249,24 @@ class Step:
 
 
 def _check_used(traced: Any, peft: Peft, trainable: Tree) -> None:
-    """Raises a ValueError unless the loss, the first output of a traced function, depends on the adapter."""
-    leaves = flatten(trainable)
-    if not leaves or is_bypassed():
+    """Raises a ValueError unless the loss, the first output of a traced function, depends on the adapter.
+
+    A leaf that it does not depend on gives a `UserWarning`.
+    """
+    names = jax.tree.leaves(map_with_path(lambda path, leaf: None if leaf is None else join(path), trainable))
+    if not names or is_bypassed():
         return
     _, used = dce_jaxpr(traced.jaxpr, [True] + [False] * (len(traced.jaxpr.outvars) - 1))
     if not any(used):
         raise ValueError(
-            f"loss_fn does not depend on the adapter, so nothing would train ({len(leaves)} leaves of "
+            f"loss_fn does not depend on the adapter, so nothing would train ({len(names)} leaves of "
             f"{peft.method.name}): call peft.apply in it, or enter peft.intercept() around the call of the model"
+        )
+    if unused := [name for name, is_used in zip(names, used, strict=True) if not is_used]:
+        warnings.warn(
+            f"loss_fn does not depend on {len(unused)} of the {len(names)} leaves that train, which will stay as they "
+            f"are: first {unused[0]!r}; leave it out with exclude=, or use its module in the loss",
+            stacklevel=2,
         )
 
 

@@ -4,6 +4,7 @@ Every model is tiny and random, in float32. Its Flax twin is transformers' own, 
 """
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers.models.t5 import modeling_flax_t5
 
 import jpeft
@@ -314,6 +316,24 @@ def test_encoder_alone_and_wrapped(twins, tmp_path):
     assert _difference(states, twin.output(peft, adapter)) < TOLERANCE
     _, same = jpeft.hf.load(tmp_path / "a", twin.model, twin.params, *twin.inputs)
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapter), strict=True))
+
+
+def test_folders_of_other_tools_load_here_as_in_peft(twins, tmp_path):
+    """Keys with the adapter's name, and fields that PEFT does not know."""
+    twin = twins("llama")
+    expected = _made_in_torch(twin, {"target_modules": ["q_proj", "embed_tokens"], "r": 4}, tmp_path)
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors = load_file(file)
+    named = {re.sub(r"(lora_\w+)(\.weight)?$", r"\1.french\2", key): x for key, x in tensors.items()}
+    assert len(named.keys() - tensors.keys()) > 4
+    save_file(named, file)
+    fields = {"enable_lora": None, "merge_weights": False, "runtime_config": None, "from_the_future": []}
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+        theirs = PeftModel.from_pretrained(twin.fresh_torch(), tmp_path, adapter_name="french")
+    assert _difference(twin.torch_output(theirs), expected) < TOLERANCE
+    peft, adapter = jpeft.hf.load(tmp_path, twin.model, twin.params, *twin.inputs)
+    assert _difference(twin.output(peft, adapter), expected) < TOLERANCE
 
 
 def test_head_that_the_encoder_lacks_must_be_ignored_by_name(twins, tmp_path):

@@ -270,6 +270,18 @@ def test_a_loss_that_does_not_depend_on_the_adapter_raises(model, accumulate):
         jpeft.train_step(peft, loss_fn, optax.sgd(1.0), accumulate=accumulate).lower(state, params, x)
 
 
+def test_leaves_that_the_loss_does_not_depend_on_are_told(setup):
+    peft, params, batch, loss_fn = setup
+    adapter = jax.eval_shape(lambda: peft.init(jax.random.key(1), params))
+
+    def without_head(adapter, params, batch, rng):
+        return loss_fn(jpeft.combine(adapter, {"head": params["head"]}), params, batch, rng)
+
+    state = jpeft.TrainState.create(peft, adapter, optax.sgd(1.0), jax.random.key(2))
+    with pytest.warns(UserWarning, match=r"does not depend on 2 of the \d+ leaves that train.*: first 'head/bias'"):
+        jpeft.train_step(peft, without_head, optax.sgd(1.0)).lower(state, params, batch)
+
+
 def test_invalid_options_raise(setup):
     peft, params, batch, loss = setup
     for clip in (0.0, -1.0, float("nan"), float("inf")):
