@@ -19,7 +19,7 @@ from jpeft.core.actions import Action, expand_leaves, init_leaves
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Leaves, Method, slugs
 from jpeft.core.peft import Peft
-from jpeft.core.quantized import Quantized
+from jpeft.core.quantized import Quantized, unreadable
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables
 
@@ -125,18 +125,21 @@ def _check_quantized(base: Mapping[Path, Any], survey: Survey) -> None:
     """Checks that the model opens its quantized weights.
 
     Raises:
-      ValueError: it reads one through a function of the tree, which would compute with codes and scales.
+      ValueError: it reads one through a function of the tree, which would compute with codes and scales, or its blocks
+        lie across layers.
     """
     sites = {site.weight_path: site for site in survey.weights}
     paths = [p for p, x in base.items() if isinstance(x, Quantized) and (p not in sites or sites[p].via != FUSED)]
     unread = set(paths) - set(survey.boxable(paths)) if paths else ()
     for path in paths:
         if path in unread:
-            raise ValueError(
-                f"{join(path)!r} is quantized ({base[path].scheme}), but the model reads it through a function of its "
-                "parameters (nn.map_variables, weight normalization), which would see codes; leave it out of "
-                "jpeft.quantize, e.g. by giving it the model"
-            )
+            raise ValueError(unreadable(path, base[path]))
+    for path, site in sites.items():
+        leaf = base.get(path)
+        if isinstance(leaf, Quantized) and not leaf.stack:
+            problem = leaf.problem_with_stack([axis for axis, _ in site.stack])
+            if problem:
+                raise ValueError(f"{join(path)!r} {problem}")
 
 
 def _leaf_shapes(method: Method, site: Site, weight: Any, shared: Leaves) -> tuple[Leaves, tuple[str, ...]]:

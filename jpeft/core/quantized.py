@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jpeft.core import fingerprint
 from jpeft.core.placement import num_shards, place, trimmed
 from jpeft.core.schemes import GROUP, SCALE_CODES, SCHEMES
-from jpeft.core.tree import box_as, named_sharding, peek
+from jpeft.core.tree import Path, box_as, join, named_sharding, peek
 
 # --- the box --------------------------------------------------------------------------------------------------------
 
@@ -249,6 +249,15 @@ def _place_first(x: jax.Array, index: int) -> jax.Array:
     if index >= 0:
         return jnp.moveaxis(x.reshape(x.shape[0], *[1] * index, *x.shape[1:]), 0, index)
     return jnp.moveaxis(x.reshape(*x.shape, *[1] * (-1 - index)), 0, index)
+
+
+def unreadable(path: Path, leaf: Quantized) -> str:
+    """The error for a quantized weight that a model reads through a function of its tree."""
+    return (
+        f"{join(path)!r} is quantized ({leaf.scheme}), but the model reads it through a function of its parameters "
+        "(nn.map_variables, weight normalization), which would see codes; leave it out of jpeft.quantize, e.g. by "
+        "giving it the model"
+    )
 
 
 def _split_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:

@@ -19,7 +19,7 @@ from flax.core import meta
 from jpeft.core.actions import Action, by_weight, merge_bias, merge_leaf, merge_weight
 from jpeft.core.method import Leaves
 from jpeft.core.peft import Peft
-from jpeft.core.quantized import Quantized
+from jpeft.core.quantized import Quantized, unreadable
 from jpeft.core.sites import BOX, FUSED, MERGE
 from jpeft.core.tree import Path, Tree, box_as, flatten, peek, split_variables, unflatten
 
@@ -29,6 +29,9 @@ def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
     tree, _ = split_variables(params)
     leaves = peft.check(adapter)
     full, used = peft.replaced(flatten(tree), leaves), peft.expanded(leaves)
+    for site in peft.weights:  # the base may be quantized after the method was bound
+        if site.via == MERGE and isinstance(leaf := full.get(site.weight_path), Quantized):
+            raise ValueError(unreadable(site.weight_path, leaf))
     for path, actions in by_weight(peft.actions, (BOX, MERGE)).items():
         own, bias = [used[a] for a in actions], actions[0].site.bias_path
         changed = [(path, False)]
@@ -78,19 +81,12 @@ class _Box(meta.AxisMetadata):
 
     value: Any
 
-    def tree_flatten(self) -> tuple[Any, Any]:
-        raise TypeError(f"{type(self).__name__} is not a pytree node")
-
-    @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> Any:
-        raise TypeError(f"{cls.__name__} is not a pytree node")
-
     def replace_boxed(self, val: Any) -> Any:
         return box_as(self.value, val)
 
     def _map_axis(self, fn: Callable[[Any], Any]) -> Any:
-        children, aux = self.tree_flatten()
-        return self.tree_unflatten(aux, jax.tree.map(fn, children, is_leaf=_is_box))
+        children, structure = jax.tree.flatten(self, is_leaf=lambda x: x is not self and _is_box(x))
+        return jax.tree.unflatten(structure, [fn(child) for child in children])
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
         return self._map_axis(lambda x: x.add_axis(index, params) if _is_box(x) else x)
@@ -171,7 +167,7 @@ class Opened(_Box):
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> Opened:
-        return cls(*children, aux)
+        return cls(children[0], aux)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -386,6 +386,8 @@ def test_a_quantized_weight_that_a_function_of_the_tree_reads_is_refused():
         jpeft.LoRA(targets=["op"]).bind(Model(), quantized, x)
     peft = jpeft.LoRA(targets=["op"]).bind(Model(), {**quantized, "mapped": params["mapped"]}, x)
     assert [s.via for s in peft.sites] == ["fused"]
+    with pytest.raises(ValueError, match=r"'mapped/kernel' is quantized .int8."):  # after it was bound
+        peft.apply(quantized, moved(peft, params), x)
 
 
 # --- what "all-linear" takes ------------------------------------------------------------------------------------------

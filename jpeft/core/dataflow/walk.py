@@ -215,9 +215,10 @@ class _Walker:
     def weight(self, frame: _Frame, eqn: Any, index: int, weight: _Weight) -> None:
         """A step of a view of a parameter, or a use of it."""
         views = step(eqn, weight.view) if index == 0 else (None,)
-        if all(view is not None for view in views):
+        seen = [view for view in views if view is not None]
+        if len(seen) == len(views):
             calls = self.calls_of(weight)
-            for var, view in zip(eqn.outvars, views, strict=True):
+            for var, view in zip(eqn.outvars, seen, strict=True):
                 frame.weights[var] = _Weight(weight.path, view, calls)
             return
         found = product(eqn, index, weight.view)
