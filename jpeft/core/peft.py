@@ -64,6 +64,7 @@ class Peft:
       left_alone: paths of the base's parameters of two or more axes that the method does not act on: embeddings, heads,
         what no target names, and what the model did not use in the call that it was bound with.
       weights: the model's weights, changed or not, as the survey found them.
+      form: the form of the call that the method was bound with, see `jpeft.core.sites.Survey`.
     """
 
     model: Any
@@ -75,6 +76,7 @@ class Peft:
     base_size: int
     left_alone: tuple[str, ...] = ()
     weights: tuple[Site, ...] = ()
+    form: Any = None
 
     def __hash__(self) -> int:
         return hash((self.method, self.structure))  # without the model, whose fields may be unhashable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,6 +135,7 @@ class Survey:
       leaves: the leaves of its parameter tree.
       names: the paths of all its modules and leaves.
       unused: parameters of two or more stored axes that the call did not use.
+      form: the Python values and the structure of the call's arguments, if they are hashable.
       boxable: of some parameters, those that the model itself reads in a way that opens a box, so that it can be given
         boxes for them.
     """
@@ -145,6 +146,7 @@ class Survey:
     leaves: tuple[Site, ...]
     names: tuple[str, ...]
     unused: tuple[Path, ...] = ()
+    form: Hashable = None
     boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
 
 

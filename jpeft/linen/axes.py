@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 from flax.core import meta
+
+from jpeft.core.tree import Path
 
 KEY = "jpeft:axes"
 
@@ -20,39 +22,52 @@ class AxisProbe(meta.AxisMetadata):
 
     Attributes:
       axes: the axes that were sliced off, outermost first.
+      path: path of the mapping that holds it.
       call: an object of the abstract call.
     """
 
-    def __init__(self, axes: tuple[int, ...], call: object):
-        self.axes, self.call = axes, call
+    def __init__(self, axes: tuple[int, ...], path: Path, call: object):
+        self.axes, self.path, self.call = axes, path, call
 
-    def unbox(self) -> AxisProbe:
-        return self
+    def unbox(self) -> Any:
+        raise InsideParameter(self.path)  # Flax unboxes parameters, not scopes
 
     def replace_boxed(self, val: Any) -> AxisProbe:
         return self
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> AxisProbe:
-        return AxisProbe(self.axes[:-1], self.call)
+        return AxisProbe(self.axes[:-1], self.path, self.call)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> AxisProbe:
-        return AxisProbe((*self.axes, index), self.call)
+        return AxisProbe((*self.axes, index), self.path, self.call)
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (), (self.axes, self.call)
+        return (), (self.axes, self.path, self.call)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> AxisProbe:
         return cls(*aux)
 
 
-def with_probes(tree: Any, call: object) -> Any:
-    """A tree of parameters with a probe in every mapping that holds one."""
-    if not isinstance(tree, Mapping):
+class InsideParameter(Exception):
+    """A mapping with a probe turned out to be one parameter, not a scope.
+
+    Attributes:
+      path: its path.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.path = path
+
+
+def with_probes(tree: Any, call: object, skip: Collection[Path] = (), path: Path = ()) -> Any:
+    """A tree of parameters with a probe in every mapping that holds one, except in the mappings ``skip``."""
+    if not isinstance(tree, Mapping) or path in skip:
         return tree
-    out = {name: with_probes(child, call) for name, child in tree.items()}
+    out = {name: with_probes(child, call, skip, (*path, name)) for name, child in tree.items()}
     has_leaf = any(not isinstance(child, Mapping) for child in tree.values())
-    return {**out, KEY: AxisProbe((), call)} if has_leaf else out
+    return {**out, KEY: AxisProbe((), path, call)} if has_leaf else out
 
 
 def axes_in(scope: Any) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jpeft.core.sites import Survey
 from jpeft.core.tree import Tree, flatten, like, split_variables, unflatten
 from jpeft.linen import inject
 from jpeft.linen.box import Changed, overlay
+from jpeft.linen.calls import check_form, form_of
 from jpeft.linen.module import PeftModule
 from jpeft.linen.survey import survey
 
@@ -36,15 +38,17 @@ class LinenFrontEnd:
         """The candidate sites of a model, found in one abstract ``model.apply``."""
         tree, others = split_variables(params)
         try:
-            return survey(model, {"params": tree, **others}, inputs, kwargs)
+            found = survey(model, {"params": tree, **others}, inputs, kwargs)
         except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError, errors.ScopeCollectionNotFound) as e:
             raise ValueError(f"params do not fit {type(model).__name__}: {e}") from e
+        return dataclasses.replace(found, form=form_of(inputs, kwargs))
 
     def run(self, peft: Peft, params: Tree, adapter: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``model.apply`` under the adapter."""
         tree, others = split_variables(params)
         if is_bypassed():
             return peft.model.apply({**others, "params": tree}, *inputs, **kwargs)
+        check_form(peft, {**others, "params": tree}, inputs, kwargs)
         full = self.overlay(peft, tree, adapter)
         with self.intercept(peft):
             out = peft.model.apply({**others, "params": full}, *inputs, **kwargs)

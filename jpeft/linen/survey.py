@@ -27,7 +27,7 @@ from jpeft.core.geometry.traced import Traced, traced
 from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack, Survey
 from jpeft.core.tree import Path, box_as, flatten, join, peek, unflatten
 from jpeft.linen import attention, registry
-from jpeft.linen.axes import AxisProbe, axes_in, with_probes
+from jpeft.linen.axes import AxisProbe, InsideParameter, axes_in, with_probes
 from jpeft.linen.axis_names import with_axis_names
 from jpeft.linen.box import TrialBox
 
@@ -40,7 +40,11 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     Raises:
       Exception: whatever the model raises for these inputs.
     """
-    leaves = {p: _Leaf(np.shape(peek(x)), str(peek(x).dtype)) for p, x in flatten(variables["params"]).items()}
+    leaves = {}
+    for path, x in flatten(variables["params"]).items():
+        if not hasattr(peek(x), "dtype"):
+            raise ValueError(f"params must be nested mappings of arrays; {join(path)!r} is a {type(x).__name__}")
+        leaves[path] = _Leaf(np.shape(peek(x)), str(peek(x).dtype))
     record = _Record(leaves)
     call = _AbstractCall(model, variables, args, dict(kwargs))
     plain = call.trace(record)
@@ -108,6 +112,7 @@ class _Record:
       calls: the calls of modules with parameters of their own, by number.
       modules: the modules whose ``__call__`` ran.
       scopes: the axes that scans and vmaps had sliced off each scope.
+      shapes: the shape of each parameter as its module saw it last.
       heads: (number of key/value heads, key dimension, value dimension) of each attention.
       flow: the uses of the parameters.
     """
@@ -116,6 +121,7 @@ class _Record:
     calls: dict[int, _Call] = field(default_factory=dict)
     modules: dict[Path, _Module] = field(default_factory=dict)
     scopes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[Path, Shape] = field(default_factory=dict)
     heads: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
     flow: Flow = field(default_factory=Flow)
 
@@ -130,6 +136,7 @@ class _AbstractCall:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.leaves = flatten(variables["params"])
         self.others = {name: collection for name, collection in variables.items() if name != "params"}
+        self.mappings: set[Path] = set()  # parameters that are mappings of arrays
 
     def trace(self, record: _Record, hidden: Collection[Path] = ()) -> Any:
         """The jaxpr of the call, marked by a `_Watcher`. Its first inputs are the parameters.
@@ -144,11 +151,11 @@ class _AbstractCall:
 
         def run(params: Sequence[Any], others: Any, arrays: Sequence[Any], inner: Sequence[Any]) -> Any:
             remaining = iter(arrays)
-            args, kwargs = jax.tree.unflatten(treedef, [next(remaining) if _is_array(x) else x for x in flat])
+            args, kwargs = jax.tree.unflatten(treedef, [next(remaining) if is_array(x) else x for x in flat])
             tree = {path: box_as(box, x) for (path, box), x in zip(self.leaves.items(), params, strict=True)}
             tree |= {path: TrialBox(x, tree[path]) for path, x in zip(hidden, inner, strict=True)}
             with nn.intercept_methods(_Watcher(record)):
-                params = with_probes(unflatten(tree), record)
+                params = with_probes(unflatten(tree), record, self.mappings)
                 variables: Any = {**others, "params": params}
                 out = self.model.apply(variables, *args, **kwargs)
             if kwargs.get("mutable", False) is not False:  # parameters that come back unchanged are not used
@@ -160,9 +167,13 @@ class _AbstractCall:
             p: jax.ShapeDtypeStruct(np.shape(x), x.dtype)
             for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)
         }
-        arrays = [x for x in flat if _is_array(x)]
+        arrays = [x for x in flat if is_array(x)]
         inputs = list(params.values()), self.others, arrays, [params[p] for p in hidden]
-        return with_axis_names(lambda axis_env: jax.make_jaxpr(run, axis_env=axis_env)(*inputs)).jaxpr
+        while True:
+            try:
+                return with_axis_names(lambda axis_env: jax.make_jaxpr(run, axis_env=axis_env)(*inputs)).jaxpr
+            except InsideParameter as e:
+                self.mappings.add(e.path)
 
 
 def _boxable(record: _Record, call: _AbstractCall, plain: Any, paths: Collection[Path]) -> set[Path]:
@@ -242,6 +253,7 @@ class _Watcher:
             f"{owner}.{method}", Scope(path, shapes), geometry, () if x is None else np.shape(x)
         )
         for name, value in own.items():
+            self.record.shapes[*path, name] = shapes[name]
             marks.mark(value, marks.ENTER, number, name)
         if isinstance(x, jax.Array):
             marks.mark(x, marks.INPUT, number)
@@ -255,7 +267,7 @@ class _Watcher:
         return extend
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
     """Whether an argument is an array, abstract array or PRNG key."""
     return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) or jnp.issubdtype(
         getattr(x, "dtype", np.dtype(object)), jax.dtypes.prng_key
@@ -271,7 +283,11 @@ def _weight_site(record: _Record, path: Path) -> Site | None:
     uses = record.flow.uses.get(path, [])
     if any(c.geometry is not None and c.geometry.bias == name for c in record.calls.values() if c.scope.path == owner):
         return None
-    stack = _stack(record.scopes.get(owner, ()), leaf.shape)
+    axes = next((record.scopes[owner[:n]] for n in range(len(owner), -1, -1) if owner[:n] in record.scopes), ())
+    # Axes of metadata alone (`nn.add_metadata_axis`) are not sliced off.
+    lengths = range(min(len(axes), len(leaf.shape)) + 1)
+    stacks = [_stack(axes[:n], leaf.shape) for n in lengths]
+    stack = next((s for s in stacks if _without(leaf.shape, s) == record.shapes.get(path)), stacks[-1])
     shape = _without(leaf.shape, stack)
     registered = _registered(record, path, uses)
     geometry = registered or traced(name, shape, uses, [_name_of(record, use) for use in uses])

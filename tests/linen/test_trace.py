@@ -514,3 +514,108 @@ def test_a_model_that_names_axes_of_a_vmap_is_bound_outside_of_it():
     close(y, want)
     with pytest.raises(NameError, match="unbound axis name: "):
         peft.apply(variables, adapter, x[0, 0], mutable=mutable)
+
+
+# --- calls of another form than was bound -----------------------------------------------------------------------------
+
+
+class Forms(nn.Module):
+    """A model with more ways to be called than one, which use its weights in other ways."""
+
+    def setup(self):
+        self.w = _weight(self, 8, 8)
+        self.d, self.e = nn.Dense(8), nn.Embed(8, 8)
+
+    def __call__(self, x, decay: bool = False):
+        y = self.d(jnp.tanh(x @ self.w)) * 2 + self.e(jnp.array([1, 2, 3, 4]))
+        return y + (self.variables["params"]["d"]["kernel"] ** 2).sum() if decay else y
+
+    def transposed(self, x):
+        return x @ self.w.T
+
+    def multiplied(self, x):
+        return x @ self.variables["params"]["w"]
+
+    def kernel(self, x):
+        return x @ self.d.variables["params"]["kernel"]
+
+    def table(self, x):
+        return x @ self.e.embedding.T
+
+    def norm(self, x):
+        return x * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(self.variables["params"]))
+
+    def attend(self, x):
+        return self.e.attend(x)
+
+    def twice(self, x):
+        return self.d(self.d(x)) + self(x)
+
+
+@pytest.fixture(scope="module")
+def forms() -> Any:
+    params = parameters(Forms(), X)
+    peft = jpeft.LoRA(rank=2, init_weights="random", targets=".*").bind(Forms(), params, X)
+    return peft, params, peft.init(jax.random.key(0), params)
+
+
+@pytest.mark.parametrize(("kwargs", "leaf"), [
+    ({"method": "transposed"}, "w"), ({"method": "multiplied"}, "w"), ({"method": "kernel"}, "d/kernel"),
+    ({"method": "table"}, "e/embedding"), ({"method": "norm"}, "d/kernel"), ({"decay": True}, "d/kernel"),
+], ids=str)  # fmt: skip
+def test_a_call_that_uses_a_weight_otherwise_than_was_bound_is_refused(kwargs, leaf, forms):
+    peft, params, adapter = forms
+    with pytest.raises(
+        ValueError, match=f"this call uses '{leaf}' in another way than the call that LoRA was bound with"
+    ):
+        peft.apply(params, adapter, X, **kwargs)
+    own = jpeft.LoRA(rank=2, init_weights="random", targets=".*").bind(Forms(), params, X, **kwargs)
+    adapter = own.init(jax.random.key(0), params)
+    close(own.apply(params, adapter, X, **kwargs), Forms().apply({"params": own.merge(params, adapter)}, X, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"method": "twice"}, {"method": "attend"}, {"decay": False}, {"mutable": ["a"]}], ids=str
+)
+def test_a_call_of_another_form_that_uses_weights_as_they_were_bound_runs(kwargs, forms):
+    peft, params, adapter = forms
+    y = jax.jit(lambda a: peft.apply(params, a, X, **kwargs))(adapter)
+    want = Forms().apply({"params": peft.merge(params, adapter)}, X, **kwargs)
+    for got, expected in zip(jax.tree.leaves(y), jax.tree.leaves(want), strict=True):
+        close(got, expected)
+
+
+# --- parameters that are no arrays ------------------------------------------------------------------------------------
+
+
+class Mappings(nn.Module):
+    """A parameter that is a mapping, one without elements, and a layer with an axis of metadata alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        p = self.param("p", lambda key: {"w": jnp.ones((8, 8)), "deep": {"b": jnp.ones(8)}})
+        assert set(p) == {"w", "deep"} and set(p["deep"]) == {"b"}
+        x = nn.add_metadata_axis(nn.Dense, {"params": 0}, {})(8, name="named")(x @ p["w"] + p["deep"]["b"])
+        return 2 * x + (x @ _weight(self, 8, 0, name="empty")).sum()
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_parameter_may_be_a_mapping_or_empty_or_have_axes_of_metadata(scanned):
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def body(module, x, _):
+                return Mappings(name="own")(x), None
+
+            if not scanned:
+                return Mappings(name="own")(x)
+            kind = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return kind(self, x, None)[0]
+
+    params = parameters(Layers(), X)
+    peft = jpeft.LoRA(rank=2, init_weights="random", targets=[r"own/p/w", "named"]).bind(Layers(), params, X)
+    assert {s.name: s.via for s in peft.sites} == {"own/p/w": "box", "own/named": "fused"}
+    adapter = peft.init(jax.random.key(0), params)
+    close(peft.apply(params, adapter, X), Layers().apply({"params": peft.merge(params, adapter)}, X))
+    with pytest.raises(ValueError, match="params must be nested mappings of arrays; 'own/p' is a list"):
+        jpeft.LoRA().bind(Layers(), {"own": {**params["own"], "p": [jnp.ones(2)]}}, X)

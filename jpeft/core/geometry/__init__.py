@@ -17,3 +17,4 @@ from jpeft.core.geometry.convolution import Patches as Patches
 from jpeft.core.geometry.embedding import Embedding as Embedding
 from jpeft.core.geometry.embedding import Lookup as Lookup
 from jpeft.core.geometry.embedding import attend as attend
+from jpeft.core.geometry.traced import Traced as Traced

@@ -143,7 +143,7 @@ class Traced(Geometry):
 def traced(leaf: str, shape: tuple[int, ...], uses: Sequence[Use], calls: Iterable[str]) -> Traced | None:
     """The geometry of a weight with these uses; None if they are not products that agree on its inputs and outputs."""
     products = [use.product for use in uses]
-    if not products or any(p.kind != DOT or p.weight.flipped for p in products):
+    if not products or 0 in shape or any(p.kind != DOT or p.weight.flipped for p in products):
         return None
     cuts = [atom for p in products for axis in p.weight.axes for atom in axis]
     cuts += [atom for p in products for atom, _ in p.weight.fixed]
