@@ -17,7 +17,7 @@ from jpeft.linen.survey import is_array, survey
 
 
 def form_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """What a call fixes beside its arrays: their places, and the Python values. None if a value is not hashable."""
+    """The places of a call's arrays and its Python values; None if a value is not hashable."""
     flat, treedef = jax.tree.flatten((inputs, dict(kwargs)), is_leaf=lambda x: x is None)
     form = treedef, tuple(None if is_array(x) else (type(x), x) for x in flat)
     try:

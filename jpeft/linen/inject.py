@@ -26,7 +26,6 @@ from jpeft.core import backend
 from jpeft.core.actions import Action, cast_leaves, merge_bias, merge_weight
 from jpeft.core.dataflow.views import Product
 from jpeft.core.geometry import Call, Contraction, Geometry, Lookup, Parts, Patches, attend
-from jpeft.core.geometry.traced import Traced
 from jpeft.core.method import Leaves
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import FUSED, Site, map_axes
@@ -132,9 +131,9 @@ class Interceptor:
         """The outputs of a call under actions on its weight, its attention or its output."""
         pairs = [(action, leaves) for action in actions if (leaves := _read(call.module, action)) is not None]
         on = {kind: [p for p in pairs if p[0].site.kind == kind] for kind in ("weight", "attention", "output")}
-        products = [p for p in on["weight"] if isinstance(_whole(p[0].site), Traced)]
-        weight = [p for p in on["weight"] if not isinstance(_whole(p[0].site), Traced)]
-        if products := [p for p in products if f"{call.owner}.{call.method}" in _whole(p[0].site).calls]:
+        name = f"{call.owner}.{call.method}"
+        weight = [p for p in on["weight"] if not _whole(p[0].site).calls]
+        if products := [p for p in on["weight"] if name in _whole(p[0].site).calls]:
             y = self._with_changed_products(call, products, weight)
         elif weight and registry.find(call.owner, call.method):
             y = self._with_changed_weight(call, weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +22,14 @@ from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.views import Use
-from jpeft.core.dataflow.walk import Flow, Scope, open_jaxpr, walk
+from jpeft.core.dataflow.walk import Flow, open_jaxpr, walk
 from jpeft.core.geometry import Contraction, Geometry, Raw
 from jpeft.core.geometry.traced import Traced, traced
 from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack, Survey
 from jpeft.core.tree import Path, box_as, flatten, join, peek, unflatten
 from jpeft.linen import attention, registry
 from jpeft.linen.axes import AxisProbe, InsideParameter, axes_in, with_probes
-from jpeft.linen.axis_names import with_axis_names
+from jpeft.linen.axis_names import AxisEnv, with_axis_names
 from jpeft.linen.box import TrialBox
 
 Shape = tuple[int, ...]
@@ -45,10 +46,9 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
         if not hasattr(peek(x), "dtype"):
             raise ValueError(f"params must be nested mappings of arrays; {join(path)!r} is a {type(x).__name__}")
         leaves[path] = _Leaf(np.shape(peek(x)), str(peek(x).dtype))
-    record = _Record(leaves)
     call = _AbstractCall(model, variables, args, dict(kwargs))
-    plain = call.trace(record)
-    record.flow = walk(plain, list(leaves), {number: c.scope for number, c in record.calls.items()})
+    record, plain = call.trace(leaves)
+    record.flow = walk(plain, list(leaves), {number: c.path for number, c in record.calls.items()})
     weights = _named([site for path in leaves if (site := _weight_site(record, path)) is not None], record)
     geometry_of = {site.path: site.geometry for site in weights if site.linear and not site.named}
     return Survey(
@@ -92,13 +92,13 @@ class _Call:
 
     Attributes:
       name: full name of the method.
-      scope: the module's path and the shapes of its own parameters.
+      path: the module's path.
       geometry: the registered geometry of the call.
       input: shape of the input that the geometry reads.
     """
 
     name: str
-    scope: Scope
+    path: Path
     geometry: Geometry | None
     input: Shape
 
@@ -110,6 +110,8 @@ class _Record:
     Attributes:
       leaves: the parameters of the model.
       calls: the calls of modules with parameters of their own, by number.
+      declared: the registered geometry of each weight, from the first call that has one.
+      biases: the biases of the calls with a registered geometry.
       modules: the modules whose ``__call__`` ran.
       scopes: the axes that scans and vmaps had sliced off each scope.
       shapes: the shape of each parameter as its module saw it last.
@@ -119,6 +121,8 @@ class _Record:
 
     leaves: dict[Path, _Leaf]
     calls: dict[int, _Call] = field(default_factory=dict)
+    declared: dict[Path, Geometry] = field(default_factory=dict)
+    biases: set[Path] = field(default_factory=set)
     modules: dict[Path, _Module] = field(default_factory=dict)
     scopes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     shapes: dict[Path, Shape] = field(default_factory=dict)
@@ -138,18 +142,18 @@ class _AbstractCall:
         self.others = {name: collection for name, collection in variables.items() if name != "params"}
         self.mappings: set[Path] = set()  # parameters that are mappings of arrays
 
-    def trace(self, record: _Record, hidden: Collection[Path] = ()) -> Any:
-        """The jaxpr of the call, marked by a `_Watcher`. Its first inputs are the parameters.
+    def trace(self, leaves: dict[Path, _Leaf], hidden: Collection[Path] = ()) -> tuple[_Record, Any]:
+        """The record of the call, and its jaxpr, marked by a `_Watcher`. Its first inputs are the parameters.
 
         Args:
-          record: is filled.
+          leaves: the parameters of the model.
           hidden: parameters that the model is given as boxes. Opened, a box is the parameter; the jaxpr's last inputs
             are arrays inside of the boxes, which only a function of the tree can reach.
         """
         # Python values (flags, strings, None) stay what they are; only arrays are traced.
         flat, treedef = jax.tree.flatten((self.args, self.kwargs), is_leaf=lambda x: x is None)
 
-        def run(params: Sequence[Any], others: Any, arrays: Sequence[Any], inner: Sequence[Any]) -> Any:
+        def run(record: _Record, params: Any, others: Any, arrays: Sequence[Any], inner: Sequence[Any]) -> Any:
             remaining = iter(arrays)
             args, kwargs = jax.tree.unflatten(treedef, [next(remaining) if is_array(x) else x for x in flat])
             tree = {path: box_as(box, x) for (path, box), x in zip(self.leaves.items(), params, strict=True)}
@@ -169,9 +173,14 @@ class _AbstractCall:
         }
         arrays = [x for x in flat if is_array(x)]
         inputs = list(params.values()), self.others, arrays, [params[p] for p in hidden]
+
+        def attempt(axis_env: AxisEnv) -> tuple[_Record, Any]:
+            record = _Record(leaves)
+            return record, jax.make_jaxpr(functools.partial(run, record), axis_env=axis_env)(*inputs).jaxpr
+
         while True:
             try:
-                return with_axis_names(lambda axis_env: jax.make_jaxpr(run, axis_env=axis_env)(*inputs)).jaxpr
+                return with_axis_names(attempt)
             except InsideParameter as e:
                 self.mappings.add(e.path)
 
@@ -182,7 +191,7 @@ def _boxable(record: _Record, call: _AbstractCall, plain: Any, paths: Collection
     if not candidates:
         return set()
     try:
-        jaxpr = call.trace(_Record(record.leaves), candidates)
+        _, jaxpr = call.trace(record.leaves, candidates)
     except Exception:  # whatever a model raises that does not expect boxes
         return set()
     if _primitives(jaxpr) != _primitives(plain):
@@ -248,10 +257,13 @@ class _Watcher:
         factory = registry.find(owner, method)
         found = None if factory is None else factory(registry.make_call(module, method, args, kwargs, shapes))
         geometry = found if found is not None and found.leaf in own else None
-        x = args[geometry.argument] if geometry is not None else None
-        self.record.calls[number] = _Call(
-            f"{owner}.{method}", Scope(path, shapes), geometry, () if x is None else np.shape(x)
-        )
+        x = None
+        if geometry is not None:
+            x = args[geometry.argument]
+            self.record.declared.setdefault((*path, geometry.leaf), geometry)
+            if geometry.bias is not None:
+                self.record.biases.add((*path, geometry.bias))
+        self.record.calls[number] = _Call(f"{owner}.{method}", path, geometry, () if x is None else np.shape(x))
         for name, value in own.items():
             self.record.shapes[*path, name] = shapes[name]
             marks.mark(value, marks.ENTER, number, name)
@@ -281,9 +293,10 @@ def _weight_site(record: _Record, path: Path) -> Site | None:
     """The site of a weight, or None for a parameter that no method can act on as a matrix."""
     owner, name, leaf = path[:-1], path[-1], record.leaves[path]
     uses = record.flow.uses.get(path, [])
-    if any(c.geometry is not None and c.geometry.bias == name for c in record.calls.values() if c.scope.path == owner):
+    if path in record.biases:
         return None
-    axes = next((record.scopes[owner[:n]] for n in range(len(owner), -1, -1) if owner[:n] in record.scopes), ())
+    scope = _nearest_scope(record, owner)
+    axes = () if scope is None else record.scopes[scope]
     # Axes of metadata alone (`nn.add_metadata_axis`) are not sliced off.
     lengths = range(min(len(axes), len(leaf.shape)) + 1)
     stacks = [_stack(axes[:n], leaf.shape) for n in lengths]
@@ -292,7 +305,7 @@ def _weight_site(record: _Record, path: Path) -> Site | None:
     registered = _registered(record, path, uses)
     geometry = registered or traced(name, shape, uses, [_name_of(record, use) for use in uses])
     if geometry is None or any(use.call is None for use in uses) or owner in record.flow.transformed:
-        geometry = _declared(record, path) or (Raw(leaf=name, shape=shape) if len(shape) >= 2 and uses else None)
+        geometry = record.declared.get(path) or (Raw(leaf=name, shape=shape) if len(shape) >= 2 and uses else None)
         if geometry is None:
             return None
         via = MERGE if owner in record.flow.transformed else BOX
@@ -320,7 +333,7 @@ def _weight_site(record: _Record, path: Path) -> Site | None:
 
 def _registered(record: _Record, path: Path, uses: Sequence[Use]) -> Geometry | None:
     """The registered geometry of a weight, if every call shows one use of it that the geometry explains."""
-    found = _declared(record, path)
+    found = record.declared.get(path)
     calls = [use.call for use in uses]
     if found is None or not found.fused or len(set(calls)) != len(calls):
         return None
@@ -329,13 +342,6 @@ def _registered(record: _Record, path: Path, uses: Sequence[Use]) -> Geometry | 
         if call is None or call.geometry != found or not found.explains(use, call.input):
             return None
     return found
-
-
-def _declared(record: _Record, path: Path) -> Geometry | None:
-    """The geometry that the calls of a weight's module declare for it, if any."""
-    owner, name = path[:-1], path[-1]
-    calls = (c for c in record.calls.values() if c.scope.path == owner)
-    return next((c.geometry for c in calls if c.geometry is not None and c.geometry.leaf == name), None)
 
 
 def _name_of(record: _Record, use: Use) -> str:
@@ -353,9 +359,8 @@ def _is_head(record: _Record, path: Path, geometry: Geometry, uses: Sequence[Use
 
 def _named(sites: Sequence[Site], record: _Record) -> list[Site]:
     """The sites, with names of their own for raw weights and for several weights of one scope."""
-    declared = {(*s.path, s.leaf) for s in sites if _declared(record, (*s.path, s.leaf)) is not None}
-    paths = [path[:-1] for path in declared]
-    return [dataclasses.replace(s, named=(*s.path, s.leaf) not in declared or paths.count(s.path) > 1) for s in sites]
+    declared = Counter(s.path for s in sites if s.weight_path in record.declared)
+    return [dataclasses.replace(s, named=s.weight_path not in record.declared or declared[s.path] > 1) for s in sites]
 
 
 def _output_site(record: _Record, path: Path, geometry: Geometry | None) -> Site:
@@ -385,11 +390,16 @@ def _leaf_site(record: _Record, path: Path) -> Site:
 
 def _scope_stack(record: _Record, path: Path) -> Stack:
     """The stacking of a module's scope or, if it has no parameters, of the nearest scope around it that has."""
-    for n in range(len(path), -1, -1):
-        if path[:n] in record.scopes:
-            shapes = [leaf.shape for p, leaf in record.leaves.items() if p[:n] == path[:n]]
-            return _stack(record.scopes[path[:n]], shapes[0])
-    return ()
+    scope = _nearest_scope(record, path)
+    if scope is None:
+        return ()
+    stored = next(leaf.shape for p, leaf in record.leaves.items() if p[: len(scope)] == scope)
+    return _stack(record.scopes[scope], stored)
+
+
+def _nearest_scope(record: _Record, path: Path) -> Path | None:
+    """The innermost scope with parameters that is at a path or around it."""
+    return next((path[:n] for n in range(len(path), -1, -1) if path[:n] in record.scopes), None)
 
 
 def _stack(axes: tuple[int, ...], stored: Shape) -> Stack:

@@ -1,4 +1,4 @@
-"""What an equation of a jaxpr makes of views: another view, or a product of two."""
+"""Equations of a jaxpr as steps from one view to another, and as products."""
 
 from __future__ import annotations
 

@@ -21,14 +21,6 @@ INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _KEEPS_OUTPUT = frozenset({"convert_element_type", "reshape", "squeeze", "transpose", "sharding_constraint"})
 
 
-@dataclass(frozen=True)
-class Scope:
-    """A module call: its path, and the shapes of its own parameters."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-
-
 @dataclass
 class Flow:
     """The uses of all parameters in a trace.
@@ -44,13 +36,13 @@ class Flow:
     returned: set[int] = field(default_factory=set)
 
 
-def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Scope]) -> Flow:
+def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Path]) -> Flow:
     """The uses of parameters.
 
     Args:
       jaxpr: a jaxpr whose first inputs are the parameters.
       paths: path of each parameter.
-      scopes: the calls that `marks` bracket, by number.
+      scopes: the path of the module of each call that `marks` bracket, by number.
     """
     walker = _Walker(scopes)
     frame = _Frame(jaxpr, None, None)
@@ -130,7 +122,7 @@ class _Frame:
 
 
 class _Walker:
-    def __init__(self, scopes: Mapping[int, Scope]):
+    def __init__(self, scopes: Mapping[int, Path]):
         self.scopes, self.flow = scopes, Flow()
         self.open: list[tuple[int, int]] = []  # (call, level), outermost first
         self.level = 0
@@ -170,12 +162,12 @@ class _Walker:
         else:
             self.open = [entry for entry in self.open if entry[0] != call]
 
-    def enter(self, frame: _Frame, var: Any, scope: Scope, name: str, dims: tuple[int, ...]) -> None:
+    def enter(self, frame: _Frame, var: Any, scope: Path, name: str, dims: tuple[int, ...]) -> None:
         """Checks that a module's own parameter is the stored one, and starts its views anew."""
-        path, view = (*scope.path, name), _unbatched(var.aval.shape, dims, "w")
+        path, view = (*scope, name), _unbatched(var.aval.shape, dims, "w")
         stored = frame.weights.get(var)
         if stored is None or stored.path != path or not _is_whole(stored.view, view):
-            self.flow.transformed.add(scope.path)
+            self.flow.transformed.add(scope)
         else:
             frame.weights[var] = _Weight(path, view)
 
@@ -240,7 +232,7 @@ class _Walker:
     def calls_of(self, weight: _Weight) -> tuple[int, ...]:
         """The open calls of a parameter's module, at this level, that all steps of its view so far lie in."""
         owner = weight.path[:-1]
-        here = tuple(c for c, level in self.open if level == self.level and self.scopes[c].path == owner)
+        here = tuple(c for c, level in self.open if level == self.level and self.scopes[c] == owner)
         return here if weight.calls is None else tuple(c for c in here if c in weight.calls)
 
     def values(self, frame: _Frame, eqn: Any) -> None:
