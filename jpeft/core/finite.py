@@ -10,21 +10,18 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jpeft.core.quantized import dequantize_leaf
-from jpeft.core.tree import Path, join, peek
+from jpeft.core.tree import Path, all_finite, join, peek
 from jpeft.errors import MergeError
 
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()  # compiled, it is one reduction that stores no array of booleans
+_all_finite = jax.jit(all_finite)  # compiled, it is one reduction that stores no array of booleans
 
 
-def all_finite(leaf: Any) -> jax.Array | None:
+def is_finite(leaf: Any) -> jax.Array | None:
     """Whether all numbers of a leaf are finite, still on its way from the device; None if the leaf cannot tell.
 
     Traced, abstract and integer leaves cannot.
 
-    >>> bool(all_finite(jnp.ones(2))), all_finite(jnp.arange(2))
+    >>> bool(is_finite(jnp.ones(2))), is_finite(jnp.arange(2))
     (True, None)
     """
     x = dequantize_leaf(peek(leaf))
@@ -39,7 +36,7 @@ def check_merged(
     """Checks the weights that a merge changed.
 
     Args:
-      flags: `all_finite` of each.
+      flags: `is_finite` of each.
       base: the base's leaves by path.
       leaves: the leaves of the adapter that change a weight.
 
@@ -53,6 +50,6 @@ def check_merged(
     reason = f"the result is beyond the range of {peek(base[bad]).dtype.name}, the dtype of the base's weight"
     for owner, found in (("adapter", leaves(bad)), ("base", {bad: base[bad]})):
         for path, leaf in found.items():
-            if (flag := all_finite(leaf)) is not None and not flag:
+            if (flag := is_finite(leaf)) is not None and not flag:
                 reason = f"the {owner}'s {join(path)!r} holds NaN or infinity"
     raise MergeError(f"{join(bad)!r} cannot be merged: {reason}; safe=False merges it all the same")

@@ -1,4 +1,4 @@
-"""What can be said of an adapter when it is loaded: whether it is finite, and whether it changes anything."""
+"""The checks of an adapter that is loaded: that it is finite, and that it changes something."""
 
 from __future__ import annotations
 

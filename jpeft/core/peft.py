@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from jpeft.core.actions import Action, by_weight, expand_leaves, init_leaves, merge_leaf
 from jpeft.core.adapter_placement import box_like, leaf_sharding
-from jpeft.core.finite import all_finite, check_merged
+from jpeft.core.finite import check_merged, is_finite
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Method, slugs
 from jpeft.core.placement import place, replicated_like
@@ -209,7 +209,7 @@ class Peft:
         tree, _ = split_variables(params)
         base = flatten(tree)
         out = self.replaced(dict(base), leaves := self.check(adapter))
-        flags = {a.site.path: all_finite(out[a.site.path]) for a in self.actions if safe and a.site.kind == "leaf"}
+        flags = {a.site.path: is_finite(out[a.site.path]) for a in self.actions if safe and a.site.kind == "leaf"}
         used, found = self.expanded(leaves), False
 
         def check(flags: Mapping[Path, Any]) -> None:
@@ -218,14 +218,14 @@ class Peft:
         for path, actions in by_weight(self.actions, (FUSED, BOX, MERGE)).items():
             own, stored = [used[a] for a in actions], out[path]
             out[path] = merge_leaf(actions, own, stored, False)
-            flags[path] = all_finite(out[path]) if safe else None
+            flags[path] = is_finite(out[path]) if safe else None
             if requantize and isinstance(stored, Quantized):
                 check({path: flags[path]})  # codes represent no NaN, and would not say whose it is
                 out[path], found = requantize_leaf(stored, out[path]), True
             bias = actions[0].site.bias_path
             if bias in out and any(a.method.changes_bias for a in actions):
                 out[bias] = merge_leaf(actions, own, out[bias], True)
-                flags[bias] = all_finite(out[bias]) if safe else None
+                flags[bias] = is_finite(out[bias]) if safe else None
         check(flags)
         if requantize and not found:
             raise ValueError("requantize=True, but no weight that the adapter changes is quantized")

@@ -384,7 +384,7 @@ class Bert(_Module):
         return self._returned(states, deterministic)
 
     def _returned(self, states: Float[Array, "batch length hidden"], deterministic: bool) -> jax.Array:
-        """What a call returns. Also the parts that it does not return are computed, so that methods find them."""
+        """The output of a call. Parts that are not returned are computed too, so that methods find them."""
         results, first = {STATES: states}, states[:, 0]
         is_bert = self.config.model_type == "bert"  # its head takes the pooler's output, the others the state
         if self.pooler:

@@ -143,7 +143,7 @@ def _check_shapes(shapes: Mapping[Path, tuple[int, ...]], sites: Mapping[Path, S
 
 
 def describe_left(left: Sequence[Weight]) -> str:
-    """What is left unquantized and what to do, for a warning."""
+    """The text of a warning: the weights that stay unquantized, and the arguments that change it."""
     names = [weight.name for weight in left]
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     count = f"{len(names)} weight{'s' if len(names) > 1 else ''} of two or more axes unquantized: {listed}"

@@ -226,7 +226,7 @@ def _squeezed(text: str) -> str:
 
 
 def _written(renderer: _Renderer, index: int, before: str, after: str) -> str:
-    """What the model writes after the prompt `before`, where the template renders an answer differently.
+    """The text that the model writes after the prompt `before`, where the template renders an answer differently.
 
     Templates of reasoning models take the thinking out of answers, or begin the thinking in the prompt. The model then
     writes the message as it is, from where the prompt ends, and what the template writes after the message.

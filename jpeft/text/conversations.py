@@ -304,7 +304,7 @@ def _texts(conversations: Conversations, row: int, tokenizer: ChatTokenizer) -> 
 
 
 def stop_warning(encoded: Encoded, tokenizer: ChatTokenizer) -> str | None:
-    """What to tell if answers do not end in a stop token, so that the model does not learn to stop; else None.
+    """A warning if answers do not end in a stop token, so that the model does not learn to stop; else None.
 
     >>> example = np.arange(5, dtype=np.int32)
     >>> stop_warning(Encoded((example,), (example > 2,), (1,)), tokenizer)  # doctest: +SKIP
