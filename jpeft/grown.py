@@ -17,7 +17,7 @@ from jax.interpreters import partial_eval as pe
 from jpeft.core.fingerprint import difference
 from jpeft.core.peft import Peft
 from jpeft.core.targets import ALL_LINEAR
-from jpeft.core.tree import Path, Tree, flatten, join, split_variables, unflatten
+from jpeft.core.tree import Path, Tree, flatten, join, split_arrays, split_variables, unflatten
 from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
 
@@ -67,21 +67,17 @@ def _without(member: Method, names: Collection[str]) -> Method:
 
 def depends_on(peft: Peft, variables: Tree, leaves: Mapping[Path, Any], inputs: Sequence[Any], kwargs: Any) -> bool:
     """Whether the output of a Peft depends on some leaves of the base."""
-    flat, structure = jax.tree.flatten((tuple(inputs), dict(kwargs)), is_leaf=lambda x: x is None)
+    arrays, restore = split_arrays((tuple(inputs), dict(kwargs)))
     params, others = split_variables(variables)
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
     rest = {path: leaf for path, leaf in flatten(params).items() if path not in leaves}
 
     def run(new: Any, rest: Any, adapter: Any, arrays: Sequence[Any]) -> Any:
-        remaining = iter(arrays)
-        filled = [next(remaining) if array else x for x, array in zip(flat, is_array, strict=True)]
-        inputs, kwargs = jax.tree.unflatten(structure, filled)
+        inputs, kwargs = restore(arrays)
         tree = unflatten({**rest, **new})
         return peft.apply({**others, "params": tree} if others else tree, adapter, *inputs, **kwargs)
 
     new, rest = jax.eval_shape(lambda: (dict(leaves), rest))
     adapter = peft.init(jax.random.key(0), unflatten({**rest, **new}))
-    arrays = [x for x, array in zip(flat, is_array, strict=True) if array]
     jaxpr = jax.make_jaxpr(run)(new, rest, adapter, arrays).jaxpr
     _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return any(used[: len(jax.tree.leaves(new))])

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.core import FrozenDict, freeze, meta
 from jax.core import Tracer
@@ -109,6 +110,34 @@ def split_variables(params: Tree) -> tuple[Tree, dict[str, Any]]:
     if isinstance(params.get("params"), Mapping) and all(isinstance(v, Mapping) for v in params.values()):
         return params["params"], {k: v for k, v in params.items() if k != "params"}
     return params, {}
+
+
+def is_array(x: Any) -> bool:
+    """Whether a value is an array, an abstract array or a PRNG key."""
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) or jnp.issubdtype(
+        getattr(x, "dtype", np.dtype(object)), jax.dtypes.prng_key
+    )
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The arrays of any pytree, and the function that puts others in their places.
+
+    Python values (flags, strings, None) stay what they are, so that a trace of the arrays keeps them.
+
+    >>> arrays, restore = split_arrays({"x": jnp.zeros(2), "train": True})
+    >>> restore([1])
+    {'train': True, 'x': 1}
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+    places = [is_array(x) for x in leaves]
+    rest = [None if place else x for x, place in zip(leaves, places, strict=True)]  # no tracer outlives its trace
+
+    def restore(arrays: Iterable[Any]) -> Any:
+        given = iter(arrays)
+        values = [next(given) if place else x for x, place in zip(rest, places, strict=True)]
+        return jax.tree.unflatten(treedef, values)
+
+    return [x for x, place in zip(leaves, places, strict=True) if place], restore
 
 
 def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = ()) -> Any:

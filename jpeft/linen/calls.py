@@ -12,8 +12,8 @@ import numpy as np
 from jpeft.core.geometry import Traced
 from jpeft.core.peft import Peft
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
-from jpeft.core.tree import Tree, join
-from jpeft.linen.survey import is_array, survey
+from jpeft.core.tree import Tree, is_array, join
+from jpeft.linen.survey import survey
 
 
 def form_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

@@ -7,10 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from jpeft.core.dataflow.replace import Change, evaluate
-from jpeft.core.tree import Path, flatten
+from jpeft.core.tree import Path, flatten, split_arrays
 
 
 def run(module: nn.Module, call: Callable[[], Any], weights: Mapping[str, Any], change: Change) -> Any:
@@ -37,8 +36,7 @@ class _Traced:
 
     def __init__(self, module: nn.Module, call: Callable[[], Any]):
         self.module, self.call = module, call
-        self.leaves: list[Any] = []
-        self.treedef: Any = None
+        self.restore: Callable[[list[Any]], Any] = list
         self.paths: list[tuple[str, Path]] = []
 
     def __call__(self) -> list[Any]:
@@ -46,14 +44,12 @@ class _Traced:
         y = self.call()
         after = {key: x for key, x in _written(self.module).items() if before.get(key) is not x}
         self.paths = list(after)
-        self.leaves, self.treedef = jax.tree.flatten((y, list(after.values())))
-        return [x for x in self.leaves if _is_array(x)]
+        arrays, self.restore = split_arrays((y, list(after.values())))
+        return arrays
 
     def restored(self, arrays: list[Any]) -> Any:
         """The call's outputs, from the values of its arrays. The variables that it wrote go into their scopes."""
-        values = iter(arrays)
-        y, written = jax.tree.unflatten(self.treedef, [next(values) if _is_array(x) else x for x in self.leaves])
-        self.leaves = []  # tracers must not outlive their trace
+        y, written = self.restore(arrays)
         for (collection, path), value in zip(self.paths, written, strict=True):
             scope = self.module.scope
             assert scope is not None
@@ -69,7 +65,3 @@ def _written(module: nn.Module) -> dict[tuple[str, Path], Any]:
     assert scope is not None
     mutable = {n: tree for n, tree in scope.variables().items() if scope.is_mutable_collection(n)}
     return {(name, path): x for name, tree in mutable.items() for path, x in flatten(tree).items()}
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))

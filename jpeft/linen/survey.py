@@ -16,7 +16,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval as pe
 
@@ -26,7 +25,7 @@ from jpeft.core.dataflow.walk import Flow, open_jaxpr, walk
 from jpeft.core.geometry import Contraction, Geometry, Raw
 from jpeft.core.geometry.traced import Traced, traced
 from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack, Survey
-from jpeft.core.tree import Path, box_as, flatten, join, peek, unflatten
+from jpeft.core.tree import Path, box_as, flatten, join, peek, split_arrays, unflatten
 from jpeft.linen import attention, registry
 from jpeft.linen.axes import AxisProbe, InsideParameter, axes_in, with_probes
 from jpeft.linen.axis_names import AxisEnv, with_axis_names
@@ -150,12 +149,10 @@ class _AbstractCall:
           hidden: parameters that the model is given as boxes. Opened, a box is the parameter; the jaxpr's last inputs
             are arrays inside of the boxes, which only a function of the tree can reach.
         """
-        # Python values (flags, strings, None) stay what they are; only arrays are traced.
-        flat, treedef = jax.tree.flatten((self.args, self.kwargs), is_leaf=lambda x: x is None)
+        arrays, restore = split_arrays((self.args, self.kwargs))
 
         def run(record: _Record, params: Any, others: Any, arrays: Sequence[Any], inner: Sequence[Any]) -> Any:
-            remaining = iter(arrays)
-            args, kwargs = jax.tree.unflatten(treedef, [next(remaining) if is_array(x) else x for x in flat])
+            args, kwargs = restore(arrays)
             tree = {path: box_as(box, x) for (path, box), x in zip(self.leaves.items(), params, strict=True)}
             tree |= {path: TrialBox(x, tree[path]) for path, x in zip(hidden, inner, strict=True)}
             with nn.intercept_methods(_Watcher(record)):
@@ -171,7 +168,6 @@ class _AbstractCall:
             p: jax.ShapeDtypeStruct(np.shape(x), x.dtype)
             for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)
         }
-        arrays = [x for x in flat if is_array(x)]
         inputs = list(params.values()), self.others, arrays, [params[p] for p in hidden]
 
         def attempt(axis_env: AxisEnv) -> tuple[_Record, Any]:
@@ -277,13 +273,6 @@ class _Watcher:
             return key, value, mask
 
         return extend
-
-
-def is_array(x: Any) -> bool:
-    """Whether an argument is an array, abstract array or PRNG key."""
-    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) or jnp.issubdtype(
-        getattr(x, "dtype", np.dtype(object)), jax.dtypes.prng_key
-    )
 
 
 # --- sites from the record ------------------------------------------------------------------------------------------
