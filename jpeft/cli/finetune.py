@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     from jpeft.parallel import hosts
 
     mesh = _mesh(args, given, out) if joined or args.mesh is not None else None
-    setup = Setup(mesh, args.tensorboard, args.profile, args.remat)
+    setup = Setup(mesh, ("tensorboard",) if args.tensorboard else (), args.profile, args.remat)
     is_main = hosts.is_main_process()
     with Terminal(to_stderr=args.json, quiet=not is_main) as terminal:
         result = _train(args.resume, out, config, given, terminal, setup)

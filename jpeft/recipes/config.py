@@ -198,7 +198,7 @@ class Setup:
 
     Attributes:
         mesh: a `jax.sharding.Mesh` to train on, with axes that `jpeft.shard` knows; None is one device.
-        tensorboard: also write the metrics as TensorBoard events, to `RUN/tensorboard`.
+        log_to: names of loggers that receive the metrics too, see `jpeft.recipes.loggers`.
         profile: the first step to trace with `jax.profiler`, and how many, to `RUN/profile`.
         remat: what a language model's backward pass recomputes, see `jpeft.models.decoder.Decoder`.
 
@@ -207,7 +207,7 @@ class Setup:
     """
 
     mesh: Any = None
-    tensorboard: bool = False
+    log_to: tuple[str, ...] = ()
     profile: tuple[int, int] | None = None
     remat: str | None = None
 

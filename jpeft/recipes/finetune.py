@@ -9,6 +9,7 @@ with the same adapter, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -35,7 +36,9 @@ from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest
 from jpeft.recipes import run_folder, tasks
 from jpeft.recipes.adapters import damaged_error
 from jpeft.recipes.config import Config, Interrupted, Setup, flag
+from jpeft.recipes.loggers import open_loggers
 from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
+from jpeft.recipes.plots import plot
 from jpeft.recipes.prepare import prepare
 from jpeft.recipes.process import Profiler, peak_memory, reporting_saved_step, saved_step, stop_signal
 from jpeft.recipes.run_folder import Log
@@ -266,7 +269,12 @@ def _finish(
                 f"lengthened from {shorter['steps']:,} to {job.steps:,} steps; from step {start + 1:,} on the learning "
                 f"rate is that of a run of {job.steps:,} steps"
             )
-        with run_folder.open_log(folder, start, write=is_main_process(), tensorboard=setup.tensorboard) as log:
+        names = setup.log_to if is_main_process() else ()
+        logger = on_all_hosts(lambda: open_loggers(names, folder, dataclasses.asdict(job.config), start + 1))
+        with (
+            contextlib.closing(logger),
+            run_folder.open_log(folder, start, write=is_main_process(), logger=logger) as log,
+        ):
             run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat)
             state = _train(run, fresh, state, start)
             on_all_hosts(lambda: _check_converged(run))
@@ -433,5 +441,5 @@ def _timing(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write(run: _Run, result: Mapping[str, Any]) -> None:
-    run_folder.plot(run.log.lines, run.folder / "loss.png", *tasks.find(run.job.config.task).METRIC)
+    plot(run.log.lines, run.folder / "loss.png", *tasks.find(run.job.config.task).METRIC)
     run_folder.write_result(run.folder, result)

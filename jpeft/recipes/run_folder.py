@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from jpeft.errors import UserError
 from jpeft.files import new_folder, read_json, write_atomically, write_json
 from jpeft.parallel.hosts import is_main_process, on_all_hosts
 from jpeft.recipes.config import Config
+from jpeft.recipes.loggers import Logger
 
 FORMAT = 1
 
@@ -216,12 +217,12 @@ class Log:
     Attributes:
         file: the open file.
         lines: the metrics of training steps (`loss`, …) and of evaluations (`eval_loss`, …).
-        events: TensorBoard's writer, or None.
+        logger: receives each line too, or None.
     """
 
     file: IO[str]
     lines: list[dict[str, Any]]
-    events: Any = None
+    logger: Logger | None = None
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, in memory and on disk. Numbers that are not finite become null, which JSON lacks.
@@ -232,10 +233,8 @@ class Log:
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if self.events is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.events.add_scalar(name, value, line["step"])
+        if self.logger is not None:
+            self.logger.log({name: value for name, value in line.items() if name != "step"}, line["step"])
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The metrics of the evaluation after a step, if there was one.
@@ -246,12 +245,12 @@ class Log:
 
 
 @contextlib.contextmanager
-def open_log(run: Path, step: int, write: bool = True, tensorboard: bool = False) -> Iterator[Log]:
+def open_log(run: Path, step: int, write: bool = True, logger: Logger | None = None) -> Iterator[Log]:
     """The log of a run as it was after a step; lines that a killed run wrote after its last checkpoint are dropped.
 
     Args:
         write: False keeps lines in memory only, for all processes but the main one.
-        tensorboard: also writes the metrics as TensorBoard events.
+        logger: receives the lines that are written from now on too. The caller closes it.
 
     >>> with open_log(run, step=100) as log: log.write({"step": 101, "loss": 0.4})  # doctest: +SKIP
     """
@@ -261,13 +260,8 @@ def open_log(run: Path, step: int, write: bool = True, tensorboard: bool = False
         yield Log(io.StringIO(), lines)
         return
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    with contextlib.ExitStack() as stack:
-        events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            events = stack.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1))
-        yield Log(stack.enter_context(path.open("a", encoding="utf-8")), lines, events)
+    with path.open("a", encoding="utf-8") as file:
+        yield Log(file, lines, logger)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -282,32 +276,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):  # UnicodeDecodeError is one
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
-
-
-def plot(lines: Sequence[Mapping[str, Any]], path: Path, metric: str, label: str) -> None:
-    """Plots the training loss, its running mean, and a metric of the evaluations.
-
-    Args:
-        metric: a key of the evaluations' lines.
-        label: its name in the plot.
-
-    >>> plot(read_lines(run / "metrics.jsonl"), run / "loss.png", *chat.METRIC)  # doctest: +SKIP
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    scores = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")  # not pyplot, which keeps state and opens windows
-    FigureCanvasAgg(figure)
-    left = figure.add_subplot(xlabel="step", ylabel="training loss")
-    left.plot(*zip(*losses, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
-    mean = itertools.accumulate((loss for _, loss in losses), lambda mean, loss: 0.95 * mean + 0.05 * loss)
-    left.plot([step for step, _ in losses], list(mean), color="tab:blue", label="training loss, running mean")
-    right = left.twinx()
-    right.set_ylabel(label)
-    right.plot(*zip(*scores, strict=True), "o-", color="tab:orange", label=label)
-    left.legend(handles=[*left.lines[1:], *right.lines], loc="center right", frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format="png")
-    write_atomically(path, image.getvalue())
