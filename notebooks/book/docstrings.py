@@ -1,0 +1,89 @@
+"""What the pages take from docstrings: first lines, the help of fields, and small repairs for Sphinx."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+_SECTION = re.compile(r"^(Args|Attributes):$")
+_ENTRY = re.compile(r"^ {2}(\w[\w, *]*): (.*)$")
+
+
+def summary(thing: Any) -> str:
+    """The first sentence of a docstring, in Markdown.
+
+    >>> import jpeft
+    >>> summary(jpeft.LoRA)
+    'Low-rank updates of weights.'
+    """
+    first, _, _ = (inspect.getdoc(thing) or "").partition("\n\n")
+    first = " ".join(first.split())
+    end = re.search(r"[.:](?= [A-Z]|$)", first)
+    return markdown(first[: end.start()] + "." if end else first)
+
+
+def markdown(text: str) -> str:
+    """A docstring's prose with single backticks only.
+
+    >>> markdown("see ``rank`` of `LoRA`")
+    'see `rank` of `LoRA`'
+    """
+    return text.replace("``", "`")
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of each field.
+
+    >>> import jpeft
+    >>> field_help(jpeft.LoRA)["rank"], field_help(jpeft.LoRA)["exclude"][:22]
+    ('r.', 'the sites to leave out')
+    """
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        for name, text in _entries(vars(base).get("__doc__") or "").items():
+            if name not in found and not text.startswith("see `"):  # that refers to the base's docstring
+                found[name] = text
+    return found
+
+
+def _entries(doc: str) -> dict[str, str]:
+    entries: dict[str, str] = {}
+    names: list[str] = []
+    inside = False
+    for line in inspect.cleandoc(doc).splitlines():
+        if line and not line.startswith(" "):
+            inside = bool(_SECTION.match(line))
+        elif inside and (entry := _ENTRY.match(line)):
+            names = [name.strip("* ") for name in entry[1].split(",")]
+            entries |= dict.fromkeys(names, entry[2])
+        elif inside and line.strip():
+            entries |= {name: f"{entries[name]} {line.strip()}" for name in names}
+    return {name: markdown(text) for name, text in entries.items()}
+
+
+def prepare(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Makes a docstring one that napoleon and reStructuredText render as it is meant.
+
+    The fields of a dataclass are its constructor's parameters. A list needs an empty line before it.
+    """
+    fixed: list[str] = []
+    for line in lines:
+        if what == "class" and line == "Attributes:":
+            line = "Args:"
+        is_item = line.lstrip().startswith("- ")
+        if is_item and fixed and fixed[-1].strip() and not fixed[-1].lstrip().startswith("- "):
+            if not _continues(fixed):
+                fixed.append("")
+        fixed.append(line)
+    lines[:] = fixed
+
+
+def _continues(lines: list[str]) -> bool:
+    """Whether the last line belongs to an item of a list."""
+    for line in reversed(lines):
+        if not line.strip():
+            return False
+        if line.lstrip().startswith("- "):
+            return True
+    return False
