@@ -100,6 +100,7 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
         base_size=size,
         left_alone=_left_alone(survey, actions),
         weights=survey.weights,
+        matched=tuple(tuple(m.matched(survey, s)) for m, s in zip(method.methods(), chosen, strict=True)),
         form=survey.form,
     )
 

@@ -147,7 +147,7 @@ def check_trees(entry: Entry) -> None:
 
     restored = jpeft.methods.from_dict(peft.method.to_dict())
     assert restored == peft.method
-    assert all(site.name in peft.summary() for site in peft.sites)
+    assert all(site.name in peft.summary(expand=True) for site in peft.sites)
 
 
 def check_abstract(entry: Entry) -> None:

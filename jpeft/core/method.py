@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jpeft.core.sites import Site, Survey
+from jpeft.core.targets import Matched
 
 Leaves = Mapping[str, Any]  # the adapter leaves at a site, by name
 
@@ -79,6 +80,10 @@ class Method(Protocol):
           TargetError: a target matches nothing.
           ValueError: the method cannot act on a site.
         """
+        ...
+
+    def matched(self, survey: Survey, sites: Sequence[Site]) -> Sequence[Matched]:
+        """How many sites each entry of its targets matched, for `Peft.summary`. ``sites`` are those that it acts on."""
         ...
 
     def at(self, site: Site) -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,8 @@ from jpeft.core.method import Method, slugs
 from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import BOX, FUSED, MERGE, Site
-from jpeft.core.summary import Row, summary
+from jpeft.core.summary import Member, Row, summary
+from jpeft.core.targets import Matched
 from jpeft.core.tree import (
     FROZEN,
     TRAINABLE,
@@ -65,6 +66,7 @@ class Peft:
         what no target names, and what the model did not use in the call that it was bound with.
       weights: the model's weights, changed or not, as the survey found them.
       form: the form of the call that the method was bound with, see `jpeft.core.sites.Survey`.
+      matched: for each member of a chain, how many sites the entries of its targets matched.
     """
 
     model: Any
@@ -77,6 +79,7 @@ class Peft:
     left_alone: tuple[str, ...] = ()
     weights: tuple[Site, ...] = ()
     form: Any = None
+    matched: tuple[Sequence[Matched], ...] = ()
 
     def __hash__(self) -> int:
         return hash((self.method, self.structure))  # without the model, whose fields may be unhashable
@@ -316,16 +319,36 @@ class Peft:
         params = {p: x for p, x in leaves.items() if p not in expected or p in own}
         return like(unflatten(params), full), like(unflatten({p: leaves[p] for p in expected if p in leaves}), full)
 
-    def summary(self) -> str:
-        """A table of the sites, with path, shape, rank, bytes and the path taken, totals, and what was left alone."""
+    def summary(self, expand: bool = False) -> str:
+        """A table of the sites, with path, shape, rank, bytes and the path taken; what the targets matched; totals.
+
+        Sites that differ in numbers of their paths alone, as layers do, share a row: ``layer/{0..5}/query ×6``. Its
+        parameters and bytes are written as a product, ``6 × 6,144``: so many sites of so many each.
+
+        Args:
+          expand: True gives each site a row, and each weight that was left alone its name.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft
+        >>> model, x = nn.Sequential([nn.Dense(4), nn.Dense(4), nn.Dense(2)]), jnp.ones((1, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> print(jpeft.LoRA(rank=2, targets=r"layers_[01]").bind(model, params, x).summary())
+        site             owner  weight  rank  parameters   bytes  method  via
+        ---------------  -----  ------  ----  ----------  ------  ------  -----
+        layers_{0,1} ×2  Dense  4×4        2      2 × 16  2 × 64  LoRA    fused
+        <BLANKLINE>
+        targets: 'layers_[01]' 2 sites
+        2 sites; 32 trainable of 50 base parameters (64.000 %); adapter 128 bytes
+        left alone: 1 parameter of two or more axes, listed by .left_alone: layers_2/kernel
+        """
         sizes = dict(self.structure)
+        members = [Member(m.name, found) for m, found in zip(self.method.methods(), self.matched, strict=True)]
         rows = [
-            Row(a.site, a.method.name, a.method.columns(), [sizes[a.leaf_path(n)] for n in a.stored])
+            Row(a.site, a.member, a.method.columns(), tuple(sizes[a.leaf_path(n)] for n in a.stored))
             for a in self.actions
         ]
         shared = [(path, sizes[path]) for path in self.shared_paths]
         frozen = [sizes[path] for path in self.non_trainable_paths]
-        return summary(rows, shared, frozen, self.base_size, self.left_alone)
+        return summary(rows, members, shared, frozen, self.base_size, self.left_alone, expand)
 
 
 def _base_leaf(base: Mapping[Path, Any], path: Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jpeft.core.tree import nearest
 
@@ -82,7 +82,9 @@ def select(
             hits = {i for i, site in enumerate(candidates) if predicate(site)}
             # Also for exclude: a misspelled entry would train more than intended.
             if not hits:
-                raise TargetError(_no_match(entry, candidates, what, others, field))
+                raise TargetError(
+                    _no_match(entry if isinstance(entry, str) else repr(entry), candidates, what, others, field)
+                )
             found |= hits
         return found
 
@@ -92,12 +94,43 @@ def select(
     return [site for i, site in enumerate(candidates) if i in chosen]
 
 
-def _predicates(targets: Targets) -> list[tuple[str, Predicate]]:
-    """A predicate of sites for each entry of a target, with the entry's text for error messages."""
+class Matched(NamedTuple):
+    """What an entry of a target matched.
+
+    Attributes:
+      field: the field that holds it: "targets", "exclude" or "overrides".
+      entry: the entry as text.
+      sites: how many sites it matched.
+    """
+
+    field: str
+    entry: str
+    sites: int
+
+
+def count_matches(candidates: Sequence[Any], targets: Targets, field: str) -> list[Matched]:
+    """How many of the candidates each entry of a target matches, whatever other entries match or exclude.
+
+    >>> from types import SimpleNamespace
+    >>> count_matches([SimpleNamespace(name=f"layer/{i}/query") for i in range(6)], ["query"], "targets")
+    [Matched(field='targets', entry="'query'", sites=6)]
+    """
+    return [
+        Matched(field, _written(entry), sum(map(predicate, candidates))) for entry, predicate in _predicates(targets)
+    ]
+
+
+def _written(entry: Any) -> str:
+    """An entry as text: a callable's name, else its ``repr``."""
+    return getattr(entry, "__name__", type(entry).__name__) if callable(entry) else repr(entry)
+
+
+def _predicates(targets: Targets) -> list[tuple[Any, Predicate]]:
+    """A predicate of sites for each entry of a target, with the entry."""
     if targets is None:
         return []
     if callable(targets):
-        return [(repr(targets), lambda site: bool(targets(site.name, site)))]
+        return [(targets, lambda site: bool(targets(site.name, site)))]
     if targets == ALL_LINEAR:
         return [(ALL_LINEAR, lambda site: bool(getattr(site, "linear", False)))]
     if isinstance(targets, str):

@@ -23,7 +23,16 @@ from jpeft.checks import Rule, shown
 from jpeft.core.interchange import HFSpec, Role
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site, Survey
-from jpeft.core.targets import ALL_LINEAR, TargetError, Targets, compile_pattern, matches_entry, select
+from jpeft.core.targets import (
+    ALL_LINEAR,
+    Matched,
+    TargetError,
+    Targets,
+    compile_pattern,
+    count_matches,
+    matches_entry,
+    select,
+)
 
 if TYPE_CHECKING:
     from jpeft.core.peft import Peft
@@ -171,6 +180,22 @@ class Method:
                 names = ", ".join(s.name for s in chosen[:8])
                 raise TargetError(f"{self.name}: overrides pattern {pattern!r} matches none of its sites: {names}")
         return [self.at(s).prepare(s) for s in chosen]
+
+    def matched(self, survey: Survey, sites: Sequence[Site]) -> list[Matched]:
+        """How many sites each entry of its targets matched.
+
+        Args:
+          survey: the candidates.
+          sites: those that it acts on, from `sites`.
+        """
+        candidates = self.candidates(survey)
+        targets = self.default_targets() if self.targets is None else self.targets
+        found = count_matches(candidates, targets, "targets")
+        if self.targets is None:
+            found = [entry._replace(entry=f"{entry.entry} (the default)") for entry in found]
+        applied = [next((p for p in self.overrides if _override_matches(p, site)), None) for site in sites]
+        overridden = [Matched("overrides", repr(pattern), applied.count(pattern)) for pattern in self.overrides]
+        return found + count_matches(candidates, self.exclude, "exclude") + overridden
 
     def at(self, site: Site) -> Method:
         """The method with the overrides for a site applied."""
