@@ -10,8 +10,10 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # where the extension `book` is
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])  # kernels import jpeft
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the extension `book`, and this checkout's jpeft
+# What kernels import and run is what this Python has.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # pages print the same on every machine
 
 project = "jpeft"

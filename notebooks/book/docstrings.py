@@ -23,6 +23,17 @@ def summary(thing: Any) -> str:
     return markdown(first[: end.start()] + "." if end else first)
 
 
+def prose(thing: Any) -> str:
+    """The paragraphs of a docstring that are neither sections of fields nor examples.
+
+    >>> import jpeft
+    >>> prose(jpeft.BitFit)
+    'Trains the leaves called ``bias``.'
+    """
+    paragraphs = (inspect.getdoc(thing) or "").split("\n\n")
+    return "\n\n".join(text for text in paragraphs if not re.match(r"(>>>|\w[\w ]*:\n)", text))
+
+
 def markdown(text: str) -> str:
     """A docstring's prose with single backticks only.
 
