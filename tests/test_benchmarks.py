@@ -1,0 +1,115 @@
+"""`benchmarks/gpu.py` on a CPU: its cases, limits and tables, and the whole script with jax, flax and optax alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+# What jpeft, its command line and its comparisons import besides jax, flax and optax.
+ABSENT = ("jaxtyping", "safetensors", "orbax", "tokenizers", "jinja2", "grain", "gguf", "pandas", "matplotlib", "torch")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import gpu
+
+        yield gpu
+
+
+def names(gpu, *argv):
+    args = gpu.parsed([*argv, "--tiny"])
+    return [f"{section}/{shape}" for section, shape, _ in gpu.cases(args, "cpu")]
+
+
+def test_sections_and_shapes_choose_what_runs(gpu):
+    assert names(gpu, "--only", "torch", "--shapes", "1B") == ["torch lora/1B", "torch qlora/1B"]
+    assert names(gpu, "--only", "qlora,torch,decode", "--shapes", "8B") == [
+        "qlora/8B", "torch qlora/8B", "plan qlora/8B", "decode/8B"
+    ]  # fmt: skip
+    assert len(names(gpu)) == len(set(names(gpu))) == 16
+    cases = {section: case for section, _, case in gpu.cases(gpu.parsed(["--shapes", "8B"]), "gpu")}
+    weights = cases["lora"]["config"]
+    assert (weights["hidden_size"], weights["num_hidden_layers"], cases["lora"]["length"]) == (4096, 32, 4096)
+    assert cases["torch lora"]["config"] == weights and cases["torch lora"]["rows"] == cases["lora"]["rows"]
+
+
+def test_an_unknown_section_is_one_line(gpu, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.parsed(["--only", "lora,backward"])
+    assert "--only backward: expected some of lora, qlora" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tables_state_utilization_ratios_and_what_is_missing(gpu, capsys):
+    ours = {
+        "seconds": 0.5,
+        "first_seconds": 9.0,
+        "tokens": 4096,
+        "flops_4n": 2e14,
+        "flops": 2.5e14,
+        "peak_bytes": 2**31,
+    }
+    theirs = {"seconds": 0.75, "first_seconds": 1.0, "tokens": 4096, "peak_bytes": 3 * 2**30}
+    found = {"lora/1B": ours, "torch lora/1B": theirs, "plan lora/1B": {"bytes": 2**30}, "qlora/1B": {"failed": "OOM"}}
+    gpu.train_table(found, 1e15)
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    head, mine, torch, failed = rows[0], *rows[2:]
+    row = dict(zip(head, mine, strict=True))
+    assert (row["tokens/s"], row["MFU 4 N"], row["MFU all"]) == ("8,192", "40.0%", "50.0%")
+    assert (row["peak GiB"], row["planned GiB"], row["torch / jpeft: time"]) == ("2", "1", "")
+    row = dict(zip(head, torch, strict=True))
+    assert (row["MFU 4 N"], row["torch / jpeft: time"], row["memory"]) == ("26.7%", "1.50", "1.50")
+    assert failed[:4] == ["qlora", "1B", "jpeft", "OOM"]
+
+
+def test_what_is_left_after_the_minutes_is_not_started(gpu, capsys, monkeypatch, tmp_path):
+    device = {"backend": "cpu", "kind": "cpu", "peak_flops": None}
+    started = []
+    monkeypatch.setattr(gpu, "run", lambda script, case, env, limit: started.append(case["what"]) or device)
+    assert gpu.main(["--minutes", "0.05", "--json", str(tmp_path / "out.json")]) == 0
+    assert started == ["probe"]
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert {each["missing"] for each in results.values()} == {"not run: 0.05 minutes are over"}
+
+
+BARE = f"""
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if path is None and name in {ABSENT}:
+            path = [folder for folder in sys.path if "site-packages" not in folder]
+        return super().find_spec(name, path, target)
+
+sys.meta_path = [Finder if each is importlib.machinery.PathFinder else each for each in sys.meta_path]
+"""
+
+
+@pytest.mark.exhaustive  # eight processes that import jax and compile
+def test_the_script_runs_on_a_cpu_with_nothing_but_jax_flax_and_optax(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--shapes", "8B", "--rounds", "1", "--json", "out.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert found["torch lora/8B"] == found["torch qlora/8B"] == {"missing": "no torch"}
+    for kind in ("lora", "qlora"):
+        step, plan = found[f"{kind}/8B"], found[f"plan {kind}/8B"]
+        assert step["tokens"] == 2 * 64 and step["seconds"] < step["compile_seconds"] < step["first_seconds"]
+        assert plan["bytes"] == pytest.approx(step["program_bytes"], rel=0.02)  # the plan counts the code, too
+        assert 0 < step["flops_4n"] < step["flops"]
+    assert found["qlora/8B"]["base_bytes"] < found["lora/8B"]["base_bytes"]
+    assert found["qlora/8B"]["flops"] == found["lora/8B"]["flops"]
+    for kind in ("forward", "decode"):
+        assert list(found[f"{kind}/8B"]) == ["no adapter", "adapter", "merged"]
+        assert all(row["tokens_per_second"] > 0 for row in found[f"{kind}/8B"].values())
+    assert "| lora | 8B | torch | no torch |" in done.stdout and "### Decode" in done.stdout
