@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh
 
 from jpeft.core.tree import Tree, named_sharding
 from jpeft.hardware import utilization
-from jpeft.hardware.topologies import Topology, parse
-from jpeft.parallel.mesh import abstract_mesh
+from jpeft.hardware.topologies import Topology, describe, parse
+from jpeft.parallel.mesh import abstract_mesh, make_mesh
 from jpeft.planning.compiling import Compilation, compiling
 from jpeft.planning.hlo.collectives import Collective
 from jpeft.planning.hlo.program import Program, read
@@ -157,7 +157,9 @@ def prepare(
     against_base: bool = True,
 ) -> Prepared:
     """The part of `plan` that runs in this process: shards the inputs and traces the programs."""
-    inputs = shard_inputs(step, inputs, mesh, rules, names)
+    # Attached GPUs: their attention kernels need devices to be lowered.
+    placed = make_mesh(dict(mesh.shape), describe(topology)) if topology.kind == "gpu" else mesh
+    inputs = shard_inputs(step, inputs, placed, rules, names)
     program = trace_step(step, inputs, topology.kind)
     comparison: tuple[ExportedProgram, ...] = ()
     if against_base and isinstance(step, Step) and topology.devices > 1:

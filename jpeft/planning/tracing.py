@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.core.backend import compiling_for
 from jpeft.core.frontend import bypassed
 from jpeft.core.peft import adapter_shardings
-from jpeft.core.placement import place
+from jpeft.core.placement import AnyMesh, place
 from jpeft.core.tree import flatten, like, named_sharding, unflatten
 from jpeft.errors import PlanError
 from jpeft.linen.embedding_shift import shift_embedding
@@ -24,10 +24,18 @@ from jpeft.training.step import Step, TrainState, cast_floating, with_shardings
 
 Inputs = tuple[Any, Any, Any]  # state, params, batch
 
+# jax.export promises that custom calls stay stable across versions; here the same version compiles the program.
+_ATTENTIONS = ("Softmax", "SoftmaxDropout", "ScaleBiasSoftmax", "ScaleBiasSoftmaxDropout")
+_CUSTOM_CALLS = (
+    "Sharding",
+    "annotate_device_placement",
+    *(f"__cudnn$fmha{name}{direction}" for name in _ATTENTIONS for direction in ("", "Backward")),
+)
+
 # ---------------------------------------------------------------------------------------------------- abstract inputs
 
 
-def abstract(tree: Any, mesh: AbstractMesh) -> Any:
+def abstract(tree: Any, mesh: AnyMesh) -> Any:
     """The shapes and dtypes of a tree, with its shardings moved to a mesh that has axes of the same names.
 
     Raises:
@@ -50,7 +58,7 @@ def abstract(tree: Any, mesh: AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def shard_inputs(step: Any, inputs: Inputs, mesh: AbstractMesh, rules: Any = None, names: Any = None) -> Inputs:
+def shard_inputs(step: Any, inputs: Inputs, mesh: AnyMesh, rules: Any = None, names: Any = None) -> Inputs:
     """A step's inputs as abstract arrays with shardings on a mesh.
 
     Leaves that have a sharding keep it. The rest is sharded as `jpeft.shard`, `jpeft.shard_batch` and `Peft.init` do.
@@ -201,15 +209,14 @@ def _export(fn: Callable[..., Any], leaves: Sequence[Any], out: Sequence[Any], p
     from jax import export
 
     platforms = [{"gpu": "cuda"}.get(platform, platform)]
-    # jax.export promises that custom calls stay stable across versions; here the same version compiles the program.
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in ("Sharding", "annotate_device_placement")]
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
     jitted = jax.jit(fn, out_shardings=list(out))
     try:
         return bytes(export.export(jitted, platforms=platforms, disabled_checks=checks)(*leaves).serialize())
     except NotImplementedError as error:
         raise PlanError(
-            "the step calls back to Python (jax.debug.print, io_callback, …), which cannot be serialized for the "
-            f"compiling process: {error}"
+            "the step calls back to Python (jax.debug.print, io_callback, or cuDNN's attention over several GPUs), "
+            f"which cannot be serialized for the compiling process: {error}"
         ) from error
     except ImportError as error:
         raise PlanError(f'a plan needs flatbuffers: pip install "jpeft[plan]" ({error})') from error

@@ -595,3 +595,24 @@ def test_a_step_for_another_backend_is_another_program():
         there = step.program(state, batch)
         assert there is step.program(state, batch) is not here
     assert here is step.program(state, batch)
+
+
+def test_a_program_for_a_gpu_is_the_one_that_runs_there(monkeypatch):
+    """On a GPU, cuDNN computes attention in half precision: it is lowered for devices, and its calls are serialized."""
+    from jax import export
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    from jpeft.models import ops
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(ops, "_implementation", lambda *operands: "cudnn")
+    monkeypatch.setattr(sys.modules[prepare.__module__], "describe", lambda topology: jax.devices()[: topology.devices])
+    step, params, names = job(param_dtype=jnp.bfloat16)
+    inputs, alone = (state_of(step, params), params, batch_of()), parse("gpu:1")
+    program = prepare(step, inputs, alone, mesh_for(alone), names=names).program
+    text = export.deserialize(bytearray(program.data)).mlir_module()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in text and "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+    two = parse("gpu:2")
+    with pytest.raises(PlanError, match="cuDNN's attention over several GPUs"):
+        prepare(step, inputs, two, mesh_for(two), names=names)
