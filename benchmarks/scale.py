@@ -1,6 +1,6 @@
-"""One to eight devices, checkpoints, and a GPU: memory, collectives, and the time that saving takes.
+"""One to eight devices, and checkpoints: memory, collectives, and the time that saving takes.
 
-    python benchmarks/scale.py [--only devices,checkpoint,levers,gpu] [--rounds 8] [--layers 4] [--width 512]
+    python benchmarks/scale.py [--only devices,checkpoint,levers] [--rounds 8] [--layers 4] [--width 512]
 
 LoRA of rank 8 (alpha 16, no dropout) on all linear layers of a Llama with random weights, AdamW, jpeft's chat loss.
 Three steps are compared. "base" has no adapter and no optimizer: the loss and its gradient with respect to the output
@@ -20,24 +20,16 @@ checkpoint  Bytes on disk, relative to those of trainable leaves and optimizer s
             files is measured on random bits, without a base; it grows with the number of leaves.
 levers      The effect of each way to save memory on the compiled LoRA step: temporaries and weights with scanned
             layers, the trained and saved state, and FLOPs with unrolled layers (XLA counts the body of a scan once).
-gpu         Steps at 1B and 8B on a bfloat16 and an NF4 base, each library in a process of its own, one after another.
-            Model FLOPs are those of `jpeft.hardware.utilization.step_flops`, without rematerialization and
-            dequantization. MFU is relative to the chip's dense bfloat16 peak. Memory is XLA's figure for the program,
-            and the peak of torch's allocator.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import gc
-import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -48,7 +40,6 @@ from typing import Any
 
 # Set before jax is imported, which reads it once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes take turns on the GPU
 
 import flax.linen as nn
 import jax
@@ -59,8 +50,7 @@ from common import COLLECTIVES, Variant, collectives, compiled_facts, machine, m
 
 import jpeft
 from jpeft import models
-from jpeft.core.tree import count, flatten, size_bytes
-from jpeft.hardware import utilization
+from jpeft.core.tree import flatten, size_bytes
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.parallel.batches import constrained, layout_of
 from jpeft.recipes.tasks import chat
@@ -93,7 +83,6 @@ LLAMA = {
         max_position_embeddings=8192,
     ),
 }
-ROWS = {"1B": 8, "8B": 4}  # of 2,048 tokens, on a GPU
 
 
 def title(text: str) -> None:
@@ -408,162 +397,14 @@ def levers(args: argparse.Namespace) -> Any:
     return rows
 
 
-# --- on a GPU ---
-
-
-def gpu(args: argparse.Namespace) -> Any:
-    """Time, utilization and memory of training steps."""
-    if jax.default_backend() != "gpu":
-        return print(f"\ngpu: needs a GPU; JAX runs on {jax.default_backend()}")
-    kind, rows = jax.devices()[0].device_kind, []
-    peak = utilization.peak_flops(kind)
-    for name in args.shapes:
-        shape = ROWS[name], 2048
-        flops = model_flops(LLAMA[name], shape)
-        for library, worker in (("jpeft", jpeft_steps), ("torch PEFT", torch_steps)):
-            # The end of the process frees its memory.
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                for step, found in process.submit(worker, LLAMA[name], shape, args.rounds).result().items():
-                    row = {"shape": name, "step": step, "library": library, "flops": flops}
-                    rows.append(row | (found if isinstance(found, dict) else {"missing": found}))
-    title(f"{kind}, {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown peak'} in bfloat16; torch runs eagerly")
-    times, body = {(r["shape"], r["step"], r["library"]): r["seconds"] for r in rows if "seconds" in r}, []
-    for r in rows:
-        row = [r["shape"], r["step"], r["library"]]
-        if "missing" in r:
-            body.append([*row, r["missing"], "", "", "", "", ""])
-            continue
-        r["mfu"] = r["flops"] / r["seconds"] / peak if peak else None
-        torch_time = times.get((r["shape"], r["step"], "torch PEFT"))
-        row += [f"{1000 * r['seconds']:.0f} ms", f"{r['tokens'] / r['seconds']:,.0f}"]
-        row += [f"{r['flops'] / r['seconds'] / 1e12:.0f}", f"{r['mfu']:.1%}" if peak else ""]
-        body.append([*row, f"{r['seconds'] / torch_time:.2f}" if torch_time else "", f"{r['peak_bytes'] / 1e9:.1f} GB"])
-    head = ["shape", "step", "library", "median", "tokens/s", "model TFLOP/s", "MFU", "time / torch", "peak memory"]
-    markdown(head, body)
-    return rows
-
-
-def model_flops(config: DecoderConfig, shape: tuple[int, int]) -> float:
-    """FLOPs of a step, the same for both libraries and both bases."""
-    model = Decoder(config)
-    params = abstract_params(model)
-    adapter = LORA.bind(model, params, *chat.example_inputs()).init(jax.random.key(0), params)
-    trained = count(adapter)
-    return utilization.step_flops(model, params, tokens=math.prod(shape), length=shape[1], trained=trained)
-
-
-def median_of(run: Any, rounds: int) -> float:
-    for _ in range(3):
-        run()
-    return statistics.median(seconds(run) for _ in range(rounds))
-
-
-def jpeft_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
-    model = Decoder(config, param_dtype=jnp.bfloat16, remat="full")
-    params, batch, out = random_params(model), jax.device_put(batch_of(*shape, config.vocab_size)), {}
-    for name in ("LoRA", "QLoRA"):
-        if name == "QLoRA":
-            params = jpeft.quantize(params, "nf4")
-        compiled, state = train_step(LORA, model, params, batch)
-        time_of = median_of(functools.partial(run_step, compiled, [state], params, batch, False), rounds)
-        # XLA's figure: the allocator's peak would be that of initializing and quantizing the weights.
-        facts = compiled_facts(compiled)
-        held = facts["argument_bytes"] + facts["temporary_bytes"] + facts["fresh_bytes"]
-        out[name] = {"seconds": time_of, "tokens": math.prod(shape), "peak_bytes": held}
-    return out
-
-
-def torch_steps(config: DecoderConfig, shape: tuple[int, int], rounds: int, device: str = "cuda") -> dict[str, Any]:
-    """The steps with HuggingFace's model and PEFT: checkpointed layers, SDPA, adapters in float32."""
-    if missing := [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]:
-        return {"LoRA": f"no {missing[0]}"}
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        return {"LoRA": "torch has no CUDA"}
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shared = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    )
-    ids = torch.randint(0, config.vocab_size, shape, device=device)
-    out: dict[str, Any] = {}
-    for name in ("LoRA", "QLoRA"):
-        if name == "QLoRA" and importlib.util.find_spec("bitsandbytes") is None:
-            return out | {name: "no bitsandbytes"}
-        torch.set_default_dtype(torch.bfloat16)
-        theirs = LlamaConfig(**{f: getattr(config, f) for f in shared}, use_cache=False, attn_implementation="sdpa")
-        with torch.device(device):
-            model = LlamaForCausalLM(theirs)
-        torch.set_default_dtype(torch.float32)
-        if name == "QLoRA":
-            quantize_linear_layers(model, device)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-
-        def step(model: Any = model, optimizer: Any = optimizer) -> None:
-            with torch.autocast(device, torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        time_of = median_of(step, rounds)
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-        out[name] = {"seconds": time_of, "tokens": math.prod(shape), "peak_bytes": peak}
-        del model, optimizer, step
-        gc.collect()  # before the next base is allocated
-    return out
-
-
-def quantize_linear_layers(model: Any, device: str) -> None:
-    """Quantizes all linear layers but the head to bitsandbytes' NF4, as `from_pretrained` does for weights it reads."""
-    import bitsandbytes as bnb
-    import torch
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and not name.endswith("lm_head"):
-            new = bnb.nn.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=True,
-                quant_type="nf4",
-                device="meta",
-            )
-            new.weight = bnb.nn.Params4bit(
-                layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
-            )
-            owner, own = name.rsplit(".", 1)
-            setattr(model.get_submodule(owner), own, new.to(device))
-    model.is_loaded_in_4bit = True  # the attribute that PEFT checks
-
-
 def main() -> None:
-    parts = {"devices": devices, "checkpoint": save, "levers": levers, "gpu": gpu}
+    parts = {"devices": devices, "checkpoint": save, "levers": levers}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4, help="layers, in devices, checkpoint and levers")
     parser.add_argument("--width", type=int, default=512, help="hidden size, in devices, checkpoint and levers")
-    parser.add_argument("--shapes", default=",".join(LLAMA), help="models that devices compiles and gpu runs")
+    parser.add_argument("--shapes", default=",".join(LLAMA), help="models that devices compiles")
     parser.add_argument("--json", default=None, help="write the numbers to this file")
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - parts.keys():
