@@ -21,6 +21,7 @@ from jpeft.methods.chain import Chain as Chain
 from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.lora import LoRA as LoRA
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
+from jpeft.methods.spelling import no_field
 from jpeft.methods.train import Train as Train
 from jpeft.methods.trainable_tokens import TrainableTokens as TrainableTokens
 
@@ -85,8 +86,8 @@ def from_dict(config: Mapping[str, Any]) -> Method:
         return Chain(*(from_dict(m) for m in config["methods"]))
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; expected one of {', '.join([*METHODS, Chain.__name__])}")
-    fields = {f.name for f in dataclasses.fields(METHODS[name])}
-    unknown = sorted(set(config) - fields - {"method"})
+    fields = [field.name for field in dataclasses.fields(METHODS[name])]
+    unknown = sorted(set(config) - {*fields, "method"})
     if unknown:
-        raise ValueError(f"{name} has no field {unknown[0]!r}; its fields are {', '.join(sorted(fields))}")
+        raise ValueError(no_field(METHODS[name], unknown[0], fields))
     return METHODS[name](**{k: v for k, v in config.items() if k != "method"})

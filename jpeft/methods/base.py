@@ -33,6 +33,7 @@ from jpeft.core.targets import (
     matches_entry,
     select,
 )
+from jpeft.methods.spelling import InitSignature, check_names, no_field
 
 if TYPE_CHECKING:
     from jpeft.core.peft import Peft
@@ -70,6 +71,14 @@ class Method:
         if "fixed" in vars(cls):  # ignored, these leaves would train
             raise TypeError(f"{cls.__name__}.fixed is called non_trainable now; rename it")
 
+    if not TYPE_CHECKING:  # type checkers and editors read the fields of each method
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Method:
+            check_names(cls, kwargs)
+            return super().__new__(cls)
+
+        __signature__ = InitSignature()
+
     def __post_init__(self) -> None:
         for name in ("targets", "exclude"):
             value = getattr(self, name)
@@ -85,7 +94,10 @@ class Method:
         object.__setattr__(self, "overrides", overrides)
         for pattern, fields in overrides.items():
             compile_pattern(pattern)
+            known = [field.name for field in dataclasses.fields(self)]
             for field in fields:
+                if field not in known:
+                    raise TypeError(f"overrides[{pattern!r}]: {no_field(type(self), field, self.per_site)}")
                 if field not in self.per_site:
                     raise ValueError(
                         f"{self.name}: overrides[{pattern!r}] sets {field!r}, which cannot differ per site; per-site "

@@ -147,7 +147,7 @@ def test_a_field_that_cannot_be_is_refused_when_it_is_given(make, message):
 
 @pytest.mark.parametrize(("config", "message"), [
     ({"method": "LoRAA"}, "unknown method 'LoRAA'; expected one of .*LoRA"),
-    ({"method": "LoRA", "ranks": 3}, "LoRA has no field 'ranks'; its fields are"),
+    ({"method": "LoRA", "ranks": 3}, "LoRA has no field 'ranks'; nearest: rank"),
     ({"rank": 3}, "an object with a name under 'method'"),
     ([], "an object with a name under 'method'"),
     ({"method": "Chain", "methods": 3}, "Chain takes 'methods', a list"),
