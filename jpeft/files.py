@@ -1,14 +1,17 @@
-"""Files and folders: written atomically, read with errors that name the path; safetensors, JSON and checksums."""
+"""Files and folders: written atomically, read with errors that name the path; safetensors, JSON and checksums.
+
+Paths are from `jpeft.storage.as_path`: local, or on an object store.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,13 +19,26 @@ from typing import Any
 
 import numpy as np
 
-from jpeft.errors import AdapterError
+from jpeft.errors import AdapterError, UserError
+from jpeft.storage import (
+    create_object,
+    download,
+    file_sizes,
+    is_remote,
+    local_copy,
+    modified_seconds,
+    put_object,
+    size_bytes,
+    upload,
+)
 
 # ------------------------------------------------------------------------------------------------- files and folders
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a crash leaves the old content or the new one, never a part of it.
+
+    An object store keeps that promise by itself: an object appears when its upload ends.
 
     Raises:
         OSError: the file cannot be written, e.g. the disk is full. The old file is intact and no temporary file stays.
@@ -32,6 +48,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     >>> (folder / "notes.txt").read_bytes()
     b'tea'
     """
+    if is_remote(path):
+        return put_object(path, data)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -53,12 +71,18 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """A folder that is filled inside the `with` and then takes its name in one step, or leaves nothing behind.
+
+    An object store cannot rename a folder in one step. There the folder is filled on the local disk and uploaded, the
+    marker last, without which no reader takes it for whole. Of two that make the same folder, one fails, as on a disk.
+    Killed during the upload, files without the marker are left, which the next `new_folder` of this name replaces; and
+    with `replace`, the old marker is deleted first, so that neither the old folder nor the new one is there.
 
     Args:
         path: the folder to make; its parents are made too. An empty folder of this name is replaced.
         replace: also replace a folder that holds files. It is deleted only after the new one has its name.
+        marker: the file that makes the folder a whole one; readers ask for it first.
 
     Raises:
         OSError: the folder cannot be made, or `path` is taken and `replace` is False. What was there is intact.
@@ -69,6 +93,11 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     >>> [file.name for file in path.iterdir()]
     ['result.json']
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="jpeft-") as staging:
+            yield Path(staging)
+            _publish(Path(staging), path, replace, marker)
+        return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
@@ -89,11 +118,29 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _publish(new: Path, path: Path, replace: bool, marker: str) -> None:
+    """Uploads a local folder to a store, the marker last."""
+    there, names = set(file_sizes(path)), list(file_sizes(new))
+    if marker in there:
+        if not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        (path / marker).unlink()
+    for name in names:
+        if name != marker:
+            upload(new / name, path / name)
+    for name in there - {*names, marker}:  # of the old folder, or of a killed upload
+        (path / name).unlink()
+    if marker in names:
+        create_object(path / marker, (new / marker).read_bytes())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder durable, on systems that can.
 
     >>> sync_folder(Path(tempfile.mkdtemp()))
     """
+    if is_remote(folder):
+        return
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -117,16 +164,41 @@ def file_sha256(path: Path) -> str:
 def cache_folder() -> Path:
     """The folder for downloads and compiled programs: `$JPEFT_CACHE`, else the platform's (`~/.cache/jpeft` on Linux).
 
+    Raises:
+        UserError: `$JPEFT_CACHE` is on an object store.
+
     >>> cache_folder().is_absolute()
     True
     """
     if chosen := os.environ.get("JPEFT_CACHE"):
+        if is_remote(chosen):
+            raise UserError(f"JPEFT_CACHE={chosen}: the cache must be a local folder")
         return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "jpeft"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jpeft"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jpeft"
+    import platformdirs
+
+    return platformdirs.user_cache_path("jpeft", appauthor=False)
+
+
+def cached_copy(path: Path) -> Path:
+    """A local copy of a file on an object store, kept in the cache until the file changes; a local file itself.
+
+    >>> cached_copy(Path("model.gguf"))
+    PosixPath('model.gguf')
+    """
+    if not is_remote(path):
+        return path
+    version = f"{path} {size_bytes(path)} {modified_seconds(path)}"
+    folder = cache_folder() / "objects" / hashlib.sha256(version.encode()).hexdigest()[:16]
+    copy = folder / path.name
+    if not copy.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}")
+        try:
+            download(path, scratch)
+            scratch.replace(copy)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return copy
 
 
 # -------------------------------------------------------------------------------------------------------------- JSON
@@ -156,7 +228,7 @@ def read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
     {'loss': 0.5}
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as cause:  # malformed JSON, malformed UTF-8, or JSON nested too deeply
         raise error(f"{path}: not JSON: {cause}") from cause
     if not isinstance(value, dict):
@@ -204,7 +276,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise AdapterError(f"{path} does not exist")
     try:
         # Not safetensors.numpy.load, which does not know bfloat16.
-        with safe_open(path, framework="numpy") as file:
+        with local_copy(path) as local, safe_open(local, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         if _is_pickle(path):

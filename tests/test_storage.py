@@ -1,0 +1,175 @@
+"""Paths on an object store: against a local server of Google Cloud Storage's protocol, and against local folders."""
+
+import contextlib
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft import files, storage
+from jpeft.errors import AdapterError, UserError
+from jpeft.storage import as_path
+from tests import object_store
+
+
+@pytest.fixture(scope="session")
+def store():
+    running = object_store.start()
+    before = dict(os.environ)
+    os.environ.update(object_store.environment(running))
+    yield running
+    os.environ.clear()
+    os.environ.update(before)
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def folder(store):
+    return as_path(f"{object_store.BUCKET}/{secrets.token_hex(4)}")
+
+
+def test_a_path_is_local_unless_it_has_a_scheme(store, monkeypatch):
+    assert as_path("runs/a") == Path("runs/a") and as_path("~/a") == Path.home() / "a"
+    for given in ("gs://bucket/a/b", Path("gs://bucket/a/b"), as_path("gs://bucket/a/b")):
+        assert str(as_path(given)) == "gs://bucket/a/b" and storage.is_remote(as_path(given))
+    assert not storage.is_remote(as_path("gs:")) and not storage.is_remote(Path("a/gs:/b"))
+    with pytest.raises(UserError, match=r"ftp://host/a: expected a local path, or one that starts with gs://"):
+        as_path("ftp://host/a")
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'gs://a/b: gs:// needs gcsfs: pip install "jpeft\[gcs\]"'):
+        as_path("gs://a/b")
+
+
+@pytest.mark.parametrize("bucket, said", [("gs://none", "there is no bucket gs://none"),
+                                          (object_store.READ_ONLY, "gs://read-only .*auth.*login")])  # fmt: skip
+def test_a_bucket_that_cannot_be_written_is_refused(store, bucket, said, capfd):
+    with pytest.raises(UserError, match=said):
+        storage.check_writable(as_path(f"{bucket}/run"))
+    with pytest.raises(OSError, match=f"{bucket}/run/a.txt"):
+        files.write_atomically(as_path(f"{bucket}/run/a.txt"), b"tea")
+    assert capfd.readouterr().err == ""
+
+
+def test_files_of_a_store_are_as_those_of_a_disk(folder, tmp_path):
+    for place in (folder, tmp_path / "a"):
+        with files.new_folder(place) as new:
+            (new / "inner").mkdir()
+            files.write_json(new / "config.json", {"é": 1})
+            (new / "inner" / "tea.bin").write_bytes(bytes(range(256)) * 40)
+        assert storage.file_sizes(place) == {"config.json": 14, "inner/tea.bin": 10240}
+        assert files.read_json(place / "config.json", ValueError) == {"é": 1}
+        assert files.file_sha256(place / "inner" / "tea.bin") == hashlib.sha256(bytes(range(256)) * 40).hexdigest()
+        with storage.local_copy(place / "inner" / "tea.bin") as copy:
+            assert copy.read_bytes() == bytes(range(256)) * 40
+        with pytest.raises(FileExistsError), files.new_folder(place) as new:
+            files.write_json(new / "config.json", {})
+            if place == folder:  # another process was first, while this one uploaded
+                files.write_json(place / "config.json", {"é": 2})
+            else:
+                raise FileExistsError
+        with files.new_folder(place, replace=True) as new:
+            files.write_json(new / "config.json", {})
+        assert storage.file_sizes(place) == {"config.json": 3}
+        storage.remove_folder(place)
+        assert not place.exists() and storage.file_sizes(place) == {}
+
+
+def test_of_two_that_create_an_object_one_fails(folder):
+    storage.create_object(folder / "a", b"first")
+    with pytest.raises(FileExistsError):
+        storage.create_object(folder / "a", b"second")
+    assert (folder / "a").read_bytes() == b"first"
+
+
+def test_what_another_process_wrote_is_seen_at_once(folder, store):
+    """gcsfs keeps the listings that it saw, which would hide what other hosts, or tensorstore, wrote since."""
+    files.write_atomically(folder / "a", b"")
+    assert [path.name for path in folder.iterdir()] == ["a"] and not (folder / "b").exists()
+    bucket, _, name = str(folder / "b").removeprefix("gs://").partition("/")
+    from gcp_storage_emulator.handlers.objects import _checksums, _make_object_resource
+
+    store.held.create_file(bucket, name, b"x", _checksums(b"x", _make_object_resource("", bucket, name, "", "1")))
+    assert (folder / "b").exists() and [path.name for path in folder.iterdir()] == ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    model, x = nn.Sequential([nn.Dense(4), nn.Dense(2)]), jnp.ones((1, 3))
+    params = model.init(jax.random.key(0), x)["params"]
+    peft = jpeft.LoRA(rank=2, targets=["layers_0"]).bind(model, params, x)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.5, peft.init(jax.random.key(1), params))
+    return model, params, x, peft, adapter
+
+
+def test_an_adapter_is_saved_and_loaded(folder, small):
+    model, params, x, peft, adapter = small
+    for value in (adapter, jax.tree.map(lambda leaf: leaf * 2, adapter)):
+        jpeft.save(str(folder), peft, value, params)
+        _, found = jpeft.load(str(folder), model, params, x)
+        jax.tree.map(np.testing.assert_array_equal, value, found)
+    assert storage.file_sizes(folder).keys() == {"adapter.safetensors", "config.json"}
+    with pytest.raises(AdapterError, match=r"gs://bucket/.*/none is not a folder"):
+        jpeft.load(folder / "none", model, params, x)
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_after(requests):
+    """A context that ends when a process has made this many requests that write, and can make no more."""
+    system, made = storage._file_system("gs"), []
+
+    def limited(original):
+        def call(*args, **kwargs):
+            if len(made) >= requests:
+                raise Killed
+            made.append(args)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("pipe_file", "put_file", "cp_file", "rm_file"):
+            patch.setattr(system, name, limited(getattr(system, name)))
+        yield
+
+
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(folder, small):
+    model, params, x, peft, old = small
+    new, outcomes = jax.tree.map(lambda leaf: leaf * 2, old), []
+    for requests in range(6):
+        place = folder / str(requests)
+        jpeft.save(place, peft, old, params)
+        with killed_after(requests):
+            jpeft.save(place, peft, new, params)
+        _, found = jpeft.load(place, model, params, x)
+        which = [all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(value))) for value in (old, new)]
+        assert sum(which) == 1
+        outcomes.append(which[1])
+    assert outcomes == [False, False, True, True, True, True]
+
+
+def test_a_folder_whose_upload_is_killed_is_not_taken_for_whole(folder):
+    for requests in range(4):
+        place = folder / str(requests)
+        with killed_after(requests), files.new_folder(place) as new:
+            for name in ("config.json", "a", "b"):
+                files.write_json(new / name, {})
+        assert (place / "config.json").exists() == (requests == 3)
+        if requests < 3:  # the next try is not hindered by what was left
+            with files.new_folder(place) as new:
+                files.write_json(new / "config.json", {})
+            assert storage.file_sizes(place).keys() == {"config.json"}
