@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
 from jpeft.core.actions import Action, by_weight, expand_leaves, init_leaves, merge_leaf
 from jpeft.core.adapter_placement import box_like, leaf_sharding
+from jpeft.core.arguments import adapter_leaves, check_order
 from jpeft.core.finite import check_merged, is_finite
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Method, slugs
@@ -163,24 +163,24 @@ class Peft:
         """The adapter's leaves by path.
 
         Raises:
+          TypeError: it is no tree.
           ValueError: a leaf is missing, has no place in this Peft, or has another shape.
         """
-        leaves, expected = flatten(adapter), dict(self.structure)
-        for path in expected.keys() - leaves.keys():
-            raise ValueError(
-                f"the adapter lacks {join(path)!r} ({len(leaves)} leaves, {len(expected)} expected); if it is half of "
-                "a partition, combine it with the other half first"
-            )
-        for path in leaves.keys() - expected.keys():
-            raise ValueError(
-                f"the adapter has a leaf {join(path)!r} that {self.method.name} does not"
-                f"{nearest(join(path), map(join, expected))}"
-            )
-        for path, (shape, _) in expected.items():
-            got = np.shape(meta.unbox(leaves[path]))
-            if got != shape:
-                raise ValueError(f"adapter leaf {join(path)!r} has shape {got}, expected {shape}")
-        return leaves
+        return adapter_leaves(dict(self.structure), adapter, self.method.name)
+
+    def check_order(self, params: Tree, adapter: Tree, call: str) -> None:
+        """Checks that ``params`` and ``adapter`` are not each other, or something else, by their structure alone.
+
+        Args:
+          call: the call as it should be, for the errors.
+
+        Raises:
+          TypeError: one of the two is no tree.
+          ValueError: they are other trees, such as each other.
+        """
+        own = dict(self.structure)
+        weight = next((site.weight_path for site in self.weights if site.weight_path not in own), None)
+        check_order(own, weight, params, adapter, call)
 
     def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False, safe: bool = True) -> Any:
         """Merged weights for the unmodified model, whose outputs are then those of `apply`.
@@ -203,6 +203,7 @@ class Peft:
             merged weight is quantized.
           MergeError: a merged weight holds NaN or infinities, or is beyond the range of the base's dtype.
         """
+        self.check_order(params, adapter, "peft.merge(params, adapter)")
         for action in self.actions:
             if not action.method.mergeable:
                 raise ValueError(
@@ -285,6 +286,7 @@ class Peft:
           *inputs: as for ``model.apply``.
           **kwargs: as for ``model.apply``: rngs, mutable, method, capture_intermediates, ...
         """
+        self.check_order(params, adapter, "peft.apply(params, adapter, *inputs)")
         return self.frontend.run(self, params, adapter, inputs, kwargs)
 
     def overlay(self, params: Tree, adapter: Tree) -> Any:
@@ -293,6 +295,7 @@ class Peft:
         It is ``combine(params, adapter)``, except that a weight that no module call explains is in a box, a weight that
         is read from another module is merged, and leaves that depend on shared ones are expanded.
         """
+        self.check_order(params, adapter, "peft.overlay(params, adapter)")
         return self.frontend.overlay(self, params, adapter)
 
     def intercept(self) -> AbstractContextManager[None]:

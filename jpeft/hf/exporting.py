@@ -69,6 +69,7 @@ def save(
     >>> peft.method.targets
     ('layers_0',)
     """
+    peft.check_order(params, adapter, "jpeft.hf.save(path, peft, adapter, params)")
     name, spec, beside = _specs(peft)
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))

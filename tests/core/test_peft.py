@@ -169,6 +169,60 @@ def test_an_adapter_that_does_not_fit_is_refused_by_path():
         peft.apply({"other": params["block"]}, adapter, x)
 
 
+@pytest.mark.parametrize("name", ["LoRA", "Train"])  # the leaves of the second are the base's too
+def test_two_trees_in_the_wrong_order_are_told_as_that(name, tmp_path):
+    model, x = nn.Sequential([nn.Dense(4), nn.Dense(2)]), jnp.ones((1, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    method = {"LoRA": jpeft.LoRA(rank=2, targets="layers_0"), "Train": jpeft.Train("layers_1")}[name]
+    peft = method.bind(model, params, x)
+    adapter = peft.init(jax.random.key(1), params)
+    order = "in the wrong order: the adapter was given as params, and params as the adapter"
+    for call, made in {
+        "peft.apply(params, adapter, *inputs)": lambda a, b: peft.apply(a, b, x),
+        "peft.merge(params, adapter)": peft.merge,
+        "peft.overlay(params, adapter)": peft.overlay,
+        "jpeft.save(path, peft, adapter, params)": lambda a, b: jpeft.save(tmp_path / "a", peft, b, a),
+        "jpeft.hf.save(path, peft, adapter, params)": lambda a, b: jpeft.hf.save(tmp_path / "a", peft, b, a),
+    }.items():
+        for base in (params, {"params": params}, freeze(params)):
+            with pytest.raises(ValueError) as caught:
+                made(adapter, base)
+            assert str(caught.value) == f"{call}: the two trees are {order}"
+    with pytest.raises(ValueError, match=order):
+        jax.jit(peft.apply)(adapter, params, x)
+    assert not list(tmp_path.iterdir())
+    full = jpeft.combine(params, adapter)
+    for given, error, message in (
+        ((params, x), TypeError, r"adapter must be a tree, .* an array of shape \(1, 4\); was the adapter left out\?"),
+        ((adapter, x), TypeError, r"adapter must be a tree, .* an array of shape \(1, 4\); was params left out\?"),
+        ((x, adapter), TypeError, r"params must be a tree, as from model.init, got an array of shape \(1, 4\)"),
+        ((params, None, x), TypeError, "adapter must be a tree, as from peft.init, got a NoneType"),
+        ((params, full, x), ValueError, r"holds the base's leaves too; give it alone: peft.split\(full\)"),
+        (
+            (params, {"x": x}),
+            ValueError,
+            f"lacks 'layers_.*' and all other leaves of this {name}; it has 'x'",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            peft.apply(*given)
+    assert peft.apply(params, adapter, x).shape == (1, 2)
+
+
+def test_the_adapter_of_another_peft_is_told_and_nothing_of_the_checks_is_in_a_program():
+    peft, _, params, x = bound("dense", "plain", "LoRA")
+    other = contract.bound(METHODS["IA3"], "dense", "plain")[0]
+    with pytest.raises(ValueError, match=r"and all other leaves of this LoRA; it has .*: is it another Peft's\?"):
+        peft.merge(params, moved(other, params))
+    with pytest.raises(TypeError, match=r"the adapter must be a tree, as from peft.init, got an array"):
+        peft.check(x)
+    adapter = moved(peft, params)
+    run = lambda p, a: peft.frontend.run(peft, p, a, (x,), {})  # noqa: E731
+    assert str(jax.make_jaxpr(run)(params, adapter)) == str(
+        jax.make_jaxpr(lambda p, a: peft.apply(p, a, x))(params, adapter)
+    )
+
+
 def test_parameters_that_do_not_fit_the_model_are_refused_by_name():
     peft, model, params, x = bound("dense", "plain", "LoRA")
     method = peft.method
