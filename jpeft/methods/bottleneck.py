@@ -38,9 +38,9 @@ class Bottleneck(OutputMethod):
       reduction: features / size, if ``size`` is None.
       size: width of the bottleneck.
       activation: "relu", "gelu", "silu" or "tanh".
-      scale: s.
+      scale: s, the factor on the network's output.
       init_std: standard deviation of D at first; U starts at zero, so that the model is unchanged.
-      dtype: of the leaves.
+      dtype: dtype of the leaves.
       exclude, overrides: see `Method`.
 
     Leaves at a site: ``bottleneck_down [features, size]``, ``bottleneck_down_bias [size]``,

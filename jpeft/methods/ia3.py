@@ -26,7 +26,7 @@ class IA3(WeightMethod):
 
     Attributes:
       feedforward: the targets whose input is scaled: a regular expression, a list of paths, or None for no target.
-      dtype: of the leaves.
+      dtype: dtype of the leaves.
       targets, exclude, overrides, parts: see `WeightMethod`.
 
     Leaves at a site, all ones at first: ``ia3_out [out]`` or ``ia3_in [in]`` (for a convolution, one per channel).

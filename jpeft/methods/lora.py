@@ -32,14 +32,14 @@ class LoRA(WeightMethod):
     """Low-rank updates of weights.
 
     Attributes:
-      rank: r.
+      rank: r, the number of columns of A and of rows of B.
       alpha: numerator of the scale; by default the rank, for a scale of 1.
       rslora: whether the scale is alpha / sqrt(r).
       dropout: rate on the adapter's input, while the caller trains.
       init_weights: "kaiming" (A uniform in ±1/sqrt(in), B zero: HuggingFace's default), "gaussian" (A normal, std 1/r),
         "orthogonal" (A and B on orthogonal subspaces, so that A B = 0; r must be even), or "random" (A as for kaiming,
         B not zero: a fresh adapter changes the model). Embedding tables start from A = 0 and a normal B.
-      dtype: of the leaves; they are cast to the activation's dtype once.
+      dtype: dtype of the leaves; they are cast to the activation's dtype once.
       targets, exclude, overrides, parts: see `WeightMethod`. ``overrides`` may set all fields but these three.
 
     Leaves at a site: ``lora_a [in, r]``, ``lora_b [r, out]``.

@@ -32,7 +32,7 @@ class PrefixTuning(AttentionMethod):
       hidden: width of the network.
       embedding: width of its input.
       init_std: standard deviation of keys and values at first.
-      dtype: of the leaves.
+      dtype: dtype of the leaves.
       targets: paths of attention modules; by default all.
       exclude, overrides: see `Method`.
 

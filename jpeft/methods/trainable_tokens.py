@@ -33,7 +33,7 @@ class TrainableTokens(WeightMethod):
 
     Attributes:
       indices: the token ids, in the order of the leaves' rows. ``overrides`` may set others for one target.
-      dtype: of the leaves.
+      dtype: dtype of the leaves.
       targets: embedding tables, and heads: weights with an output for each token. By default the model's one table.
       exclude, overrides, parts: see `WeightMethod`.
 

@@ -1,6 +1,8 @@
 """Plans of training steps for hardware that is not attached, from programs compiled for it on this machine.
 
-print(jpeft.plan(step, state, params, batch, topology="v5e:4x4", mesh="fsdp=16"))
+Example::
+
+    print(jpeft.plan(step, state, params, batch, topology="v5e:4x4", mesh="fsdp=16"))
 """
 
 from jpeft.errors import PlanError as PlanError

@@ -1,9 +1,11 @@
 """The text generator behind `jpeft generate` and `jpeft chat`: a language model, its tokenizer and an adapter.
 
-generator = open_text_generator("smollm2", adapter="runs/mine")
-ids = generator.tokenizer.encode_chat([{"role": "user", "content": "Who are you?"}])
-for piece in generator.stream(ids, Settings()):
-    print(piece, end="", flush=True)
+Example::
+
+    generator = open_text_generator("smollm2", adapter="runs/mine")
+    ids = generator.tokenizer.encode_chat([{"role": "user", "content": "Who are you?"}])
+    for piece in generator.stream(ids, Settings()):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations

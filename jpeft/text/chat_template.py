@@ -1,5 +1,7 @@
 """Tokenizers of language models with their chat templates: messages to token ids, and generated ids back to text.
 
+Example::
+
     tokenizer = read("./SmolLM2-135M-Instruct")     # a HuggingFace folder or a .gguf file
     ids = tokenizer.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])
     stream = Stream(tokenizer)
