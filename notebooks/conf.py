@@ -21,7 +21,7 @@ author = "The jpeft authors"
 project_copyright = f"2026, {author}. Apache License 2.0"
 release = version = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design", "book"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design", "sphinx_markdown_builder", "book"]
 exclude_patterns = ["_build", "book", "**/.ipynb_checkpoints", "README.md"]
 
 # Markdown and execution.
@@ -32,6 +32,7 @@ nb_execution_excludepatterns = [] if tags.has("all") else ["*.ipynb"]  # noqa: F
 nb_execution_timeout = 1200
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_mime_priority_overrides = [("markdown", "text/plain", 0), ("markdown", "image/png", 1)]  # in the copies
 nb_ipywidgets_js = {}  # else pages load scripts from a CDN
 
 # Docstrings: Google style, with single backticks for names.
@@ -39,6 +40,8 @@ default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+# Names that say more than what they stand for.
+autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "Leaves", "Path", "Targets", "Tree")}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from book import api, commands, methods
+from book import api, commands, copies, methods
 from book.docstrings import prepare
 
 
@@ -33,4 +33,5 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", prepare, priority=400)  # before napoleon, at 500
     app.connect("missing-reference", api.resolve)
+    app.connect("build-finished", copies.write)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

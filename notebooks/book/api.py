@@ -48,6 +48,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Trees and errors": ("jpeft.core.tree", "jpeft.io", "jpeft.errors"),
 }
+_INTRODUCTION = """\
+Every public name, from its docstring. `import jpeft` gives what is listed first, and `jpeft.hf`, `jpeft.models` and
+`jpeft.methods`; the other modules are imported by name. Everything else in the package may change."""
 _LAZY = ("generate", "hf", "models", "plan", "stream")  # attributes of `jpeft` that are imported when they are used
 
 
@@ -118,7 +121,7 @@ def _page(name: str, value: Any) -> str:
 
 def _directive(name: str, value: Any) -> str:
     if inspect.isclass(value):
-        return f".. autoclass:: {name}\n   :members:\n   :show-inheritance:\n\n"
+        return f".. autoclass:: {name}\n   :members:\n\n"
     if inspect.isroutine(value):
         return f".. autofunction:: {name}\n\n"
     return f".. py:data:: {name}\n\n   {_keys(value)}\n\n"
@@ -151,7 +154,7 @@ def _top_name(name: str) -> str:
 
 
 def _index(top: dict[str, Any]) -> str:
-    lines = ["# API reference", "", "## jpeft", "", "| name | |", "| --- | --- |"]
+    lines = ["# API reference", "", _INTRODUCTION, "", "## jpeft", "", "| name | |", "| --- | --- |"]
     lines += [f"| [`jpeft.{name}`](jpeft.{name}.rst) | {summary(value)} |" for name, value in top.items()]
     for title, modules in SECTIONS.items():
         lines += ["", f"## {title}", "", "| module | |", "| --- | --- |"]

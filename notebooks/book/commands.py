@@ -50,4 +50,4 @@ def _configuration() -> str:
     from jpeft.recipes.config import Config
 
     rows = [f"| `{f.name}` | `{f.type}` |".replace(" | None", " \\| None") for f in dataclasses.fields(Config)]
-    return "\n".join(["# Configuration", "", "| field | type |", "| --- | --- |", *rows, ""])
+    return "\n".join(["# Configuration", "", "What a run's result depends on.", "", "| field | type |", "| --- | --- |", *rows, ""])

@@ -74,27 +74,23 @@ def _entries(doc: str) -> dict[str, str]:
 
 
 def prepare(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Makes a docstring one that napoleon and reStructuredText render as it is meant.
-
-    The fields of a dataclass are its constructor's parameters. A list needs an empty line before it.
-    """
+    """Makes a docstring one that napoleon and reStructuredText render as it is meant."""
     fixed: list[str] = []
     for line in lines:
         if what == "class" and line == "Attributes:":
-            line = "Args:"
-        is_item = line.lstrip().startswith("- ")
-        if is_item and fixed and fixed[-1].strip() and not fixed[-1].lstrip().startswith("- "):
-            if not _continues(fixed):
-                fixed.append("")
+            line = "Args:"  # the fields of a dataclass are its constructor's parameters
+        if entry := re.match(r"\s+[\w, ]*\*[\w, *]*:", line):
+            line = entry[0].replace("*", r"\*") + line[entry.end() :]
+        line = re.sub(r"(``.+?``|`[^`]+`)(?=(\w?))", lambda m: m[1] + r"\ " * bool(m[2]), line)  # as in `jax.Array`s
+        if line.lstrip().startswith("- ") and fixed and fixed[-1].strip() and not _in_list(fixed):
+            fixed.append("")
         fixed.append(line)
     lines[:] = fixed
 
 
-def _continues(lines: list[str]) -> bool:
+def _in_list(lines: list[str]) -> bool:
     """Whether the last line belongs to an item of a list."""
     for line in reversed(lines):
-        if not line.strip():
-            return False
-        if line.lstrip().startswith("- "):
-            return True
+        if not line.strip() or line.lstrip().startswith("- "):
+            return bool(line.strip())
     return False
