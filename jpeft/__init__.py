@@ -1,6 +1,6 @@
 """jpeft: parameter-efficient fine-tuning for JAX and Flax, as transforms of a parameter tree."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jpeft._moved import find as _find_moved
 from jpeft.core.peft import Peft as Peft
@@ -26,17 +26,39 @@ from jpeft.quantization.tree import quantize as quantize
 from jpeft.training.step import TrainState as TrainState
 from jpeft.training.step import train_step as train_step
 
+# Imported when first used, so that `import jpeft` stays light: the module, and the name in it; None is the module.
+_LAZY = {
+    "generate": ("jpeft.serving.generation", "generate"),
+    "hf": ("jpeft.hf", None),
+    "models": ("jpeft.models", None),
+    "plan": ("jpeft.planning", "plan"),
+    "stream": ("jpeft.serving.generation", "stream"),
+}
 
-def __getattr__(name: str) -> Any:
-    """Imports `jpeft.hf`, `jpeft.models` and what runs them when they are first used: `import jpeft` stays light."""
-    import importlib
+if TYPE_CHECKING:  # the same names for editors and type checkers, and the folders that are attributes at run time
+    from jpeft import core as core
+    from jpeft import hf as hf
+    from jpeft import methods as methods
+    from jpeft import models as models
+    from jpeft import parallel as parallel
+    from jpeft import quantization as quantization
+    from jpeft import training as training
+    from jpeft.planning import plan as plan
+    from jpeft.serving.generation import generate as generate
+    from jpeft.serving.generation import stream as stream
+else:
 
-    if name in ("hf", "models"):
-        return importlib.import_module(f"jpeft.{name}")
-    if name == "plan":
-        return importlib.import_module("jpeft.planning").plan
-    if name in ("generate", "stream"):
-        return getattr(importlib.import_module("jpeft.serving.generation"), name)
-    if (module := _find_moved(name)) is not None:
-        return module
-    raise AttributeError(f"module 'jpeft' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        import importlib
+
+        if name in _LAZY:
+            module, member = _LAZY[name]
+            found = importlib.import_module(module)
+            return found if member is None else getattr(found, member)
+        if (module := _find_moved(name)) is not None:
+            return module
+        raise AttributeError(f"module 'jpeft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
