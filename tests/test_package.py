@@ -32,9 +32,7 @@ def test_editors_see_what_there_is_at_run_time():
     at_once = {name for name in seen if name not in LAZY}
     code = f"import jpeft; assert {at_once!r} <= vars(jpeft).keys(); assert not {set(LAZY)!r} & vars(jpeft).keys()\n"
     code += f"assert {set(LAZY)!r} <= set(dir(jpeft))\n"
-    code += (
-        "import sys; heavy = {'orbax', 'matplotlib', 'tokenizers', 'torch', 'pandas', 'jpeft.models'}"
-    )
+    code += "import sys; heavy = {'orbax', 'matplotlib', 'tokenizers', 'torch', 'pandas', 'jpeft.models'}"
     code += "\nassert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     code += "from jpeft import hf, generate; assert jpeft.hf is hf and jpeft.generate is generate"
     subprocess.run([sys.executable, "-c", code], check=True)
