@@ -2,7 +2,8 @@
 
 A save is atomic. The new tensors are written next to the old ones, then ``config.json``, which holds their SHA-256, is
 replaced in one step, then the tensors get their name. Killed before that step, the folder holds the old adapter; killed
-after it, `load` finds the new tensors under their temporary name.
+after it, `load` finds the new tensors under their temporary name. It is the same on an object store, where each of the
+steps is the upload of an object or a copy within the store.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from jpeft.files import file_sha256, read_json, read_safetensors, serialize, syn
 from jpeft.grown import depends_on, new_leaves, with_sites
 from jpeft.methods import Chain, from_dict
 from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
+from jpeft.storage import as_path, move
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
@@ -45,8 +47,8 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     """Writes an adapter to a folder. Inverse of `load`, bit exact.
 
     Args:
-      path: the folder, made if it does not exist. An adapter in it is replaced atomically. With several processes, all
-        must call this; the main process writes.
+      path: the folder, on a disk or an object store (``gs://``), made if it does not exist. An adapter in it is
+        replaced atomically. With several processes, all must call this; the main process writes.
       peft: the bound method.
       adapter: the adapter.
       params: the base weights. Only their fingerprint is saved.
@@ -56,6 +58,7 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
       FileExistsError: the folder holds a config.json of something else, such as a model.
       OSError: the folder cannot be written. In each case, files in it stay as they are.
     """
+    peft.check_order(params, adapter, "jpeft.save(path, peft, adapter, params)")
     leaves = peft.check(adapter)
     tree, _ = split_variables(params)
     _check_base(peft, flatten(tree))
@@ -67,7 +70,7 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
         "sites": [site.name for site in peft.sites],
         "base": fingerprint(tree),
     }
-    on_all_hosts(lambda: _write(FilePath(path), config, tensors) if is_main_process() else None)
+    on_all_hosts(lambda: _write(as_path(path), config, tensors) if is_main_process() else None)
 
 
 def _write(folder: FilePath, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -82,7 +85,7 @@ def _write(folder: FilePath, config: dict[str, Any], tensors: Mapping[str, np.nd
         _finish_killed_save(folder)  # if config.json was replaced already, the new adapter is complete
         (folder / _PENDING).unlink(missing_ok=True)
         raise
-    os.replace(folder / _PENDING, folder / TENSORS)
+    move(folder / _PENDING, folder / TENSORS)
     sync_folder(folder)
 
 
@@ -112,7 +115,7 @@ def _finish_killed_save(folder: FilePath) -> None:
     except AdapterError as e:
         raise FileExistsError(f"{folder} holds a {CONFIG} that is not an adapter's; choose another folder ({e})") from e
     if (found := _tensor_file(folder, sha256)).name == _PENDING:
-        os.replace(found, folder / TENSORS)
+        move(found, folder / TENSORS)
 
 
 def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, **kwargs: Any) -> tuple[Peft, Any]:
@@ -140,7 +143,7 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
     Warns:
       UserWarning: the adapter is known to change nothing, as one that was never trained.
     """
-    folder = FilePath(path)
+    folder = as_path(path)
     config = read_config(folder)
     try:
         method = from_dict(config["method"])
@@ -171,7 +174,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       AdapterError: the folder or the file does not exist, or this version cannot read a field of it.
     """
-    folder = FilePath(path)
+    folder = as_path(path)
     file = folder / CONFIG
     if not file.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"

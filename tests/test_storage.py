@@ -16,6 +16,7 @@ import jpeft
 from jpeft import files, storage
 from jpeft.errors import AdapterError, UserError
 from jpeft.storage import as_path
+from jpeft.training import checkpoint
 from tests import object_store
 
 
@@ -173,3 +174,42 @@ def test_a_folder_whose_upload_is_killed_is_not_taken_for_whole(folder):
             with files.new_folder(place) as new:
                 files.write_json(new / "config.json", {})
             assert storage.file_sizes(place).keys() == {"config.json"}
+
+
+def test_checkpoints_are_saved_and_restored(folder):
+    """As on a disk; and what a killed save, or a killed deletion, left is no checkpoint and goes."""
+    state = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.arange(12.0).reshape(3, 4) + 1, "step": jnp.int32(0)}
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        for step in range(1, 5):
+            now = jax.tree.map(lambda leaf, step=step: leaf + step, state)
+            checkpoint.save(checkpoints, step, now, {"position": step}, loss=abs(step - 2))
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [2, 3, 4] and checkpoints.best_step() == 2
+    assert checkpoint.saved_steps(folder) == [2, 3, 4]
+    objects = storage.file_sizes(folder)
+    for name in objects:
+        if name.startswith("4/") and name != "4/commit_success.txt":
+            files.write_atomically(folder / "7" / name.removeprefix("4/"), (folder / name).read_bytes())
+    (folder / "2" / "manifest.json").unlink()
+    assert checkpoint.saved_steps(folder) == [3, 4]
+    with checkpoint.open_checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 4  # and leaves the save of another job that goes on
+    assert (folder / "7").is_dir()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert not (folder / "7").exists() and not (folder / "2").exists() and checkpoints.best_step() == 3
+        file = max((name for name in objects if name.startswith("4/state")), key=objects.get)
+        files.write_atomically(folder / file, bytes(objects[file]))
+        restored, notes, damaged = checkpoint.restore_newest(checkpoints, state)
+        assert damaged == [4] and notes == {"position": 3} and checkpoints.all_steps() == [3]
+        jax.tree.map(np.testing.assert_array_equal, restored, jax.tree.map(lambda leaf: leaf + 3, state))
+    assert checkpoint.saved_steps(folder) == [3]
+
+
+def test_checkpoints_are_refused_where_orbax_cannot_commit_them(monkeypatch):
+    monkeypatch.setattr(storage, "_file_system", lambda scheme: None)
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: True)
+    with (
+        pytest.raises(checkpoint.CheckpointError, match=r"s3://a/b: .* local folders and gs:// alone"),
+        checkpoint.open_checkpoints("s3://a/b"),
+    ):
+        pass

@@ -6,7 +6,8 @@
 
 Saves run in the background while training continues. A checkpoint appears whole or not at all; remains of a killed
 save are deleted when the folder is next opened. A checkpoint may be restored on another mesh and another number of
-hosts.
+hosts. On `gs://` Orbax writes a checkpoint where it stays and `commit_success.txt` in it last, without which it is not
+one; nothing checks that a bucket has space.
 
 Leaves with the same dtype, shape and sharding are written as one stacked array, `state/0`, `state/1`, …: Orbax spends
 half a KiB of metadata, and time, on each array, and adapters have many small ones. `manifest.json` lists the leaves of
@@ -39,6 +40,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.files import file_sha256, write_atomically
 from jpeft.parallel.hosts import HostError, is_main_process, on_all_hosts
+from jpeft.storage import absolute, as_path, file_sizes, is_remote, remove_folder
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
@@ -99,7 +101,8 @@ class Checkpoints:
         if self.saving is None or not is_main_process():
             return
         step, stacks = self.saving
-        for scratch in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        remote = is_remote(self.folder)
+        for scratch in [self.folder / str(step)] if remote else self.folder.glob(f"{step}{_TEMPORARY}*"):
             manifest = {"stacks": stacks, "files": _digests(scratch)}
             write_atomically(scratch / _MANIFEST, json.dumps(manifest).encode())
 
@@ -108,7 +111,7 @@ class Checkpoints:
 def open_checkpoints(
     folder: str | os.PathLike[str], keep: int = 2, *, read_only: bool = False
 ) -> Iterator[Checkpoints]:
-    """Opens the checkpoints of a run, and at the end waits for the save in progress.
+    """Opens the checkpoints of a run, on a disk or `gs://`, and at the end waits for the save in progress.
 
     Only one job at a time may write to a folder, on however many hosts: opening it deletes the remains of an
     unfinished save.
@@ -121,18 +124,24 @@ def open_checkpoints(
     Raises:
         ValueError: `keep` is below 1.
         NotADirectoryError: the folder is a file.
+        CheckpointError: the folder is on an object store on which Orbax cannot commit a checkpoint.
 
     >>> with open_checkpoints(run / "checkpoints") as checkpoints: print(checkpoints.latest_step())  # doctest: +SKIP
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1")
-    if Path(folder).exists() and not Path(folder).is_dir():
+    folder = absolute(as_path(folder))
+    if is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        raise CheckpointError(
+            f"{folder}: checkpoints are written to local folders and gs:// alone; copy them elsewhere"
+        )
+    if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with _quiet():
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-        checkpoints = Checkpoints(Path(folder).absolute())
+        checkpoints = Checkpoints(folder)
         if is_main_process() and not read_only:
             _delete_unfinished(checkpoints.folder)  # Orbax would delete it too, but later
         loss = operator.itemgetter("loss")
@@ -227,7 +236,7 @@ def _check_savable(state: Any) -> None:
 
 
 def _check_free_space(folder: Path, size: int) -> None:
-    if shutil.disk_usage(folder).free < size:
+    if not is_remote(folder) and shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
@@ -237,9 +246,11 @@ def _save_error(error: Exception, folder: Path) -> Exception:
     # tensorstore raises a ValueError with the system's error number in its text.
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
-    if number is None:
+    if number is None and not is_remote(folder):
         return error
     gc.collect()  # now, while asyncio's log is off: it reports the other failed writes when they are collected
+    if number is None:  # the clients of a store have errors of their own
+        return OSError(errno.EIO, f"cannot be written ({' '.join(str(error).split())[:200]})", str(folder))
     return OSError(number, os.strerror(number), str(folder))
 
 
@@ -318,7 +329,8 @@ def restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[Any, dict[str, 
 # --- verifying a checkpoint -----------------------------------------------------------------------------------------
 
 _MANIFEST = "manifest.json"
-_UNVERIFIED = (_MANIFEST, "_CHECKPOINT_METADATA")  # Orbax changes the second when it commits the checkpoint
+_COMMITTED = "commit_success.txt"
+_UNVERIFIED = (_MANIFEST, "_CHECKPOINT_METADATA", _COMMITTED)  # Orbax writes the others when it commits the checkpoint
 
 
 def verify_checkpoint(folder: Path, like: Any, files: bool = True) -> list[list[str]]:
@@ -337,7 +349,7 @@ def verify_checkpoint(folder: Path, like: Any, files: bool = True) -> list[list[
         DamagedError: the first file that changed since it was written.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
         leaves = {path: stack["leaf"] for stack in manifest["stacks"] for path in stack["paths"]}
         digests = dict(manifest["files"])
         found = _digests(folder) if files else digests
@@ -361,8 +373,8 @@ def verify_checkpoint(folder: Path, like: Any, files: bool = True) -> list[list[
 
 def _digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint, by its path inside."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _UNVERIFIED)
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    names = [name for name in file_sizes(folder) if name.rpartition("/")[2] not in _UNVERIFIED]
+    return {name: file_sha256(folder / name) for name in names}
 
 
 # --- stacks of leaves -----------------------------------------------------------------------------------------------
@@ -415,10 +427,35 @@ def _unstack(stack: jax.Array) -> list[jax.Array]:
 # --- Orbax ----------------------------------------------------------------------------------------------------------
 
 
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in order. Needs no Orbax.
+
+    >>> saved_steps(Path("runs/none/checkpoints"))
+    []
+    """
+    if not is_remote(folder):
+        return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    return sorted(step for step, whole in _remote_steps(folder).items() if whole)
+
+
+def _remote_steps(folder: Path) -> dict[int, bool]:
+    """The steps in a folder of a store, and whether their checkpoints are whole."""
+    names = {name.partition("/")[::2] for name in file_sizes(folder)}
+    # A kill while Orbax deletes one, object by object, may leave either.
+    return {int(step): {(step, _COMMITTED), (step, _MANIFEST)} <= names for step, _ in names if step.isdigit()}
+
+
 def _delete_unfinished(folder: Path) -> None:
     """Deletes what an unfinished save wrote, so that the disk has space for the rest of the run."""
-    for left in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(left, ignore_errors=True)
+    if is_remote(folder):
+        left = [folder / str(step) for step, whole in _remote_steps(folder).items() if not whole]
+    else:
+        left = list(folder.glob(f"*{_TEMPORARY}*"))
+    for path in left:
+        remove_folder(path)
 
 
 @contextlib.contextmanager
