@@ -21,14 +21,22 @@ author = "The jpeft authors"
 project_copyright = f"2026, {author}. Apache License 2.0"
 release = version = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design", "sphinx_markdown_builder", "book"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_markdown_builder",
+    "book",
+]
 exclude_patterns = ["_build", "book", "**/.ipynb_checkpoints", "README.md"]
 
 # Markdown and execution.
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
-nb_execution_excludepatterns = [] if tags.has("all") else ["*.ipynb"]  # noqa: F821  # `tags` is of sphinx-build
+nb_execution_excludepatterns = [] if tags.has("all") else ["*.ipynb"]  # `tags` is of sphinx-build
 nb_execution_timeout = 1200
 nb_execution_raise_on_error = True
 nb_merge_streams = True
@@ -41,7 +49,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 # Names that say more than what they stand for.
-autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "Leaves", "Path", "Targets", "Tree")}
+autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "Leaves", "Targets", "Tree")}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
@@ -60,7 +68,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
-    "show_prev_next": True,
+    "footer_content_items": ["copyright.html"],
 }
 html_show_sourcelink = False
 html_copy_source = False

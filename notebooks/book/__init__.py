@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from book import api, commands, copies, methods
+from book import api, commands, methods
 from book.docstrings import prepare
 
 
@@ -30,6 +30,8 @@ def write_pages(app: Any) -> None:
 
 def setup(app: Any) -> dict[str, Any]:
     """Connects the extension; called by Sphinx."""
+    from book import copies  # imports Sphinx, which the tests of the other modules do without
+
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", prepare, priority=400)  # before napoleon, at 500
     app.connect("missing-reference", api.resolve)

@@ -13,8 +13,21 @@ from book.docstrings import summary
 FOLDER = "reference/api"
 # Packages whose names are imported from them, then modules by what they are for.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Methods": ("jpeft.methods", "jpeft.methods.lora_plus", "jpeft.core.targets", "jpeft.core.sites"),
-    "Models and HuggingFace": ("jpeft.models", "jpeft.hf", "jpeft.core.interchange"),
+    "Methods": (
+        "jpeft.methods",
+        "jpeft.methods.lora_plus",
+        "jpeft.core.targets",
+        "jpeft.core.sites",
+        "jpeft.core.method",
+    ),
+    "Models and HuggingFace": (
+        "jpeft.models",
+        "jpeft.models.decoder",
+        "jpeft.models.bert",
+        "jpeft.models.classifier",
+        "jpeft.hf",
+        "jpeft.core.interchange",
+    ),
     "Training": ("jpeft.training.step", "jpeft.training.losses", "jpeft.training.checkpoint"),
     "Quantized bases": ("jpeft.quantization",),
     "Meshes and many hosts": (
@@ -48,19 +61,23 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Trees and errors": ("jpeft.core.tree", "jpeft.io", "jpeft.errors"),
 }
+# What is documented of modules whose other names are parts.
+_ONLY = {
+    "jpeft.models.decoder": ("Decoder", "DecoderConfig"),
+    "jpeft.models.bert": ("Bert", "BertConfig"),
+    "jpeft.core.method": ("Linear",),
+}
 _INTRODUCTION = """\
 Every public name, from its docstring. `import jpeft` gives what is listed first, and `jpeft.hf`, `jpeft.models` and
 `jpeft.methods`; the other modules are imported by name. Everything else in the package may change."""
-_LAZY = ("generate", "hf", "models", "plan", "stream")  # attributes of `jpeft` that are imported when they are used
 
 
 def top_level() -> dict[str, Any]:
     """The public names of `jpeft` but its packages, and what they are."""
     import jpeft
 
-    names = {name for name, value in vars(jpeft).items() if name[0] != "_" and not isinstance(value, ModuleType)}
-    found = {name: getattr(jpeft, name) for name in sorted({*names, *_LAZY}, key=str.lower)}
-    return {n: v for n, v in found.items() if not isinstance(v, ModuleType) and _is_ours(v)}
+    found = {name: getattr(jpeft, name) for name in sorted(dir(jpeft), key=str.lower) if name[0] != "_"}
+    return {name: value for name, value in found.items() if _is_ours(value)}
 
 
 def public(module: str) -> dict[str, Any]:
@@ -73,6 +90,7 @@ def public(module: str) -> dict[str, Any]:
     found = {n: v for n, v in vars(holder).items() if n[0] != "_" and not isinstance(v, ModuleType)}
     if hasattr(holder, "__path__"):
         return {n: v for n, v in found.items() if _is_ours(v) or isinstance(v, Collection)}
+    found = {n: v for n, v in found.items() if n in _ONLY.get(module, found)}
     return {n: v for n, v in found.items() if getattr(v, "__module__", "") == module and _is_ours(v) and v.__doc__}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 _HEAD = """\
 # Command line
 
-`jpeft COMMAND`, or `python -m jpeft.cli COMMAND`. Results go to stdout, errors to stderr as one line with a status other
-than zero. `jpeft COMMAND --help` shows the same as this page.
+`jpeft COMMAND`, or `python -m jpeft.cli COMMAND`. Results go to stdout, errors to stderr as one line, with a status
+other than zero. `jpeft COMMAND --help` shows the same as this page.
 """
 
 
@@ -50,4 +50,6 @@ def _configuration() -> str:
     from jpeft.recipes.config import Config
 
     rows = [f"| `{f.name}` | `{f.type}` |".replace(" | None", " \\| None") for f in dataclasses.fields(Config)]
-    return "\n".join(["# Configuration", "", "What a run's result depends on.", "", "| field | type |", "| --- | --- |", *rows, ""])
+    return "\n".join(
+        ["# Configuration", "", "What a run's result depends on.", "", "| field | type |", "| --- | --- |", *rows, ""]
+    )

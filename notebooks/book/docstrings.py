@@ -47,8 +47,8 @@ def field_help(cls: type) -> dict[str, str]:
     """What the docstrings of a class and its bases say of each field.
 
     >>> import jpeft
-    >>> field_help(jpeft.LoRA)["rank"], field_help(jpeft.LoRA)["exclude"][:22]
-    ('r.', 'the sites to leave out')
+    >>> field_help(jpeft.LoRA)["rank"][:2], field_help(jpeft.LoRA)["exclude"][:22]
+    ('r,', 'the sites to leave out')
     """
     found: dict[str, str] = {}
     for base in cls.__mro__:

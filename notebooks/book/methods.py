@@ -66,12 +66,11 @@ def table() -> str:
     >>> print(table().splitlines()[2][:60])
     | `BitFit` | Trains the leaves called `bias` | [Ben Zaken et
     """
-    rows = [
-        f"| `{name}` | {summary(cls).rstrip('.')} | {_paper(cls)} | {_kind(cls)[0]} | {_merges(cls)} | {_peft_type(cls)} |"
-        for name, cls in sorted(METHODS.items(), key=lambda item: item[0].lower())
-    ]
-    head = "| method | | paper | acts on | merges | in HuggingFace PEFT |\n| --- | --- | --- | --- | --- | --- |"
-    return "\n".join([head, *rows])
+    rows = [("method", "what it does", "paper", "acts on", "merges", "in HuggingFace PEFT"), ("---",) * 6]
+    for name, cls in sorted(METHODS.items(), key=lambda item: item[0].lower()):
+        does = summary(cls).rstrip(".")
+        rows.append((f"`{name}`", does, _paper(cls), _kind(cls)[0], _merges(cls), _peft_type(cls)))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def pages() -> dict[str, str]:
@@ -86,9 +85,9 @@ def _index() -> str:
     return f"""# Methods
 
 A method is a frozen dataclass. `method.bind(model, params, *inputs)` finds the places in a model that it acts on, and
-gives a {{py:obj}}`jpeft.Peft`. {{py:obj}}`jpeft.Chain` puts several to work together. Every method passes the same tests: it
-runs under `jit`, `vmap`, `scan` and `remat`; a merged model computes what the adapted one does; saved and loaded, it is
-the same to the bit.
+gives a {{py:obj}}`jpeft.Peft`. {{py:obj}}`jpeft.Chain` puts several to work together. Every method passes the same
+tests: it runs under `jit`, `vmap`, `scan` and `remat`; a merged model computes what the adapted one does; saved and
+loaded, it is the same to the bit.
 
 {linked}
 
@@ -105,7 +104,7 @@ own. Beside the methods, {{py:obj}}`jpeft.methods.lora_plus.lora_plus` gives B o
 
 def page(cls: type) -> str:
     """A method's page."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in _facts(cls).items())
+    facts = "\n".join(f"- **{name}**: {value}" for name, value in _facts(cls).items())
     parts = [
         f"# {cls.__name__}\n\n{_head(cls)}",
         f"{facts}\n",
@@ -188,7 +187,7 @@ def _fields(cls: Any) -> str:
     inherited = {f.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
     fields = sorted(dataclasses.fields(cls), key=lambda field: field.name in inherited)
     for field in fields:
-        kind = str(field.type).replace("|", "\\|")
+        kind = str(getattr(field.type, "__name__", field.type)).replace("|", "\\|")
         text = helps.get(field.name, "").replace("|", "\\|")
         lines.append(f"| `{field.name}` | `{kind}` | {_default(field)} | {text} |")
     return "\n".join(lines) + "\n"
@@ -266,7 +265,7 @@ def _interchange(cls: Any) -> str:
         return ""
     head = "## HuggingFace PEFT\n\n`jpeft.hf.save` writes and `jpeft.hf.load` reads folders of "
     if isinstance(declared, Role):
-        return f"{head}any PEFT type that hold the leaves: the field `{declared.value}` of `adapter_config.json` names them.\n"
+        return f"{head}any type that hold its leaves, by the field `{declared.value}` of `adapter_config.json`.\n"
     text = [f"{head}type `{declared.peft_type}`.\n", "| tensor | leaf | of |", "| --- | --- | --- |"]
     text += [f"| `{t.key}` | `{t.leaf}` | {', '.join(t.kinds)} |" for t in declared.tensors]
     text += [f"| `{t.key}` | `{t.leaf}` | all modules |" for t in declared.shared]
