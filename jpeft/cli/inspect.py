@@ -117,7 +117,7 @@ def _add_run(sections: dict[str, Rows], summary: Mapping[str, Any]) -> None:
     if summary["labels"]:
         sections[DATA].append(("labels", ", ".join(map(str, summary["labels"]))))
     if summary["result"] is not None:
-        sections[RESULT] += [(name, value) for name, value in result_rows(summary["result"]) if name != "run"]
+        sections[RESULT] += [row for row in result_rows(summary["result"]) if row[0] not in ("run", "use it")]
 
 
 def _says_nothing(value: Any) -> bool:

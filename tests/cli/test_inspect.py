@@ -65,8 +65,9 @@ def test_a_finished_run_shows_its_result_and_folds_its_leaves(capsys):
     Path("run/result.json").write_text(json.dumps(RESULT))
     title, found = shown(capsys, "run")
     assert title == "run: a finished run"
-    assert found["Result"]["accuracy after"] == "87.5%" and found["Result"]["time per step"] == "12 ms (median of 7)"
-    assert "adapter/" in found["Files"] and "run" not in found["Result"]
+    assert found["Result"]["accuracy after"] == "87.5%" and found["Result"]["time per step"] == "12 ms (median)"
+    assert found["Result"]["trainable parameters"] == "1,234 of 56,789 (2.17%)"
+    assert "adapter/" in found["Files"] and not {"run", "use it"} & found["Result"].keys()
     assert found["What it is"]["written by"].startswith("jpeft ")
     leaves = load_file("run/adapter/adapter.safetensors")
     named = {name: line for line in found["leaves"] for name in unfold(line.split("  ")[0].split(" ×")[0])}
