@@ -68,10 +68,16 @@ class _Remote:
             self.run = self.start(run, identity, dict(config))
         write_json(run / RECORD, {**record, self.name: identity})
         self.sent = {_key(line, line["step"]) for line in sent} if known else set()
+        if (step := self.next_step()) is not None:  # a killed process may have logged here what it did not send
+            self.sent = {key for key in self.sent if key[0] < step}
 
     def start(self, run: Path, identity: str, config: dict[str, Any]) -> Any:
         """The service's run of this identity, new or as it was."""
         raise TypeError(f"{type(self).__name__} does not define start")
+
+    def next_step(self) -> int | None:
+        """The step after the last that the service has, if it says that."""
+        return None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if _key(metrics, step) not in self.sent:
@@ -87,10 +93,8 @@ class WandB(_Remote):
 
     name = "wandb"
 
-    def __init__(self, run: Path, config: Mapping[str, Any], first_step: int, sent: Lines):
-        super().__init__(run, config, first_step, sent)
-        if self.run.resumed:  # then it knows its last step, which may be before the last that was logged here
-            self.sent = {key for key in self.sent if key[0] < self.run.step}
+    def next_step(self) -> int | None:
+        return self.run.step if self.run.resumed else None
 
     def start(self, run: Path, identity: str, config: dict[str, Any]) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -115,6 +119,9 @@ class Trackio(_Remote):
         import trackio  # pyright: ignore[reportMissingImports]
 
         return trackio.init(project=PROJECT, name=f"{run.name}-{identity}", config=config, resume="allow")
+
+    def next_step(self) -> int | None:
+        return getattr(self.run, "_next_step", None)  # nothing public says it
 
 
 # By name: what opens it, the package it needs, and what to do where it does not start.

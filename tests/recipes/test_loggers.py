@@ -34,6 +34,7 @@ class Service:
         return types.SimpleNamespace(
             log=lambda metrics, step: rows.append((step, metrics)),
             finish=lambda: print("a service says goodbye"), resumed=resumed, step=last + 1,
+            **({"_next_step": last + 1} if self.knows_its_step else {}),
         )  # fmt: skip
 
 
@@ -79,12 +80,13 @@ def test_a_resumed_run_goes_on_with_the_same_remote_run_and_repeats_no_step(serv
     assert identity in (first.get("id"), first["name"].removeprefix("first-"))
 
 
-def test_a_service_that_knows_its_last_step_gets_what_was_lost_too(services, tmp_path):
-    services["wandb"].knows_its_step = True
-    log(open_loggers(["wandb"], tmp_path, CONFIG, first_step=1), sent := list(lines_of(range(1, 8))))
-    services["wandb"].loses = 1  # step 7 was not sent
-    log(open_loggers(["wandb"], tmp_path, CONFIG, first_step=5, sent=sent), lines_of(range(5, 9)))
-    assert list(services["wandb"].runs.values()) == [wanted(range(1, 9))]
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_that_knows_its_last_step_gets_what_was_lost_too(services, name, tmp_path):
+    services[name].knows_its_step = True
+    log(open_loggers([name], tmp_path, CONFIG, first_step=1), sent := list(lines_of(range(1, 8))))
+    services[name].loses = 1  # step 7 was not sent
+    log(open_loggers([name], tmp_path, CONFIG, first_step=5, sent=sent), lines_of(range(5, 9)))
+    assert list(services[name].runs.values()) == [wanted(range(1, 9))]
 
 
 def test_a_logger_that_joins_a_resumed_run_gets_every_step_from_there(services, tmp_path):
