@@ -36,7 +36,7 @@ from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest
 from jpeft.recipes import run_folder, tasks
 from jpeft.recipes.adapters import damaged_error
 from jpeft.recipes.config import Config, Interrupted, Setup, flag
-from jpeft.recipes.loggers import open_loggers
+from jpeft.recipes.loggers import Loggers, check_loggers, open_loggers
 from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
 from jpeft.recipes.plots import plot
 from jpeft.recipes.prepare import prepare
@@ -138,6 +138,7 @@ def resume(
 def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
+    check_loggers(setup.log_to if is_main_process() else ())
     job = prepare(config, reporter, setup)
     if setup.profile is not None and setup.profile[0] > job.steps:
         raise UserError(f"--profile {setup.profile[0]}: the run has only {job.steps} steps")
@@ -145,6 +146,7 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
 
 
 def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporter: Reporter, setup: Setup) -> Job:
+    check_loggers(setup.log_to if is_main_process() else ())
     job = prepare(dataclasses.replace(config, adapter=_copy_of_start(run) or config.adapter), reporter, setup)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, adapter=config.adapter))
     longer = config != Config(**record["config"])
@@ -269,10 +271,8 @@ def _finish(
                 f"lengthened from {shorter['steps']:,} to {job.steps:,} steps; from step {start + 1:,} on the learning "
                 f"rate is that of a run of {job.steps:,} steps"
             )
-        names = setup.log_to if is_main_process() else ()
-        logger = on_all_hosts(lambda: open_loggers(names, folder, dataclasses.asdict(job.config), start + 1))
         with (
-            contextlib.closing(logger),
+            contextlib.closing(on_all_hosts(lambda: _open_loggers(job, folder, setup, start + 1))) as logger,
             run_folder.open_log(folder, start, write=is_main_process(), logger=logger) as log,
         ):
             run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat)
@@ -283,6 +283,12 @@ def _finish(
             result = _result(run, fresh, adapter, step)
             _on_main_process(lambda: _write(run, result))
     return result
+
+
+def _open_loggers(job: Job, folder: Path, setup: Setup, first_step: int) -> Loggers:
+    names = setup.log_to if is_main_process() else ()
+    sent = run_folder.read_lines(folder / "metrics.jsonl") if names else []
+    return open_loggers(names, folder, dataclasses.asdict(job.config), first_step, sent)
 
 
 def _restore(
