@@ -32,6 +32,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "book", "**/.ipynb_checkpoints", "README.md"]
 
+smartquotes = False  # quotes and dashes are those of code
+
 # Markdown and execution.
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 4

@@ -29,6 +29,9 @@ class Translator(MarkdownTranslator):
     def visit_abbreviation(self, node: Any) -> None:
         """The stars in signatures, before keyword-only parameters."""
 
+    def visit_PassthroughTextElement(self, node: Any) -> None:
+        """The links of cards."""
+
 
 class Copies(MarkdownBuilder):
     """The builder of the copies. It reuses what the HTML build has read."""

@@ -166,7 +166,8 @@ def _head(cls: type) -> str:
 def _paragraph(text: str) -> str:
     aligned, assigned = re.search(r"\S {3,}\S", text), re.search(r" (=|<-) ", text)
     if aligned or (assigned and not text.endswith(".")):
-        return f"```text\n{text}\n```"
+        lines = (line if len(line) <= 90 else re.sub(r" {3,}", "\n    ", line) for line in text.splitlines())
+        return "```text\n" + "\n".join(lines) + "\n```"
     return markdown(text)
 
 
@@ -175,7 +176,7 @@ def _facts(cls: Any) -> dict[str, str]:
     name = _command_names(cls)[0]
     return {
         "Acts on": acts,
-        "Path taken, `via` in `peft.summary()`": via,
+        "Path taken (`via` in `peft.summary()`)": via,
         "Merges into the weights": _merges(cls),
         "In a HuggingFace PEFT folder": _peft_type(cls) or "no such form",
         "On the command line": f"`jpeft finetune --method {name}`, with a default learning rate of {_rate(name):g}",
