@@ -5,6 +5,7 @@ The caller raises the error, since only it knows the name of the field: "LoRA.ra
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Collection
@@ -70,3 +71,14 @@ def shown(value: Any, limit: int = 100) -> str:
     except ValueError:  # an int of more digits than Python converts
         return f"a {type(value).__name__} too long to print"
     return text if len(text) <= limit else f"{text[: limit // 2 - 2]}…{text[-limit // 2 + 1 :]}"
+
+
+def nearest(value: Any, names: Collection[str]) -> str:
+    """The end of an error message that suggests the name most like a mistyped value, or nothing if none is like it.
+
+    >>> nearest("clasify", ["classify", "chat"]), nearest("x", ["classify", "chat"])
+    ("; did you mean 'classify'?", '')
+    """
+    names = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(str(value).lower(), names, n=1)
+    return f"; did you mean {names[found[0]]!r}?" if found else ""

@@ -19,16 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from jpeft.errors import AdapterError, UserError
+from jpeft.errors import AdapterError
 from jpeft.storage import (
     create_object,
-    download,
     file_sizes,
     is_remote,
     local_copy,
-    modified_seconds,
     put_object,
-    size_bytes,
     upload,
 )
 
@@ -159,46 +156,6 @@ def file_sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cache_folder() -> Path:
-    """The folder for downloads and compiled programs: `$JPEFT_CACHE`, else the platform's (`~/.cache/jpeft` on Linux).
-
-    Raises:
-        UserError: `$JPEFT_CACHE` is on an object store.
-
-    >>> cache_folder().is_absolute()
-    True
-    """
-    if chosen := os.environ.get("JPEFT_CACHE"):
-        if is_remote(chosen):
-            raise UserError(f"JPEFT_CACHE={chosen}: the cache must be a local folder")
-        return Path(chosen).expanduser().absolute()
-    import platformdirs
-
-    return platformdirs.user_cache_path("jpeft", appauthor=False)
-
-
-def cached_copy(path: Path) -> Path:
-    """A local copy of a file on an object store, kept in the cache until the file changes; a local file itself.
-
-    >>> cached_copy(Path("model.gguf"))
-    PosixPath('model.gguf')
-    """
-    if not is_remote(path):
-        return path
-    version = f"{path} {size_bytes(path)} {modified_seconds(path)}"
-    folder = cache_folder() / "objects" / hashlib.sha256(version.encode()).hexdigest()[:16]
-    copy = folder / path.name
-    if not copy.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}")
-        try:
-            download(path, scratch)
-            scratch.replace(copy)
-        finally:
-            scratch.unlink(missing_ok=True)
-    return copy
 
 
 # -------------------------------------------------------------------------------------------------------------- JSON

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import importlib.util
 import logging
 import os
@@ -25,8 +26,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from jpeft.errors import UserError
 
 # The schemes of etils.epath, and the packages of their fsspec back ends: module, and what to install.
 _BACKENDS = {
@@ -40,13 +39,17 @@ _URL = re.compile(rf"({'|'.join(_BACKENDS)}):/{{1,2}}(?!/)")
 _LOGGERS = ("gcsfs", "google.auth._default", "google.auth.compute_engine._metadata")
 
 
+class StorageError(OSError):
+    """A path on an object store that cannot be used: its message says why, and what to do."""
+
+
 def as_path(path: str | os.PathLike[str]) -> Path:
     """The path object for a path that a user gave: on an object store if it has a scheme, such as `gs://`, else local.
 
     A `~` of a local path is expanded. The result of a URL is an `etils.epath.Path`.
 
     Raises:
-        UserError: the scheme is unknown, or the package for it is not installed.
+        StorageError: the scheme is unknown, or the package for it is not installed.
 
     >>> as_path("runs/first")
     PosixPath('runs/first')
@@ -57,12 +60,12 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if (url := _URL.match(text)) is None:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
             known = ", ".join(f"{scheme}://" for scheme in _BACKENDS)
-            raise UserError(f"{text}: expected a local path, or one that starts with {known}")
+            raise StorageError(f"{text}: expected a local path, or one that starts with {known}")
         return Path(text).expanduser()
     scheme = url[1]
     module, wanted = _BACKENDS[scheme]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{text}: {scheme}:// needs {module}: pip install {wanted}")
+        raise StorageError(f"{text}: {scheme}:// needs {module}: pip install {wanted}")
     from etils import epath
 
     found: Any = epath.Path(f"{scheme}://{text[url.end() :]}")
@@ -103,7 +106,7 @@ def check_writable(folder: Path) -> None:
     """Creates and deletes a small object in a folder of a store. Local folders are not checked.
 
     Raises:
-        UserError: the bucket does not exist, may not be written, or cannot be reached.
+        StorageError: the bucket does not exist, may not be written, or cannot be reached.
 
     >>> check_writable(Path("runs"))
     """
@@ -115,9 +118,9 @@ def check_writable(folder: Path) -> None:
         with _errors(probe):
             _store(probe).rm_file(probe)
     except FileNotFoundError:
-        raise UserError(f"{folder}: there is no bucket {bucket}; create it, or choose another") from None
+        raise StorageError(f"{folder}: there is no bucket {bucket}; create it, or choose another") from None
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{folder}: cannot be written: {reason(error)}; your account must create and delete objects in {bucket} "
             "(for gs://, log in with: gcloud auth application-default login)"
         ) from error
@@ -223,10 +226,10 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name.removeprefix(root): found[name]["size"] for name in sorted(found) if name.startswith(root)}
 
 
-def size_bytes(path: Path) -> int:
+def file_size(path: Path) -> int:
     """The size of a file.
 
-    >>> size_bytes(Path(os.devnull))
+    >>> file_size(Path(os.devnull))
     0
     """
     stat: Any = path.stat()
@@ -252,6 +255,49 @@ def remove_folder(folder: Path) -> None:
         return shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError), _errors(folder):
         _store(folder).rm(os.fspath(folder), recursive=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def cache_folder() -> Path:
+    """The folder for downloads and compiled programs: `$JPEFT_CACHE`, else the platform's (`~/.cache/jpeft` on Linux).
+
+    Raises:
+        StorageError: `$JPEFT_CACHE` is on an object store.
+
+    >>> cache_folder().is_absolute()
+    True
+    """
+    if chosen := os.environ.get("JPEFT_CACHE"):
+        if is_remote(chosen):
+            raise StorageError(f"JPEFT_CACHE={chosen}: the cache must be a local folder")
+        return Path(chosen).expanduser().absolute()
+    import platformdirs
+
+    return platformdirs.user_cache_path("jpeft", appauthor=False)
+
+
+def cached_copy(path: Path) -> Path:
+    """A local copy of a file on an object store, kept in the cache until the file changes; a local file itself.
+
+    >>> cached_copy(Path("model.gguf"))
+    PosixPath('model.gguf')
+    """
+    if not is_remote(path):
+        return path
+    version = f"{path} {file_size(path)} {modified_seconds(path)}"
+    folder = cache_folder() / "objects" / hashlib.sha256(version.encode()).hexdigest()[:16]
+    copy = folder / path.name
+    if not copy.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}")
+        try:
+            download(path, scratch)
+            scratch.replace(copy)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return copy
 
 
 # ----------------------------------------------------------------------------------------------------------- the store

@@ -45,6 +45,20 @@ def registries():
 
 
 @pytest.fixture(scope="session")
+def store():
+    """A server for `gs://` paths, which this process and those that it starts use from now on."""
+    from tests import object_store
+
+    running = object_store.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in object_store.environment(running).items():
+            patch.setenv(name, value)
+        yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     """The HuggingFace folder of all-MiniLM-L6-v2: ``$JPEFT_MINILM``, or fetched once into jpeft's own cache."""
     from jpeft.recipes import assets

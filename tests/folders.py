@@ -5,6 +5,7 @@ import json
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -34,6 +35,12 @@ def write_tokenizer(folder, template=TEMPLATE):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
 
 
+def new_params(model, shape):
+    """Initial weights on the host: eager operations on them, such as slices of layers, need no compiler."""
+    ids = jnp.ones(shape, jnp.int32)
+    return jax.device_get(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids)["params"]))
+
+
 def write_llama(folder, hidden_size, intermediate_size, scale=1):
     """Two layers, weights as they are initialized times `scale`; returns the model and them."""
     config = DecoderConfig(
@@ -41,8 +48,7 @@ def write_llama(folder, hidden_size, intermediate_size, scale=1):
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256,
     )  # fmt: skip
     model = Decoder(config)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
-    params = jax.tree.map(lambda x: x * scale, params)
+    params = jax.tree.map(lambda x: x * np.float32(scale), new_params(model, (1, 4)))
     models.save(folder, model, params)
     write_tokenizer(folder)
     return model, params
@@ -52,7 +58,7 @@ def write_bert(folder):
     """One layer, with the tokenizer alone: what is no language model."""
     model = Bert(BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                             intermediate_size=32, max_position_embeddings=40))  # fmt: skip
-    models.save(folder, model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
+    models.save(folder, model, new_params(model, (1, 4)))
     byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 

@@ -71,7 +71,7 @@ def test_an_import_that_a_notebook_showed_keeps_working():
     assert Batch is importlib.import_module("jpeft.text.conversations").Batch
 
 
-@pytest.mark.parametrize("name", [n for n, v in vars(jpeft).items() if n[0] != "_" and callable(v)])
+@pytest.mark.parametrize("name", [name for name in jpeft.__all__ if callable(getattr(jpeft, name))])
 def test_every_name_of_the_surface_says_what_it_does(name):
     assert getattr(jpeft, name).__doc__
 

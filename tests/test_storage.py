@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import secrets
 from pathlib import Path
 
@@ -14,22 +13,10 @@ import pytest
 
 import jpeft
 from jpeft import files, storage
-from jpeft.errors import AdapterError, UserError
-from jpeft.storage import as_path
+from jpeft.errors import AdapterError
+from jpeft.storage import StorageError, as_path
 from jpeft.training import checkpoint
 from tests import object_store
-
-
-@pytest.fixture(scope="session")
-def store():
-    running = object_store.start()
-    before = dict(os.environ)
-    os.environ.update(object_store.environment(running))
-    yield running
-    os.environ.clear()
-    os.environ.update(before)
-    running.shutdown()
-    running.server_close()
 
 
 @pytest.fixture
@@ -42,20 +29,20 @@ def test_a_path_is_local_unless_it_has_a_scheme(store, monkeypatch):
     for given in ("gs://bucket/a/b", Path("gs://bucket/a/b"), as_path("gs://bucket/a/b")):
         assert str(as_path(given)) == "gs://bucket/a/b" and storage.is_remote(as_path(given))
     assert not storage.is_remote(as_path("gs:")) and not storage.is_remote(Path("a/gs:/b"))
-    with pytest.raises(UserError, match=r"ftp://host/a: expected a local path, or one that starts with gs://"):
+    with pytest.raises(StorageError, match=r"ftp://host/a: expected a local path, or one that starts with gs://"):
         as_path("ftp://host/a")
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'gs://a/b: gs:// needs gcsfs: pip install "jpeft\[gcs\]"'):
+    with pytest.raises(StorageError, match=r'gs://a/b: gs:// needs gcsfs: pip install "jpeft\[gcs\]"'):
         as_path("gs://a/b")
 
 
 @pytest.mark.parametrize("bucket, said", [("gs://none", "there is no bucket gs://none"),
                                           (object_store.READ_ONLY, "gs://read-only .*auth.*login")])  # fmt: skip
 def test_a_bucket_that_cannot_be_written_is_refused(store, bucket, said, capfd):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(StorageError, match=said):
         storage.check_writable(as_path(f"{bucket}/run"))
     with pytest.raises(OSError, match=f"{bucket}/run/a.txt"):
         files.write_atomically(as_path(f"{bucket}/run/a.txt"), b"tea")

@@ -5,41 +5,127 @@ Results go to stdout, errors to stderr as one line. A command imports its heavy 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import importlib.metadata
 import os
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from jpeft.checks import nearest
 from jpeft.cli import chat, export, finetune, generate, inspect, merge, plan, predict, quantize
 from jpeft.cli.terminal import print_error
 from jpeft.recipes.config import Interrupted
 
+if TYPE_CHECKING:
+    from cyclopts import App
+
+    from jpeft.recipes.options import Option
+
 # Modules of the extra [demo]; an error about a missing one names the command that installs them.
-_EXTRAS = {"orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers"}
-_COMMANDS = (finetune, plan, predict, merge, export, generate, chat, quantize, inspect)
+_EXTRAS = {"cyclopts", "orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers", "ruamel"}
+COMMANDS: Mapping[str, Any] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (finetune, plan, predict, merge, export, generate, chat, quantize, inspect)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
+    Raises:
+        SystemExit: the command line cannot be parsed (2), or asks for help (0).
+
     >>> main(["inspect", "runs/minilm-lora-1"])  # doctest: +SKIP
     """
-    status = _run(_parser().parse_args(arguments))
+    try:
+        command, given, known = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    except ModuleNotFoundError as error:
+        print_error(_explain(error)[0])
+        return 1
+    status = _run(COMMANDS[command], given, known)
     if status and (distributed := sys.modules.get("jpeft.parallel.distributed")) is not None:
         distributed.leave(status)
     return status
 
 
-def _run(args: argparse.Namespace) -> int:
+def _parse(arguments: Sequence[str]) -> tuple[str, Mapping[str, Any], Mapping[str, Option]]:
+    """The command, what is given to it, and its options."""
+    from cyclopts import CycloptsError
+
+    from jpeft.cli.arguments import UsageError, known_options, parse
+
+    name = arguments[0] if arguments else ""
+    if name.startswith("-") and len(arguments) == 1 and name in (*_HELP, "--version"):
+        _show(make_app(), arguments)
+    if name not in COMMANDS:
+        problem = f"unknown command {name!r}{nearest(name, [*COMMANDS])}" if name else "no command"
+        _exit(f"{problem}; the commands are {', '.join(COMMANDS)}", "jpeft")
+    app, known = make_app(name), known_options(classes_of(name))
+    if set(_HELP) & set(arguments):
+        _show(app, [name, "--help"])
     try:
-        with _handling_signals(), _warnings_in_one_line():
-            args.run_command(args)
+        return name, parse(app, arguments, known), known
+    except (CycloptsError, UsageError) as error:
+        _exit(str(error), f"jpeft {name}")
+
+
+_HELP = ("--help", "-h")
+
+
+def make_app(*built: str) -> App:
+    """The cyclopts app, with the options of the commands that are named; the others have their summary alone.
+
+    >>> list(make_app("merge")["merge"].help_flags)
+    ['--help', '-h']
+    """
+    from cyclopts import App
+
+    from jpeft.cli.arguments import make_command
+
+    app = App(
+        name="jpeft",
+        help="Parameter-efficient fine-tuning for JAX and Flax.",
+        version=lambda: importlib.metadata.version("jpeft"),
+        help_flags=_HELP,
+        result_action="return_value",
+    )
+    for name, module in COMMANDS.items():
+        make_command(app, name, module.SUMMARY, classes_of(name) if name in built else ())
+    return app
+
+
+def classes_of(name: str) -> Sequence[type]:
+    """The dataclasses with a command's options.
+
+    >>> [cls.__name__ for cls in classes_of("finetune")]
+    ['Config', 'Execution', 'Options']
+    """
+    module = COMMANDS[name]
+    return getattr(module, "OPTIONS", (module.Options,))
+
+
+def _show(app: App, arguments: Sequence[str]) -> NoReturn:
+    app(list(arguments))
+    sys.exit(0)
+
+
+def _exit(message: str, command: str) -> NoReturn:
+    """Ends with status 2 and one line about a mistyped command line."""
+    print_error(f"{message.rstrip()} (see {command} --help)")
+    sys.exit(2)
+
+
+def _run(module: Any, given: Mapping[str, Any], known: Mapping[str, Option]) -> int:
+    from jpeft.cli.arguments import as_flags
+
+    try:
+        with _handling_signals(), _warnings_in_one_line(known):
+            module.run(given if hasattr(module, "OPTIONS") else module.Options(**given))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as stop:
@@ -49,11 +135,11 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if args.debug:
+        if given.get("debug"):
             traceback.print_exc()
         message, status = _explain(error)
         if not _is_reported_elsewhere(error):
-            print_error(message)
+            print_error(as_flags(message, known))
         return status
 
 
@@ -80,10 +166,14 @@ def _handling_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
+def _warnings_in_one_line(known: Mapping[str, Option]) -> Iterator[None]:
     """A context in which a warning is one line, without the place in the code that gave it."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"jpeft: warning: {' '.join(str(message).split())}\n"
+    from jpeft.cli.arguments import as_flags
+
+    def in_one_line(message: Any, *_: Any, **__: Any) -> str:
+        return f"jpeft: warning: {as_flags(' '.join(str(message).split()), known)}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, in_one_line
     try:
         yield
     finally:
@@ -105,39 +195,13 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"stopped, {saved}; continue with: jpeft finetune --out {error.run} --resume", 128 + error.number
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
         return f'this command needs {error.name}: pip install "jpeft[demo]"', 1
-    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboardX":
-        return '--tensorboard needs tensorboardX: pip install "jpeft[tensorboard]"', 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):
         return str(error), 1
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-        return f"out of memory ({str(error)[:120]}); use a smaller --batch-size, --max-length or --rank", 1
+        return f"out of memory ({str(error)[:120]}); use a smaller `batch_size`, `max_length` or `rank`", 1
     return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1
-
-
-# ------------------------------------------------------------------------------------------------------- arguments
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line; argparse would print the whole usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"jpeft: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jpeft", description="Parameter-efficient fine-tuning for JAX and Flax.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object to stdout, all else to stderr")
-    common.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    for command in _COMMANDS:
-        name = command.__name__.rpartition(".")[2]
-        subparser = commands.add_parser(name, parents=[common], help=command.SUMMARY, description=command.SUMMARY)
-        subparser.set_defaults(run_command=command.run)
-        command.add_arguments(subparser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,12 +1,178 @@
-"""Arguments that several commands share."""
+"""The command line of a dataclass of options: flags, types, choices and help, made with cyclopts.
+
+parse = command([Config, Execution], name="finetune", summary="Fine-tune a model.")
+given = parse(["--rank", "16", "lr=1e-3"])  # {"rank": 16, "lr": 0.001}: what was typed, and no defaults
+"""
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import json
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
-from jpeft.recipes.config import DTYPES
+from cyclopts import App, Group, Parameter, UnusedCliTokensError
+
+from jpeft.checks import nearest
+from jpeft.errors import UserError
+from jpeft.recipes.options import GROUPS, Option, options
+
+
+class UsageError(UserError):
+    """A command line that cannot be parsed."""
+
+
+def known_options(classes: Iterable[type]) -> dict[str, Option]:
+    """The options of several dataclasses by name.
+
+    >>> from jpeft.recipes.config import Config
+    >>> known_options([Config])["lr"].help
+    'peak learning rate'
+    """
+    return {name: entry for cls in classes for name, entry in options(cls).items()}
+
+
+def flag(entry: Option) -> str:
+    """The flag of an option on the command line.
+
+    >>> from jpeft.recipes.config import Config
+    >>> flag(options(Config)["batch_size"]), flag(options(Config)["settings"])
+    ('--batch-size', '--set')
+    """
+    return entry.flag or f"--{entry.name.replace('_', '-')}"
+
+
+def as_flags(message: str, known: Mapping[str, Option]) -> str:
+    """A message of the library with the arguments that it names in backticks turned into flags.
+
+    >>> from jpeft.recipes.config import Config
+    >>> as_flags("`accumulate` 3 does not divide `batch_size` 16", options(Config))
+    '--accumulate 3 does not divide --batch-size 16'
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        entry = known.get(found[1])
+        if entry is None:
+            return found[0]
+        return found[1].upper() if entry.positional else flag(entry)
+
+    return re.sub(r"`(\w+)`", replace, message)
+
+
+def make_command(app: App, name: str, summary: str, classes: Sequence[type], **how: Any) -> None:
+    """Adds a command to an app, with the options of some dataclasses; `parse` reads what is typed."""
+
+    def bound(*words: Any, **given: Any) -> None:
+        """Never called: `parse` reads what cyclopts binds to its parameters."""
+
+    entries = sorted(known_options(classes).values(), key=lambda entry: not entry.positional)
+    bound.__signature__ = inspect.Signature([_parameter(entry) for entry in entries])  # type: ignore[attr-defined]
+    app.command(bound, name=name, help=summary, **how)
+
+
+def _parameter(entry: Option) -> inspect.Parameter:
+    details: dict[str, Any] = {
+        "help": f"{entry.help}. Named: {', '.join(entry.names)}" if entry.names else entry.help,
+        "group": Group(entry.group, sort_key=GROUPS.index(entry.group)),
+        "required": entry.required,
+        "show_default": False if entry.required or entry.type is bool else default_words(entry),
+        "metavar": entry.metavar,
+        "allow_repeating": None if entry.type in (tuple, dict) else True,  # the last one wins
+    }
+    if entry.choices is not None:
+        details["choices"] = sorted(entry.choices())
+    if entry.positional:
+        return _positional(entry, {**details, "name": entry.metavar or entry.name.upper()})
+    details |= {"name": flag(entry), "alias": entry.alias or ()}
+    if entry.type is not bool or not entry.default:  # --no-NAME is for what is on by default
+        details["negative"] = ()
+    is_list = entry.type in (tuple, dict)
+    hint = Annotated[list[str] if is_list else entry.type, Parameter(**details)]
+    return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, **_absent(entry))
+
+
+def _positional(entry: Option, details: Mapping[str, Any]) -> inspect.Parameter:
+    if entry.type is tuple:
+        hint = Annotated[str, Parameter(**details)]
+        return inspect.Parameter(entry.name, inspect.Parameter.VAR_POSITIONAL, annotation=hint)
+    hint = Annotated[entry.type, Parameter(**details)]
+    return inspect.Parameter(entry.name, inspect.Parameter.POSITIONAL_ONLY, annotation=hint, **_absent(entry))
+
+
+def _absent(entry: Option) -> dict[str, None]:
+    """The default of a parameter for cyclopts: what is not typed is not in its result."""
+    return {} if entry.required else {"default": None}
+
+
+def default_words(entry: Option) -> str | bool:
+    """The words for an option's default in the help; False for none."""
+    if entry.shown is not None:
+        return entry.shown
+    values = list(dict.fromkeys(map(str, entry.by_task.values())))
+    if len(values) > 1:
+        first, *others = entry.by_task.items()
+        return "; ".join([str(first[1]), *(f"{value} with --task {task}" for task, value in others)])
+    return False if entry.default in (None, (), {}) else str(entry.default)
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing
+
+
+def parse(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that a command line gives, by name.
+
+    Args:
+        app: the app, with the command.
+        tokens: the command and its arguments.
+        known: the options of the command.
+
+    Raises:
+        CycloptsError: they cannot be parsed.
+        UserError: a word that should be NAME=VALUE.
+    """
+    given = _bound(app, _with_implied(tokens, known), known)
+    if words := given.pop("overrides", ()):
+        named = _bound(app, [tokens[0], *(_as_flag(word, known) for word in words)], known)
+        given |= {
+            name: {**given.get(name, {}), **value} if isinstance(value, dict) else value
+            for name, value in named.items()
+        }
+    return given
+
+
+def _bound(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[str, Any]:
+    try:
+        _, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as error:
+        raise UsageError(f"unexpected argument {(error.unused_tokens or tokens[-1:])[0]!r}") from error
+    given = dict(bound.arguments)
+    for name, entry in known.items():
+        if name in given and entry.type is dict:
+            given[name] = dict(map(name_value, given[name]))
+    return given
+
+
+def _with_implied(tokens: Sequence[str], known: Mapping[str, Option]) -> list[str]:
+    """The tokens, with the implied value of each flag that is given without one."""
+    implied = {flag(entry): entry.implied for entry in known.values() if entry.implied is not None}
+    found = []
+    for token, following in zip(tokens, [*tokens[1:], "--"], strict=True):
+        alone = re.match(r"-\D|[a-z_.]+=", following)
+        found.append(f"{token}={implied[token]}" if token in implied and alone else token)
+    return found
+
+
+def _as_flag(word: str, known: Mapping[str, Option]) -> str:
+    """`--name=value` for `name=value`; `--set=field=value` for `settings.field=value`."""
+    name, sign, value = word.partition("=")
+    name, dot, field = name.partition(".")
+    entry = known.get(name)
+    if not sign:
+        raise UsageError(f"unexpected argument {word!r}; options are --NAME VALUE or NAME=VALUE")
+    if entry is None or entry.positional or bool(dot) != (entry.type is dict):
+        raise UsageError(f"{word}: no option is called {name!r}{nearest(name, [*known])}")
+    return f"{flag(entry)}={field}={value}" if dot else f"{flag(entry)}={value}"
 
 
 def name_value(text: str) -> tuple[str, Any]:
@@ -17,7 +183,7 @@ def name_value(text: str) -> tuple[str, Any]:
     """
     name, sign, value = text.partition("=")
     if not (name and sign):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+        raise UsageError(f"--set {text}: expected NAME=VALUE")
     return name, parse_value(value)
 
 
@@ -31,22 +197,3 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def add_dtype(parser: argparse.ArgumentParser, summary: str, default: str = "float32") -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default=default, help=f"{summary} (default: {default})")
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `generate` and `chat` share."""
-    add = parser.add_argument
-    add("--model", help="smollm2 (default, or the run's model), a HuggingFace folder, .gguf file or hub id")
-    add("--adapter", metavar="RUN", help="a run, or an adapter folder (saved by jpeft or PEFT)")
-    add("--chat-template", metavar="FILE", help="a Jinja template (default: the run's, else the model's)")
-    add("--system", metavar="TEXT", help="system message")
-    add("--max-new-tokens", type=int, metavar="INT", help="(default: 256, or as many as the context has room for)")
-    add("--temperature", type=float, default=0.0, metavar="FLOAT", help="0 (default): greedy decoding")
-    add("--top-k", type=int, metavar="INT", help="sample from the k most likely tokens")
-    add("--top-p", type=float, metavar="FLOAT", help="sample from the smallest set of tokens with this probability")
-    add("--seed", type=int, default=0, metavar="INT", help="seed for sampling (default: 0)")
-    add_dtype(parser, "of weights and activations")

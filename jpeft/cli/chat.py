@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
+from dataclasses import dataclass
 from typing import Any
 
-from jpeft.cli.arguments import add_generation
-from jpeft.cli.generate import check_utf8, open_text_generator, print_answer
+from jpeft.cli.generate import Generation, check_utf8, open_text_generator, print_answer
 from jpeft.cli.terminal import print_error, print_json
 from jpeft.errors import UserError
+from jpeft.recipes.options import WHAT, option
 
 SUMMARY = "Chat with a language model: each line of stdin is a turn, Ctrl-D ends the conversation."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="RUN", nargs="?", default=argparse.SUPPRESS, help="a run to chat with")
-    add_generation(parser)
+@dataclass(frozen=True, kw_only=True)
+class Options(Generation):
+    """Options of `jpeft chat`."""
+
+    run: str | None = option("a run to chat with, as --adapter", WHAT, None, metavar="RUN", positional=True)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Options) -> None:
+    """Answers each line of stdin."""
     from jpeft.serving.text_generator import Conversation
 
     if sys.stdin is None:
         raise UserError("stdin is closed, but each of its lines is a turn")
-    generator, settings = open_text_generator(args)
+    if args.run is not None and args.adapter is not None:
+        raise UserError(f"{args.run} and --adapter {args.adapter} name two adapters; give one")
+    generator, settings = open_text_generator(dataclasses.replace(args, adapter=args.run or args.adapter))
     conversation, interactive = Conversation(args.system), sys.stdin.isatty()
     while (line := _read_line(interactive)) is not None:
         if not line.strip():

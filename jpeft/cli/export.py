@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal
 
+from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
+from jpeft.recipes.options import OUTPUT, option
+from jpeft.storage import as_path
 from jpeft.units import format_bytes
 
 SUMMARY = "Write the adapter of a run, finished or not, as a folder that HuggingFace PEFT or jpeft loads."
-_FORMS = ("hf", "jpeft")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run; of an unfinished one, a checkpoint")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
-    parser.add_argument("--format", choices=_FORMS, default="hf", help="hf (default): for HuggingFace PEFT; or jpeft")
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Options of `jpeft export`."""
+
+    run: str = option("a run; of an unfinished one, a checkpoint", metavar="RUN", positional=True)
+    out: str = option("the folder to write; it must not exist", metavar="OUT", positional=True)
+    format: Literal["hf", "jpeft"] = option("for HuggingFace PEFT, or for jpeft", OUTPUT, "hf")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Options) -> None:
+    """Writes the folder and prints its size."""
     from jpeft.recipes.exporting import export_adapter
 
-    if args.out.exists():
+    out = as_path(args.out)
+    if out.exists():
         raise UserError(f"{args.out} exists; choose another folder, nothing was written")
-    export_adapter(args.run, args.out, args.format, print_note)
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    export_adapter(as_path(args.run), out, args.format, print_note)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if args.json:
         print_json({"folder": str(args.out), "bytes": size})
     else:

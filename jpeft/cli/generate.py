@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from jpeft.cli.arguments import add_generation
+from jpeft.checks import Rule, is_int
+from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
+from jpeft.recipes.config import Config, Dtype
+from jpeft.recipes.options import SAMPLING, WHAT, option, same
+from jpeft.storage import as_path
 
 SUMMARY = "Generate text from a prompt, in the model's chat template."
+_SEED: Rule = (lambda value: is_int(value) and 0 <= value < 1 << 63, "a number from 0 to 2^63 - 1")
+_ANY: Rule = (lambda value: True, "a number")  # the generator checks it
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_generation(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="several form a batch; default: one from stdin")
-    parser.add_argument("--raw", action="store_true", help="continue the text itself, without a chat template")
-    parser.add_argument("--messages", metavar="FILE", help='a JSON list of {"role", "content"} instead; - is stdin')
+@dataclass(frozen=True, kw_only=True)
+class Generation(Common):
+    """Options that `generate` and `chat` share."""
+
+    model: str | None = option(
+        "a named model, a HuggingFace folder, .gguf file or hub id", WHAT, None, shown="the run's model, or smollm2",
+        metavar="MODEL",
+    )  # fmt: skip
+    adapter: str | None = option("a run, or an adapter folder (saved by jpeft or PEFT)", WHAT, None, metavar="FOLDER")
+    chat_template: str | None = option(
+        "a Jinja template", WHAT, None, shown="the run's, else the model's", metavar="FILE"
+    )
+    system: str | None = option("system message", WHAT, None, metavar="TEXT")
+    max_new_tokens: int | None = option(
+        "most tokens to generate", SAMPLING, None, shown="256, or as many as the context has room for"
+    )
+    temperature: float = option("0 is greedy decoding", SAMPLING, 0.0, rule=_ANY)
+    top_k: int | None = option("sample from the k most likely tokens", SAMPLING, None, rule=_ANY)
+    top_p: float | None = option(
+        "sample from the smallest set of tokens with this probability", SAMPLING, None, rule=_ANY
+    )
+    seed: int = option("seed for sampling", SAMPLING, 0, rule=_SEED)
+    dtype: Dtype = same(Config, "dtype", help="dtype of weights and activations")
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(Generation):
+    """Options of `jpeft generate`."""
+
+    prompts: tuple[str, ...] = option(
+        "several form a batch", WHAT, (), shown="one from stdin", metavar="PROMPT", positional=True
+    )
+    raw: bool = option("continue the text itself, without a chat template", WHAT, False)
+    messages: str | None = option(
+        'a JSON list of {"role", "content"} instead of prompts; - is stdin', WHAT, None, metavar="FILE"
+    )
+
+
+def run(args: Options) -> None:
+    """Prints the generated text."""
     if args.messages and (args.prompts or args.raw or args.system):
         raise UserError("--messages holds the whole conversation; give no PROMPT, --raw or --system with it")
     if args.raw and args.system:
@@ -55,17 +92,16 @@ def run(args: argparse.Namespace) -> None:
         print_note(f"({speed.new} tokens, {rate:.1f} tokens/s after the second)")
 
 
-def open_text_generator(args: argparse.Namespace) -> tuple[Any, Any]:
+def open_text_generator(args: Generation) -> tuple[Any, Any]:
     """The text generator that the arguments name, and its settings."""
     from jpeft.recipes import generate
     from jpeft.serving.text_generator import Settings, keep_compiled
 
     keep_compiled()
-    if not 0 <= args.seed < 1 << 63:
-        raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
-    for option, value, most in (("--top-k", args.top_k, float("inf")), ("--top-p", args.top_p, 1)):
+    for name, most in (("top_k", float("inf")), ("top_p", 1)):
+        value = getattr(args, name)
         if args.temperature == 0 and 0 < (value or 0) <= most:  # others are errors of their own
-            raise UserError(f"{option} {value} is for sampling, and --temperature is 0: give one above 0")
+            raise UserError(f"`{name}` {value} is for sampling, and `temperature` is 0: give one above 0")
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     generator = generate.open_text_generator(args.model, args.adapter, args.dtype, print_note, args.chat_template)
     return generator, settings
@@ -109,6 +145,6 @@ def _as_messages(prompt: Any, system: str | None) -> list[dict[str, str]]:
 
 def _read_messages(file: str) -> Any:
     try:
-        return json.loads(_read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8"))
+        return json.loads(_read_stdin() if file == "-" else as_path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--messages {file}: not JSON ({error})") from None

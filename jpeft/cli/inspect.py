@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json
+from jpeft.recipes.options import option
 from jpeft.units import format_bytes
 
 SUMMARY = "Show the contents of a run or an adapter folder, without loading a model."
@@ -46,11 +47,15 @@ _SAID = ("method", "rank", "alpha", "dropout", "targets", "settings", "head", "h
 Rows = list[tuple[str, str]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="RUN|ADAPTER", type=Path)
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Options of `jpeft inspect`."""
+
+    path: str = option("a run, or an adapter folder", metavar="RUN|ADAPTER", positional=True)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Options) -> None:
+    """Prints the contents."""
     from jpeft.recipes.describing import describe
 
     summary = describe(args.path)

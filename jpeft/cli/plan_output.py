@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jpeft.cli.arguments import parse_value
+from jpeft.cli.arguments import flag, parse_value
 from jpeft.cli.terminal import print_json
 from jpeft.errors import UserError
 from jpeft.hardware.topologies import parse
 from jpeft.recipes.assets import MODELS
-from jpeft.recipes.config import Config, flag
+from jpeft.recipes.config import Config
+from jpeft.recipes.options import options
+from jpeft.storage import as_path
 
 if TYPE_CHECKING:
     from jpeft.recipes.plan_sweep import Choice, Outcome
@@ -86,7 +88,7 @@ def _to_dict(outcome: Outcome) -> dict[str, Any]:
 
 def _how_to_run(choice: Choice) -> str:
     model = choice.config.model
-    has_weights = model in MODELS or Path(model).is_dir()
+    has_weights = model in MODELS or as_path(model).is_dir()
     hint = "" if has_weights else f", with a folder of weights in place of {model}"
     return f"to run it{hint}: {command_of(choice)} --data …"
 
@@ -100,10 +102,10 @@ def command_of(choice: Choice) -> str:
     """
     config, defaults = choice.config, Config(task=choice.config.task)
     words = ["jpeft", "finetune", "--task", config.task]
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if field.name not in ("task", "settings", "steps") and value not in (None, getattr(defaults, field.name)):
-            words += [flag(field.name), str(value)]
+    for name, entry in options(Config).items():
+        value = getattr(config, name)
+        if name not in ("task", "settings", "steps") and value not in (None, getattr(defaults, name)):
+            words += [f"{flag(entry)}={str(value).lower()}"] if entry.type is bool else [flag(entry), str(value)]
     for name, value in config.settings.items():
         is_plain = isinstance(value, str) and parse_value(value) == value
         words += ["--set", f"{name}={value if is_plain else json.dumps(value)}"]

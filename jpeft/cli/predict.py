@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
+from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
+from jpeft.recipes.options import WHAT, option
+from jpeft.storage import as_path
 
 SUMMARY = "Label texts with a run."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run; of an unfinished one, a checkpoint")
-    parser.add_argument(
-        "file", metavar="FILE", nargs="?", help="a .csv or .jsonl file; default: stdin, a text per line"
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Options of `jpeft predict`."""
+
+    run: str = option("a run; of an unfinished one, a checkpoint", metavar="RUN", positional=True)
+    file: str | None = option(
+        "a .csv or .jsonl file", WHAT, None, shown="stdin, a text per line", metavar="FILE", positional=True
     )
-    parser.add_argument("--text-arg", action="append", metavar="TEXT", help="a text to label; may be repeated")
-    parser.add_argument("--text", metavar="COLUMN", help="FILE's text column (default: the run's)")
+    text_arg: tuple[str, ...] = option("a text to label; may be repeated", WHAT, (), metavar="TEXT")
+    text: str | None = option("column of the file's texts", WHAT, None, shown="the run's", metavar="COLUMN")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Options) -> None:
+    """Prints a label and its probability for each text."""
     from jpeft.recipes.tasks import classification
 
     if args.text_arg and args.file:
         raise UserError("give texts by --text-arg or a FILE, not both")
-    trained = classification.open_run(args.run, print_note)
+    trained = classification.open_run(as_path(args.run), print_note)
     texts = _texts(args, trained.record["columns"]["text"])
     if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
         raise UserError(f"text {empty[0]} is empty")
@@ -40,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{label}\t{probability:.4f}\t{' '.join(text.split())[:100]}")
 
 
-def _texts(args: argparse.Namespace, column: str) -> Sequence[str]:
+def _texts(args: Options, column: str) -> Sequence[str]:
     from jpeft.text import labeled
 
     if args.text_arg:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
-from jpeft.cli.arguments import add_dtype
+from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import ModelError, UserError
-from jpeft.recipes.config import SCHEMES
+from jpeft.recipes.config import Config, Dtype, Scheme
+from jpeft.recipes.options import MEMORY, option, same
+from jpeft.storage import as_path
 from jpeft.units import format_bytes
 
 SUMMARY = "Write a HuggingFace folder with a model's linear layers quantized."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model's name, HuggingFace folder, .gguf file or hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
-    schemes = "nf4 (default; transformers can load it), int4, int8 or fp8"
-    parser.add_argument("--scheme", choices=SCHEMES, default="nf4", help=schemes)
-    parser.add_argument("--block", type=int, default=64, metavar="INT", help="weights per scale (default: 64)")
-    parser.add_argument("--no-double", action="store_true", help="keep the scales in float32")
-    targets = "names such as q_proj, or a regular expression (default: all linear layers)"
-    parser.add_argument("--targets", metavar="STR", help=targets)
-    add_dtype(parser, "to load the weights in; other weights are saved in it")
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Options of `jpeft quantize`."""
+
+    model: str = option("a named model, HuggingFace folder, .gguf file or hub id", metavar="MODEL", positional=True)
+    out: str = option("the folder to write; it must not exist", metavar="OUT", positional=True)
+    scheme: Scheme = option("the scheme; transformers loads nf4", MEMORY, "nf4")
+    block: int = option("weights per scale", MEMORY, 64)
+    double: bool = option("quantize the scales too, or keep them in float32", MEMORY, True)
+    targets: str | None = option(
+        "names such as q_proj, or a regular expression", MEMORY, None, shown="all linear layers", metavar="TARGETS"
+    )
+    dtype: Dtype = same(Config, "dtype", help="dtype to load the weights in; other weights are saved in it")
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.out.exists():
+def run(args: Options) -> None:
+    """Writes the folder, and prints its sizes and the layers that are not quantized."""
+    out = as_path(args.out)
+    if out.exists():
         raise UserError(f"{args.out} exists; choose another folder, nothing was written")
     import jax.numpy as jnp
 
@@ -41,14 +47,14 @@ def run(args: argparse.Namespace) -> None:
 
     path = resolve_model(args.model, print_note)
     targets = None if args.targets is None else parse_targets(args.targets)
-    options = {"scheme": args.scheme, "block": args.block, "double": not args.no_double, "targets": targets}
+    options = {"scheme": args.scheme, "block": args.block, "double": args.double, "targets": targets}
     try:
         model, params = load(path, param_dtype=jnp.dtype(args.dtype), quantize=options)
     except ModelError:
         raise
     except ValueError as error:  # the options do not suit the model
         raise UserError(str(error)) from error
-    save(args.out, model, params, source=path)
+    save(out, model, params, source=path)
     leaves, left = tree.flatten(params).values(), unquantized(params)
     quantized = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
     size = sum(leaf.size for leaf in quantized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if skipped:
         rows.append(("skipped steps", f"{skipped}: loss or gradient was not finite; a lower --lr may help"))
     use = _USES.get(result.get("task", CLASSIFY))
-    return [*rows, ("run", result["run"]), *([("use it", use.format(result["run"]))] if use else [])]
+    return [*rows, ("run", result["run"]), *([("use it", use.format(shlex.quote(result["run"])))] if use else [])]
 
 
 def format_seconds(seconds: float) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,10 +40,15 @@ class Terminal:
     """Shows the messages and the progress of training: a bar in a terminal, otherwise some twenty lines.
 
     It is the command line's `jpeft.recipes.tasks.base.Reporter`.
+
+    Args:
+        to_stderr: where to show them; stdout by default.
+        quiet: show nothing.
+        words: rewrites a message of the library in the words of the command line.
     """
 
-    def __init__(self, to_stderr: bool, quiet: bool = False):
-        self._stderr, self._quiet = to_stderr, quiet
+    def __init__(self, to_stderr: bool, quiet: bool = False, words: Callable[[str], str] = lambda text: text):
+        self._stderr, self._quiet, self._words = to_stderr, quiet, words
         self._bar: Progress | None = None
         self._mean: float | None = None
         self._began: tuple[int, float] | None = None
@@ -66,7 +71,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Prints a message."""
-        self._console.print(text, markup=False)
+        self._console.print(self._words(text), markup=False)
 
     def progress(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
         """Shows that `done` of `total` training steps are complete, with a moving average of the loss."""

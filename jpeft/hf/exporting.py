@@ -23,6 +23,7 @@ from jpeft.hf.config import CONFIG, TASK_HEADS, TENSORS, patterns
 from jpeft.hf.names import ROOT, Names, Prefix, of_model
 from jpeft.hf.tied import head_tensors, tied_names
 from jpeft.methods import METHODS
+from jpeft.storage import as_path
 
 _README = "README.md"
 
@@ -101,8 +102,8 @@ def save(
         config[beside.beside] = {m: field.of(a.method, a.site, config) for m, a in sorted(others.items())}
     if heads and not spec.ties:
         config["ensure_weight_tying"] = True
-    _check_free(FilePath(path))
-    with new_folder(FilePath(path), replace=True) as folder:
+    _check_free(target := as_path(path))
+    with new_folder(target, replace=True, marker=CONFIG) as folder:
         write_safetensors(folder / TENSORS, tensors | heads, {"format": "pt"})
         write_atomically(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         write_atomically(folder / _README, _card(name, spec, config).encode())

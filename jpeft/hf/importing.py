@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from jpeft.hf.tied import merge_heads, tied_names
 from jpeft.methods import METHODS
 from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
+from jpeft.storage import as_path
 
 
 def load(
@@ -72,15 +72,15 @@ def load(
 
     >>> # peft, adapter = jpeft.hf.load("adapter", model, params, input_ids, attention_mask); see jpeft.hf.save
     """
-    config = read_config(FilePath(path) / CONFIG, METHODS.values())
-    file = TensorFile.read(FilePath(path), config, ignore)
+    config = read_config(as_path(path) / CONFIG, METHODS.values())
+    file = TensorFile.read(as_path(path), config, ignore)
     merge_heads(model, config, file)
     tree, _ = split_variables(params)
     base = flatten(tree)
     survey, at = survey_model(model, params, inputs, kwargs), stacking.stacked_at(model)
     each = stacking.unroll_survey(survey, at)  # unstacked layers, as the file has them
     owners = {s.path[:-1] for s in each.leaves}
-    names = find(FilePath(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
+    names = find(as_path(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
     folder = Folder(config, file, names, at, tuple(ignore))
     matched = match(folder, _without_absent_parts(model, folder, each))
     tied = tied_names(model, names)

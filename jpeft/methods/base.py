@@ -53,6 +53,7 @@ class Method:
       roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
       non_trainable: names of the leaves that never train.
       per_site: names of the fields that ``overrides`` may set.
+      learning_rate: the peak learning rate of `jpeft finetune` where none is given.
       hf: its form in HuggingFace PEFT folders, see `jpeft.core.interchange`. Not inherited.
     """
 
@@ -64,6 +65,7 @@ class Method:
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {}
     non_trainable: ClassVar[frozenset[str]] = frozenset()
     per_site: ClassVar[tuple[str, ...]] = ()
+    learning_rate: ClassVar[float] = 5e-4
     hf: ClassVar[HFSpec | Role | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -28,6 +28,7 @@ class BitFit(LeafMethod):
     """
 
     hf: ClassVar[HFSpec | Role | None] = BIAS
+    learning_rate: ClassVar[float] = 2e-3
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return [s for s in survey.leaves if s.path[-1] == "bias"]

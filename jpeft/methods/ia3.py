@@ -39,6 +39,7 @@ class IA3(WeightMethod):
     dtype: Any = "float32"
 
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
+    learning_rate: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

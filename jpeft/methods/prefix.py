@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class PrefixTuning(AttentionMethod):
     dtype: Any = "float32"
 
     per_site = ("init_std", "dtype")
+    learning_rate: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

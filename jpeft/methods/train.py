@@ -26,6 +26,7 @@ class Train(LeafMethod):
     """
 
     hf: ClassVar[HFSpec | Role | None] = MODULES_TO_SAVE
+    learning_rate: ClassVar[float] = 1e-4
 
     targets: Targets = field(default=None, kw_only=False)
 

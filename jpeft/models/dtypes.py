@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from jpeft.errors import ModelError
 from jpeft.models.bitsandbytes import combine_parts
 from jpeft.models.sources import open_tensors
+from jpeft.storage import as_path
 
 SOURCE = "source"  # as a dtype: the one that each tensor has in the source
 
@@ -24,7 +24,7 @@ def stored_dtypes(path: str | os.PathLike[str]) -> dict[str, np.dtype]:
     >>> stored_dtypes("all-MiniLM-L6-v2")["embeddings.LayerNorm.weight"]  # doctest: +SKIP
     dtype('float32')
     """
-    with open_tensors(Path(path)) as stored:
+    with open_tensors(as_path(path)) as stored:
         names = {name: tensor.dtype for name, tensor in combine_parts(stored).items()}
     return {name: jnp.dtype(dtype) for name, dtype in names.items() if "float" in dtype}
 

@@ -16,6 +16,7 @@ from jpeft.models.family import Family
 from jpeft.models.folder import CONFIG
 from jpeft.models.layout import leaves_by_path
 from jpeft.models.sources import is_gguf, read_config
+from jpeft.storage import as_path
 
 #: `model_type` of a `config.json` → the module that builds it. A new family is one module and its lines here.
 FAMILIES: dict[str, Family] = {
@@ -64,7 +65,7 @@ def is_decoder(path: str | os.PathLike[str]) -> bool:
     >>> is_decoder("all-MiniLM-L6-v2")  # doctest: +SKIP
     False
     """
-    config, where = read_model_config(Path(path))
+    config, where = read_model_config(as_path(path))
     return find_family(config.get("model_type"), where).IS_DECODER
 
 

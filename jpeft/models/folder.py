@@ -1,12 +1,16 @@
 """The files of a HuggingFace model folder: `config.json`, and safetensors in one file or several shards.
 
-Tensors have torch's names and layout; nothing here depends on a model.
+Tensors have torch's names and layout; nothing here depends on a model. Of files on an object store, the bytes of one
+tensor at a time are fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +19,11 @@ import numpy as np
 
 from jpeft.errors import ModelError
 from jpeft.files import read_json
+from jpeft.storage import file_size, is_remote, read_range
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_METADATA = "__metadata__"
 
 
 class Tensor(Protocol):
@@ -54,6 +60,7 @@ class SafeTensor:
         shape: the shape in torch's order.
         dtype: the name of the dtype, numpy's or ml_dtypes' if they have it.
         metadata: the file's metadata.
+        remote: the open file, if it is on an object store.
     """
 
     path: Path
@@ -61,10 +68,11 @@ class SafeTensor:
     shape: tuple[int, ...]
     dtype: str
     metadata: Mapping[str, str]
+    remote: _RemoteFile | None = None
 
     def read(self) -> np.ndarray:
         # The file is mapped for one tensor at a time: pages that were read count as ours until it is unmapped.
-        with _open_safetensors(self.path) as file:
+        with _open_safetensors(self.path, self.remote) as file:
             try:
                 return file.get_tensor(self.name)
             except (AttributeError, TypeError) as error:  # a dtype that numpy lacks, such as float8
@@ -97,12 +105,12 @@ def read_tensors(folder: Path) -> dict[str, SafeTensor]:
         with _open_safetensors(path) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: (tuple(x.get_shape()), _dtype_name(x.get_dtype())) for name, x in slices.items()}
-            metadata = file.metadata() or {}
+            metadata, remote = file.metadata() or {}, file if isinstance(file, _RemoteFile) else None
         if twice := sorted(tensors.keys() & kinds.keys()):  # readers of such folders disagree on which one counts
             raise ModelError(
                 f"{folder}: {twice[0]} is in {tensors[twice[0]].path.name} and in {path.name}; remove one of them"
             )
-        tensors |= {name: SafeTensor(path, name, *kind, metadata) for name, kind in kinds.items()}
+        tensors |= {name: SafeTensor(path, name, *kind, metadata, remote) for name, kind in kinds.items()}
     return tensors
 
 
@@ -114,14 +122,83 @@ def _dtype_name(code: str) -> str:
 
 
 @contextlib.contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path, remote: _RemoteFile | None = None) -> Iterator[Any]:
     import safetensors
 
     try:
+        if is_remote(path):
+            yield remote or _RemoteFile(path)
+            return
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+class _RemoteFile:
+    """A safetensors file on an object store, with the methods of the library's open file that are used here.
+
+    A tensor is fetched as a file of its own, which the library reads.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header, self.start = _remote_header(path, file_size(path))
+
+    def keys(self) -> list[str]:
+        return [name for name in self.header if name != _METADATA]
+
+    def metadata(self) -> dict[str, str] | None:
+        return self.header.get(_METADATA)
+
+    def get_slice(self, name: str) -> Any:
+        return _RemoteSlice(self.header[name])
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        import safetensors
+
+        entry = self.header[name]
+        start, stop = entry["data_offsets"]
+        content = read_range(self.path, self.start + start, self.start + stop) if stop > start else b""
+        header = json.dumps({name: {**entry, "data_offsets": [0, stop - start]}}).encode()
+        with tempfile.TemporaryDirectory(prefix="jpeft-") as folder:
+            (file := Path(folder) / "tensor").write_bytes(struct.pack("<Q", len(header)) + header + content)
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                return opened.get_tensor(name)
+
+
+class _RemoteSlice:
+    """The shape and dtype of a tensor in a header."""
+
+    def __init__(self, entry: Mapping[str, Any]):
+        self._entry = entry
+
+    def get_shape(self) -> list[int]:
+        return self._entry["shape"]
+
+    def get_dtype(self) -> str:
+        return self._entry["dtype"]
+
+
+def _remote_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where the bytes of its tensors begin. The library checks it.
+
+    Args:
+        size: the file's, which the header must agree with.
+    """
+    import safetensors
+
+    (length,) = struct.unpack("<Q", read_range(path, 0, 8).ljust(8, b"\0"))
+    if length > size - 8:
+        raise safetensors.SafetensorError("truncated, or of another format")
+    start = read_range(path, 0, 8 + length)
+    with tempfile.TemporaryDirectory(prefix="jpeft-") as folder:
+        file = Path(folder) / "header"
+        with file.open("wb") as sink:
+            sink.write(start)
+            sink.truncate(size)  # a hole, which takes no space
+        with safetensors.safe_open(file, framework="numpy"):
+            return json.loads(start[8:]), 8 + length
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +22,7 @@ from jpeft.models.placing import place_leaves, shardings_by_path
 from jpeft.models.reading import TensorReader
 from jpeft.models.sources import has_safetensors, is_gguf, open_tensors
 from jpeft.quantization.tree import quantize as quantize_tree
+from jpeft.storage import as_path
 
 
 def load(
@@ -40,7 +40,8 @@ def load(
     two tensors. Weights that bitsandbytes (4-bit NF4) or `save` quantized stay quantized, as from `jpeft.quantize`.
 
     Args:
-        path: the folder or file. Nothing is downloaded, and no pickle is opened.
+        path: the folder or file, on a disk or an object store (`gs://`). Of a folder on a store, one tensor after the
+            other is fetched; a `.gguf` file is copied to the cache. Nothing else is downloaded, no pickle is opened.
         dtype: the dtype of computation; None: the parameters' dtype.
         param_dtype: the dtype of the parameters, whatever the file's (float32, bfloat16, float16). Quantized weights
             are dequantized into it when they are used; those of a `.gguf` file when they are read.
@@ -78,12 +79,12 @@ def load(
     >>> model.apply({"params": params}, ids, attention_mask=jnp.ones_like(ids)).shape
     (1, 3, 8)
     """
-    path = Path(path)
+    path = as_path(path)
     config, where = read_model_config(path)
     if (path / "adapter_config.json").is_file():  # transformers would apply it
         warnings.warn(
             f"{path} holds an adapter beside the model, which is not loaded with it: give it to jpeft.hf.load, or as "
-            "--adapter",
+            "`adapter`",
             stacklevel=2,
         )
     build_model(config, where, dtype, param_dtype, {})  # an error in it comes before one in the weights
@@ -131,13 +132,13 @@ def abstract(
     """
     if isinstance(config, Mapping):
         fields, where = dict(config), "config"
-    elif (path := Path(config)).is_file() and not is_gguf(path):
+    elif (path := as_path(config)).is_file() and not is_gguf(path):
         fields, where = read_json(path, ModelError), path
     else:
         fields, where = read_model_config(path)
     tensors = None
-    if not isinstance(config, Mapping) and has_safetensors(Path(config)):
-        with open_tensors(Path(config)) as stored:
+    if not isinstance(config, Mapping) and has_safetensors(as_path(config)):
+        with open_tensors(as_path(config)) as stored:
             tensors = bitsandbytes.combine_parts(stored)
     family, model = build_model(fields, where, dtype, param_dtype, options, tensors)
     shapes = abstract_leaves(family, model)

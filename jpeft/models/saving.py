@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +33,7 @@ from jpeft.models.matching import match_tensors
 from jpeft.models.naming import Naming
 from jpeft.models.reshaped import as_in_source, grow_head, update_config
 from jpeft.models.sources import is_gguf, open_tensors, read_config
+from jpeft.storage import as_path, download, file_sizes
 
 # `save` does not copy these from the source: it writes its own config and weights, and other weights would be stale.
 _NOT_COPIED = re.compile(
@@ -56,7 +56,7 @@ def save(
     inputs of linear layers (as from `jpeft.quantize`, for inputs that 64 divides). Other forms only jpeft reads.
 
     Args:
-        path: the folder to write. After a failure there is no folder.
+        path: the folder to write, on a disk or an object store. After a failure there is no folder.
         model: a model that `load` returned.
         params: its whole tree (merge an adapter first). Each leaf keeps its quantization.
         source: the folder or `.gguf` file that the model was loaded from. Everything else in it is kept: tokenizer,
@@ -80,7 +80,7 @@ def save(
     >>> sorted(file.name for file in folder.iterdir())
     ['config.json', 'model.safetensors']
     """
-    path, dtype = Path(path), dtype if dtype in (None, SOURCE) else jnp.dtype(dtype).name
+    path, dtype = as_path(path), dtype if dtype in (None, SOURCE) else jnp.dtype(dtype).name
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path}: exists and is not an empty folder")
     family = family_of(model)
@@ -91,7 +91,7 @@ def save(
         {name: np.shape(leaf) for name, leaf in leaves.items()},
     )
     slots = list_slots(shapes, stacked_at(model))
-    base = _bare(family, model) if source is None else _read_source(Path(source), family, model)
+    base = _bare(family, model) if source is None else _read_source(as_path(source), family, model)
     config, tensors, origins = dict(base.config), dict(base.tensors), dict(base.origins)
     wanted = _wanted_dtypes(dtype, source)
     embeddings, written = set(), set()
@@ -112,7 +112,7 @@ def save(
     config |= dict.fromkeys(fields, named or "float32")
     with new_folder(path) as new:
         if source is not None:
-            _copy_companions(Path(source), new)
+            _copy_companions(as_path(source), new)
         write_json(new / CONFIG, config, sort_keys=True)
         write_safetensors(new / WEIGHTS, tensors, {"format": "pt", **bitsandbytes.metadata(origins)})
         for name, content in (extra_files or {}).items():
@@ -178,8 +178,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
     """Copies the tokenizer, other small files, and numbered module folders of sentence-transformers (`1_Pooling`)."""
     if is_gguf(source):
         return write_tokenizer(source, folder)
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and re.match(r"\d+_", path.name):
-            shutil.copytree(path, folder / path.name)
-        elif path.is_file() and not _NOT_COPIED.fullmatch(path.name):
-            shutil.copyfile(path, folder / path.name)
+    for name in file_sizes(source):
+        if re.match(r"\d+_[^/]*/", name) if "/" in name else not _NOT_COPIED.fullmatch(name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            download(source / name, folder / name)

@@ -51,13 +51,13 @@ def join(
     """
     given = (coordinator, processes, process)
     if any(value is not None for value in given) and None in given:
-        raise UserError("--coordinator, --processes and --process belong together; give all of them or none")
+        raise UserError("`coordinator`, `processes` and `process` belong together; give all of them or none")
     if processes is not None and processes < 1:
-        raise UserError(f"--processes {processes}: expected at least 1")
+        raise UserError(f"`processes` {processes}: expected at least 1")
     if not timeout > 0:
-        raise UserError(f"--join-within {timeout:g}: expected seconds, above 0")
+        raise UserError(f"`join_within` {timeout:g}: expected seconds, above 0")
     if processes is not None and process is not None and not 0 <= process < processes:
-        raise UserError(f"--process {process} must be from 0 to {processes - 1}, with --processes {processes}")
+        raise UserError(f"`process` {process} must be from 0 to {processes - 1}, with `processes` {processes}")
     if coordinator is not None:
         _check_address(coordinator, listens=process == 0)
     who = f"process {process} of {processes}" if processes is not None else "this process"
@@ -82,8 +82,8 @@ def join(
         reason = " ".join(str(error).split())[:300]
         if coordinator is None:
             raise UserError(
-                f"--distributed: no environment that JAX supports (Cloud TPU, SLURM, Open MPI) was found ({reason}); "
-                "give --coordinator, --processes and --process"
+                f"`distributed`: no environment that JAX supports (Cloud TPU, SLURM, Open MPI) was found ({reason}); "
+                "give `coordinator`, `processes` and `process`"
             ) from error
         raise UserError(f"{who} could not join{where}: {reason}") from error
     finally:
@@ -94,7 +94,7 @@ def _check_address(coordinator: str, listens: bool) -> None:
     """Raises a UserError if it is not `host:port` or, for the process that `listens` there, if the port is in use."""
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, such as 10.0.0.1:8476")
+        raise UserError(f"`coordinator` {coordinator}: expected HOST:PORT, such as 10.0.0.1:8476")
     if not listens:
         return
     with socket.socket() as probe:
@@ -102,7 +102,7 @@ def _check_address(coordinator: str, listens: bool) -> None:
         try:
             probe.bind(("", int(port)))
         except OSError as error:
-            raise UserError(f"--coordinator {coordinator}: {error.strerror or error}; choose another port") from error
+            raise UserError(f"`coordinator` {coordinator}: {error.strerror or error}; choose another port") from error
 
 
 def leave(status: int) -> None:
@@ -215,6 +215,6 @@ def _is_lost_peer(error: Exception) -> bool:
 def _exit(silent: Mapping[int, str]) -> None:
     """Exits at once: a normal exit would wait for the processes that are gone. Only process 0 prints, while it runs."""
     if is_main_process() or 0 in silent:
-        message = f"{'; '.join(silent.values())}; repeat the command with --resume to resume from the last checkpoint"
+        message = f"{'; '.join(silent.values())}; resume from the last checkpoint (--resume)"
         print(f"jpeft: error: {message}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -30,7 +30,7 @@ def parse_axes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = (x.strip() for x in part.partition("="))
         if not name or name in sizes or not (size.isdecimal() and int(size)):
-            raise UserError(f"--mesh {text}: expected axes such as data=2,fsdp=4, each once")
+            raise UserError(f"`mesh` {text}: expected axes such as data=2,fsdp=4, each once")
         sizes[name] = int(size)
     return sizes
 
@@ -58,7 +58,7 @@ def check_count(sizes: Mapping[Any, int], devices: int, owner: str) -> None:
     count = math.prod(sizes.values())
     if not sizes or min(sizes.values()) < 1 or count != devices:
         product = " × ".join(map(str, sizes.values())) + f" is {count}" if len(sizes) > 1 else f"a mesh of {count}"
-        raise UserError(f"--mesh {format_axes(sizes)}: {product}, but {owner} {devices} devices")
+        raise UserError(f"`mesh` {format_axes(sizes)}: {product}, but {owner} {devices} devices")
 
 
 def device_mesh(text: str | None) -> Mesh:
@@ -73,7 +73,7 @@ def device_mesh(text: str | None) -> Mesh:
     count = jax.device_count()
     sizes = parse_axes(text or f"fsdp={count}")
     if unknown := [name for name in sizes if name not in AXES]:
-        raise UserError(f"--mesh {text}: unknown axis {unknown[0]!r}; expected {', '.join(AXES)}")
+        raise UserError(f"`mesh` {text}: unknown axis {unknown[0]!r}; expected {', '.join(AXES)}")
     check_count(sizes, count, "there are")
     return make_mesh(sizes)
 

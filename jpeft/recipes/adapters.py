@@ -47,15 +47,15 @@ def load_adapter(
         if run_folder.is_run(path):
             return load_of_run(path, run_folder.usable(path), model, params, inputs, log)
         if any(path.glob("model*.safetensors")):
-            raise UserError(f"{path}: a model, with no adapter of its own: --model {path}")
+            raise UserError(f"{path}: a model, with no adapter of its own: `model` {path}")
         folder = path / "adapter" if (path / "adapter").is_dir() else path
         if not (folder / CONFIG).is_file():
-            raise UserError(f"--adapter {path}: no adapter there; expected a run, or a folder that jpeft or PEFT saved")
+            raise UserError(f"`adapter` {path}: no adapter there; expected a run, or a folder that jpeft or PEFT saved")
         return load(folder, model, params, *inputs)
     except (AdapterError, UserError):
         raise
     except (ValueError, KeyError) as error:
-        raise UserError(f"--adapter {path}: does not fit {type(model).__name__}: {error}") from error
+        raise UserError(f"`adapter` {path}: does not fit {type(model).__name__}: {error}") from error
 
 
 def load_of_run(

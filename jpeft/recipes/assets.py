@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from jpeft.errors import UserError
-from jpeft.files import cache_folder
+from jpeft.storage import as_path, cache_folder
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> 
     """
     if name in MODELS:
         return fetch(name, MODELS[name], log) / MODELS[name].file
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.is_dir():
         _check_no_adapter(name, path)
         return path
@@ -115,12 +115,12 @@ def resolve_model(name: str, log: Callable[[str], None] = lambda line: None) -> 
         return path
     if path.exists():
         raise UserError(
-            f"--model {name} is a file; expected a .gguf, or a folder with config.json and model.safetensors"
+            f"`model` {name} is a file; expected a .gguf, or a folder with config.json and model.safetensors"
         )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         return _from_hub(name, log)
     raise UserError(
-        f"--model {name}: no such folder; expected {_names(MODELS)}, a HuggingFace folder, a .gguf file or a hub id"
+        f"`model` {name}: no such folder; expected {_names(MODELS)}, a HuggingFace folder, a .gguf file or a hub id"
     )
 
 
@@ -131,7 +131,7 @@ def _check_no_adapter(name: str, folder: Path) -> None:
     is_own = any((folder / name).exists() for name in ("adapter.safetensors", "adapter", "checkpoints"))
     if is_published or (is_own and not holds_model):
         raise UserError(
-            f"--model {name}: an adapter, not a model; give it as --adapter {name}, and its base as --model"
+            f"`model` {name}: an adapter, not a model; give it as `adapter` {name}, and its base as `model`"
         )
 
 
@@ -149,13 +149,13 @@ def resolve_data(
     if name in DATA:
         folder = fetch(name, DATA[name], log)
         known = DataSource(folder / "train.jsonl", folder / "test.jsonl", "review", "score")
-    elif Path(name).expanduser().is_file():
-        known = DataSource(Path(name).expanduser(), None, "text", "label")
+    elif as_path(name).is_file():
+        known = DataSource(as_path(name), None, "text", "label")
     else:
-        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(DATA)}, or a .csv, .jsonl or .json file")
-    evaluation = known.eval if eval_file is None else Path(eval_file).expanduser()
+        raise UserError(f"`data` {name}: {_no_file(name)}; expected {_names(DATA)}, or a .csv, .jsonl or .json file")
+    evaluation = known.eval if eval_file is None else as_path(eval_file)
     if evaluation is not None and not evaluation.is_file():
-        raise UserError(f"--eval {eval_file}: {_no_file(str(eval_file))}; expected a .csv, .jsonl or .json file")
+        raise UserError(f"`eval` {eval_file}: {_no_file(str(eval_file))}; expected a .csv, .jsonl or .json file")
     return DataSource(known.train, evaluation, text or known.text, label or known.label)
 
 
@@ -169,17 +169,17 @@ def resolve_conversations(
     if name in CONVERSATIONS:
         folder = fetch(name, CONVERSATIONS[name], log)
         train, evaluation = folder / "train.jsonl", folder / "test.jsonl"
-    elif Path(name).expanduser().is_file():
-        train, evaluation = Path(name).expanduser(), None
+    elif as_path(name).is_file():
+        train, evaluation = as_path(name), None
     else:
-        raise UserError(f"--data {name}: {_no_file(name)}; expected {_names(CONVERSATIONS)}, or a .jsonl or .json file")
-    if eval_file is not None and not (evaluation := Path(eval_file).expanduser()).is_file():
-        raise UserError(f"--eval {eval_file}: {_no_file(eval_file)}; expected a .jsonl or .json file")
+        raise UserError(f"`data` {name}: {_no_file(name)}; expected {_names(CONVERSATIONS)}, or a .jsonl or .json file")
+    if eval_file is not None and not (evaluation := as_path(eval_file)).is_file():
+        raise UserError(f"`eval` {eval_file}: {_no_file(eval_file)}; expected a .jsonl or .json file")
     return train, evaluation
 
 
 def _no_file(name: str) -> str:
-    return "not a regular file" if Path(name).expanduser().exists() else "no such file"
+    return "not a regular file" if as_path(name).exists() else "no such file"
 
 
 def _download(asset: Asset, folder: Path) -> Path:
@@ -270,7 +270,7 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            f'--model {name}: no such folder; to fetch it from the HuggingFace hub: pip install "jpeft[hub]"'
+            f'`model` {name}: no such folder; to fetch it from the HuggingFace hub: pip install "jpeft[hub]"'
         ) from error
     wanted = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
     log(f"downloading {name} from the HuggingFace hub, unless it is cached")
@@ -279,7 +279,7 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
     except Exception as error:  # the hub's client raises the errors of its HTTP library, which have no common class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--model {name}: no such folder, and downloading it from the HuggingFace hub failed "
+            f"`model` {name}: no such folder, and downloading it from the HuggingFace hub failed "
             f"({type(error).__name__}: {reason})"
         ) from error
 

@@ -3,152 +3,167 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jpeft.checks import Rule, is_int, is_number, is_positive_int, is_rate, or_none
+from jpeft.checks import Rule, is_int, is_number, is_positive_int, is_rate
 from jpeft.errors import UserError
+from jpeft.recipes import options
 from jpeft.recipes.assets import CONVERSATIONS, DATA, MODELS
+from jpeft.recipes.options import MACHINES, MEMORY, METHOD, OUTPUT, TRAINING, WHAT, option
+from jpeft.storage import absolute, as_path, is_remote, reason
 
 CLASSIFY, CHAT = "classify", "chat"
-DTYPES = ("float32", "bfloat16", "float16")
-SCHEMES = ("nf4", "int4", "int8", "fp8")  # of `jpeft.quantization`, which is not imported here
+Dtype = Literal["float32", "bfloat16", "float16"]
+Scheme = Literal["nf4", "int4", "int8", "fp8"]  # of `jpeft.quantization`, which is not imported here
+SCHEMES: tuple[str, ...] = typing.get_args(Scheme)
+Remat = Literal["full", "dots", "offload"]
 
-# Defaults that differ by task. 0 evaluation examples are all of them.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    CLASSIFY: {
-        "model": "minilm",
-        "data": "food-reviews",
-        "epochs": 2,
-        "batch_size": 16,
-        "max_length": 128,
-        "steps": None,
-        "eval_examples": 0,
-        "samples": 0,
-        "quantize": "none",
-        "checkpoint_every": 50,
-    },
-    # Minutes on two cores: a part of an epoch, and a part of the evaluation examples.
-    CHAT: {
-        "model": "smollm2",
-        "data": "gsm8k",
-        "epochs": 1,
-        "batch_size": 2,
-        "max_length": 512,
-        "steps": 60,
-        "eval_examples": 64,
-        "samples": 4,
-        "quantize": "nf4",
-        "checkpoint_every": 20,
-    },
-}
-# Fields that a task does not use, and the only value that they may have.
-_UNUSED: Mapping[str, Mapping[str, Any]] = {
-    CLASSIFY: {"packed": True, "samples": 0, "chat_template": None, "ignore_keys": None, "untie_head": False}
-}
-# Peak learning rates by method; the others take that of LoRA.
-LEARNING_RATES: Mapping[str, float] = {"full": 1e-4, "train": 1e-4, "ia3": 5e-3, "prefix": 5e-3, "bitfit": 2e-3}
-
-
-def _one_of(names: Collection[str]) -> Rule:
-    *first, last = names
-    return lambda value: isinstance(value, str) and value in names, f"{', '.join(first)} or {last}"
-
-
+_DEMONSTRATION_STEPS = 60  # of chat's own data, a part of an epoch: minutes on two cores
 _COUNT: Rule = (is_positive_int, "at least 1")
-_COUNT_OR_DEFAULT: Rule = (lambda value: value is None or is_positive_int(value), "at least 1")
 _SIZE: Rule = (lambda value: is_int(value) and value >= 0, "an integer, at least 0")
-_TEXT: Rule = (lambda value: isinstance(value, str), "a text")
 _SEED: Rule = (lambda value: is_int(value) and 0 <= value < 2**32, "an integer in [0, 2^32)")
-_RULES: Mapping[str, Rule] = {
-    "task": _one_of(DEFAULTS),
-    **dict.fromkeys(("model", "data"), _TEXT),
-    **dict.fromkeys(
-        ("method", "adapter", "eval", "text", "label", "targets", "chat_template", "ignore_keys"), or_none(_TEXT)
+_RATE: Rule = (lambda value: is_number(value) and value > 0, "a positive number")
+_DECAY: Rule = (lambda value: is_number(value) and value >= 0, "a number, at least 0")
+_SECONDS: Rule = (lambda value: is_number(value) and value > 0, "seconds, above 0")
+_TARGETS: Rule = (
+    lambda value: (
+        isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value))
     ),
-    **dict.fromkeys(("epochs", "batch_size", "max_length", "checkpoint_every", "accumulate"), _COUNT),
-    **dict.fromkeys(("steps", "eval_every"), _COUNT_OR_DEFAULT),
-    "keep": _one_of(("last", "best")),
-    **dict.fromkeys(("eval_examples", "samples", "resize_embeddings"), _SIZE),
-    "quantize": _one_of(("none", *SCHEMES)),
-    "dtype": _one_of(DTYPES),
-    "head": _one_of(("folder", "new")),
-    **dict.fromkeys(("packed", "untie_head"), (lambda value: isinstance(value, bool), "true or false")),
-    "lr": (lambda value: value is None or (is_number(value) and value > 0), "a positive number"),
-    "warmup": (is_rate, "a share of the steps in [0, 1)"),
-    "weight_decay": (lambda value: is_number(value) and value >= 0, "a number, at least 0"),
-    "seed": _SEED,
-    "head_seed": or_none(_SEED),
-    "settings": (lambda value: isinstance(value, Mapping), "fields by name"),
-}
+    "a text or a list of texts",
+)
+_SHARE: Rule = (is_rate, "a share of the steps in [0, 1)")
+
+
+def _by_task(classify: Any, chat: Any) -> Mapping[str, Any]:
+    return {CLASSIFY: classify, CHAT: chat}
+
+
+def _method_names() -> Collection[str]:
+    from jpeft.recipes.method_names import method_names
+
+    return method_names()
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a run's result depends on. None selects the default of the method, the data or the task.
 
-    Fields in `DEFAULTS` that are not given take the task's default.
+    Every field is stated here alone: its flag, its key in a configuration file, its check, its help and its place in
+    the reference page are made from it.
 
     >>> Config(rank=16, targets="query,value").rate, Config().model, Config(task="chat").model
     (0.0005, 'minilm', 'smollm2')
     """
 
-    task: str = CLASSIFY
-    model: str = None  # type: ignore[assignment]  # filled below, as all that are None here
-    data: str = None  # type: ignore[assignment]
-    eval: str | None = None
-    text: str | None = None
-    label: str | None = None
-    chat_template: str | None = None
-    ignore_keys: str | None = None
-    adapter: str | None = None
-    method: str = None  # type: ignore[assignment]  # that of the adapter to begin from, else "lora"
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    targets: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    lr: float | None = None
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    epochs: int = None  # type: ignore[assignment]
-    steps: int | None = None
-    batch_size: int = None  # type: ignore[assignment]
-    accumulate: int = 1
-    max_length: int = None  # type: ignore[assignment]
-    packed: bool = True
-    quantize: str = None  # type: ignore[assignment]
-    dtype: str = "float32"
-    head: str = "folder"  # of a classifier: that of the folder if it fits, or "new"
-    resize_embeddings: int = 0  # a multiple to round the number of rows up to; 0 keeps the model's
-    untie_head: bool = False
-    eval_examples: int = None  # type: ignore[assignment]
-    eval_every: int | None = None
-    keep: str = "last"
-    samples: int = None  # type: ignore[assignment]
-    seed: int = 0
-    head_seed: int | None = None  # of a classifier's untrained head, as it was for the adapter to begin from
-    checkpoint_every: int = None  # type: ignore[assignment]
+    task: Literal["classify", "chat"] = option("label texts, or answer in conversations", WHAT, CLASSIFY)
+    model: str = option(
+        "a named model, a HuggingFace folder, .gguf file or hub id", WHAT, by_task=_by_task("minilm", "smollm2"),
+        names=tuple(MODELS), path=True, metavar="MODEL",
+    )  # fmt: skip
+    data: str = option(
+        "a named data set, or a .csv, .jsonl or .json file", WHAT, by_task=_by_task("food-reviews", "gsm8k"),
+        names=(*DATA, *CONVERSATIONS), path=True, metavar="DATA",
+    )  # fmt: skip
+    eval: str | None = option(
+        "a file to evaluate on", WHAT, None, shown="a held-out tenth of the data", path=True, metavar="FILE"
+    )
+    text: str | None = option("column of the texts", WHAT, None, shown="text", tasks=(CLASSIFY,), metavar="COLUMN")
+    label: str | None = option("column of the labels", WHAT, None, shown="label", tasks=(CLASSIFY,), metavar="COLUMN")
+    chat_template: str | None = option(
+        "a file with a Jinja template to use instead of the model's chat template", WHAT, None, tasks=(CHAT,),
+        path=True, metavar="FILE",
+    )  # fmt: skip
+    ignore_keys: str | None = option(
+        "keys of conversations that may be left out, such as score,notes", WHAT, None, tasks=(CHAT,), metavar="KEYS"
+    )
+    adapter: str | None = option(
+        "begin from an adapter: a run (whose model it also takes), or a folder that jpeft or PEFT saved; the method is "
+        "the adapter's", METHOD, None, path=True, metavar="FOLDER",
+    )  # fmt: skip
+    method: str | None = option("how to fine-tune", METHOD, None, shown="lora", choices=_method_names)
+    rank: int | None = option("rank, for methods that have one", METHOD, None, shown="8")
+    alpha: float | None = option("numerator of the scale alpha/rank", METHOD, None, shown="twice the rank")
+    dropout: float | None = option(
+        "dropout rate on the adapter's input; also enables the model's own dropout", METHOD, None
+    )
+    targets: str | Sequence[str] | None = option(
+        "all-linear, names such as query,value, or a regular expression for whole paths", METHOD, None,
+        shown="those of the method", rule=_TARGETS, metavar="TARGETS",
+    )  # fmt: skip
+    settings: Mapping[str, Any] = option(
+        "any other field of the method, such as length=32; may be repeated", METHOD, {}, flag="--set",
+        metavar="NAME=VALUE",
+    )  # fmt: skip
+    head: Literal["folder", "new"] = option(
+        "a classifier's head: that of the model's folder if it fits, or a new one", METHOD, "folder"
+    )
+    head_seed: int | None = option("seed of a new head", METHOD, None, rule=_SEED, shown="the seed")
+    resize_embeddings: int = option(
+        "for tokens that were added to the tokenizer: new rows of the embedding and the head, which train; their "
+        "number is rounded up to this multiple", METHOD, 0, rule=_SIZE, implied="1", metavar="MULTIPLE",
+    )  # fmt: skip
+    untie_head: bool = option(
+        "give a head that is tied to the embedding a weight of its own", METHOD, False, tasks=(CHAT,)
+    )
+    lr: float | None = option("peak learning rate", TRAINING, None, rule=_RATE, shown="by method, 5e-4 for lora")
+    warmup: float = option("fraction of the steps for warm-up", TRAINING, 0.06, rule=_SHARE)
+    weight_decay: float = option("decay of the weights that train", TRAINING, 0.0, rule=_DECAY)
+    epochs: int = option("passes over the data", TRAINING, by_task=_by_task(2, 1), rule=_COUNT)
+    # The limit is the demonstration's: `__post_init__` gives it to no other data.
+    steps: int | None = option(
+        "maximum training steps",
+        TRAINING,
+        None,
+        rule=_COUNT,
+        shown=f"all epochs; {_DEMONSTRATION_STEPS} of chat's own data",
+    )
+    batch_size: int = option(
+        "texts, or rows of packed conversations, per step", TRAINING, by_task=_by_task(16, 2), rule=_COUNT
+    )
+    max_length: int = option(
+        "tokens of a text, or of a row of conversations", TRAINING, by_task=_by_task(128, 512), rule=_COUNT
+    )
+    packed: bool = option(
+        "pack as many conversations into a row as fit, or one", TRAINING, True, tasks=(CHAT,), flag="--packing"
+    )
+    eval_examples: int = option(
+        "number of evaluation examples, 0 for all", TRAINING, by_task=_by_task(0, 64), rule=_SIZE
+    )
+    eval_every: int | None = option(
+        "steps between evaluations", TRAINING, None, rule=_COUNT, shown="only at the end of each epoch"
+    )
+    keep: Literal["last", "best"] = option(
+        "the adapter to keep: the last, or that with the lowest evaluation loss", TRAINING, "last"
+    )
+    samples: int = option(
+        "prompts to complete before and after training", TRAINING, by_task=_by_task(0, 4), rule=_SIZE, tasks=(CHAT,)
+    )
+    seed: int = option("seed for initialization and data order", TRAINING, 0, rule=_SEED)
+    quantize: Literal["none", "nf4", "int4", "int8", "fp8"] = option(
+        "quantize the base", MEMORY, by_task=_by_task("none", "nf4")
+    )
+    dtype: Dtype = option("dtype of base weights and activations", MEMORY, "float32")
+    accumulate: int = option("gradient accumulation: micro-batches per batch", MEMORY, 1, rule=_COUNT)
+    checkpoint_every: int = option("steps between checkpoints", OUTPUT, by_task=_by_task(50, 20), rule=_COUNT)
 
     def __post_init__(self) -> None:
         if self.method is None and self.adapter is None:
             object.__setattr__(self, "method", "lora")
         # The demonstration's limit of steps must not cut other data short, or a given number of epochs.
-        limited = self.data in (None, *CONVERSATIONS) and self.epochs is None
-        for name, value in DEFAULTS.get(self.task, {}).items():
-            if getattr(self, name) is None and (name != "steps" or limited):
-                object.__setattr__(self, name, value)
-        for name, (accepts, expected) in _RULES.items():
-            value = getattr(self, name)
-            if not accepts(value):
-                raise UserError(f"{flag(name)} must be {expected}, got {value!r}")
-        for name, value in _UNUSED.get(self.task, {}).items():
-            if getattr(self, name) != value:
-                raise UserError(f"{flag(name)} is for --task {CHAT}, not for --task {self.task}")
+        if self.task == CHAT and self.steps is None and self.epochs is None and self.data in (None, *CONVERSATIONS):
+            object.__setattr__(self, "steps", _DEMONSTRATION_STEPS)
+        options.fill(self, self.task)
+        options.check(self)
+        for name, entry in options.options(type(self)).items():
+            unused = entry.by_task.get(self.task, entry.default)
+            if entry.tasks and self.task not in entry.tasks and getattr(self, name) != unused:
+                raise UserError(f"`{name}` is for `task` {' or '.join(entry.tasks)}, not for `task` {self.task}")
         if self.batch_size % self.accumulate:
-            raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+            raise UserError(f"`accumulate` {self.accumulate} does not divide `batch_size` {self.batch_size}")
 
     @property
     def rate(self) -> float:
@@ -157,7 +172,11 @@ class Config:
         >>> Config().rate, Config(method="ia3").rate, Config(lr=0.1).rate
         (0.0005, 0.005, 0.1)
         """
-        return LEARNING_RATES.get((self.method or "").lower(), 5e-4) if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        from jpeft.recipes.method_names import method_class
+
+        return method_class(self.method or "lora").learning_rate
 
     def located(self) -> Config:
         """The same configuration with absolute paths, which are valid from any working directory.
@@ -165,8 +184,8 @@ class Config:
         >>> Config(data="/data/../train.csv").located().model
         'minilm'
         """
-        found = {name: _locate(name, getattr(self, name)) for name in _PATHS}
-        return dataclasses.replace(self, **found)
+        names = [name for name, entry in options.options(type(self)).items() if entry.path]
+        return dataclasses.replace(self, **{name: _locate(name, getattr(self, name)) for name in names})
 
     def conflict(self, given: Mapping[str, Any]) -> str | None:
         """The name of the first given field that differs from this configuration, or None.
@@ -178,18 +197,59 @@ class Config:
         return next((name for name, value in given.items() if _locate(name, value) != own[name]), None)
 
 
-_PATHS: Mapping[str, Mapping[str, Any]] = {
-    "model": MODELS, "data": {**DATA, **CONVERSATIONS}, "eval": {}, "chat_template": {}, "adapter": {}
-}  # fmt: skip
-
-
 def _locate(name: str, value: Any) -> Any:
     if name == "chat_template" and value is not None:
         return read_chat_template(value)
-    if name not in _PATHS or value is None or value in _PATHS[name]:
+    entry = options.options(Config)[name]
+    if not entry.path or value is None or value in entry.names:
         return value
-    path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value  # else an id on the hub
+    path = as_path(value)
+    return str(absolute(path)) if is_remote(path) or path.exists() else value  # else an id on the hub
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a run is executed and what it writes. It does not change the result.
+
+    A run that is resumed may have other values, and a configuration file may hold them beside those of `Config`.
+
+    >>> Execution(mesh="fsdp=8").out is None
+    True
+    """
+
+    remat: Remat | None = option(
+        "rematerialization in a language model's backward pass: recompute all of a layer's activations, all but "
+        "matrix products, or keep the layers' inputs in host memory", MEMORY, None, shown="none",
+    )  # fmt: skip
+    mesh: str | None = option(
+        "train on all devices, as a mesh with axes such as data=2,fsdp=4", MACHINES, None, shown="one device",
+        metavar="AXES",
+    )  # fmt: skip
+    distributed: bool = option(
+        "run as one of several processes, configured by Cloud TPU, SLURM, Open MPI or the next three options; the run "
+        "folder must be on shared storage", MACHINES, False,
+    )  # fmt: skip
+    coordinator: str | None = option("address of process 0", MACHINES, None, metavar="HOST:PORT")
+    processes: int | None = option("number of processes", MACHINES, None, rule=_COUNT)
+    process: int | None = option("index of this process, from 0", MACHINES, None)
+    join_within: float = option(
+        "how long to wait for all processes at launch", MACHINES, 300.0, rule=_SECONDS, metavar="SECONDS"
+    )
+    out: str | None = option("the run folder", OUTPUT, None, shown="a new one in runs/", metavar="FOLDER")
+    log: str | None = option(
+        "also log to tensorboard, wandb or trackio; several are separated by commas", OUTPUT, None, metavar="NAMES"
+    )
+    profile: str | None = option(
+        "trace steps with jax.profiler, from STEP on (default COUNT: 3)", OUTPUT, None, metavar="STEP:COUNT"
+    )
+
+    def __post_init__(self) -> None:
+        options.check(self)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this process is one of several."""
+        return self.distributed or any(x is not None for x in (self.coordinator, self.processes, self.process))
 
 
 @dataclass(frozen=True)
@@ -198,7 +258,7 @@ class Setup:
 
     Attributes:
         mesh: a `jax.sharding.Mesh` to train on, with axes that `jpeft.shard` knows; None is one device.
-        log_to: names of loggers that receive the metrics too, see `jpeft.recipes.loggers`.
+        log_to: names of `jpeft.recipes.loggers.LOGGERS` that also receive the metrics.
         profile: the first step to trace with `jax.profiler`, and how many, to `RUN/profile`.
         remat: what a language model's backward pass recomputes, see `jpeft.models.decoder.Decoder`.
 
@@ -226,16 +286,6 @@ class Interrupted(Exception):
         self.number, self.step, self.run = number, step, run
 
 
-def flag(name: str) -> str:
-    """The command-line option of a field of `Config`.
-
-    >>> flag("batch_size")
-    '--batch-size'
-    """
-    special = {"settings": "--set", "packed": "--no-packing"}
-    return special.get(name, f"--{name.replace('_', '-')}")
-
-
 def read_chat_template(given: str) -> str:
     """A chat template from a file, or the text itself if it has Jinja's braces. A run records the text.
 
@@ -245,13 +295,13 @@ def read_chat_template(given: str) -> str:
     if "{{" in given or "{%" in given:
         return given
     try:
-        text = Path(given).expanduser().read_text(encoding="utf-8")
+        text = as_path(given).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--chat-template {given}: {error.strerror}; expected a file with a Jinja template") from error
+        raise UserError(f"`chat_template` {given}: {reason(error)}; expected a file with a Jinja template") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--chat-template {given}: not UTF-8 (byte offset {error.start})") from error
+        raise UserError(f"`chat_template` {given}: not UTF-8 (byte offset {error.start})") from error
     if "{{" not in text and "{%" not in text:
-        raise UserError(f"--chat-template {given}: holds no Jinja template")
+        raise UserError(f"`chat_template` {given}: holds no Jinja template")
     return text
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from jpeft.errors import UserError
 from jpeft.io import save
 from jpeft.recipes import run_folder, tasks
 from jpeft.recipes.config import Config
 from jpeft.recipes.tasks.base import writing
+from jpeft.storage import as_path, check_writable
 
 HF, JPEFT = "hf", "jpeft"
 
 
-def export_adapter(run: Path, out: Path, form: str = HF, log: Callable[[str], None] = lambda line: None) -> None:
+def export_adapter(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    form: str = HF,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
     """Writes the adapter of a run or, while it is not finished, that of a checkpoint.
 
     Args:
@@ -26,19 +32,21 @@ def export_adapter(run: Path, out: Path, form: str = HF, log: Callable[[str], No
     Raises:
         UserError: there is no adapter or checkpoint, or the folder's form cannot hold it.
 
-    >>> export_adapter(Path("runs/smollm2-lora-1"), Path("adapter"))  # doctest: +SKIP
+    >>> export_adapter("runs/smollm2-lora-1", "adapter")  # doctest: +SKIP
     """
     from jpeft import hf
 
-    config = Config(**run_folder.usable(run)["config"])
+    folder, target = as_path(run), as_path(out)
+    check_writable(target)
+    config = Config(**run_folder.usable(folder)["config"])
     task = tasks.find(config.task)
-    trained = task.open_run(run, log)
-    with writing(out):
+    trained = task.open_run(folder, log)
+    with writing(target):
         if form == JPEFT:
-            save(out, trained.peft, trained.adapter, trained.params)
+            save(target, trained.peft, trained.adapter, trained.params)
             return
         options = task.hf_options(trained)
         try:
-            hf.save(out, trained.peft, trained.adapter, trained.params, base_model=config.model, **options)
+            hf.save(target, trained.peft, trained.adapter, trained.params, base_model=config.model, **options)
         except ValueError as error:
-            raise UserError(f"--format {HF}: {error}; --format {JPEFT} holds any adapter") from error
+            raise UserError(f"`format` {HF}: {error}; `format` {JPEFT} holds any adapter") from error

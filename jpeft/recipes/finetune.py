@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,14 +35,16 @@ from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
 from jpeft.recipes import run_folder, tasks
 from jpeft.recipes.adapters import damaged_error
-from jpeft.recipes.config import Config, Interrupted, Setup, flag
+from jpeft.recipes.config import Config, Interrupted, Setup
 from jpeft.recipes.loggers import Loggers, check_loggers, open_loggers
 from jpeft.recipes.optimizer import learning_rate, optimizer, training_step
 from jpeft.recipes.plots import plot
 from jpeft.recipes.prepare import prepare
 from jpeft.recipes.process import Profiler, peak_memory, reporting_saved_step, saved_step, stop_signal
 from jpeft.recipes.run_folder import Log
+from jpeft.recipes.run_lock import locked
 from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
+from jpeft.storage import absolute, as_path, check_writable, file_size, file_sizes, remove_folder
 from jpeft.training import checkpoint
 from jpeft.training.checkpoint import Checkpoints, DamagedError
 from jpeft.training.step import TrainState
@@ -79,20 +81,21 @@ _SAME: Mapping[str, str] = {
 
 
 def finetune(
-    config: Config, out: Path | None = None, reporter: Reporter | None = None, setup: Setup = _SETUP
+    config: Config, out: str | os.PathLike[str] | None = None, reporter: Reporter | None = None, setup: Setup = _SETUP
 ) -> dict[str, Any]:
     """Trains from the beginning, into a new run folder. Returns the content of its result.json.
 
     Args:
+        out: the run folder, local or on `gs://`; None is a new one in `runs/`.
         setup: where and how to run. On several hosts (`jpeft.parallel.distributed.join`) all call this with the same
             arguments, and `out` is on storage that they share.
 
     >>> finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]  # doctest: +SKIP
     """
-    reporter = _main_reporter(reporter)
-    job = on_all_hosts(lambda: _prepare_new(config, out, reporter, setup))
+    reporter, folder = _main_reporter(reporter), None if out is None else as_path(out)
+    job = on_all_hosts(lambda: _prepare_new(config, folder, reporter, setup))
     record = _checked_record(job)
-    run = Path(broadcast(str(_on_main_process(lambda: run_folder.create_run(out, job.config, record)))))
+    run = as_path(broadcast(str(_on_main_process(lambda: run_folder.create_run(folder, job.config, record)))))
     on_all_hosts(lambda: _check_shared(run))
     try:
         return _finish(job, run, reporter, setup)
@@ -100,12 +103,12 @@ def finetune(
         raise
     except Exception:  # out of memory, perhaps
         if is_main_process() and not saved_step(run):
-            shutil.rmtree(run, ignore_errors=True)  # nothing to resume, so the name is free for another attempt
+            remove_folder(run)  # nothing to resume, so the name is free for another attempt
         raise
 
 
 def resume(
-    run: Path, given: Mapping[str, Any], reporter: Reporter | None = None, setup: Setup = _SETUP
+    run: str | os.PathLike[str], given: Mapping[str, Any], reporter: Reporter | None = None, setup: Setup = _SETUP
 ) -> dict[str, Any]:
     """Continues a run under its recorded configuration. Returns the content of its result.json, also if it is complete.
 
@@ -120,28 +123,29 @@ def resume(
 
     >>> resume(Path("runs/first"), {})  # doctest: +SKIP
     """
-    reporter = _main_reporter(reporter)
-    record, config, result = on_all_hosts(lambda: _read_run(run, given))
+    reporter, folder = _main_reporter(reporter), as_path(run)
+    record, config, result = on_all_hosts(lambda: _read_run(folder, given))
     longer = config != Config(**record["config"])
     if result is not None and not longer:
-        reporter.say(f"{run} is complete")
+        reporter.say(f"{folder} is complete")
         return result
-    with run_folder.locked(run):  # raises before the model is loaded
+    _on_main_process(lambda: check_writable(folder))
+    with locked(folder, reporter.say):  # raises before the model is loaded
         pass
-    job = on_all_hosts(lambda: _prepare_again(run, record, config, reporter, setup))
+    job = on_all_hosts(lambda: _prepare_again(folder, record, config, reporter, setup))
     _checked_record(job)
     if changed := difference(record["base"], job.params):
-        raise UserError(f"{run}: cannot be resumed: the model {job.config.model} changed since it began: {changed}")
-    return _finish(job, run, reporter, setup, record if longer else None)
+        raise UserError(f"{folder}: cannot be resumed: the model {job.config.model} changed since it began: {changed}")
+    return _finish(job, folder, reporter, setup, record if longer else None)
 
 
 def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
     if out is not None and out.exists():
-        raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
+        raise UserError(f"{out} exists; choose another `out`, or continue that run with `resume`")
     check_loggers(setup.log_to if is_main_process() else ())
     job = prepare(config, reporter, setup)
     if setup.profile is not None and setup.profile[0] > job.steps:
-        raise UserError(f"--profile {setup.profile[0]}: the run has only {job.steps} steps")
+        raise UserError(f"`profile` {setup.profile[0]}: the run has only {job.steps} steps")
     return job
 
 
@@ -156,7 +160,7 @@ def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporte
     if longer and job.steps <= record["steps"]:
         raise UserError(
             f"{run}: {_length(job.config)} makes {job.steps:,} steps, and the run has {record['steps']:,}: it may only "
-            "become longer, and ends with its --epochs or its --steps, whichever comes first; give both"
+            "become longer, and ends with its `epochs` or its `steps`, whichever comes first; give both"
         )
     return job
 
@@ -167,7 +171,7 @@ def _copy_of_start(run: Path) -> str | None:
 
 
 def _length(config: Config) -> str:
-    return f"--epochs {config.epochs}" + ("" if config.steps is None else f" with --steps {config.steps}")
+    return f"`epochs` {config.epochs}" + ("" if config.steps is None else f" with `steps` {config.steps}")
 
 
 def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Config, dict[str, Any] | None]:
@@ -178,10 +182,10 @@ def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Conf
     longer = {name: given[name] for name in LENGTHS if (given.get(name) or 0) > now[name]}
     if name := config.conflict({name: value for name, value in given.items() if name not in longer}):
         recorded = "default" if getattr(config, name) is None else " ".join(str(getattr(config, name)).split())[:60]
-        may = "; only --steps and --epochs may become more" if name in LENGTHS else ""
+        may = "; only `steps` and `epochs` may become more" if name in LENGTHS else ""
         raise UserError(
-            f"{run}: {flag(name)} {given[name]} conflicts with the run's {recorded}: a resumed run keeps its "
-            f"configuration{may}; start another with another --out"
+            f"{run}: `{name}` {given[name]} conflicts with the run's {recorded}: a resumed run keeps its "
+            f"configuration{may}; start another with another `out`"
         )
     return record, dataclasses.replace(config, **longer), run_folder.read_result(run)
 
@@ -200,7 +204,7 @@ def _check_shared(run: Path) -> None:
     deadline = time.monotonic() + _SHARED_WITHIN
     while not (run / "config.json").exists():
         if time.monotonic() > deadline:
-            raise UserError(f"{run.absolute()}: not seen here; --out must be on storage that all hosts share")
+            raise UserError(f"{absolute(run)}: not seen here; `out` must be on storage that all hosts share")
         time.sleep(0.2)
 
 
@@ -229,6 +233,7 @@ class _Run:
         checkpoints: the open checkpoints.
         log: the open metrics.jsonl.
         heartbeat: this process's heartbeat.
+        check_lock: raises if another process has taken over the run.
     """
 
     job: Job
@@ -238,6 +243,7 @@ class _Run:
     checkpoints: Checkpoints
     log: Log
     heartbeat: Heartbeat
+    check_lock: Callable[[], None]
 
 
 def _finish(
@@ -253,7 +259,7 @@ def _finish(
     fresh = job.peft.init(adapter_key, job.params) if job.start is None else job.start
     with (
         reporting_saved_step(folder),
-        run_folder.locked(folder),
+        locked(folder, reporter.say) as check_lock,
         watched() as heartbeat,
         checkpoint.open_checkpoints(folder / "checkpoints") as checkpoints,
     ):
@@ -275,9 +281,10 @@ def _finish(
             contextlib.closing(on_all_hosts(lambda: _open_loggers(job, folder, setup, start + 1))) as logger,
             run_folder.open_log(folder, start, write=is_main_process(), logger=logger) as log,
         ):
-            run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat)
+            run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat, check_lock)
             state = _train(run, fresh, state, start)
             on_all_hosts(lambda: _check_converged(run))
+            check_lock()
             adapter, step = _chosen_adapter(run, state)
             save(folder / "adapter", job.peft, adapter, job.params)
             result = _result(run, fresh, adapter, step)
@@ -338,6 +345,8 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
             stop = largest(received[0] if received else 0)  # a signal to one process stops all after the same step
             if evaluated or stop or done % config.checkpoint_every == 0:
                 loss = (run.log.evaluation(done) or {}).get("eval_loss")
+                run.check_lock()
+                run.log.sync()
                 checkpoint.save(run.checkpoints, done, state, {"position": done}, loss=loss, wait=bool(stop))
             if stop:
                 raise Interrupted(stop, done, run.folder)
@@ -376,8 +385,8 @@ def _check_begins_finite(run: _Run) -> None:
     before = run.log.evaluation(0)
     if before is None or before["eval_loss"] is None:
         raise UserError(
-            f"{run.folder}: the loss is not finite before training: the weights of --model {run.job.config.model} "
-            f"hold NaN or infinity, or its activations overflow in --dtype {run.job.config.dtype or 'float32'}; choose "
+            f"{run.folder}: the loss is not finite before training: the weights of `model` {run.job.config.model} "
+            f"hold NaN or infinity, or its activations overflow in `dtype` {run.job.config.dtype or 'float32'}; choose "
             "another"
         )
 
@@ -389,7 +398,7 @@ def _check_converged(run: _Run) -> None:
     if last is None or last["eval_loss"] is None or skipped == total:
         raise UserError(
             f"{run.folder}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped "
-            "for that; start another with a lower --lr"
+            "for that; start another with a lower `lr`"
         )
 
 
@@ -408,7 +417,7 @@ def _result(run: _Run, fresh: Any, adapter: Any, step: int) -> dict[str, Any]:
     job, log = run.job, run.log
     before, after = log.evaluation(0), log.evaluation(step)
     assert before and after
-    files = job.model.glob("*.safetensors") if job.model.is_dir() else [job.model]
+    files = list(job.model.glob("*.safetensors")) if job.model.is_dir() else [job.model]
     labels, leaves = flatten(job.peft.labels(adapter)), flatten(adapter)
     trainable = [leaves[path] for path, label in labels.items() if label == "trainable"]
     return {
@@ -418,8 +427,8 @@ def _result(run: _Run, fresh: Any, adapter: Any, step: int) -> dict[str, Any]:
         "loss_after": after["eval_loss"],
         "trainable_parameters": sum(int(np.size(leaf)) for leaf in trainable),
         "total_parameters": sum(peek(leaf).size for leaf in flatten(combine(job.params, adapter)).values()),
-        "adapter_bytes": sum(path.stat().st_size for path in (run.folder / "adapter").iterdir() if path.is_file()),
-        "base_bytes": sum(path.stat().st_size for path in files),
+        "adapter_bytes": sum(file_sizes(run.folder / "adapter").values()),
+        "base_bytes": sum(map(file_size, files)),
         "base_memory_bytes": size_bytes(job.params),
         **_timing([line for line in log.lines if "loss" in line]),
         "step_kept": step,

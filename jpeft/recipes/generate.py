@@ -30,6 +30,7 @@ from jpeft.recipes.config import Config, read_chat_template
 from jpeft.recipes.tasks import chat
 from jpeft.recipes.vocabulary import reshape
 from jpeft.serving.text_generator import TextGenerator
+from jpeft.storage import as_path
 from jpeft.text import chat_template
 
 
@@ -52,7 +53,7 @@ def open_text_generator(
 
     >>> open_text_generator("smollm2")  # doctest: +SKIP
     """
-    folder = None if adapter is None else Path(adapter).expanduser()
+    folder = None if adapter is None else as_path(adapter)
     template = None if template is None else read_chat_template(template)
     if folder is not None and name is None and run_folder.is_run(folder):
         run = chat.open_run(folder, log)

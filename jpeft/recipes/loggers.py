@@ -159,7 +159,7 @@ class Loggers:
             except Exception as error:
                 del self._loggers[name]
                 warnings.warn(
-                    f"--log {name} failed {when}, and gets nothing more of this run; metrics.jsonl has everything: "
+                    f"`log` {name} failed {when}, and gets nothing more of this run; metrics.jsonl has everything: "
                     f"{_line(error)}",
                     stacklevel=3,
                 )
@@ -177,12 +177,12 @@ def check_loggers(names: Sequence[str]) -> None:
         if name not in LOGGERS:
             near = difflib.get_close_matches(name, LOGGERS, 1)
             meant = f"; nearest: {near[0]}" if near else ""
-            raise UserError(f"--log {name}: no such logger{meant}; choose from {', '.join(LOGGERS)}")
+            raise UserError(f"`log` {name}: no such logger{meant}; choose from {', '.join(LOGGERS)}")
         package = LOGGERS[name][1]
         try:
             importlib.import_module(package)
         except ImportError as error:
-            wanted = f'--log {name} needs {package}: pip install "jpeft[{name}]"'
+            wanted = f'`log` {name} needs {package}: pip install "jpeft[{name}]"'
             raise UserError(wanted if error.name == package else f"{wanted} ({_line(error)})") from error
 
 
@@ -214,7 +214,7 @@ def open_loggers(
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"--log {name} does not start: {_line(error)}; {otherwise}, and continue with: "
+                f"`log` {name} does not start: {_line(error)}; {otherwise}, and continue with: "
                 f"jpeft finetune --out {run} --resume"
             ) from error
     return Loggers(opened)

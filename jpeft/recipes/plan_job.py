@@ -24,6 +24,7 @@ from jpeft.recipes.config import Config, Setup
 from jpeft.recipes.optimizer import optimizer, training_step
 from jpeft.recipes.prepare import build_method, check_mesh
 from jpeft.recipes.tasks import base
+from jpeft.storage import as_path
 from jpeft.training.step import TrainState
 
 _STEPS = 1000  # the number of steps of the run; only the learning rate depends on it
@@ -59,7 +60,7 @@ def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
     """
     method, task = build_method(config), tasks.find(config.task)
     if unknown := [name for name in mesh.axis_names if name not in AXES]:
-        raise PlanError(f"--mesh: finetune has no axis {unknown[0]!r}; its axes are {', '.join(AXES)}")
+        raise PlanError(f"`mesh`: finetune has no axis {unknown[0]!r}; its axes are {', '.join(AXES)}")
     check_mesh(config, mesh)
     abstract = task.abstract(config, *_abstract_model(config), setup)
     peft = base.bind(method, abstract.model, abstract.params, abstract.inputs)
@@ -80,7 +81,7 @@ def _abstract_model(config: Config) -> tuple[Any, Any]:
     except ValueError as error:
         if type(error) is not ValueError:
             raise
-        raise PlanError(f"--model {config.model}: {error}") from error
+        raise PlanError(f"`model` {config.model}: {error}") from error
 
 
 def architecture(name: str) -> Mapping[str, Any] | Path:
@@ -89,11 +90,11 @@ def architecture(name: str) -> Mapping[str, Any] | Path:
     >>> architecture("llama-3-8b")["num_hidden_layers"]
     32
     """
-    path = Path(name).expanduser()
+    path = as_path(name)
     if name and path.exists():
         return path
     if path.is_absolute() or path.suffix == ".json":
-        raise PlanError(f"--model {name}: no such file or folder")
+        raise PlanError(f"`model` {name}: no such file or folder")
     if name in MODELS or "/" in name:
         return resolve_model(name)
     return sizes.config(name)

@@ -128,7 +128,7 @@ def trace(choice: Choice, against_base: bool = True) -> Prepared:
     except ValueError as error:
         if type(error) is not ValueError:
             raise
-        raise PlanError(f"--mesh {format_axes(mesh.shape)}: {choice.config.model}: {error}") from error
+        raise PlanError(f"`mesh` {format_axes(mesh.shape)}: {choice.config.model}: {error}") from error
 
 
 class _Running(NamedTuple):

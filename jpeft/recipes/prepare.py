@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from jpeft.checks import nearest
 from jpeft.core.placement import AnyMesh
 from jpeft.errors import UserError
-from jpeft.methods import METHODS, from_dict
+from jpeft.methods import from_dict
 from jpeft.methods.base import Method
 from jpeft.methods.train import Train
 from jpeft.parallel.batches import data_ways
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
 from jpeft.recipes import tasks
 from jpeft.recipes.config import Config, Setup, parse_targets
+from jpeft.recipes.method_names import FULL, method_class
+from jpeft.recipes.options import options
 from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
+from jpeft.storage import as_path
 
-# Names of methods on the command line that are not the lower case of the class's name.
-ALIASES: Mapping[str, str] = {"prefix": "PrefixTuning", "full": "Train"}
 _SETUP = Setup()
 
 
@@ -28,8 +28,8 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
 
     >>> prepare(Config()).peft.summary()  # doctest: +SKIP
     """
-    if config.adapter is not None and not Path(config.adapter).expanduser().is_dir():
-        raise UserError(f"--adapter {config.adapter}: no such folder; expected a run, or one that jpeft or PEFT saved")
+    if config.adapter is not None and not as_path(config.adapter).is_dir():
+        raise UserError(f"`adapter` {config.adapter}: no such folder; expected a run, or one that jpeft or PEFT saved")
     method, mesh = None if config.adapter is not None else build_method(config), setup.mesh
     if mesh is not None:
         check_mesh(config, mesh)
@@ -38,19 +38,7 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
     except ValueError as error:
         if mesh is None or type(error) is not ValueError:
             raise
-        raise UserError(f"--mesh: {config.model}: {error}") from error  # an axis of a weight that does not divide
-
-
-def method_class(name: str) -> type[Method]:
-    """The class of a method by its name on the command line.
-
-    >>> method_class("prefix").__name__
-    'PrefixTuning'
-    """
-    classes = {**{name.lower(): name for name in METHODS}, **ALIASES}
-    if name.lower() not in classes:
-        raise UserError(f"--method {name}: unknown method; expected one of {', '.join(sorted(classes))}")
-    return METHODS[classes[name.lower()]]
+        raise UserError(f"`mesh`: {config.model}: {error}") from error  # an axis of a weight that does not divide
 
 
 def build_method(config: Config) -> Method:
@@ -60,21 +48,22 @@ def build_method(config: Config) -> Method:
     >>> build_method(Config()) == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
     True
     """
+    assert config.method is not None, "the method is that of an adapter"
     kind, name = method_class(config.method), config.method.lower()
     fields = _method_fields(config, kind)
-    if name == "full":
+    if name == FULL:
         if "targets" in fields:
-            raise UserError("--method full trains everything; --method train takes --targets")
+            raise UserError("`method` full trains everything; `method` train takes `targets`")
         if config.quantize != "none":
             raise UserError(
-                f"--method full: quantized weights have no gradient; it needs --quantize none, got {config.quantize}"
+                f"`method` full: quantized weights have no gradient; it needs `quantize` none, got {config.quantize}"
             )
         return Train(".*", **fields)
     task = tasks.find(config.task)
     try:
         method = from_dict({"method": kind.__name__, **task.method_defaults(kind), **fields})
     except (ValueError, TypeError) as error:
-        raise UserError(f"--method {config.method}: {error}") from error
+        raise UserError(f"`method` {config.method}: {error}") from error
     return task.complete(method)
 
 
@@ -87,8 +76,11 @@ def _method_fields(config: Config, kind: type[Method]) -> dict[str, Any]:
     allowed = {entry.name for entry in dataclasses.fields(kind)}
     for name in fields:
         if name not in allowed:
+            misplaced = name in config.settings and name in options(Config)
+            own = f"; `{name}` is an option of its own" if misplaced else nearest(name, allowed)
             raise UserError(
-                f"--method {config.method} has no field {name!r}; its fields are {', '.join(sorted(allowed))} (--set)"
+                f"`method` {config.method} has no field {name!r}{own}; its fields are {', '.join(sorted(allowed))} "
+                "(`settings`)"
             )
     if {"rank", "alpha"} <= allowed:
         fields = {"rank": 8} | fields
@@ -106,11 +98,11 @@ def check_mesh(config: Config, mesh: AnyMesh) -> None:
         parts = f" in each of {config.accumulate} micro-batches" * (config.accumulate > 1)
         axes = " and ".join(name for name in DATA_AXES if name in mesh.axis_names)
         raise UserError(
-            f"--batch-size {config.batch_size} does not divide over the {shards} parts that the mesh's {axes} make"
+            f"`batch_size` {config.batch_size} does not divide over the {shards} parts that the mesh's {axes} make"
             f"{parts}; a multiple of {multiple} does"
         )
     if config.max_length % (parts := mesh.shape.get(SEQUENCE_AXIS, 1)):
         raise UserError(
-            f"--max-length {config.max_length} does not divide over the {parts} devices of the mesh's axis "
+            f"`max_length` {config.max_length} does not divide over the {parts} devices of the mesh's axis "
             f"{SEQUENCE_AXIS}"
         )

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +17,20 @@ import jax
 from jpeft.errors import UserError
 from jpeft.recipes.config import Interrupted
 from jpeft.recipes.run_folder import saved_steps
+from jpeft.storage import file_sizes, is_remote, remove_folder, upload
 
 
 class Profiler:
     """Traces some training steps with `jax.profiler`.
 
     Args:
-        folder: the folder to write the trace to.
+        folder: the folder to write the trace to. One on an object store receives it when the trace ends.
         steps: the first step to trace, and how many; None traces nothing.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._on = folder, steps, False
+        self._local = Path(tempfile.mkdtemp(prefix="jpeft-")) if steps and is_remote(folder) else folder
 
     def __enter__(self) -> Profiler:
         return self
@@ -38,7 +41,7 @@ class Profiler:
             return
         first, count = self._steps
         if not self._on and first <= step < first + count:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._local))
             self._on = True
         elif step >= first + count:
             self.__exit__()
@@ -47,6 +50,10 @@ class Profiler:
         if self._on:
             jax.profiler.stop_trace()
             self._on, self._steps = False, None
+            if self._local is not self._folder:
+                for name in file_sizes(self._local):
+                    upload(self._local / name, self._folder / name)
+                remove_folder(self._local)
 
 
 @contextlib.contextmanager

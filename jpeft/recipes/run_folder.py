@@ -7,6 +7,10 @@ run/checkpoints/     to resume from
 run/adapter/         the trained adapter: this, and the files below, exist once the run is complete
 run/loss.png
 run/result.json      the results, which the final table shows
+
+A run may be on `gs://`. Its config.json is then created on the condition that there is none, so that of two processes
+that take the same name one fails. A store cannot append to metrics.jsonl, which is therefore written again as a whole:
+before each checkpoint, and in between every half minute.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import io
 import itertools
 import json
 import math
-import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +29,10 @@ from typing import IO, Any
 
 from jpeft.errors import UserError
 from jpeft.files import new_folder, read_json, write_atomically, write_json
-from jpeft.parallel.hosts import is_main_process, on_all_hosts
 from jpeft.recipes.config import Config
 from jpeft.recipes.loggers import Logger
+from jpeft.storage import as_path, is_remote, reason, remove_folder
+from jpeft.training import checkpoint
 
 FORMAT = 1
 
@@ -42,9 +47,9 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
 
     >>> create_run(None, Config(), record) == Path("runs/minilm-lora-1")  # doctest: +SKIP
     """
-    stem = f"{Path(config.model).name}-{config.method.lower()}"
+    stem = f"{Path(config.model).name}-{str(config.method).lower()}"
     numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
-    for run in [out] if out is not None else numbered:
+    for run in [as_path(out)] if out is not None else numbered:
         if run.exists():
             continue
         try:
@@ -54,8 +59,8 @@ def create_run(out: Path | None, config: Config, record: Mapping[str, Any]) -> P
         except OSError as error:
             taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and run.exists()  # by another process
             if not taken:
-                raise UserError(f"{run}: cannot be created: {error.strerror}") from error
-    raise UserError(f"{out} exists; choose another --out, or continue that run with --resume")
+                raise UserError(f"{run}: cannot be created: {reason(error)}") from error
+    raise UserError(f"{out} exists; choose another `out`, or continue that run with `resume`")
 
 
 def latest_run(folder: Path = Path("runs")) -> Path | None:
@@ -79,11 +84,15 @@ def read_record(run: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: no run here (no config.json); start one with: jpeft finetune --out {run}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from error
     if "config" not in record:
         raise UserError(f"{run}: not a run of `jpeft finetune` (its config.json is of another kind)")
-    if record.get("format") != FORMAT:
-        raise UserError(f"{run}: written in format {record.get('format')}; this version reads format {FORMAT}")
+    if (form := record.get("format")) != FORMAT:
+        newer = type(form) is int and form > FORMAT
+        raise UserError(
+            f"{run}: written in format {form}{' by a newer jpeft' if newer else ''}; this version reads format "
+            f"{FORMAT}{': pip install --upgrade jpeft' if newer else ''}"
+        )
     for name, kind in (("config", dict), ("steps", int), ("method", dict), ("base", dict)):
         if not isinstance(record.get(name), kind):
             found = type(record[name]).__name__ if name in record else "nothing"
@@ -160,7 +169,7 @@ def saved_steps(run: Path) -> list[int]:
     >>> saved_steps(Path("runs/none"))
     []
     """
-    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+    return checkpoint.saved_steps(run / "checkpoints")
 
 
 def lengthen(run: Path, record: Mapping[str, Any], longer: Mapping[str, Any], step: int) -> None:
@@ -174,7 +183,8 @@ def lengthen(run: Path, record: Mapping[str, Any], longer: Mapping[str, Any], st
     >>> lengthen(run, read_record(run), job.record, step=40)  # doctest: +SKIP
     """
     (run / "result.json").unlink(missing_ok=True)  # first: a run that is killed here is resumed, to the same length
-    shutil.rmtree(run / "adapter", ignore_errors=True)
+    (run / "adapter" / "config.json").unlink(missing_ok=True)  # then the rest is no adapter
+    remove_folder(run / "adapter")
     entry = {"from_steps": record["steps"], "to_steps": longer["steps"], "after_step": step}
     entry["learning_rate"] = f"as in a run of {longer['steps']} steps, from step {step + 1} on"
     changed = {"config": longer["config"], "steps": longer["steps"]}
@@ -182,32 +192,31 @@ def lengthen(run: Path, record: Mapping[str, Any], longer: Mapping[str, Any], st
     write_json(run / "config.json", {**record, **changed})
 
 
-@contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Locks a run for this process: two that write the same checkpoints would damage both.
-
-    >>> with locked(Path("runs/first")): train()  # doctest: +SKIP
-    """
-    import filelock
-
-    lock = filelock.FileLock(run / ".lock", timeout=0)
-
-    def acquire() -> None:
-        if not is_main_process():
-            return
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(f"{run}: another process is writing it; wait, or choose another --out") from None
-
-    on_all_hosts(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 # ------------------------------------------------------------------------------------------------------------ metrics
+
+
+_UPLOAD_EVERY = 30.0  # seconds between two uploads of a log to an object store
+
+
+class _ObjectFile:
+    """A text file on an object store, which is uploaded as a whole."""
+
+    def __init__(self, path: Path, text: str):
+        self.path, self._parts, self._uploaded, self._at = path, [text], 1, time.monotonic()
+
+    def write(self, text: str) -> None:
+        self._parts.append(text)
+
+    def flush(self) -> None:
+        """Uploads it if it was not for a while."""
+        if time.monotonic() - self._at >= _UPLOAD_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        """Uploads it."""
+        if self._uploaded < len(self._parts):
+            write_atomically(self.path, "".join(self._parts).encode())
+        self._uploaded, self._at = len(self._parts), time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ class Log:
         logger: receives each line too, or None.
     """
 
-    file: IO[str]
+    file: IO[str] | _ObjectFile
     lines: list[dict[str, Any]]
     logger: Logger | None = None
 
@@ -235,6 +244,11 @@ class Log:
         self.file.flush()
         if self.logger is not None:
             self.logger.log({name: value for name, value in line.items() if name != "step"}, line["step"])
+
+    def sync(self) -> None:
+        """Uploads the lines to an object store. Call it before a checkpoint, which a resumed run expects them up to."""
+        if isinstance(self.file, _ObjectFile):
+            self.file.sync()
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The metrics of the evaluation after a step, if there was one.
@@ -259,7 +273,15 @@ def open_log(run: Path, step: int, write: bool = True, logger: Logger | None = N
     if not write:
         yield Log(io.StringIO(), lines)
         return
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(path, text.encode())
+    if is_remote(path):
+        log = Log(_ObjectFile(path, text), lines, logger)
+        try:
+            yield log
+        finally:
+            log.sync()
+        return
     with path.open("a", encoding="utf-8") as file:
         yield Log(file, lines, logger)
 

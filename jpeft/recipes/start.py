@@ -22,9 +22,10 @@ from jpeft.methods.base import Method
 from jpeft.methods.chain import Chain
 from jpeft.recipes import run_folder
 from jpeft.recipes.adapters import load_adapter
-from jpeft.recipes.config import Config, flag, parse_targets
-from jpeft.recipes.prepare import ALIASES, method_class
+from jpeft.recipes.config import Config, parse_targets
+from jpeft.recipes.method_names import FULL, method_class, name_of
 from jpeft.recipes.tasks.base import bind
+from jpeft.storage import as_path
 
 _HALF = ("bfloat16", "float16")  # of published adapters: a step of training is too small for them
 # What an adapter was trained with, and a run that begins from it has too, unless another is given.
@@ -37,7 +38,7 @@ def inherited(adapter: str | Path) -> dict[str, Any]:
     >>> inherited("runs/none")
     {}
     """
-    run = Path(adapter).expanduser()
+    run = as_path(adapter)
     if not run_folder.is_run(run):
         return {}
     config = run_folder.usable(run)["config"]
@@ -75,7 +76,7 @@ def begin(
     if method is not None:
         return config, bind(complete(method), model, params, inputs), None
     assert config.adapter is not None
-    path = Path(config.adapter).expanduser()
+    path = as_path(config.adapter)
     found, adapter = load_adapter(path, model, params, inputs, say)
     main = _main_member(config, found.method)
     _check_fields(config, main, lambda method: bind(method, model, params, inputs))
@@ -87,17 +88,9 @@ def begin(
     start = {path: loaded.get(path, fresh[path]) for path, _ in peft.structure}
     start = {path: start[path].astype(jnp.dtype(dtype)) for path, (_, dtype) in peft.structure}
     dropout = max((getattr(member, "dropout", None) or 0.0 for member in peft.method.methods()), default=0.0)
-    config = dataclasses.replace(config, method=_name(main), dropout=dropout or None)
+    config = dataclasses.replace(config, method=name_of(main), dropout=dropout or None)
     say(f"beginning from the {main.name} of {config.adapter}")
     return config, peft, like(unflatten(peft.place_like_base(start, flatten(params))), params)
-
-
-def _name(method: Method) -> str:
-    """The name of a method on the command line."""
-    if type(method).__name__ == "Train" and method.targets == ".*":
-        return "full"
-    return next((alias for alias, name in ALIASES.items() if name == type(method).__name__ != "Train"),
-                type(method).__name__.lower())  # fmt: skip
 
 
 def _main_member(config: Config, method: Any) -> Method:
@@ -107,10 +100,10 @@ def _main_member(config: Config, method: Any) -> Method:
         return members[0]
     kind = method_class(config.method)
     for member in members:
-        if type(member) is kind and (config.method.lower() != "full" or _name(member) == "full"):
+        if type(member) is kind and (config.method.lower() != FULL or name_of(member) == FULL):
             return member
-    names = ", ".join(_name(member) for member in members)
-    raise UserError(f"--method {config.method} contradicts --adapter {config.adapter}, whose method is {names}")
+    names = ", ".join(name_of(member) for member in members)
+    raise UserError(f"`method` {config.method} contradicts `adapter` {config.adapter}, whose method is {names}")
 
 
 def _check_fields(config: Config, main: Method, bound: Callable[[Method], Peft]) -> None:
@@ -119,9 +112,9 @@ def _check_fields(config: Config, main: Method, bound: Callable[[Method], Peft])
     given = {name: value for name, value in given.items() if value is not None}
     known = {entry.name for entry in dataclasses.fields(main)}
     for name, value in (given | dict(config.settings)).items():
-        option = flag(name) if name in given else f"--set {name}"
+        option = f"`{name}`" if name in given else f"`settings` {name}"
         if name not in known:
-            raise UserError(f"{option}: --adapter {config.adapter} is a {main.name}, which has no field {name!r}")
+            raise UserError(f"{option}: `adapter` {config.adapter} is a {main.name}, which has no field {name!r}")
         value = parse_targets(value) if name == "targets" and isinstance(value, str) else value
         try:
             other = from_dict({**main.to_dict(), name: value})
@@ -133,8 +126,8 @@ def _check_fields(config: Config, main: Method, bound: Callable[[Method], Peft])
         if not same:
             has = "other sites" if name == "targets" else getattr(main, name)
             raise UserError(
-                f"{option} {value} contradicts --adapter {config.adapter}, which has {has}: leave it out, or start "
-                "without --adapter"
+                f"{option} {value} contradicts `adapter` {config.adapter}, which has {has}: leave it out, or start "
+                "without `adapter`"
             )
 
 

@@ -40,16 +40,16 @@ def reshape(
         try:
             model, params = untie_head(model, params)
         except ValueError as error:
-            raise UserError(f"--untie-head: {error}") from error
+            raise UserError(f"`untie_head`: {error}") from error
     if config.resize_embeddings:
         old, size = model.config.vocab_size, tokens()
         if size <= old:
-            say(f"--resize-embeddings: the embedding has {old:,} rows, enough for {size:,} tokens; it gets none")
+            say(f"`resize_embeddings`: the embedding has {old:,} rows, enough for {size:,} tokens; it gets none")
             return model, params, new
         try:
             model, params = resize_embeddings(model, params, size, multiple=config.resize_embeddings)
         except ValueError as error:
-            raise UserError(f"--resize-embeddings {config.resize_embeddings}: {error}") from error
+            raise UserError(f"`resize_embeddings` {config.resize_embeddings}: {error}") from error
         new = range(old, size)
         say(
             f"the embedding grows from {old:,} to {model.config.vocab_size:,} rows for {size:,} tokens: the new rows "

@@ -14,9 +14,9 @@ import jax
 
 from jpeft.core.peft import Peft
 from jpeft.core.stacking import unroll
-from jpeft.files import cache_folder
 from jpeft.quantization.tree import dequantize
 from jpeft.serving import generation
+from jpeft.storage import cache_folder
 from jpeft.text.chat_template import ChatTokenizer, Stream
 
 # Prompts are padded to at least this length, so that the growing prompts of a conversation seldom compile anew.

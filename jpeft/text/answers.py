@@ -67,7 +67,7 @@ def texts(
     if unread := [name for name in variables if name not in tokenizer.program.variables]:
         raise ChatError(
             f"{tokenizer.where}: the chat template does not read {unread[0]!r}, so its content would be lost; remove "
-            "it from the row, or give a template that reads it (--chat-template FILE)"
+            "it from the row, or give a template that reads it (`chat_template` FILE)"
         )
     chosen = [
         index
@@ -142,16 +142,16 @@ class _Renderer:
                     raise ChatError(
                         f"{self.template.where}: the chat template does not write {name!r} for these messages, so its "
                         "content would be lost; remove it from the row, or give a template that writes it "
-                        "(--chat-template FILE)"
+                        "(`chat_template` FILE)"
                     )
 
     def _unread(self, index: int, key: str) -> ChatError:
         role = self.messages[index]["role"]
-        remedy = "remove the message" if key == "content" else "remove it (--ignore-keys)"
+        remedy = "remove the message" if key == "content" else "remove it (`ignore_keys`)"
         return self.error(
             index,
             f"the chat template does not read {key!r:.40} of the role {role}, so its content would be lost; {remedy}, "
-            "or give a template that reads it (--chat-template FILE)",
+            "or give a template that reads it (`chat_template` FILE)",
         )
 
 
@@ -240,14 +240,14 @@ def _written(renderer: _Renderer, index: int, before: str, after: str) -> str:
             index,
             "the chat template renders the answer without a part of it, or after another text than its generation "
             "prompt, so what the model is to write is not known; mark it in the template by {% generation %}, and give "
-            "that template by --chat-template FILE",
+            "that template by `chat_template` FILE",
         )
     begun = before[len(head) :]
     if not content.startswith(begun.strip()):
         raise renderer.error(
             index,
             f"the chat template's generation prompt ends in {begun!r:.40}, and the answer does not begin with it; "
-            "begin the answer with it and what the model thinks, or give a template without it (--chat-template FILE)",
+            "begin the answer with it and what the model thinks, or give a template without it (`chat_template` FILE)",
         )
     return (content[len(begun.strip()) :].lstrip() if begun.strip() else content) + closing
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from jpeft.files import read_json
+from jpeft.storage import as_path
 from jpeft.text import reading
 from jpeft.text.template import ChatError, Message, Template, plain_text
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "chat_template.jinja"  # the file of a model folder that holds the chat template
 ROLES = ("system", "user", "assistant", "tool")
-_REPLACED = " with --chat-template"
+_REPLACED = " with `chat_template`"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -257,7 +258,7 @@ def read(path: str | Path) -> ChatTokenizer:
     >>> read("./SmolLM2-135M-Instruct").stop_ids  # doctest: +SKIP
     (2,)
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         tokenizer = _read_folder(path)
     elif path.is_file() and path.suffix.lower() == ".gguf":
@@ -321,7 +322,7 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / TEMPLATE
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ChatError(f"{path}: not UTF-8 (byte offset {error.start})") from error
     path, template = folder / "tokenizer_config.json", config.get("chat_template")

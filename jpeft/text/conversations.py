@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jpeft.errors import UserError
+from jpeft.storage import as_path
 from jpeft.text import answers, batching, reading, rows
 from jpeft.text.chat_template import ChatTokenizer
 from jpeft.text.splitting import split_groups
@@ -164,7 +165,7 @@ def read(path: str | Path, ignore: Collection[str] = ()) -> Conversations:
 
     >>> read("gsm8k.jsonl")  # doctest: +SKIP
     """
-    path = Path(path)
+    path = as_path(path)
     readers = {".jsonl": reading.jsonl_rows, ".json": reading.json_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: expected a .jsonl or .json file, got the suffix {path.suffix or '(none)'!r}")
@@ -265,7 +266,7 @@ def encode(conversations: Conversations, tokenizer: ChatTokenizer, max_length: i
     if not ids:
         raise UserError(
             f"{conversations.source}: none of the {len(left_out)} examples fits into {max_length} tokens with its "
-            f"answers; the shortest takes {shortest}: raise --max-length"
+            f"answers; the shortest takes {shortest}: raise `max_length`"
         )
     pad_id = tokenizer.tokenizer.token_to_id(tokenizer.special.get("pad_token", ""))
     return Encoded(tuple(ids), tuple(masks), tuple(lines), tuple(left_out), pad_id or 0)
@@ -321,7 +322,7 @@ def stop_warning(encoded: Encoded, tokenizer: ChatTokenizer) -> str | None:
     return (
         f"{count} in a stop token ({stops or 'the model names none'}), as the chat template renders them, but often in "
         f"{usual!r}, so the model does not learn to stop; give a template that ends the assistant's turn in "
-        f"{stops or 'the eos_token'} (--chat-template FILE)"
+        f"{stops or 'the eos_token'} (`chat_template` FILE)"
     )
 
 

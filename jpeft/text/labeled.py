@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jpeft.errors import UserError
+from jpeft.storage import as_path
 from jpeft.text import batching
 from jpeft.text.reading import Row, check_text, check_unicode, csv_rows, json_rows, jsonl_rows, read_text
 from jpeft.text.splitting import split_groups
@@ -121,9 +122,9 @@ def read(path: str | Path, text: str, label: str | None = None) -> Examples:
 
     >>> read("reviews.csv", text="review", label="stars")  # doctest: +SKIP
     """
-    path = Path(path)
+    path = as_path(path)
     if text == label:
-        raise UserError(f"the column {text!r} cannot be both the text and the label (--text and --label)")
+        raise UserError(f"the column {text!r} cannot be both the text and the label (`text` and `label`)")
     readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".json": json_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: expected a .csv, .jsonl or .json file, got the suffix {path.suffix or '(none)'!r}")
@@ -138,7 +139,7 @@ def _examples(path: Path, rows: Iterator[Row], text: str, label: str | None) -> 
             if column is not None and column not in row:
                 raise UserError(
                     f"{path}: no column {column!r} at line {number}; the columns are {', '.join(map(repr, row))} "
-                    "(choose with --text and --label)"
+                    "(choose with `text` and `label`)"
                 )
         texts.append(check_text(path, number, text, row[text]))
         lines.append(number)

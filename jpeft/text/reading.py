@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jpeft.errors import UserError
+from jpeft.storage import as_path, reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,7 +32,7 @@ def read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {reason(error)}") from error
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}: is UTF-16, expected UTF-8; convert the file: iconv -f utf-16 -t utf-8")
     try:
@@ -218,18 +219,18 @@ def load_tokenizer(folder: str | Path, max_length: int) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    path = Path(folder) / "tokenizer.json"
+    path = as_path(folder) / "tokenizer.json"
     if not path.is_file():
         raise UserError(
             f"{folder}: no tokenizer.json; write one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8"))
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:120]}") from error
     if tokenizer.num_special_tokens_to_add(is_pair=False) >= max_length:
-        raise UserError(f"--max-length {max_length} leaves no room for text next to the special tokens")
+        raise UserError(f"`max_length` {max_length} leaves no room for text next to the special tokens")
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer

@@ -212,7 +212,7 @@ def _leftovers(at: _At, rest: Mapping[str, Any], turns: Sequence[_Turn]) -> tupl
         if key not in METADATA and not key.endswith("_id"):
             raise at.error(
                 f"the key {key!r:.40} means nothing here, and what it holds would be lost; rename it to one that is "
-                f"read, or leave it out by --ignore-keys {key:.40}"
+                f"read, or leave it out by `ignore_keys` {key:.40}"
             )
         ignored.append(key)
     return tuple(ignored)

@@ -42,7 +42,7 @@ def split_groups(
         size = min(len(rows) - 1, max(1, round(share * len(rows))))
         held_out.update(rng.permutation(rows)[:size].tolist())
     if not held_out:
-        raise UserError(f"{examples.source}: too few examples to hold some out; give an evaluation file (--eval)")
+        raise UserError(f"{examples.source}: too few examples to hold some out; give an evaluation file (`eval`)")
     train = [row for row in range(len(examples)) if row not in held_out]
     return (
         examples.take(train, examples.source),

@@ -76,8 +76,8 @@ def top_level() -> dict[str, Any]:
     """The public names of `jpeft` but its packages, and what they are."""
     import jpeft
 
-    found = {name: getattr(jpeft, name) for name in sorted(dir(jpeft), key=str.lower) if name[0] != "_"}
-    return {name: value for name, value in found.items() if _is_ours(value)}
+    found = {name: getattr(jpeft, name) for name in sorted(jpeft.__all__, key=str.lower)}
+    return {name: value for name, value in found.items() if not isinstance(value, ModuleType) and _is_ours(value)}
 
 
 def public(module: str) -> dict[str, Any]:

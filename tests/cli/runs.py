@@ -4,8 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
@@ -13,6 +11,7 @@ from jpeft import models
 from jpeft.cli import main
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.recipes import run_folder
+from tests.folders import new_params
 
 GOOD, BAD, OTHER = ["good", "nice", "fine"], ["bad", "stale", "poor"], ["tea", "the", "cup", "of", "very"]
 JOB = ["--epochs", "4", "--batch-size", "8", "--lr", "3e-2", "--max-length", "24", "--checkpoint-every", "3"]
@@ -26,8 +25,7 @@ def write_home(folder):
         max_position_embeddings=40,
     )  # fmt: skip
     model = Bert(config)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
-    models.save(folder / "bert", model, variables["params"])
+    models.save(folder / "bert", model, new_params(model, (1, 4)))
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("[CLS]", 2), ("[SEP]", 3)]

@@ -371,11 +371,11 @@ def bad_file(name, content):
 
 
 MISTAKES = {
-    "packing": (["--no-packing"], "--no-packing is for --task chat"),
+    "packing": (["--no-packing"], "--packing is for --task chat"),
     "samples": (["--samples", "2"], "--samples is for --task chat"),
     "unknown target": (["--targets", "quarry"], "'quarry' matches nothing"),
     "malformed target": (["--targets", "(query"], "not a regular expression"),
-    "unknown method": (["--method", "dora2"], "--method dora2: unknown method; expected one of"),
+    "misplaced field": (["--set", "lr=1e-3"], "--method lora has no field 'lr'; --lr is an option of its own"),
     "field of another method": (
         ["--method", "bitfit", "--rank", "4"],
         "--method bitfit has no field 'rank'; its fields are",
@@ -460,11 +460,18 @@ def test_a_folder_that_looks_like_markup(finished, capsys):
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps({**result, "run": str(run)}))
     assert main(["finetune", "--resume", str(run)]) == 0
-    assert capsys.readouterr().out.count("run [b]/x[/i]1") == 2  # in a message and in the table
+    assert capsys.readouterr().out.count("run [b]/x[/i]1") == 3  # in a message and twice in the table
 
 
 def test_typing_errors_are_one_line(capsys):
-    for arguments in (["finetune", "--epochs", "many"], ["finetune", "--set", "length"], ["predict"], ["fintune"], []):
+    mistakes = (["--epochs", "many"], ["--set", "length"], ["--method", "dora2"], ["--taks", "chat"], ["lrr=1"], ["x"])
+    for arguments in (
+        *(["finetune", *words] for words in mistakes),
+        ["predict"],
+        ["merge", "a", "b", "c"],
+        ["fintune"],
+        [],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         out, err = capsys.readouterr()
@@ -561,21 +568,16 @@ def test_inspect_neither_a_run_nor_an_adapter(capsys):
 
 def test_help_imports_only_light_modules():
     code = """
-        import sys, jpeft
-        before = set(sys.modules)
+        import sys
         from jpeft.cli import main
         try:
-            main(["finetune", "--help"])
+            main(["--help"])
         except SystemExit:
-            print(sorted(name for name in set(sys.modules) - before if "." not in name or name.startswith("jpeft")))
+            print(sorted(sys.modules))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    imported = ast.literal_eval(done.stdout.splitlines()[-1])
-    commands = {"chat", "export", "finetune", "generate", "inspect", "merge", "plan", "predict", "quantize"}
-    light = {f"jpeft.cli.{name}" for name in (*commands, "app", "arguments", "terminal")} | {"jpeft.cli"}
-    light |= {"jpeft.recipes", "jpeft.recipes.assets", "jpeft.recipes.config", "jpeft.recipes.tasks", "jpeft.units"}
-    assert {name for name in imported if name.startswith("jpeft")} <= light
-    assert not {"orbax", "tokenizers", "matplotlib", "pandas", "rich", "jpeft.models"} & set(imported)
+    imported = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert not {"jax", "flax", "orbax", "tokenizers", "matplotlib", "pandas", "etils", "jpeft.models"} & imported
 
 
 def test_the_command_runs_as_a_module(capsys, monkeypatch):
@@ -583,4 +585,4 @@ def test_the_command_runs_as_a_module(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("jpeft.cli", run_name="__main__")
     out, err = capsys.readouterr()
-    assert stop.value.code == 0 and out.startswith("usage: jpeft ") and "finetune" in out and not err
+    assert stop.value.code == 0 and out.startswith("Usage: jpeft ") and "finetune" in out and not err

@@ -164,7 +164,7 @@ def test_a_killed_process_is_named_and_ends_all(launched):
     killed = done["killed"]
     assert killed["ended"] and killed["status"] == [1, -9] and killed["seconds"] < 30
     assert "process 1 (host " in killed["err"][0] and "has stopped" in killed["err"][0]
-    assert "repeat the command with --resume to resume from the last checkpoint" in killed["err"][0]
+    assert "resume from the last checkpoint (--resume)" in killed["err"][0]
 
 
 @pytest.mark.exhaustive
@@ -225,10 +225,10 @@ INCOMPATIBLE = {
     "--max-length 60 --mesh sequence=8": "--max-length 60 does not divide over the 8 devices of the mesh's axis seq",
     "--processes 2": "--coordinator, --processes and --process belong together",
     "--coordinator a:1 --processes 2 --process 2": "--process 2 must be from 0 to 1",
-    "--coordinator a:1 --processes 0 --process 0": "--processes 0: expected at least 1",
+    "--coordinator a:1 --processes 0 --process 0": "--processes must be at least 1, got 0",
     "--coordinator a --processes 2 --process 1": "--coordinator a: expected HOST:PORT",
     "--coordinator a:99999 --processes 2 --process 1": "--coordinator a:99999: expected HOST:PORT",
-    "--coordinator a:1 --processes 2 --process 1 --join-within 0": "--join-within 0: expected seconds",
+    "--coordinator a:1 --processes 2 --process 1 --join-within 0": "--join-within must be seconds, above 0, got 0",
 }
 
 

@@ -1,7 +1,6 @@
 """`jpeft plan` and `jpeft.plan`, compared with the same step compiled in this process on real arrays."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -37,7 +36,8 @@ from jpeft.parallel.mesh import abstract_mesh
 from jpeft.planning import PlanError, compiling, hlo
 from jpeft.planning.plan import prepare
 from jpeft.recipes import plan_sweep
-from jpeft.recipes.config import Config
+from jpeft.recipes.config import Config, Execution
+from jpeft.recipes.options import options
 from jpeft.recipes.plan_sweep import Choice, Grid
 from jpeft.recipes.tasks import chat
 from jpeft.text import conversations
@@ -195,10 +195,10 @@ def test_the_adapter_share_is_its_additional_traffic(llama):
 
 def test_no_adapter_share_for_one_device_or_without_against_base():
     step, params, names = job()
-    for topology, options in (("cpu:1", {}), ("cpu:4", {"against_base": False})):
+    for topology, how in (("cpu:1", {}), ("cpu:4", {"against_base": False})):
         topology = parse(topology)
         inputs = state_of(step, params), params, batch_of()
-        found = prepare(step, inputs, topology, mesh_for(topology), names=names, **options)
+        found = prepare(step, inputs, topology, mesh_for(topology), names=names, **how)
         assert not found.comparison
 
 
@@ -285,8 +285,8 @@ def test_spellings_of_meshes():
 
 
 @pytest.mark.parametrize("mesh, says", [
-    ("fsdp=3", "--mesh fsdp=3: a mesh of 3, but cpu:4 has 4 devices"),
-    ({"data": 2, "fsdp": 4}, "--mesh data=2,fsdp=4: 2 × 4 is 8, but cpu:4 has 4 devices"),
+    ("fsdp=3", "`mesh` fsdp=3: a mesh of 3, but cpu:4 has 4 devices"),
+    ({"data": 2, "fsdp": 4}, "`mesh` data=2,fsdp=4: 2 × 4 is 8, but cpu:4 has 4 devices"),
     ("fsdp", "expected axes such as"), ("fsdp=2,fsdp=2", "each once"), ("", "expected axes"), ({}, "has 4 devices"),
 ])  # fmt: skip
 def test_meshes_that_do_not_suit_the_devices(mesh, says):
@@ -375,9 +375,9 @@ def run(text):
 
 def config_of(command):
     """The configuration and arguments that `jpeft finetune` parses."""
-    args = app._parser().parse_args(shlex.split(command)[1:])
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
-    return Config(**{**given, "settings": dict(given.get("settings", {}))}), args
+    _, given, _ = app._parse(shlex.split(command)[1:])
+    parts = [{name: given[name] for name in options(kind) if name in given} for kind in (Config, Execution)]
+    return Config(**parts[0]), Execution(**parts[1])
 
 
 def test_the_command_prints_a_plan_and_how_to_run_it(there, capsys):
@@ -484,12 +484,14 @@ def test_a_sweep_widens_what_is_not_given():
     ("--task classify", "--model llama.json: a language model; plan for it with --task chat"),
     ("--task classify --model bert --remat full", "--remat full: is for language models"),
     ("--task classify --model bert --quantize nf4", "--model bert: cannot quantize 'encoder/layer/0/"),
-    ("--seq 129", "--seq 129: the model takes at most 128 tokens"),
+    ("--seq 129", "--max-length 129: the model takes at most 128 tokens"),
     ("--seq 0", "at least 1"),
     ("--targets nothing", "nothing"),
-    ("--method lore", "lore"),
     ("--rank 0", "rank"),
-    ("--jobs 0", "--jobs 0: expected at least 1"),
+    ("--jobs 0", "--jobs must be at least 1, got 0"),
+    ("--batch 0", "--batch-size must be comma-separated numbers from 1 on, got '0'"),
+    ("--quantize nf5", "--quantize must be of none, nf4, int4, int8, fp8, got 'nf5'"),
+    ("--remat all", "--remat must be of full, dots, offload, none, got 'all'"),
     ("--batch 4,8", "2 combinations are given; --sweep plans all of them"),
     ("--topology cpu:2,cpu:4", "2 combinations are given; --sweep plans all of them"),
 ])  # fmt: skip
@@ -501,10 +503,9 @@ def test_mistakes_in_planning(there, capsys, more, says):
 
 
 @pytest.mark.parametrize("more, says", [
-    ("--batch 0", "expected comma-separated numbers from 1 on"),
-    ("--quantize nf5", "invalid choice: 'nf5'; expected none, nf4"),
-    ("--remat all", "invalid choice: 'all'; expected full, dots"), ("--dtype half", "invalid choice: 'half'"),
-    ("--set length", "expected NAME=VALUE"), ("--seq many", "invalid int value"),
+    ("--dtype half", 'Invalid value "half" for --dtype. Choose from: "float32", "bfloat16", "float16".'),
+    ("--method lore", 'Did you mean "lora"?'),
+    ("--set length", "expected NAME=VALUE"), ("--seq many", 'unable to convert "many" into int'),
 ])  # fmt: skip
 def test_mistakes_in_typing(capsys, more, says):
     with pytest.raises(SystemExit) as stop:

@@ -199,13 +199,13 @@ def test_a_model_is_a_name_or_a_folder(wheel, downloads, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"is a file; expected a \.gguf, or a folder with"):
         assets.resolve_model(str(tmp_path / "file"))
     for wrong in ("tinny", "./no/folder", "/no/folder"):
-        with pytest.raises(UserError, match=f"--model {wrong}: no such folder; expected 'tiny', a HuggingFace folder"):
+        with pytest.raises(UserError, match=f"`model` {wrong}: no such folder; expected 'tiny', a HuggingFace folder"):
             assets.resolve_model(wrong)
 
 
 def test_a_hub_id_without_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r'--model owner/name: .*pip install "jpeft\[hub\]"'):
+    with pytest.raises(UserError, match=r'`model` owner/name: .*pip install "jpeft\[hub\]"'):
         assets.resolve_model("owner/name")
 
 
@@ -232,9 +232,9 @@ def test_data_is_a_name_or_files(tmp_path, monkeypatch):
     assert assets.resolve_data("train.csv") == assets.DataSource(assets.Path("train.csv"), None, "text", "label")
     found = assets.resolve_data(str(train), str(test), text="review")
     assert found == assets.DataSource(train, test, "review", "label")
-    with pytest.raises(UserError, match=r"--data none\.csv: no such file; expected 'food-reviews', or"):
+    with pytest.raises(UserError, match=r"`data` none\.csv: no such file; expected 'food-reviews', or"):
         assets.resolve_data("none.csv")
-    with pytest.raises(UserError, match=r"--eval none\.csv: no such file"):
+    with pytest.raises(UserError, match=r"`eval` none\.csv: no such file"):
         assets.resolve_data("train.csv", "none.csv")
     monkeypatch.setattr(assets, "fetch", lambda name, asset, log: tmp_path)
     (tmp_path / "test.jsonl").write_text("")

@@ -180,7 +180,7 @@ MISTAKES = {
     "an empty raw prompt": (["llama", "--raw", " "], "the prompt is empty"),
     "an empty prompt among others": (["llama", "hi", ""], "the prompt is empty"),
     "weights that are not numbers": (["nan", "hi"], "logits are not finite"),
-    "a seed that is too large": (["llama", "hi", "--seed", "9" * 30], "--seed 999"),
+    "a seed that is too large": (["llama", "hi", "--seed", "9" * 30], "--seed must be a number from 0"),
     "an unknown role": (["llama", "--messages", "role.json"], "'robot'"),
     "a template that raises": (["llama", "--messages", "tool.json"], "no tools here"),
     "a broken template": (["broken", "hi"], "chat template"),

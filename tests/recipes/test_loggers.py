@@ -121,11 +121,11 @@ def test_one_that_is_not_installed_names_the_command(name, monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as caught:
         check_loggers([name])
-    assert str(caught.value) == f'--log {name} needs {package}: pip install "jpeft[{name}]"'
+    assert str(caught.value) == f'`log` {name} needs {package}: pip install "jpeft[{name}]"'
 
 
 def test_one_that_does_not_exist_is_told_with_the_nearest():
-    with pytest.raises(UserError, match=r"--log wand: no such logger; nearest: wandb; choose from tensorboard, wandb,"):
+    with pytest.raises(UserError, match=r"`log` wand: no such logger; nearest: wandb; choose from tensorboard, wandb,"):
         check_loggers(["tensorboard", "wand"])
 
 
@@ -139,7 +139,7 @@ def test_one_that_does_not_start_is_one_line_and_closes_the_others(services, tmp
     with pytest.raises(UserError) as caught:
         open_loggers(["trackio", "wandb"], tmp_path, CONFIG, 1)
     assert str(caught.value) == (
-        "--log wandb does not start: No API key configured. Use `wandb login` to log in; log in, or set "
+        "`log` wandb does not start: No API key configured. Use `wandb login` to log in; log in, or set "
         f"WANDB_MODE=offline, and continue with: jpeft finetune --out {tmp_path} --resume"
     )
     assert closed == [1]
@@ -164,7 +164,7 @@ def test_one_that_fails_in_training_is_left_out_with_one_warning():
     broken, other = Broken("log"), Broken("")
     loggers = Loggers({"wandb": broken, "trackio": other})
     loggers.log({"loss": 1.0}, 1)
-    with pytest.warns(UserWarning, match=r"--log wandb failed at step 2, .*metrics.jsonl has everything: the disk"):
+    with pytest.warns(UserWarning, match=r"`log` wandb failed at step 2, .*metrics.jsonl has everything: the disk"):
         loggers.log({"loss": 1.0}, 2)
     loggers.log({"loss": 1.0}, 3)  # warnings are errors here
     loggers.close()
@@ -173,7 +173,7 @@ def test_one_that_fails_in_training_is_left_out_with_one_warning():
 
 def test_one_that_cannot_be_closed_does_not_end_the_run():
     loggers = Loggers({"wandb": Broken("close"), "trackio": Broken("")})
-    with pytest.warns(UserWarning, match="--log wandb failed when it was closed"):
+    with pytest.warns(UserWarning, match="`log` wandb failed when it was closed"):
         loggers.close()
     loggers.close()
 

@@ -106,8 +106,8 @@ def test_new_rows_train_and_nothing_else_of_the_embedding(resized, tmp_path):
 
 def _logits(generator, ids):
     if generator.peft is None:
-        return generator.model.apply({"params": generator.params}, ids)
-    return generator.peft.apply(generator.params, generator.adapter, ids)
+        return jax.jit(generator.model.apply)({"params": generator.params}, ids)
+    return jax.jit(generator.peft.apply)(generator.params, generator.adapter, ids)
 
 
 def test_a_run_is_resumed_and_used_with_its_rows(resized, tmp_path):
@@ -209,7 +209,7 @@ def test_mistakes_are_told(options, error, capsys, tmp_path):
 
 
 def test_an_encoder_has_no_head_to_untie():
-    with pytest.raises(UserError, match="--untie-head is for --task chat"):
+    with pytest.raises(UserError, match="`untie_head` is for `task` chat"):
         Config(untie_head=True)
 
 

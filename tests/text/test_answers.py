@@ -221,7 +221,7 @@ def test_answers_without_a_stop_token_are_told():
     assert warning.startswith(
         f"no answer ends in a stop token ({END}), as the chat template renders them, but often in"
     )
-    assert "--chat-template FILE" in warning and "\n" not in warning
+    assert "`chat_template` FILE" in warning and "\n" not in warning
     chat, encoded = encode(CHATML, tuple(PLAIN))
     assert conversations.stop_warning(encoded, chat) is None
     chat, encoded = encode(CHATML, tuple(PLAIN), stop_ids=(0,))  # as a base model's <|endoftext|>

@@ -217,7 +217,7 @@ def test_arguments_of_tool_calls_are_an_object_or_its_text_as_the_template_takes
 def test_another_template(chat):
     other = chat.with_template("{{ messages[0].content }}!")
     assert other.render(ASK) == "Tea?!" and chat.with_template(None) is chat and other.tokenizer is chat.tokenizer
-    with pytest.raises(ChatError, match=r"^\./tiny with --chat-template: the chat template is not valid Jinja, line 1"):
+    with pytest.raises(ChatError, match=r"^\./tiny with `chat_template`: the chat template is not valid Jinja, line 1"):
         other.with_template("{% for %}")
 
 

@@ -215,7 +215,7 @@ def test_an_example_that_does_not_fit_is_left_out():
     encoded = conversations.encode(of(longer, TEA, trailing, longer), chat, fits)
     assert encoded.lines == (2, 3) and encoded.left_out == (1, 4) and len(encoded) == 2
     assert encoded.ids[0].tolist() == encoded.ids[1].tolist() == whole.ids[0].tolist()
-    with pytest.raises(UserError, match=rf"train\.jsonl: none of the 2 .* shortest takes {fits}: raise --max-length"):
+    with pytest.raises(UserError, match=rf"train\.jsonl: none of the 2 .* shortest takes {fits}: raise `max_length`"):
         conversations.encode(of(longer, TEA), chat, fits - 1)
 
 

@@ -86,7 +86,7 @@ def test_a_long_text_is_read_completely(tmp_path):
         ("a.csv", b"text,label\n", "no examples"),
         ("a.csv", b"\ntext,label\n", "the first line is empty; expected the names of the columns"),
         ("a.csv", b"title,stars\nx,1\n", r"no column 'text' at line 2; the columns are 'title', 'stars'"),
-        ("a.csv", b"text,stars\nx,1\n", "no column 'label'.*choose with --text and --label"),
+        ("a.csv", b"text,stars\nx,1\n", "no column 'label'.*choose with `text` and `label`"),
         ("a.csv", b"text,text\nx,1\n", "names the column 'text' twice"),
         ("a.csv", b"text,label\ngood, tea,up\n", "line 2 has 3 fields, the header has 2"),
         ("a.csv", b'text,label\n"good tea,up\n', "malformed CSV near line 2"),
@@ -225,7 +225,7 @@ def test_a_folder_without_a_tokenizer(tmp_path, content, message):
 
 
 def test_no_room_for_text(folder):
-    with pytest.raises(UserError, match="--max-length 1 leaves no room"):
+    with pytest.raises(UserError, match="`max_length` 1 leaves no room"):
         reading.load_tokenizer(folder, 1)
 
 

@@ -126,7 +126,7 @@ def test_only_the_completion_is_learned():
 def test_keys_that_describe_a_row_are_listed_and_others_refused():
     row = read({"messages": TEA, "id": 7, "source": "a", "conversation_id": "x", "score": None})
     assert row.ignored == ("id", "source", "conversation_id")
-    with pytest.raises(UserError, match=r"a\.jsonl: line 3: the key 'score' .* would be lost; .*--ignore-keys score$"):
+    with pytest.raises(UserError, match=r"a\.jsonl: line 3: the key 'score' .* would be lost; .*`ignore_keys` score$"):
         read({"messages": TEA, "score": 0})
     assert read({"messages": [{**TEA[0], "notes": "x"}, TEA[1]], "score": 0}, {"score", "notes"}).messages == TEA
 

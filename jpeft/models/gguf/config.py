@@ -11,11 +11,12 @@ import numpy as np
 
 from jpeft.errors import ModelError
 from jpeft.models.gguf.file import GGUFFile, open_file
-from jpeft.models.gguf.tokenizer import special_token_id
 
 #: `general.architecture` → `model_type` of a `config.json`. Mistral and SmolLM2 are `llama` as well.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' name: GGUF's
+_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # llama.cpp's defaults
 ROPE_FREQS = "rope_freqs.weight"  # the divisors of Llama 3's rotary frequencies
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
@@ -30,6 +31,16 @@ def architecture(file: GGUFFile) -> str:
     if arch not in ARCHITECTURES:
         raise ModelError(f"{file.path}: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}")
     return arch
+
+
+def special_token_id(file: GGUFFile, name: str) -> int | None:
+    """The id of `bos`, `eos`, `unk`, `pad`, `eot` or `eom`; None if the file does not define it."""
+    key, tokens = f"tokenizer.ggml.{SPECIAL.get(name, name)}_token_id", file.get("tokenizer.ggml.tokens", list, None)
+    default = _SENTENCEPIECE_IDS.get(name) if file.get("tokenizer.ggml.model", str, None) == "llama" else None
+    index = file.get(key, int, default)
+    if index is not None and tokens is not None and not 0 <= index < len(tokens):
+        raise ModelError(f"{file.path}: {key} is {index}, but there are {len(tokens)} tokens")
+    return index
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

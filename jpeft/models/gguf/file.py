@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jpeft.errors import ModelError
+from jpeft.storage import as_path, cached_copy
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # for `struct`
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
@@ -110,10 +111,11 @@ def open_file(path: Source) -> GGUFFile:
     """
     if isinstance(path, GGUFFile):
         return path
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    data = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)  # mmap rejects an empty file
+    local = cached_copy(path)
+    data = np.memmap(local, mode="r") if local.stat().st_size else np.zeros(0, np.uint8)  # mmap rejects an empty file
     magic, version = bytes(data[:4]), int.from_bytes(bytes(data[4:8]), "little")
     if magic != b"GGUF":
         raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r})")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jpeft.errors import ModelError
 from jpeft.files import write_json
+from jpeft.models.gguf.config import SPECIAL, special_token_id
 from jpeft.models.gguf.file import GGUFFile, Source, open_file
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ _PRE_TOKENIZERS = {
 }
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")  # a word of the vocabulary is never split
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # `tokenizer.ggml.token_type`
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' name: GGUF's
-_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # llama.cpp's defaults
 # Chat models end a turn with these. Converters often write the id of eos only, so llama.cpp looks for them too.
 _END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 
@@ -94,7 +93,7 @@ def read_special_tokens(path: Source) -> dict[str, str]:
     '<|im_end|>'
     """
     file = open_file(path)
-    tokens, ids = _tokens(file), {name: special_token_id(file, name) for name in _SPECIAL}
+    tokens, ids = _tokens(file), {name: special_token_id(file, name) for name in SPECIAL}
     return {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
 
 
@@ -133,16 +132,6 @@ def write_tokenizer(path: Source, folder: Path) -> None:
     generation_config = {"eos_token_id": list(stop_ids(file))}
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "generation_config.json", generation_config)
-
-
-def special_token_id(file: GGUFFile, name: str) -> int | None:
-    """The id of `bos`, `eos`, `unk`, `pad`, `eot` or `eom`; None if the file does not define it."""
-    key, tokens = f"tokenizer.ggml.{_SPECIAL.get(name, name)}_token_id", file.get("tokenizer.ggml.tokens", list, None)
-    default = _SENTENCEPIECE_IDS.get(name) if file.get("tokenizer.ggml.model", str, None) == "llama" else None
-    index = file.get(key, int, default)
-    if index is not None and tokens is not None and not 0 <= index < len(tokens):
-        raise ModelError(f"{file.path}: {key} is {index}, but there are {len(tokens)} tokens")
-    return index
 
 
 # --- byte-level BPE ---
@@ -253,7 +242,7 @@ def _tokens(file: GGUFFile) -> list[str]:
 def _token_types(file: GGUFFile) -> list[int]:
     types = file.get("tokenizer.ggml.token_type", list, None)
     if types is None:
-        special = {special_token_id(file, name) for name in _SPECIAL}
+        special = {special_token_id(file, name) for name in SPECIAL}
         return [_CONTROL if index in special else _NORMAL for index in range(len(_tokens(file)))]
     return _check_one_per_token(file, "tokenizer.ggml.token_type", types)
 

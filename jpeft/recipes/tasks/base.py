@@ -247,7 +247,7 @@ def evaluation_data(
     """
     if file is None:
         train, test = split(train, config.seed)
-        reporter.say(f"no --eval: {len(test):,} of the examples are held out for evaluation")
+        reporter.say(f"no `eval`: {len(test):,} of the examples are held out for evaluation")
     else:
         test = read(file)
     if 0 < config.eval_examples < len(test):
@@ -255,13 +255,13 @@ def evaluation_data(
     return train, test
 
 
-def check_length(length: int, limit: int, option: str = "--max-length") -> None:
+def check_length(length: int, limit: int) -> None:
     """Raises a UserError if rows of `length` tokens are longer than the model takes.
 
     >>> check_length(128, limit=512)
     """
     if length > limit:
-        raise UserError(f"{option} {length}: the model takes at most {limit} tokens")
+        raise UserError(f"`max_length` {length}: the model takes at most {limit} tokens")
 
 
 def bind(method: Method, model: Any, params: Any, inputs: Sequence[Any]) -> Peft:
@@ -304,7 +304,7 @@ def merge(peft: Peft, params: Any, adapter: Any, how: Merging, requantize: bool 
     try:
         return peft.merge(params, adapter, requantize=requantize, safe=not how.force)
     except ValueError as error:
-        raise UserError(str(error).replace("safe=False merges it", "--force writes it")) from error
+        raise UserError(str(error).replace("safe=False merges it", "`force` writes it")) from error
 
 
 def unrounded(params: Any, source: Path, dtype: str, reload: Callable[[], Any]) -> Any:

@@ -26,6 +26,7 @@ from jpeft.core.placement import AnyMesh, replicated
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
 from jpeft.errors import ModelError, UserError
+from jpeft.files import write_atomically
 from jpeft.methods.base import Method
 from jpeft.models.axes import logical_names, logical_shardings
 from jpeft.models.decoder import Decoder
@@ -45,6 +46,7 @@ from jpeft.recipes.tasks import base
 from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, place_batches
 from jpeft.recipes.vocabulary import reshape, with_rows
 from jpeft.serving.text_generator import Settings, TextGenerator
+from jpeft.storage import as_path, check_writable
 from jpeft.text import chat_template, conversations
 from jpeft.text.conversations import Batch
 from jpeft.text.scoring import final_number
@@ -91,9 +93,9 @@ def load_base(
     except ValueError as error:  # a weight that cannot be quantized; else one that does not fit on the mesh
         if scheme == "none" or "does not divide over" in str(error):
             raise
-        raise UserError(f"--quantize {scheme}: {error}") from error
+        raise UserError(f"`quantize` {scheme}: {error}") from error
     if quantized and scheme not in ("none", *(schemes := schemes_of(params))):
-        raise UserError(f"--quantize {scheme}: {path} is quantized already; give --quantize {min(schemes)}")
+        raise UserError(f"`quantize` {scheme}: {path} is quantized already; give `quantize` {min(schemes)}")
     return model, params
 
 
@@ -399,9 +401,6 @@ def complete(method: Method) -> Method:
 def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ChatJob:
     """Reads the conversations, loads the language model, and binds the method."""
     train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)
-    for name in ("text", "label"):
-        if getattr(config, name) is not None:
-            raise UserError(f"--{name} names a column of labeled texts; --task chat reads conversations")
     template = None if config.chat_template is None else read_chat_template(config.chat_template)
     ignore = [key.strip() for key in (config.ignore_keys or "").split(",")]
     read = functools.partial(conversations.read, ignore=ignore)
@@ -456,7 +455,7 @@ def _encode(
         first = ", ".join(map(str, encoded.left_out[:3]))
         reporter.say(
             f"{examples.source}: {len(encoded.left_out):,} of {total:,} examples are longer than "
-            f"{max_length} tokens and left out (at line {first}, …); see --max-length"
+            f"{max_length} tokens and left out (at line {first}, …); see `max_length`"
         )
     return encoded
 
@@ -469,8 +468,8 @@ def _format_shapes(shapes: Iterable[Sequence[int]]) -> str:
 def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractModel:
     """An abstract language model, and a batch for it."""
     if not isinstance(model, Decoder):
-        raise UserError(f"--model {config.model}: an encoder; plan for it with --task classify")
-    base.check_length(config.max_length, model.config.max_position_embeddings, option="--seq")
+        raise UserError(f"`model` {config.model}: an encoder; plan for it with `task` classify")
+    base.check_length(config.max_length, model.config.max_position_embeddings)
     ids = abstract_ids(config.batch_size, config.max_length)
     return AbstractModel(
         model=model.clone(remat=setup.remat),
@@ -519,7 +518,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
 
     >>> open_run("runs/smollm2-lora-1").source  # doctest: +SKIP
     """
-    record = run_folder.usable(run := Path(run))
+    record = run_folder.usable(run := as_path(run))
     config = Config(**record["config"])
     if config.task != "chat":
         raise UserError(f"{run}: was trained to label texts, not to chat; use jpeft predict {run}")
@@ -546,17 +545,19 @@ def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str
     >>> export_run(Path("runs/smollm2-lora-1"), Path("merged"))  # doctest: +SKIP
     'jpeft chat --model merged'
     """
+    run, out = as_path(run), as_path(out)
+    check_writable(out)
     trained, config = open_run(run, log), Config(**run_folder.read_record(run)["config"])
     schemes = schemes_of(trained.params)
     if how.requantize and not schemes:
-        raise UserError(f"--requantize: {run} was trained over plain weights; merge without it, then jpeft quantize")
+        raise UserError(f"`requantize`: {run} was trained over plain weights; merge without it, then jpeft quantize")
     reload = lambda: reshape_like(*load_base(trained.source), trained.peft.model)[1]  # noqa: E731
     params = base.unrounded(trained.params, trained.source, config.dtype, reload)
     scheme = min(schemes) if how.requantize else None
     with base.writing(out):
         export(out, trained.peft, params, trained.adapter, trained.source, scheme, how)
         if template := config.chat_template:
-            (out / chat_template.TEMPLATE).write_text(template, encoding="utf-8")
+            write_atomically(out / chat_template.TEMPLATE, template.encode())
     return f"jpeft chat --model {out}"
 
 

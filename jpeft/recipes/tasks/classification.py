@@ -50,6 +50,7 @@ from jpeft.recipes.start import begin
 from jpeft.recipes.tasks import base
 from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids
 from jpeft.recipes.vocabulary import reshape, with_rows
+from jpeft.storage import absolute, as_path, check_writable
 from jpeft.text import labeled, reading
 from jpeft.text.labeled import Batch, Batches
 
@@ -381,7 +382,7 @@ def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Se
         if result.truncated:
             reporter.say(
                 f"{part.source}: {result.truncated:,} of {len(part):,} texts are longer than {config.max_length} "
-                "tokens and truncated; see --max-length"
+                "tokens and truncated; see `max_length`"
             )
     batch = math.lcm(_EVAL_BATCH, 1 if setup.mesh is None else data_ways(setup.mesh))
     return ClassificationJob(
@@ -405,24 +406,24 @@ def _head_seed(config: Config) -> int:
 
 def _check_labels(config: Config, labels: Sequence[str]) -> None:
     """Raises a UserError if a run begins from the adapter of one with other labels."""
-    if config.adapter is None or not run_folder.is_run(run := Path(config.adapter).expanduser()):
+    if config.adapter is None or not run_folder.is_run(run := as_path(config.adapter)):
         return
     if (own := run_folder.read_record(run).get("labels")) is not None and list(labels) != own:
         raise UserError(
-            f"--adapter {config.adapter} was trained on the labels {', '.join(own)}, and the data's are "
+            f"`adapter` {config.adapter} was trained on the labels {', '.join(own)}, and the data's are "
             f"{', '.join(labels)}: its head has no meaning for them"
         )
 
 
 def _with_head(method: Method, config: Config, classifier: Classifier, params: Any) -> Method:
     """The method of an adapter, with the head trained beside it."""
-    published = config.adapter is not None and (Path(config.adapter).expanduser() / HF_CONFIG).is_file()
+    published = config.adapter is not None and (as_path(config.adapter) / HF_CONFIG).is_file()
     trained = [member for member in method.methods() if isinstance(member, Train)] if published else []
     sites = [site for member in trained for site in base.bind(member, classifier, params, example_inputs()).sites]
     if any(site.path[0] == HEAD for site in sites) and not classifier.pretrained:
         raise UserError(
-            f"--adapter {config.adapter} holds a head, {HEAD!r}, for HuggingFace's pooled state, but this run's is on "
-            "the mean of the states: give a --model with a sequence classifier's head of as many labels"
+            f"`adapter` {config.adapter} holds a head, {HEAD!r}, for HuggingFace's pooled state, but this run's is on "
+            "the mean of the states: give a `model` with a sequence classifier's head of as many labels"
         )
     return complete(method)
 
@@ -430,7 +431,7 @@ def _with_head(method: Method, config: Config, classifier: Classifier, params: A
 def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractModel:
     """A classifier of two classes on an abstract encoder, and a batch for it."""
     if isinstance(model, Decoder):
-        raise UserError(f"--model {config.model}: a language model; plan for it with --task chat")
+        raise UserError(f"`model` {config.model}: a language model; plan for it with `task` chat")
     _check_remat(setup)
     model, params = without_parts(model, params)
     head = jax.eval_shape(lambda: _new_head(_abstract_states(model, params), _PLANNED_LABELS, config.seed))
@@ -447,7 +448,7 @@ def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractM
 
 def _check_remat(setup: Setup) -> None:
     if setup.remat is not None:
-        raise UserError(f"--remat {setup.remat}: is for language models, not for encoders")
+        raise UserError(f"`remat` {setup.remat}: is for language models, not for encoders")
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -508,7 +509,7 @@ class Trained:
         batches = Batches(encoded, min(batch_size, len(texts)))
         found = probabilities(scorer(self.peft), self.params, self.adapter, batches)
         if (bad := np.flatnonzero(~np.isfinite(found).all(axis=-1))).size:
-            raise UserError(f"text {bad[0] + 1}: the model's output is not finite; was the run's --lr too high?")
+            raise UserError(f"text {bad[0] + 1}: the model's output is not finite; was the run's `lr` too high?")
         return [(self.labels[row.argmax()], float(row.max())) for row in found]
 
     def export(self, out: Path, how: Merging = _MERGING) -> None:
@@ -535,7 +536,7 @@ def open_run(run: str | Path, log: Callable[[str], None] = lambda line: None) ->
     >>> open_run("runs/minilm-lora-1").labels  # doctest: +SKIP
     ('great', 'other')
     """
-    record = run_folder.usable(run := Path(run))
+    record = run_folder.usable(run := as_path(run))
     config = Config(**record["config"])
     if config.task != "classify":
         raise UserError(f"{run}: was trained to chat, not to label texts; use jpeft chat {run}")
@@ -564,8 +565,8 @@ def hf_options(trained: Trained) -> dict[str, Any]:
     """
     if not trained.classifier.pretrained:
         raise UserError(
-            "--format hf: the head is on the mean of the states, as that of no class of transformers: use jpeft merge, "
-            "or --format jpeft"
+            "`format` hf: the head is on the mean of the states, as that of no class of transformers: use jpeft merge, "
+            "or `format` jpeft"
         )
     names = as_loaded(trained.classifier, trained.params)[0].torch_names
     return {"task_type": "SEQ_CLS", "prefix": {tree or "encoder/": torch for tree, torch in names.items()}}
@@ -578,7 +579,8 @@ def export_run(run: Path, out: Path, how: Merging = _MERGING, log: Callable[[str
     'its README.md shows how to load it with the head'
     """
     if how.requantize:
-        raise UserError("--requantize: a classifier's folder holds plain weights")
+        raise UserError("`requantize`: a classifier's folder holds plain weights")
+    check_writable(out := as_path(out))
     open_run(run, log).export(out, how)
     return "its README.md shows how to load it with the head"
 
@@ -611,7 +613,7 @@ def export(
         raise UserError(f"{out} exists; choose another folder, nothing was written")
     own = isinstance(classifier, Classifier) and classifier.pretrained
     readme = (_README_OF_OWN_HEAD if own else _README).format(
-        about=about, labels=", ".join(labels), folder=repr(str(out.absolute())), max_length=max_length
+        about=about, labels=", ".join(labels), folder=repr(str(absolute(out))), max_length=max_length
     )
     extra = {"README.md": readme.encode()}
     if own:

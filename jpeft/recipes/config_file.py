@@ -1,0 +1,103 @@
+"""Configuration files: the options of `jpeft finetune` in YAML or JSON, or the config.json of a run.
+
+model: minilm
+data: train.csv
+lr: 1e-3
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jpeft.checks import nearest
+from jpeft.errors import UserError
+from jpeft.recipes.options import Option
+from jpeft.storage import as_path, reason
+
+
+def read_config_file(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that a configuration file gives; keys whose value is null are left out.
+
+    Args:
+        path: a .json file, or one in YAML; a run's own config.json gives the run's configuration.
+        known: the options that the file may have.
+
+    Raises:
+        UserError: the file cannot be read, or holds an unknown key or a value that its option cannot have.
+
+    >>> import tempfile
+    >>> from jpeft.recipes.config import Config
+    >>> from jpeft.recipes.options import options
+    >>> path = Path(tempfile.mkdtemp()) / "run.yaml"
+    >>> _ = path.write_text("lr: 1e-3")
+    >>> read_config_file(path, options(Config))
+    {'lr': 0.001}
+    """
+    path = as_path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: byte offset {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {reason(error)}; expected a YAML or JSON file with options") from error
+    found = _load(path, text)
+    if found is None:  # an empty file
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected options such as `lr: 1e-3`, got {_kind(found)}")
+    if isinstance(found.get("config"), dict) and "format" in found:
+        found = _of_run(path, found)
+    for name, value in found.items():
+        _check(path, name, value, known)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _load(path: Path, text: str) -> Any:
+    try:
+        if path.suffix.lower() == ".json":
+            return json.loads(text, object_pairs_hook=_without_repeats)
+        from ruamel.yaml import YAML  # YAML 1.2: 1e-3 is a number, no is a text, and a key given twice is an error
+
+        return YAML(typ="safe", pure=True).load(text)
+    except ModuleNotFoundError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+    except Exception as error:  # ruamel's errors have several bases
+        where = getattr(error, "problem_mark", None)
+        at = f", line {where.line + 1}" if where is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}{at}: {' '.join(problem.split())}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {repeated[0]!r} is given twice")
+    return dict(pairs)
+
+
+def _of_run(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    from jpeft.recipes.run_folder import FORMAT
+
+    if record["format"] != FORMAT:
+        raise UserError(f"{path}: of a run in format {record['format']}; this version of jpeft reads format {FORMAT}")
+    return dict(record["config"])
+
+
+def _check(path: Path, name: Any, value: Any, known: Mapping[str, Option]) -> None:
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"{path}: unknown key {name!r}{nearest(name, [*known])}")
+    if value is None:
+        return
+    try:
+        known[name].check(value)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).replace('`', chr(39))}") from error
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text"}.get(type(value), type(value).__name__)
