@@ -7,8 +7,8 @@ from jpeft.cli import reference
 _COMMANDS = """\
 # Command line
 
-`jpeft COMMAND`, or `python -m jpeft.cli COMMAND`. Results go to stdout, errors to stderr as one line with a status other
-than zero. `jpeft COMMAND --help` shows the same as this page.
+`jpeft COMMAND`, or `python -m jpeft.cli COMMAND`. Results go to stdout, errors to stderr as one line, with a status
+other than zero. `jpeft COMMAND --help` shows the same as this page.
 """
 _CONFIGURATION = """\
 # Configuration

@@ -173,13 +173,13 @@ def _paragraph(text: str) -> str:
 
 def _facts(cls: Any) -> dict[str, str]:
     acts, via = _kind(cls)
-    name = _command_names(cls)[0]
+    name, rate = _command_name(cls), cls.learning_rate
     return {
         "Acts on": acts,
         "Path taken (`via` in `peft.summary()`)": via,
         "Merges into the weights": _merges(cls),
         "In a HuggingFace PEFT folder": _peft_type(cls) or "no such form",
-        "On the command line": f"`jpeft finetune --method {name}`, with a default learning rate of {_rate(name):g}",
+        "On the command line": f"`jpeft finetune --method {name}`, with a default learning rate of {rate:g}",
     }
 
 
@@ -247,17 +247,10 @@ def _example(cls: type) -> list[str]:
 # --- the command line, and HuggingFace PEFT -------------------------------------------------------------------------
 
 
-def _command_names(cls: type) -> list[str]:
-    from jpeft.recipes import prepare
+def _command_name(cls: type) -> str:
+    from jpeft.recipes.method_names import method_names
 
-    names = [*getattr(prepare, "ALIASES", {}), cls.__name__.lower()]
-    return [name for name in names if prepare.method_class(name) is cls]
-
-
-def _rate(name: str) -> float:
-    from jpeft.recipes.config import Config
-
-    return Config(method=name).rate
+    return next(name for name, kind in method_names().items() if kind is cls)
 
 
 def _interchange(cls: Any) -> str:
