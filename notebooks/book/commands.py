@@ -1,4 +1,4 @@
-"""The reference of the command line and of configuration files, from the dataclasses that make both."""
+"""The reference of the command line and of configuration files, from the options that the commands declare."""
 
 from __future__ import annotations
 
@@ -13,29 +13,16 @@ other than zero. `jpeft COMMAND --help` shows the same as this page.
 _CONFIGURATION = """\
 # Configuration
 
-`jpeft finetune --config run.yaml lr=1e-3` reads these keys from a YAML or JSON file. `NAME=VALUE` and flags on the
-command line win over the file. A key that is unknown, given twice, or of another type than its option is an error. The
-`config.json` of a run is a configuration file too, and repeats the run. From Python, the keys of the first four tables
-are the fields of `jpeft.recipes.config.Config`, but for `remat`.
-
-```yaml
-model: minilm
-data: train.csv # with the columns review and stars
-text: review
-label: stars
-method: lora
-rank: 16
-targets: [query, value]
-settings: {rslora: true} # any other field of the method
-lr: 1e-3
-```
+`jpeft finetune --config FILE` takes a YAML or JSON file of these keys, such as the `config.json` of a run, and
+`NAME=VALUE` after it for single ones. An unknown key, or a value of another type, is an error with the nearest name. In
+Python the same fields are those of {py:obj}`jpeft.recipes.config.Config`.
 """
 
 
 def pages() -> dict[str, str]:
     """The two pages."""
-    commands = [f"## jpeft {name}\n\n{text}" for name, text in reference.commands().items()]
+    sections = [f"## jpeft {name}\n\n{text.strip()}\n" for name, text in reference.commands().items()]
     return {
-        "reference/command_line.md": "\n".join([_COMMANDS, *commands]),
+        "reference/command_line.md": "\n".join([_COMMANDS, *sections]),
         "reference/configuration.md": f"{_CONFIGURATION}\n{reference.configuration()}",
     }
