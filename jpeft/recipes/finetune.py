@@ -143,6 +143,8 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another `out`, or continue that run with `resume`")
     check_loggers(setup.log_to if is_main_process() else ())
+    if out is not None and is_main_process():
+        check_writable(out)
     job = prepare(config, reporter, setup)
     if setup.profile is not None and setup.profile[0] > job.steps:
         raise UserError(f"`profile` {setup.profile[0]}: the run has only {job.steps} steps")
