@@ -200,3 +200,61 @@ def test_checkpoints_are_refused_where_orbax_cannot_commit_them(monkeypatch):
         checkpoint.open_checkpoints("s3://a/b"),
     ):
         pass
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model, _ = jpeft.models.abstract({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2,
+                                      "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 32})  # fmt: skip
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+
+
+def test_a_model_is_saved_and_loaded_one_tensor_at_a_time(folder, tmp_path, llama, monkeypatch):
+    model, params = llama
+    for place in (folder, tmp_path / "local"):
+        jpeft.models.save(place, model, params, dtype="bfloat16", extra_files={"tokenizer.json": b"{}"})
+    assert storage.file_sizes(folder) == storage.file_sizes(tmp_path / "local")
+    fetched = []
+
+    def read_range(path, start, stop):
+        fetched.append(stop - start)
+        return storage.read_range(path, start, stop)
+
+    monkeypatch.setattr("jpeft.models.folder.read_range", read_range)
+    _, there = jpeft.models.load(str(folder))
+    _, here = jpeft.models.load(tmp_path / "local")
+    jax.tree.map(np.testing.assert_array_equal, there, here)
+    assert len(fetched) > 10 and max(fetched) < storage.file_size(folder / "model.safetensors") / 2
+    jpeft.models.save(folder / "again", model, there, source=folder)  # with the files beside the weights
+    assert (folder / "again" / "tokenizer.json").read_bytes() == b"{}"
+    content = (folder / "model.safetensors").read_bytes()
+    for damaged in (content[:-1], content[:20], b"", b"\x80\x02" + content):
+        files.write_atomically(folder / "model.safetensors", damaged)
+        with pytest.raises(jpeft.errors.ModelError, match=r"model.safetensors: not a whole safetensors file"):
+            jpeft.models.load(folder)
+
+
+def test_an_adapter_of_peft_is_saved_and_loaded(folder, llama):
+    model, params = llama
+    ids = jnp.ones((1, 2), jnp.int32)
+    peft = jpeft.LoRA(rank=2, targets=["q_proj"]).bind(model, params, ids)
+    for scale in (1.0, 2.0):  # the second replaces the first
+        adapter = jax.tree.map(lambda leaf, scale=scale: leaf + scale, peft.init(jax.random.key(1), params))
+        jpeft.hf.save(folder, peft, adapter, params)
+        _, found = jpeft.hf.load(str(folder), model, params, ids)
+        jax.tree.map(np.testing.assert_array_equal, adapter, found)
+
+
+def test_a_file_is_copied_to_the_cache_once_and_again_when_it_changes(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JPEFT_CACHE", str(tmp_path))
+    files.write_atomically(folder / "a.gguf", b"one")
+    first = storage.cached_copy(folder / "a.gguf")
+    assert first.read_bytes() == b"one" and first.name == "a.gguf" and tmp_path in first.parents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "download", None)
+        assert storage.cached_copy(folder / "a.gguf") == first
+    files.write_atomically(folder / "a.gguf", b"three")
+    assert storage.cached_copy(folder / "a.gguf").read_bytes() == b"three"
+    monkeypatch.setenv("JPEFT_CACHE", "gs://bucket/cache")
+    with pytest.raises(StorageError, match="JPEFT_CACHE=gs://bucket/cache: the cache must be a local folder"):
+        storage.cache_folder()

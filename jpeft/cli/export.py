@@ -9,7 +9,7 @@ from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
 from jpeft.recipes.options import OUTPUT, option
-from jpeft.storage import as_path
+from jpeft.storage import as_path, file_sizes
 from jpeft.units import format_bytes
 
 SUMMARY = "Write the adapter of a run, finished or not, as a folder that HuggingFace PEFT or jpeft loads."
@@ -32,7 +32,7 @@ def run(args: Options) -> None:
     if out.exists():
         raise UserError(f"{args.out} exists; choose another folder, nothing was written")
     export_adapter(as_path(args.run), out, args.format, print_note)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    size = sum(file_sizes(out).values())
     if args.json:
         print_json({"folder": str(args.out), "bytes": size})
     else:

@@ -10,7 +10,7 @@ from jpeft.errors import UserError
 from jpeft.recipes import tasks
 from jpeft.recipes.config import Config, Dtype
 from jpeft.recipes.options import MEMORY, OUTPUT, option
-from jpeft.storage import as_path
+from jpeft.storage import as_path, file_sizes
 from jpeft.units import format_bytes
 
 SUMMARY = "Write a HuggingFace folder with the adapter merged into the model."
@@ -46,7 +46,7 @@ def run(args: Options) -> None:
     config = Config(**run_folder.read_record(as_path(args.run))["config"])
     how = Merging(args.requantize, args.dtype, args.force)
     usage = tasks.find(config.task).export_run(as_path(args.run), out, how, print_note)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    size = sum(file_sizes(out).values())
     if args.json:
         print_json({"folder": str(args.out), "bytes": size})
     else:
