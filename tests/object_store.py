@@ -43,10 +43,11 @@ class Handler(RequestHandler):
         """An upload of metadata and content, whose bytes the emulator would change: it reads them as an email."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         boundary = b"--" + re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
+        line = re.match(rb"\r?\n", body.removeprefix(boundary))[0]
         _, metadata, rest = body.split(boundary, 2)
-        content = rest.partition(b"\n\n")[2].rpartition(b"\n" + boundary)[0]
+        content = rest.partition(line * 2)[2].rpartition(line + boundary)[0]
         bucket = re.search("/b/([^/]+)/o", self.path)[1]
-        name = json.loads(metadata.partition(b"\n\n")[2])["name"]
+        name = json.loads(metadata.partition(line * 2)[2])["name"]
         found = objects._make_object_resource("", bucket, name, "application/octet-stream", str(len(content)))
         try:
             self.storage.create_file(bucket, name, content, objects._checksums(content, found))
