@@ -76,6 +76,8 @@ class Objects(Storage):
 
 
 class Server(server.HTTPServer):
+    request_queue_size = 256  # tensorstore opens many connections at once
+
     def handle_error(self, request, client_address):
         """gcsfs asks two questions at once and hangs up on one; anything else is printed."""
         if not isinstance(sys.exc_info()[1], ConnectionError):

@@ -250,7 +250,8 @@ def _save_error(error: Exception, folder: Path) -> Exception:
         return error
     gc.collect()  # now, while asyncio's log is off: it reports the other failed writes when they are collected
     if number is None:  # the clients of a store have errors of their own
-        return OSError(errno.EIO, f"cannot be written ({' '.join(str(error).split())[:200]})", str(folder))
+        cause = " ".join(str(error).partition("[source locations")[0].split())[-300:]  # the cause is said last
+        return OSError(errno.EIO, f"cannot be written ({cause})", str(folder))
     return OSError(number, os.strerror(number), str(folder))
 
 
