@@ -28,7 +28,7 @@ import operator
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,8 @@ class Checkpoints:
         step, stacks = self.saving
         remote = is_remote(self.folder)
         for scratch in [self.folder / str(step)] if remote else self.folder.glob(f"{step}{_TEMPORARY}*"):
-            manifest = {"stacks": stacks, "files": _digests(scratch)}
+            names = [name for name in file_sizes(scratch) if name.rpartition("/")[2] not in _UNVERIFIED]
+            manifest = {"stacks": stacks, "files": _digests(scratch, names)}
             write_atomically(scratch / _MANIFEST, json.dumps(manifest).encode())
 
 
@@ -353,7 +354,7 @@ def verify_checkpoint(folder: Path, like: Any, files: bool = True) -> list[list[
         manifest = json.loads((folder / _MANIFEST).read_bytes())
         leaves = {path: stack["leaf"] for stack in manifest["stacks"] for path in stack["paths"]}
         digests = dict(manifest["files"])
-        found = _digests(folder) if files else digests
+        found = _digests(folder, [name for name in file_sizes(folder) if name in digests]) if files else digests
     except FileNotFoundError:
         raise DamagedError(f"{folder}: damaged: {_MANIFEST} is missing") from None
     except OSError as error:  # the disk's fault, perhaps for a moment only
@@ -372,9 +373,8 @@ def verify_checkpoint(folder: Path, like: Any, files: bool = True) -> list[list[
     return [stack["paths"] for stack in manifest["stacks"]]
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a checkpoint, by its path inside."""
-    names = [name for name in file_sizes(folder) if name.rpartition("/")[2] not in _UNVERIFIED]
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files of a checkpoint, by their paths inside."""
     return {name: file_sha256(folder / name) for name in names}
 
 
