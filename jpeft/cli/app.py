@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import signal
 import sys
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from jpeft.recipes.options import Option
 
 # Modules of the extra [demo]; an error about a missing one names the command that installs them.
-_EXTRAS = {"cyclopts", "orbax", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "flatbuffers", "ruamel"}
+_EXTRAS = {
+    "cyclopts", "filelock", "gguf", "grain", "jinja2", "matplotlib", "orbax", "pandas", "rich", "ruamel", "tokenizers",
+}  # fmt: skip
 COMMANDS: Mapping[str, Any] = {
     module.__name__.rpartition(".")[2]: module
     for module in (finetune, plan, predict, merge, export, generate, chat, quantize, inspect)
@@ -55,22 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[str, Mapping[str, Any], Mapping[str, Option]]:
     """The command, what is given to it, and its options."""
-    from cyclopts import CycloptsError
-
     from jpeft.cli.arguments import UsageError, known_options, parse
 
-    name = arguments[0] if arguments else ""
-    if name.startswith("-") and len(arguments) == 1 and name in (*_HELP, "--version"):
-        _show(make_app(), arguments)
+    name, *words = arguments or [""]
+    if name in (*_HELP, "help"):
+        if not words:
+            _show(make_app(), ["--help"])
+        name, words = words[0], ["--help"]
+    before = set(itertools.takewhile(lambda word: word != "--", [name, *words]))
+    if "--version" in before:
+        _show(make_app(), ["--version"])
     if name not in COMMANDS:
-        problem = f"unknown command {name!r}{nearest(name, [*COMMANDS])}" if name else "no command"
-        _exit(f"{problem}; the commands are {', '.join(COMMANDS)}", "jpeft")
+        kind = "option" if name.startswith("-") else "command"
+        problem = f"unknown {kind} {name!r}" if name else "no command"
+        _exit(problem + (nearest(name, [*COMMANDS]) or f"; the commands are {', '.join(COMMANDS)}"), "jpeft")
     app, known = make_app(name), known_options(classes_of(name))
-    if set(_HELP) & set(arguments):
+    if before & {*_HELP}:
         _show(app, [name, "--help"])
     try:
-        return name, parse(app, arguments, known), known
-    except (CycloptsError, UsageError) as error:
+        return name, parse(app, [name, *words], known), known
+    except UsageError as error:
         _exit(str(error), f"jpeft {name}")
 
 
@@ -94,8 +101,8 @@ def make_app(*built: str) -> App:
         help_flags=_HELP,
         result_action="return_value",
     )
-    for name, module in COMMANDS.items():
-        make_command(app, name, module.SUMMARY, classes_of(name) if name in built else ())
+    for place, (name, module) in enumerate(COMMANDS.items()):
+        make_command(app, name, module.SUMMARY, classes_of(name) if name in built else (), sort_key=place)
     return app
 
 

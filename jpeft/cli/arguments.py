@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from cyclopts import App, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from jpeft.checks import nearest
+from jpeft.checks import nearest, shown
 from jpeft.errors import UserError
-from jpeft.recipes.options import GROUPS, Option, options
+from jpeft.recipes.options import GROUPS, TYPES, Option, nearest_option, options
 
 
 class UsageError(UserError):
@@ -43,6 +44,16 @@ def flag(entry: Option) -> str:
     return entry.flag or f"--{entry.name.replace('_', '-')}"
 
 
+def word_for(entry: Option) -> str:
+    """What stands for an option in messages and tables: its flag, or the name of an argument without one.
+
+    >>> from jpeft.cli.merge import Options
+    >>> word_for(options(Options)["run"]), word_for(options(Options)["force"])
+    ('RUN', '--force')
+    """
+    return (entry.metavar or entry.name.upper()) if entry.positional else flag(entry)
+
+
 def as_flags(message: str, known: Mapping[str, Option]) -> str:
     """A message of the library with the arguments that it names in backticks turned into flags.
 
@@ -53,9 +64,7 @@ def as_flags(message: str, known: Mapping[str, Option]) -> str:
 
     def replace(found: re.Match[str]) -> str:
         entry = known.get(found[1])
-        if entry is None:
-            return found[0]
-        return found[1].upper() if entry.positional else flag(entry)
+        return found[0] if entry is None else word_for(entry)
 
     return re.sub(r"`(\w+)`", replace, message)
 
@@ -78,18 +87,23 @@ def _parameter(entry: Option) -> inspect.Parameter:
         "required": entry.required,
         "show_default": False if entry.required or entry.type is bool else default_words(entry),
         "metavar": entry.metavar,
+        "converter": _whole if entry.type is int else None,
         "allow_repeating": None if entry.type in (tuple, dict) else True,  # the last one wins
     }
     if entry.choices is not None:
-        details["choices"] = sorted(entry.choices())
+        details["choices"] = entry.values
     if entry.positional:
-        return _positional(entry, {**details, "name": entry.metavar or entry.name.upper()})
+        return _positional(entry, {**details, "name": word_for(entry)})
     details |= {"name": flag(entry), "alias": entry.alias or ()}
     if entry.type is not bool or not entry.default:  # --no-NAME is for what is on by default
         details["negative"] = ()
     is_list = entry.type in (tuple, dict)
     hint = Annotated[list[str] if is_list else entry.type, Parameter(**details)]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, **_absent(entry))
+
+
+def _whole(hint: Any, tokens: Sequence[Any]) -> int:
+    return int(tokens[0].value)  # cyclopts would round 2.5
 
 
 def _positional(entry: Option, details: Mapping[str, Any]) -> inspect.Parameter:
@@ -128,10 +142,9 @@ def parse(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[
         known: the options of the command.
 
     Raises:
-        CycloptsError: they cannot be parsed.
-        UserError: a word that should be NAME=VALUE.
+        UsageError: they cannot be parsed.
     """
-    given = _bound(app, _with_implied(tokens, known), known)
+    given = _bound(app, tokens, known)
     if words := given.pop("overrides", ()):
         named = _bound(app, [tokens[0], *(_as_flag(word, known) for word in words)], known)
         given |= {
@@ -142,10 +155,13 @@ def parse(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[
 
 
 def _bound(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[str, Any]:
+    flags, others = _arranged(tokens[1:], known)
     try:
-        _, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
+        _, bound, _ = app.parse_args([tokens[0], *flags, "--", *others], exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
         raise UsageError(f"unexpected argument {(error.unused_tokens or tokens[-1:])[0]!r}") from error
+    except CycloptsError as error:
+        raise UsageError(_explain(error, known)) from error
     given = dict(bound.arguments)
     for name, entry in known.items():
         if name in given and entry.type is dict:
@@ -153,14 +169,69 @@ def _bound(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict
     return given
 
 
-def _with_implied(tokens: Sequence[str], known: Mapping[str, Option]) -> list[str]:
-    """The tokens, with the implied value of each flag that is given without one."""
-    implied = {flag(entry): entry.implied for entry in known.values() if entry.implied is not None}
-    found = []
-    for token, following in zip(tokens, [*tokens[1:], "--"], strict=True):
-        alone = re.match(r"-\D|[a-z_.]+=", following)
-        found.append(f"{token}={implied[token]}" if token in implied and alone else token)
-    return found
+def _explain(error: CycloptsError, known: Mapping[str, Option]) -> str:
+    """An error of cyclopts in the words that a configuration file's have."""
+    if error.argument is None:
+        return str(error)
+    entry, token = known[error.argument.field_info.name], getattr(error, "token", None)
+    if token is None:
+        return f"{word_for(entry)} is missing: {entry.help}"
+    value, name = token.value, token.keyword or word_for(entry)
+    return f"{name} must be {_expected(entry)}, got {shown(value)}{nearest(value, entry.values)}"
+
+
+def _expected(entry: Option) -> str:
+    return f"one of {', '.join(entry.values)}" if entry.values else TYPES[entry.type][1]
+
+
+# A word that can only be a flag. Others that begin with a dash are texts, such as "- a list" or "-1 + 2".
+_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+_LETTER = re.compile(r"-[A-Za-z]\S*")
+
+
+def _arranged(words: Sequence[str], known: Mapping[str, Option]) -> tuple[list[str], list[str]]:
+    """The words of a command line: flags, each in one word with its value, and arguments without a flag.
+
+    Raises:
+        UsageError: a flag is unknown, or has no value.
+    """
+    entries = _flags(known)
+    flags, others, rest = [], [], deque(words)
+    while rest:
+        word = rest.popleft()
+        name, sign, _ = word.partition("=")
+        if word == "--":
+            others += rest
+            break
+        if not (_FLAG.fullmatch(word) or _LETTER.fullmatch(word)):
+            others.append(word)
+            continue
+        entry = entries.get(name.replace("_", "-"))
+        if entry is None:
+            hint = "" if name.startswith("--") else "; a text that begins with a dash stands after --"
+            raise UsageError(f"unknown option {name}{nearest(name, entries) or hint}")
+        if not sign and entry.type is not bool:
+            word = f"{name}={_value(name, entry, rest, known)}"
+        flags.append(word.lower() if entry.choices is not None else word)
+    return flags, others
+
+
+def _flags(known: Mapping[str, Option]) -> dict[str, Option]:
+    """The options by their flags, and `--no-NAME` of those that are on by default."""
+    named = [(flag(entry), entry) for entry in known.values() if not entry.positional]
+    named += [(name.replace("--", "--no-", 1), entry) for name, entry in named if entry.type is bool and entry.default]
+    return dict(named) | {entry.alias: entry for entry in known.values() if entry.alias}
+
+
+def _value(name: str, entry: Option, rest: deque[str], known: Mapping[str, Option]) -> str:
+    """The value of a flag, from the next word, or the one that it implies."""
+    if rest and rest[0] != "--" and not _FLAG.fullmatch(rest[0]):
+        is_named = "=" in rest[0] and rest[0].partition("=")[0].partition(".")[0] in known
+        if entry.implied is None or not is_named:
+            return rest.popleft()
+    if entry.implied is None:
+        raise UsageError(f"{name} has no value; expected {entry.metavar or _expected(entry)}")
+    return entry.implied
 
 
 def _as_flag(word: str, known: Mapping[str, Option]) -> str:
@@ -170,8 +241,12 @@ def _as_flag(word: str, known: Mapping[str, Option]) -> str:
     entry = known.get(name)
     if not sign:
         raise UsageError(f"unexpected argument {word!r}; options are --NAME VALUE or NAME=VALUE")
-    if entry is None or entry.positional or bool(dot) != (entry.type is dict):
-        raise UsageError(f"{word}: no option is called {name!r}{nearest(name, [*known])}")
+    if entry is None or entry.positional:
+        raise UsageError(f"{word}: no option is called {name!r}{nearest_option(name, known)}")
+    if entry.type is dict and not field:
+        raise UsageError(f"{word}: expected {name}.NAME=VALUE")
+    if dot and entry.type is not dict:
+        raise UsageError(f"{word}: {name!r} has no fields; expected {name}=VALUE")
     return f"{flag(entry)}={field}={value}" if dot else f"{flag(entry)}={value}"
 
 

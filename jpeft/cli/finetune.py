@@ -14,7 +14,7 @@ from jpeft.cli.common import Common
 from jpeft.cli.terminal import Terminal, print_json
 from jpeft.errors import UserError
 from jpeft.recipes.config import Config, Execution, Setup
-from jpeft.recipes.options import OUTPUT, WHAT, option, options
+from jpeft.recipes.options import ANY_TEXT, OUTPUT, WHAT, option, options
 from jpeft.storage import as_path
 
 SUMMARY = "Fine-tune a classifier (by default MiniLM on reviews) or, with --task chat, a language model."
@@ -35,7 +35,7 @@ class Options(Common):
     resume: str | None = option(
         "resume RUN, or the run at --out, or the latest in runs/; a larger --steps or --epochs lengthens it: the "
         "learning rate of its remaining steps is then that of a run of the new length, which decays to zero at its end",
-        OUTPUT, None, metavar="RUN", implied="",
+        OUTPUT, None, rule=ANY_TEXT, metavar="RUN", implied="",
     )  # fmt: skip
     tensorboard: bool = option("the same as --log tensorboard", OUTPUT, False)
 
@@ -47,9 +47,9 @@ OPTIONS = (Config, Execution, Options)
 def run(given: Mapping[str, Any]) -> None:
     """Trains, and prints the result."""
     args = Options(**_of(Options, given))
-    given = {**_from_file(args.config), **given}
+    given = _with_file(args.config, given)
     configured = _of(Config, given)
-    config = Config(**configured)  # reports mistakes before anything heavy is imported
+    config = _config(configured, args.config)  # reports mistakes before a model is read
     execution = Execution(**_of(Execution, given))
     log_to, profile, out = _log_to(args, execution), _profile(execution.profile), _run_folder(args, execution)
     if config.adapter is not None:
@@ -80,12 +80,24 @@ def _of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in options(cls) if name in given}
 
 
-def _from_file(path: str | None) -> dict[str, Any]:
+def _with_file(path: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line gives, and the options of a configuration file that it leaves open."""
     if path is None:
-        return {}
+        return dict(given)
     from jpeft.recipes.config_file import read_config_file
 
-    return read_config_file(path, {**options(Config), **options(Execution)})
+    found = read_config_file(path, {**options(Config), **options(Execution)}, [*options(Options)])
+    merged = {name: {**found.get(name, {}), **given[name]} for name in ("settings",) if name in given}
+    return {**found, **given, **merged}
+
+
+def _config(given: Mapping[str, Any], path: str | None) -> Config:
+    try:
+        return Config(**given)
+    except UserError as error:
+        if path is None:
+            raise
+        raise UserError(f"{error} (with the options of {path})") from error
 
 
 def _log_to(args: Options, execution: Execution) -> tuple[str, ...]:

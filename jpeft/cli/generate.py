@@ -14,7 +14,7 @@ from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
 from jpeft.recipes.config import Config, Dtype
-from jpeft.recipes.options import SAMPLING, WHAT, option, same
+from jpeft.recipes.options import ANY_TEXT, SAMPLING, WHAT, option, same
 from jpeft.storage import as_path
 
 SUMMARY = "Generate text from a prompt, in the model's chat template."
@@ -34,7 +34,7 @@ class Generation(Common):
     chat_template: str | None = option(
         "a Jinja template", WHAT, None, shown="the run's, else the model's", metavar="FILE"
     )
-    system: str | None = option("system message", WHAT, None, metavar="TEXT")
+    system: str | None = option("system message", WHAT, None, rule=ANY_TEXT, metavar="TEXT")
     max_new_tokens: int | None = option(
         "most tokens to generate", SAMPLING, None, shown="256, or as many as the context has room for"
     )

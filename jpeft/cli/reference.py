@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jpeft.cli.app import COMMANDS, classes_of
-from jpeft.cli.arguments import default_words, flag, known_options
+from jpeft.cli.arguments import default_words, known_options, word_for
 from jpeft.recipes.config import Config, Execution
 from jpeft.recipes.options import GROUPS, Option
 
@@ -30,16 +30,14 @@ def configuration(classes: Sequence[type] = (Config, Execution)) -> str:
 
 def _command(name: str) -> str:
     known = list(known_options(classes_of(name)).values())
-    words = [entry.metavar or entry.name.upper() for entry in known if entry.positional and entry.required]
-    words += [f"[{entry.metavar}]" for entry in known if entry.positional and not entry.required]
+    words = [word_for(entry) for entry in known if entry.positional and entry.required]
+    words += [f"[{word_for(entry)}]" for entry in known if entry.positional and not entry.required]
     usage = " ".join(["jpeft", name, *words, "[OPTIONS]"])
     return f"{COMMANDS[name].SUMMARY}\n\n```sh\n{usage}\n```\n\n{_tables(known, _flags, 'option')}"
 
 
 def _flags(entry: Option) -> str:
-    if entry.positional:
-        return entry.metavar or entry.name.upper()
-    names = [flag(entry), *([entry.alias] if entry.alias else [])]
+    names = [word_for(entry), *([entry.alias] if entry.alias else [])]
     return ", ".join(
         names + [name.replace("--", "--no-", 1) for name in names[:1] if entry.type is bool and entry.default]
     )
@@ -67,9 +65,7 @@ def _row(entry: Option, name: str) -> str:
 
 
 def _values(entry: Option) -> str:
-    if entry.literals:
-        return ", ".join(entry.literals)
-    if entry.choices is not None:
-        return ", ".join(sorted(entry.choices()))
+    if entry.values:
+        return ", ".join(entry.values)
     words = {int: "integer", float: "number", bool: "true, false", str: "text", tuple: "texts", dict: "fields by name"}
     return words[entry.type]

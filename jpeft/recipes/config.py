@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jpeft.checks import Rule, is_int, is_number, is_positive_int, is_rate
+from jpeft.checks import NUMBER, Rule, is_int, is_rate, is_size
 from jpeft.errors import UserError
 from jpeft.recipes import options
 from jpeft.recipes.assets import CONVERSATIONS, DATA, MODELS
@@ -23,12 +24,13 @@ SCHEMES: tuple[str, ...] = typing.get_args(Scheme)
 Remat = Literal["full", "dots", "offload"]
 
 _DEMONSTRATION_STEPS = 60  # of chat's own data, a part of an epoch: minutes on two cores
-_COUNT: Rule = (is_positive_int, "at least 1")
-_SIZE: Rule = (lambda value: is_int(value) and value >= 0, "an integer, at least 0")
+_COUNT: Rule = (is_size, "at least 1")
+_SIZE: Rule = (lambda value: is_int(value) and 0 <= value < 2**31, "an integer, at least 0")
 _SEED: Rule = (lambda value: is_int(value) and 0 <= value < 2**32, "an integer in [0, 2^32)")
-_RATE: Rule = (lambda value: is_number(value) and value > 0, "a positive number")
-_DECAY: Rule = (lambda value: is_number(value) and value >= 0, "a number, at least 0")
-_SECONDS: Rule = (lambda value: is_number(value) and value > 0, "seconds, above 0")
+_is_number = NUMBER[0]  # one of float32
+_RATE: Rule = (lambda value: _is_number(value) and value > 0, "a positive number")
+_DECAY: Rule = (lambda value: _is_number(value) and value >= 0, "a number, at least 0")
+_SECONDS: Rule = (lambda value: _is_number(value) and value > 0, "seconds, above 0")
 _TARGETS: Rule = (
     lambda value: (
         isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value))
@@ -36,6 +38,17 @@ _TARGETS: Rule = (
     "a text or a list of texts",
 )
 _SHARE: Rule = (is_rate, "a share of the steps in [0, 1)")
+
+
+def _are_settings(value: Any) -> bool:
+    """Whether a value is fields by name that a run's config.json can hold."""
+    try:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value) and bool(json.dumps(value))
+    except (TypeError, ValueError, RecursionError):  # a date, say, or a mapping within itself
+        return False
+
+
+_SETTINGS: Rule = (_are_settings, "fields by name, with texts, numbers, true, false or lists of them")
 
 
 def _by_task(classify: Any, chat: Any) -> Mapping[str, Any]:
@@ -95,8 +108,8 @@ class Config:
         shown="those of the method", rule=_TARGETS, metavar="TARGETS",
     )  # fmt: skip
     settings: Mapping[str, Any] = option(
-        "any other field of the method, such as length=32; may be repeated", METHOD, {}, flag="--set",
-        metavar="NAME=VALUE",
+        "any other field of the method, such as length=32; may be repeated", METHOD, {}, rule=_SETTINGS,
+        flag="--set", metavar="NAME=VALUE",
     )  # fmt: skip
     head: Literal["folder", "new"] = option(
         "a classifier's head: that of the model's folder if it fits, or a new one", METHOD, "folder"
@@ -162,6 +175,10 @@ class Config:
             unused = entry.by_task.get(self.task, entry.default)
             if entry.tasks and self.task not in entry.tasks and getattr(self, name) != unused:
                 raise UserError(f"`{name}` is for `task` {' or '.join(entry.tasks)}, not for `task` {self.task}")
+        for name in ("rank", "alpha", "dropout", "targets"):
+            value = getattr(self, name)
+            if value is not None and self.settings.get(name, value) != value:
+                raise UserError(f"`{name}` {value} contradicts `settings` {name}={self.settings[name]}; give one")
         if self.batch_size % self.accumulate:
             raise UserError(f"`accumulate` {self.accumulate} does not divide `batch_size` {self.batch_size}")
 

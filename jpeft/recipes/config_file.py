@@ -7,23 +7,25 @@ lr: 1e-3
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft.checks import nearest
+from jpeft.checks import nearest, shown
 from jpeft.errors import UserError
-from jpeft.recipes.options import Option
+from jpeft.recipes.options import Option, nearest_option
 from jpeft.storage import as_path, reason
 
 
-def read_config_file(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]:
+def read_config_file(path: str | Path, known: Mapping[str, Option], elsewhere: Collection[str] = ()) -> dict[str, Any]:
     """The options that a configuration file gives; keys whose value is null are left out.
 
     Args:
         path: a .json file, or one in YAML; a run's own config.json gives the run's configuration.
         known: the options that the file may have.
+        elsewhere: names of options that only the command line has.
 
     Raises:
         UserError: the file cannot be read, or holds an unknown key or a value that its option cannot have.
@@ -51,7 +53,7 @@ def read_config_file(path: str | Path, known: Mapping[str, Option]) -> dict[str,
     if isinstance(found.get("config"), dict) and "format" in found:
         found = _of_run(path, found)
     for name, value in found.items():
-        _check(path, name, value, known)
+        _check(path, name, value, known, elsewhere)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -66,11 +68,18 @@ def _load(path: Path, text: str) -> Any:
         raise
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     except Exception as error:  # ruamel's errors have several bases
-        where = getattr(error, "problem_mark", None)
-        at = f", line {where.line + 1}" if where is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{path}{at}: {' '.join(problem.split())}") from error
+        raise UserError(f"{path}{_problem(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    """The line and the words of an error of ruamel's."""
+    where, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    if problem.startswith("but "):
+        problem = f"{getattr(error, 'context', '')}, {problem}"
+    return f"{'' if where is None else f', line {where.line + 1}'}: {' '.join(problem.split())}"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,15 +97,24 @@ def _of_run(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(record["config"])
 
 
-def _check(path: Path, name: Any, value: Any, known: Mapping[str, Option]) -> None:
+def _check(path: Path, name: Any, value: Any, known: Mapping[str, Option], elsewhere: Collection[str]) -> None:
+    if name in elsewhere:
+        raise UserError(f"{path}: {name!r} is an option of the command line, which a file cannot give")
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"{path}: unknown key {name!r}{nearest(name, [*known])}")
+        near = nearest_option(str(name), known)
+        raise UserError(f"{path}: unknown key {shown(name)}{near or '; jpeft finetune --help lists the options'}")
     if value is None:
         return
+    entry = known[name]
     try:
-        known[name].check(value)
+        entry.check(value)
     except UserError as error:
-        raise UserError(f"{path}: {str(error).replace('`', chr(39))}") from error
+        is_text = entry.type is str and not entry.literals and isinstance(value, int | float | datetime.date)
+        hint = "; in quotes it is a text" if is_text and not isinstance(value, bool) else ""
+        raise UserError(f"{path}: {str(error).replace('`', chr(39))}{hint}") from error
+    if entry.choices is not None and value.lower() not in entry.values:
+        listed = ", ".join(entry.values)
+        raise UserError(f"{path}: {name!r} must be one of {listed}, got {shown(value)}{nearest(value, entry.values)}")
 
 
 def _kind(value: Any) -> str:

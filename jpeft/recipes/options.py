@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jpeft.checks import BOOL, Rule, is_int, is_number, nearest, one_of
+from jpeft.checks import BOOL, Rule, is_int, is_number, nearest, one_of, shown
 from jpeft.errors import UserError
 
 # Groups of options, in the order of the help.
@@ -25,11 +25,16 @@ WHAT, METHOD, TRAINING, SAMPLING = "What", "Method", "Training", "Sampling"
 MEMORY, MACHINES, OUTPUT = "Memory", "Machines", "Output"
 GROUPS = (WHAT, METHOD, TRAINING, SAMPLING, MEMORY, MACHINES, OUTPUT)
 _KEY = "option"
-_TYPES: Mapping[Any, Rule] = {
+_LARGE = 2**53  # integers beyond it are typing errors
+# Paths and names; an empty one is an unset variable of a shell.
+TEXT: Rule = (lambda value: isinstance(value, str) and bool(value.strip()) and "\0" not in value, "a non-empty text")
+ANY_TEXT: Rule = (lambda value: isinstance(value, str), "a text")
+# What the values of a type must be.
+TYPES: Mapping[Any, Rule] = {
     int: (is_int, "an integer"),
     float: (is_number, "a finite number"),
     bool: BOOL,
-    str: (lambda value: isinstance(value, str), "a text"),
+    str: TEXT,
     tuple: (
         lambda value: isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
         "a list of texts",
@@ -90,9 +95,14 @@ class Option:
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
     @property
+    def values(self) -> tuple[str, ...]:
+        """All values that it may have, if they are listed: those of a Literal, or of `choices`."""
+        return self.literals if self.choices is None else tuple(sorted(self.choices()))
+
+    @property
     def expected(self) -> Rule:
         """The rule that its values follow."""
-        return self.rule or (one_of(self.literals) if self.literals else _TYPES[self.type])
+        return self.rule or (one_of(self.literals) if self.literals else TYPES[self.type])
 
     def check(self, value: Any) -> None:
         """Raises a UserError for a value that the option cannot have.
@@ -103,8 +113,11 @@ class Option:
         jpeft.errors.UserError: `rank` must be an integer, got '8'
         """
         accepts, expected = self.expected
-        if not (self.nullable and value is None) and not accepts(value):
-            raise UserError(f"`{self.name}` must be {expected}, got {value!r}{nearest(value, self.literals)}")
+        if (self.nullable and value is None) or accepts(value):
+            return
+        if self.type is int and (not is_int(value) or value > _LARGE):
+            expected = "a smaller integer" if is_int(value) else "an integer"
+        raise UserError(f"`{self.name}` must be {expected}, got {shown(value)}{nearest(value, self.literals)}")
 
 
 def option(
@@ -169,6 +182,18 @@ def _read(field: dataclasses.Field[Any], hint: Any) -> Option:
         nullable=type(None) in members,
         **settings,
     )
+
+
+def nearest_option(name: str, known: Mapping[str, Option]) -> str:
+    """The end of an error message that suggests the option most like a mistyped name, or nothing.
+
+    >>> nearest_option("ranc", options(_Example)), nearest_option("x", options(_Example))
+    ("; did you mean 'rank'?", '')
+    """
+    named = {key: entry for key, entry in known.items() if not entry.positional}
+    flags = {entry.flag: key for key, entry in named.items() if entry.flag}
+    found = flags.get(f"--{name.lstrip('-')}")
+    return f"; did you mean {found!r}?" if found else nearest(name, named)
 
 
 def fill(instance: Any, task: str) -> None:

@@ -109,6 +109,25 @@ BAD = {
     "malformed": ("lr: [1", "run.yaml, line 1: expected ',' or ']'"),
     "a tag": ("lr: !!python/object:os.system 1", "run.yaml, line 1: could not determine a constructor"),
     "a number as key": ("1: 2", "run.yaml: unknown key 1"),
+    "of the command line": ("resume: true", "run.yaml: 'resume' is an option of the command line"),
+    "a flag's name": ("set: {length: 3}", "run.yaml: unknown key 'set'; did you mean 'settings'?"),
+    "another library's name": ("learning_rate: 1", "'learning_rate'; jpeft finetune --help lists the options"),
+    "a fraction": ("checkpoint_every: 2.0", "run.yaml: 'checkpoint_every' must be an integer, got 2.0"),
+    "a bool for an integer": ("rank: true", "run.yaml: 'rank' must be an integer, got True"),
+    "beyond all counts": (f"eval_every: {10**30}", "run.yaml: 'eval_every' must be a smaller integer"),
+    "beyond float32": ("warmup: 0\nweight_decay: 1e300", "run.yaml: 'weight_decay' must be a number, at least 0"),
+    "a number for a text": ("text: 5", "'text' must be a non-empty text, got 5; in quotes it is a text"),
+    "an empty text": ("label: ''", "run.yaml: 'label' must be a non-empty text, got ''"),
+    "a long value": (f"rank: {'x' * 9999}", "xxx…xxx"),
+    "a method": ("method: lorra", "run.yaml: 'method' must be one of bitfit, bottleneck, full, ia3, lora"),
+    "a date": ("settings: {init: 2024-01-01}", "run.yaml: 'settings' must be fields by name"),
+    "a mapping within itself": ("settings: &s {init: *s}", "run.yaml: 'settings' must be fields by name"),
+    "of another task": (
+        "packed: false",
+        "--packing is for --task chat, not for --task classify (with the options of r",
+    ),
+    "given twice": ("rank: 4\nsettings: {rank: 8}", "--rank 4 contradicts --set rank=8; give one"),
+    "several documents": ("lr: 1\n---\nlr: 2", "line 2: expected a single document in the stream, but found another"),
 }
 
 
@@ -124,6 +143,8 @@ def test_files_that_cannot_be_read(capsys, finished):
     assert "none.yaml: No such file" in failure(capsys, *job("run"), "--config", "none.yaml")
     Path("latin.yaml").write_bytes("model: caf\xe9".encode("latin-1"))
     assert "latin.yaml: not UTF-8: byte offset 10" in failure(capsys, *job("run"), "--config", "latin.yaml")
+    Path("comma.json").write_text('{"lr": 1,}')
+    assert "comma.json, line 1: not JSON: " in failure(capsys, *job("run"), "--config", "comma.json")
     Path("twice.json").write_text('{"lr": 1, "lr": 2}')
     assert "twice.json: the key 'lr' is given twice" in failure(capsys, *job("run"), "--config", "twice.json")
     record = json.loads((finished / "config.json").read_text())
@@ -136,14 +157,27 @@ def test_files_that_cannot_be_read(capsys, finished):
 # ------------------------------------------------------------------------------------------------------- command lines
 
 SUGGESTIONS = {
-    "fintune": "unknown command 'fintune'; did you mean 'finetune'?",
-    "finetune --taks chat": "Unknown option: --taks. Did you mean --task?",
-    "finetune --task chatt": 'Invalid value "chatt" for --task. Choose from: "classify", "chat". Did you mean "chat"?',
-    "finetune --method lorra": 'Did you mean "lora"?',
+    "fintune": "unknown command 'fintune'; did you mean 'finetune'? (see",
+    "-v": "unknown option '-v'; the commands are finetune",
+    "help fintune": "unknown command 'fintune'; did you mean 'finetune'?",
+    "finetune --taks chat": "unknown option --taks; did you mean '--task'?",
+    "finetune --LR 1": "unknown option --LR; did you mean '--lr'?",
+    "finetune --task chatt": "--task must be one of classify, chat, got 'chatt'; did you mean 'chat'?",
+    "finetune --quantize NF4": "got 'NF4'; did you mean 'nf4'?",
+    "finetune --method lorra": "trainabletokens, got 'lorra'; did you mean 'lora'?",
     "finetune lrr=1e-3": "lrr=1e-3: no option is called 'lrr'; did you mean 'lr'?",
+    "finetune packing=false": "no option is called 'packing'; did you mean 'packed'?",
+    "finetune lr.x=1": "lr.x=1: 'lr' has no fields; expected lr=VALUE",
+    "finetune settings=a": "settings=a: expected settings.NAME=VALUE",
     "finetune runs/first": "unexpected argument 'runs/first'",
-    "merge one two three": "unexpected argument",
-    "plan --model x": 'Command "plan" parameter --topology requires an argument',
+    "finetune -x": "unknown option -x; a text that begins with a dash stands after --",
+    "finetune --rank --lr 1": "--rank has no value; expected an integer",
+    "finetune --epochs 2.5": "--epochs must be an integer, got '2.5'",
+    "finetune --lr fast": "--lr must be a finite number, got 'fast'",
+    "finetune --no-json": "unknown option --no-json",
+    "merge one two three": "unexpected argument 'three'",
+    "merge one": "OUT is missing: the folder to write",
+    "plan --model x": "--topology is missing: v5e:4x4",
 }
 
 
@@ -155,14 +189,15 @@ def test_a_mistyped_command_line_suggests_the_nearest(line, capsys):
     assert stop.value.code == 2 and err.count("\n") == 1 and SUGGESTIONS[line] in err
 
 
+def parser_of(command):
+    """A function that parses words of a command, or a line of them."""
+    known, app = known_options(classes_of(command)), App(result_action="return_value")
+    make_command(app, command, "", classes_of(command))
+    return lambda words: parse(app, [command, *(words.split() if isinstance(words, str) else words)], known)
+
+
 def test_options_without_a_value_and_by_name():
-    known = known_options(classes_of("finetune"))
-    app = App(result_action="return_value")
-    make_command(app, "finetune", "", classes_of("finetune"))
-
-    def given(line):
-        return parse(app, ["finetune", *line.split()], known)
-
+    given = parser_of("finetune")
     assert given("--resume") == {"resume": ""} and given("--resume runs/1") == {"resume": "runs/1"}
     assert given("--resume lr=0.1") == {"resume": "", "lr": 0.1}
     assert given("--resize-embeddings --rank 2") == {"resize_embeddings": 1, "rank": 2}
@@ -171,3 +206,25 @@ def test_options_without_a_value_and_by_name():
     assert given("packed=false batch_size=2") == {"packed": False, "batch_size": 2}
     assert given("--mesh data=2,fsdp=4 --alpha -1") == {"mesh": "data=2,fsdp=4", "alpha": -1.0}
     assert given("--rank 2 --rank 3 rank=4") == {"rank": 4}
+    assert given("--method LoRA --batch_size=2 --no-packing") == {"method": "lora", "batch_size": 2, "packed": False}
+
+
+def test_texts_that_look_like_options():
+    given = parser_of("generate")
+    for text in ("- a list", "-1 + 2", "-- hello", "--hello world", "a=b", "lr=1", "two\nlines", "-5"):
+        assert given([text]) == {"prompts": (text,)}
+        assert given(["--system", text, "--seed", "1", "hi"]) == {"system": text, "seed": 1, "prompts": ("hi",)}
+    assert given("--system -x --temperature 1 hi -- --raw -h") == {
+        "system": "-x", "temperature": 1.0, "prompts": ("hi", "--raw", "-h"),
+    }  # fmt: skip
+    assert given("--messages -") == {"messages": "-"} and given(["--system=", "hi"])["system"] == ""
+    assert parser_of("predict")("run --text-arg -5 --text-arg -x")["text_arg"] == ["-5", "-x"]
+
+
+@pytest.mark.parametrize("line", ["help merge", "--help merge", "merge --help", "merge a -h", "--help", "help"])
+def test_help_may_stand_first_or_last(line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(f"Usage: jpeft {'merge' if 'merge' in line else 'COMMAND'}")
+    assert "\x1b" not in out

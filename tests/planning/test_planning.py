@@ -503,9 +503,9 @@ def test_mistakes_in_planning(there, capsys, more, says):
 
 
 @pytest.mark.parametrize("more, says", [
-    ("--dtype half", 'Invalid value "half" for --dtype. Choose from: "float32", "bfloat16", "float16".'),
-    ("--method lore", 'Did you mean "lora"?'),
-    ("--set length", "expected NAME=VALUE"), ("--seq many", 'unable to convert "many" into int'),
+    ("--dtype half", "--dtype must be one of float32, bfloat16, float16, got 'half'"),
+    ("--method lore", "did you mean 'lora'?"),
+    ("--set length", "expected NAME=VALUE"), ("--seq many", "--seq must be an integer, got 'many'"),
 ])  # fmt: skip
 def test_mistakes_in_typing(capsys, more, says):
     with pytest.raises(SystemExit) as stop:
