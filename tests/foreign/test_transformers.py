@@ -1,5 +1,6 @@
 """Third-party models, unchanged: the Flax classes of transformers 4.57.6. Run by .ci/run, which installs them."""
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -166,12 +167,12 @@ def _as_transformers_runs():
 
 @pytest.fixture(scope="module")
 def loaded():
-    cache: dict[str, Any] = {}
+    """A model by name, and its logits as a function of parameters; each compiled once."""
 
+    @functools.cache
     def get(name: str):
-        if name not in cache:
-            cache[name] = MODELS[name].load()
-        return cache[name]
+        hf = MODELS[name].load()
+        return hf, jax.jit(lambda params: hf.module.apply({"params": params}, **MODELS[name].inputs).logits)
 
     return get
 
@@ -186,7 +187,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_three_steps_change_every_adapter_leaf_and_no_base_weight(name, method, loaded):
-    foreign, hf = MODELS[name], loaded(name)
+    foreign, (hf, run) = MODELS[name], loaded(name)
     module, params = hf.module, hf.params
     before = jax.tree.map(np.array, params)
     peft = METHODS[method](foreign).bind(module, params, **foreign.inputs)
@@ -196,41 +197,36 @@ def test_three_steps_change_every_adapter_leaf_and_no_base_weight(name, method, 
     adapter = jax.jit(peft.init)(jax.random.key(0), params)
     tx = optax.adam(1e-2)
 
-    def run(params, adapter):
-        out = peft.apply(params, adapter, **foreign.inputs)
-        return out.logits
-
     @jax.jit
     def step(params, adapter, state):
         # A loss without symmetries, so that all gradients differ from 0.
         def loss(a):
-            logits = run(params, a)
-            return (logits * jnp.cos(jnp.arange(logits.size, dtype=logits.dtype)).reshape(logits.shape)).sum()
+            logits = peft.apply(params, a, **foreign.inputs).logits
+            return (logits * jnp.cos(jnp.arange(logits.size, dtype=logits.dtype)).reshape(logits.shape)).sum(), logits
 
-        grads = jax.grad(loss)(adapter)
+        grads, logits = jax.grad(loss, has_aux=True)(adapter)
         updates, state = tx.update(grads, state, adapter)
-        return optax.apply_updates(adapter, updates), state
+        return optax.apply_updates(adapter, updates), state, logits
 
-    trained, state = adapter, tx.init(adapter)
+    trained, state = adapter, jax.jit(tx.init)(adapter)
     for _ in range(3):
-        trained, state = step(params, trained, state)
+        trained, state, _ = step(params, trained, state)
     start = flatten(adapter)
     for path, leaf in flatten(trained).items():
         assert (np.asarray(leaf) != np.asarray(start[path])).any(), path
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
-    y = jax.jit(run)(params, trained)
-    base = module.apply({"params": params}, **foreign.inputs).logits
-    assert np.abs(y - base).max() > 1e-3
+    _, _, y = step(params, trained, state)
+    assert np.abs(y - run(params)).max() > 1e-3
     if method != "Bottleneck":
-        merged = module.apply({"params": peft.merge(params, trained)}, **foreign.inputs).logits
+        merged = run(jax.jit(peft.merge)(params, trained))
         np.testing.assert_allclose(y, merged, atol=1e-5 * max(1, np.abs(merged).max()))
 
 
 @pytest.mark.parametrize("name", [n for n, f in MODELS.items() if f.generates is not None])
 @pytest.mark.parametrize("method", ["all-linear", "embedding"])
 def test_generate_inside_intercept_equals_generate_of_the_merged_model(name, method, loaded):
-    foreign, hf = MODELS[name], loaded(name)
+    foreign, (hf, _) = MODELS[name], loaded(name)
     peft = METHODS[method](foreign).bind(hf.module, hf.params, **foreign.inputs)
     adapter = moved(peft, hf.params, 0.5)
 
