@@ -46,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["inspect", "runs/minilm-lora-1"])  # doctest: +SKIP
     """
     try:
-        command, given, known = _parse(sys.argv[1:] if arguments is None else list(arguments))
-    except ModuleNotFoundError as error:
+        with _handling_signals():
+            command, given, known = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt as stop:
+        return _report_interrupt(stop)
+    except (ModuleNotFoundError, OSError) as error:  # an extra, or where the help goes
         print_error(_explain(error)[0])
         return 1
     status = _run(COMMANDS[command], given, known)
@@ -136,8 +139,7 @@ def _run(module: Any, given: Mapping[str, Any], known: Mapping[str, Option]) -> 
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as stop:
-        print_error("interrupted; no file was left incomplete")
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return _report_interrupt(stop)
     except BrokenPipeError:  # the reader of a pipe closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -148,6 +150,11 @@ def _run(module: Any, given: Mapping[str, Any], known: Mapping[str, Option]) -> 
         if not _is_reported_elsewhere(error):
             print_error(as_flags(message, known))
         return status
+
+
+def _report_interrupt(stop: KeyboardInterrupt) -> int:
+    print_error("interrupted; no file was left incomplete")
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def _parameter(entry: Option) -> inspect.Parameter:
         "help": f"{entry.help}. Named: {', '.join(entry.names)}" if entry.names else entry.help,
         "group": Group(entry.group, sort_key=GROUPS.index(entry.group)),
         "required": entry.required,
-        "show_default": False if entry.required or entry.type is bool else default_words(entry),
+        "show_default": _shown_default(entry),
         "metavar": entry.metavar,
         "converter": _whole if entry.type is int else None,
         "allow_repeating": None if entry.type in (tuple, dict) else True,  # the last one wins
@@ -119,6 +119,12 @@ def _absent(entry: Option) -> dict[str, None]:
     return {} if entry.required else {"default": None}
 
 
+def _shown_default(entry: Option) -> str | bool:
+    if entry.type is bool:
+        return flag(entry) if entry.default else False
+    return False if entry.required else default_words(entry)
+
+
 def default_words(entry: Option) -> str | bool:
     """The words for an option's default in the help; False for none."""
     if entry.shown is not None:
@@ -127,6 +133,8 @@ def default_words(entry: Option) -> str | bool:
     if len(values) > 1:
         first, *others = entry.by_task.items()
         return "; ".join([str(first[1]), *(f"{value} with --task {task}" for task, value in others)])
+    if entry.type is bool:
+        return str(entry.default).lower()
     return False if entry.default in (None, (), {}) else str(entry.default)
 
 

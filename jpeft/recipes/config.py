@@ -82,7 +82,12 @@ class Config:
         names=(*DATA, *CONVERSATIONS), path=True, metavar="DATA",
     )  # fmt: skip
     eval: str | None = option(
-        "a file to evaluate on", WHAT, None, shown="a held-out tenth of the data", path=True, metavar="FILE"
+        "a file to evaluate on",
+        WHAT,
+        None,
+        shown="that of a named data set, else a held-out tenth of the data",
+        path=True,
+        metavar="FILE",
     )
     text: str | None = option("column of the texts", WHAT, None, shown="text", tasks=(CLASSIFY,), metavar="COLUMN")
     label: str | None = option("column of the labels", WHAT, None, shown="label", tasks=(CLASSIFY,), metavar="COLUMN")
@@ -128,7 +133,7 @@ class Config:
     epochs: int = option("passes over the data", TRAINING, by_task=_by_task(2, 1), rule=_COUNT)
     # The limit is the demonstration's: `__post_init__` gives it to no other data.
     steps: int | None = option(
-        "maximum training steps",
+        "stop after so many training steps",
         TRAINING,
         None,
         rule=_COUNT,
@@ -141,7 +146,7 @@ class Config:
         "tokens of a text, or of a row of conversations", TRAINING, by_task=_by_task(128, 512), rule=_COUNT
     )
     packed: bool = option(
-        "pack as many conversations into a row as fit, or one", TRAINING, True, tasks=(CHAT,), flag="--packing"
+        "pack as many conversations into a row as fit, or one a row", TRAINING, True, tasks=(CHAT,), flag="--packing"
     )
     eval_examples: int = option(
         "number of evaluation examples, 0 for all", TRAINING, by_task=_by_task(0, 64), rule=_SIZE
@@ -247,7 +252,7 @@ class Execution:
         "folder must be on shared storage", MACHINES, False,
     )  # fmt: skip
     coordinator: str | None = option("address of process 0", MACHINES, None, metavar="HOST:PORT")
-    processes: int | None = option("number of processes", MACHINES, None, rule=_COUNT)
+    processes: int | None = option("number of processes, on all machines together", MACHINES, None, rule=_COUNT)
     process: int | None = option("index of this process, from 0", MACHINES, None)
     join_within: float = option(
         "how long to wait for all processes at launch", MACHINES, 300.0, rule=_SECONDS, metavar="SECONDS"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,12 @@ def _of_run(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
     if record["format"] != FORMAT:
         raise UserError(f"{path}: of a run in format {record['format']}; this version of jpeft reads format {FORMAT}")
+    if lengthened := record.get("lengthened"):
+        warnings.warn(
+            f"{path}: this run was lengthened after step {lengthened[-1]['after_step']}, which a new run with its "
+            "options is not: it has the learning rate of its whole length from the start on",
+            stacklevel=4,
+        )
     return dict(record["config"])
 
 

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file
 
 import jpeft
 from jpeft import models
-from jpeft.cli import main
+from jpeft.cli import app, main
 from jpeft.recipes import assets, finetune, prepare, run_folder
 from jpeft.recipes.config import Config, parse_targets
 from jpeft.recipes.tasks import classification
@@ -478,6 +479,17 @@ def test_typing_errors_are_one_line(capsys):
         assert caught.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("jpeft: error: ")
 
 
+def test_an_interrupt_and_a_full_disk_while_parsing_are_one_line(capsys, monkeypatch):
+    stops = {
+        KeyboardInterrupt(signal.SIGTERM): (143, "interrupted; no file was left incomplete"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)): (1, "No space left on device"),
+    }
+    for error, (status, message) in stops.items():
+        monkeypatch.setattr(app, "_parse", Mock(side_effect=error))
+        assert main(["--help"]) == status
+        assert capsys.readouterr().err == f"jpeft: error: {message}\n"
+
+
 def test_debug_shows_the_traceback(capsys):
     assert main([*job("run", "--data", "none.csv"), "--debug"]) == 1
     err = capsys.readouterr().err
@@ -569,7 +581,7 @@ def test_inspect_neither_a_run_nor_an_adapter(capsys):
 def test_help_imports_only_light_modules():
     code = """
         import sys
-        from jpeft.cli import main
+        from jpeft.cli import app, main
         try:
             main(["--help"])
         except SystemExit:

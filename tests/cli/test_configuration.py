@@ -12,6 +12,7 @@ from jpeft.checks import POSITIVE_INT
 from jpeft.cli import main, reference
 from jpeft.cli.app import COMMANDS, classes_of
 from jpeft.cli.arguments import known_options, make_command, parse
+from jpeft.cli.finetune import _with_file
 from jpeft.errors import UserError
 from jpeft.recipes.config import Config
 from jpeft.recipes.config_file import read_config_file
@@ -85,6 +86,20 @@ def test_a_resumed_run_is_compared_with_what_was_typed_or_is_in_the_file(stopped
     )
     assert main(["finetune", "--resume", str(stopped), "--config", str(finished / "config.json")]) == 0
     assert trained(stopped) == trained(finished)
+
+
+def test_settings_of_a_file_and_of_flags_are_both_given(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: 1\nsettings: {length: 3, init_std: 1}")
+    given = _with_file(str(tmp_path / "run.yaml"), {"settings": {"length": 4}, "rank": 2})
+    assert given == {"lr": 1, "rank": 2, "settings": {"length": 4, "init_std": 1}}
+
+
+def test_a_lengthened_run_is_not_repeated_silently(finished, tmp_path):
+    record = json.loads((finished / "config.json").read_text())
+    record["lengthened"] = [{"from_steps": 20, "to_steps": 40, "after_step": 20}]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="was lengthened after step 20, which a new run with its options is not"):
+        assert read_config_file(tmp_path / "config.json", options(Config))["epochs"] == 4
 
 
 def test_types_of_yaml(tmp_path):
