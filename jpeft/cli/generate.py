@@ -7,19 +7,21 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jpeft.checks import Rule, is_int
+from jpeft.checks import POSITIVE_INT, Rule, is_int, is_number
 from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import UserError
 from jpeft.recipes.config import Config, Dtype
 from jpeft.recipes.options import ANY_TEXT, SAMPLING, WHAT, option, same
-from jpeft.storage import as_path
+from jpeft.storage import as_path, reason
 
 SUMMARY = "Generate text from a prompt, in the model's chat template."
 _SEED: Rule = (lambda value: is_int(value) and 0 <= value < 1 << 63, "a number from 0 to 2^63 - 1")
-_ANY: Rule = (lambda value: True, "a number")  # the generator checks it
+_TEMPERATURE: Rule = (lambda value: is_number(value) and value >= 0, "a finite number of at least 0")
+_SHARE: Rule = (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,16 @@ class Generation(Common):
     )
     system: str | None = option("system message", WHAT, None, rule=ANY_TEXT, metavar="TEXT")
     max_new_tokens: int | None = option(
-        "most tokens to generate", SAMPLING, None, shown="256, or as many as the context has room for"
+        "most tokens to generate",
+        SAMPLING,
+        None,
+        rule=POSITIVE_INT,
+        shown="256, or as many as the context has room for",
     )
-    temperature: float = option("0 is greedy decoding", SAMPLING, 0.0, rule=_ANY)
-    top_k: int | None = option("sample from the k most likely tokens", SAMPLING, None, rule=_ANY)
+    temperature: float = option("0 is greedy decoding", SAMPLING, 0.0, rule=_TEMPERATURE)
+    top_k: int | None = option("sample from the k most likely tokens", SAMPLING, None, rule=POSITIVE_INT)
     top_p: float | None = option(
-        "sample from the smallest set of tokens with this probability", SAMPLING, None, rule=_ANY
+        "sample from the smallest set of tokens with this probability", SAMPLING, None, rule=_SHARE
     )
     seed: int = option("seed for sampling", SAMPLING, 0, rule=_SEED)
     dtype: Dtype = same(Config, "dtype", help="dtype of weights and activations")
@@ -69,6 +75,8 @@ def run(args: Options) -> None:
     prompts = [_read_messages(args.messages)] if args.messages else args.prompts or [_read_stdin().rstrip("\n")]
     if any(isinstance(prompt, str) and not prompt.strip() for prompt in prompts):
         raise UserError("the prompt is empty: give some text")
+    if run := next((prompt for prompt in prompts if isinstance(prompt, str) and _is_run(prompt)), None):
+        raise UserError(f"{run} is a run, not a prompt; give it as `adapter` {run}")
     generator, settings = open_text_generator(args)
     tokenizer = generator.tokenizer
     if args.messages:
@@ -92,16 +100,21 @@ def run(args: Options) -> None:
         print_note(f"({speed.new} tokens, {rate:.1f} tokens/s after the second)")
 
 
+def _is_run(prompt: str) -> bool:
+    from jpeft.recipes.run_folder import is_run
+
+    return "\0" not in prompt and is_run(Path(prompt))
+
+
 def open_text_generator(args: Generation) -> tuple[Any, Any]:
     """The text generator that the arguments name, and its settings."""
     from jpeft.recipes import generate
     from jpeft.serving.text_generator import Settings, keep_compiled
 
     keep_compiled()
-    for name, most in (("top_k", float("inf")), ("top_p", 1)):
-        value = getattr(args, name)
-        if args.temperature == 0 and 0 < (value or 0) <= most:  # others are errors of their own
-            raise UserError(f"`{name}` {value} is for sampling, and `temperature` is 0: give one above 0")
+    for name in ("top_k", "top_p"):
+        if args.temperature == 0 and getattr(args, name) is not None:
+            raise UserError(f"`{name}` {getattr(args, name)} is for sampling, and `temperature` is 0: give one above 0")
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     generator = generate.open_text_generator(args.model, args.adapter, args.dtype, print_note, args.chat_template)
     return generator, settings
@@ -146,5 +159,7 @@ def _as_messages(prompt: Any, system: str | None) -> list[dict[str, str]]:
 def _read_messages(file: str) -> Any:
     try:
         return json.loads(_read_stdin() if file == "-" else as_path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--messages {file}: {reason(error)}; expected a JSON file") from error
     except ValueError as error:
         raise UserError(f"--messages {file}: not JSON ({error})") from None

@@ -28,7 +28,9 @@ def _words(text: str) -> list[str]:
 
 
 def _list_of(*known: str) -> Rule:
-    return lambda value: isinstance(value, str) and set(_words(value)) <= {*known}, f"of {', '.join(known)}"
+    return lambda value: isinstance(value, str) and {*_words(value)} <= {*known} and bool(_words(value)), (
+        f"one or several of {', '.join(known)}"
+    )
 
 
 _COUNTS: Rule = (

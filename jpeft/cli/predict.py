@@ -33,6 +33,8 @@ def run(args: Options) -> None:
 
     if args.text_arg and args.file:
         raise UserError("give texts by --text-arg or a FILE, not both")
+    if args.text is not None and not args.file:
+        raise UserError(f"`text` {args.text} is a column of a FILE, and none is given")
     trained = classification.open_run(as_path(args.run), print_note)
     texts = _texts(args, trained.record["columns"]["text"])
     if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jpeft.checks import Rule, is_size
 from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import ModelError, UserError
@@ -14,6 +15,8 @@ from jpeft.units import format_bytes
 
 SUMMARY = "Write a HuggingFace folder with a model's linear layers quantized."
 
+_EVEN: Rule = (lambda value: is_size(value) and value % 2 == 0, "an even number of weights")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
@@ -22,7 +25,7 @@ class Options(Common):
     model: str = option("a named model, HuggingFace folder, .gguf file or hub id", metavar="MODEL", positional=True)
     out: str = option("the folder to write; it must not exist", metavar="OUT", positional=True)
     scheme: Scheme = option("the scheme; transformers loads nf4", MEMORY, "nf4")
-    block: int = option("weights per scale", MEMORY, 64)
+    block: int = option("weights per scale", MEMORY, 64, rule=_EVEN)
     double: bool = option("quantize the scales too, or keep them in float32", MEMORY, True)
     targets: str | None = option(
         "names such as q_proj, or a regular expression", MEMORY, None, shown="all linear layers", metavar="TARGETS"

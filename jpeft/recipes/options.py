@@ -115,8 +115,10 @@ class Option:
         accepts, expected = self.expected
         if (self.nullable and value is None) or accepts(value):
             return
-        if self.type is int and (not is_int(value) or value > _LARGE):
-            expected = "a smaller integer" if is_int(value) else "an integer"
+        if self.type is int and not is_int(value):
+            expected = "an integer"
+        elif self.type is int and value > _LARGE and "2^" not in expected:  # a rule whose words name no limit
+            expected = "a smaller integer"
         raise UserError(f"`{self.name}` must be {expected}, got {shown(value)}{nearest(value, self.literals)}")
 
 

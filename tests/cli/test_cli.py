@@ -490,6 +490,22 @@ def test_an_interrupt_and_a_full_disk_while_parsing_are_one_line(capsys, monkeyp
         assert capsys.readouterr().err == f"jpeft: error: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate --top-p 2 tea", "--top-p must be above 0 and at most 1, got 2.0"),
+        ("generate --top-k 0 tea", "--top-k must be a positive integer, got 0"),
+        ("generate --max-new-tokens -1 tea", "--max-new-tokens must be a positive integer, got -1"),
+        ("generate --temperature nan tea", "--temperature must be a finite number of at least 0, got nan"),
+        ("generate --top-k 3 tea", "--top-k 3 is for sampling, and --temperature is 0"),
+        ("generate --messages none.json", "--messages none.json: No such file or directory; expected a JSON file"),
+        ("quantize bert small --block 7", "--block must be an even number of weights, got 7"),
+    ],
+)
+def test_values_that_a_command_cannot_take(capsys, line, message):
+    assert message in failure(capsys, *line.split())
+
+
 def test_debug_shows_the_traceback(capsys):
     assert main([*job("run", "--data", "none.csv"), "--debug"]) == 1
     err = capsys.readouterr().err
@@ -531,6 +547,8 @@ def test_predict_agrees_with_the_evaluation(finished):
 def test_mistakes_in_predicting(finished, capsys, monkeypatch):
     assert "not a run of `jpeft finetune`" in failure(capsys, "predict", "bert", "--text-arg", "tea")
     assert "not both" in failure(capsys, "predict", finished, "test.jsonl", "--text-arg", "tea")
+    column = failure(capsys, "predict", finished, "--text-arg", "tea", "--text", "body")
+    assert "--text body is a column of a FILE, and none is given" in column
     assert "text 2 is empty" in failure(capsys, "predict", finished, "--text-arg", "tea", "--text-arg", " ")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\xff")))
     assert "stdin is not UTF-8" in failure(capsys, "predict", finished)

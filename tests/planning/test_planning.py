@@ -490,8 +490,9 @@ def test_a_sweep_widens_what_is_not_given():
     ("--rank 0", "rank"),
     ("--jobs 0", "--jobs must be at least 1, got 0"),
     ("--batch 0", "--batch-size must be comma-separated numbers from 1 on, got '0'"),
-    ("--quantize nf5", "--quantize must be of none, nf4, int4, int8, fp8, got 'nf5'"),
-    ("--remat all", "--remat must be of full, dots, offload, none, got 'all'"),
+    ("--quantize nf5", "--quantize must be one or several of none, nf4, int4, int8, fp8, got 'nf5'"),
+    ("--quantize ,", "--quantize must be one or several of none"),
+    ("--remat all", "--remat must be one or several of full, dots, offload, none, got 'all'"),
     ("--batch 4,8", "2 combinations are given; --sweep plans all of them"),
     ("--topology cpu:2,cpu:4", "2 combinations are given; --sweep plans all of them"),
 ])  # fmt: skip

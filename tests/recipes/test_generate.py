@@ -207,9 +207,9 @@ MISTAKES = {
         ["llama", "hi", "--temperature", "-1"],
         "temperature must be a finite number of at least 0",
     ),
-    "a top_p above 1": (["llama", "hi", "--top-p", "1.5"], "top_p must be above 0 and at most 1"),
-    "a top_k of 0": (["llama", "hi", "--top-k", "0"], "top_k must be a positive integer"),
-    "no new tokens": (["llama", "hi", "--max-new-tokens", "0"], "max_new_tokens must be a positive integer"),
+    "a top_p above 1": (["llama", "hi", "--top-p", "1.5"], "--top-p must be above 0 and at most 1"),
+    "a top_k of 0": (["llama", "hi", "--top-k", "0"], "--top-k must be a positive integer"),
+    "no new tokens": (["llama", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be a positive integer"),
     "raw and a system message": (["llama", "hi", "--raw", "--system", "x"], "no place for --system"),
     "two sources of prompts": (["llama", "hi", "--messages", "role.json"], "no PROMPT"),
 }
