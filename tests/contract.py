@@ -78,9 +78,13 @@ def check_learns(entry: Entry, use: str, mode: str) -> None:
 
     @jax.jit
     def run(params: Any, fresh: Any, adapter: Any) -> Any:
-        loss = lambda a: jnp.sin(peft.apply(params, a, x)).sum()  # noqa: E731
+        def loss(adapter: Any) -> Any:
+            y = peft.apply(params, adapter, x)
+            return jnp.sin(y).sum(), y
+
         out = {"base": model.apply({"params": params}, x), "fresh": peft.apply(params, fresh, x)}
-        return out | {"moved": peft.apply(params, adapter, x)}, jax.grad(loss)(adapter)
+        grads, out["moved"] = jax.grad(loss, has_aux=True)(adapter)
+        return out, grads
 
     fresh = peft.init(jax.random.key(0), params)
     y, grads = run(params, fresh, moved(peft, params))

@@ -226,8 +226,12 @@ def laws() -> dict[str, Any]:
         def merged(adapter: Any) -> Any:
             return peft.model.apply({**variables, "params": peft.merge(variables, adapter)}, x)
 
-        gradients = [jax.grad(lambda a, f=f: jnp.sum(f(a) ** 2))(adapter) for f in (applied, merged)]
-        return peft.model.apply(variables, x), applied(adapter), merged(adapter), gradients
+        def loss(adapter: Any, outputs: Any) -> Any:
+            y = outputs(adapter)
+            return jnp.sum(y**2), y
+
+        grads, ys = zip(*(jax.grad(loss, has_aux=True)(adapter, f) for f in (applied, merged)), strict=True)
+        return peft.model.apply(variables, x), *ys, grads
 
     trees = {name: (variables, adapter) for name, (_, variables, adapter, _) in bound.items()}
     out = jax.jit(lambda trees: {name: run(name, *both) for name, both in trees.items()})(trees)  # one program

@@ -45,8 +45,11 @@ def value_and_gradients(states, head, targets, weight, chunk=None):
     return *sums, *gradients
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 16, 1000])
-@pytest.mark.parametrize("shape", [(2, 16), (3, 7), (1, 1)])
+# Chunks that divide the tokens, do not, are one token, all of them, and more.
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [((2, 16), 1), ((2, 16), 4), ((2, 16), 7), ((2, 16), 1000), ((3, 7), 4), ((3, 7), 21), ((1, 1), 4)],
+)
 def test_it_equals_the_whole_loss(shape, chunk):
     inputs = case(*shape)
     for a, b in zip(value_and_gradients(*inputs), value_and_gradients(*inputs, chunk), strict=True):
