@@ -8,7 +8,8 @@ from typing import Any
 
 from jpeft.cli.common import Common
 from jpeft.cli.terminal import print_json
-from jpeft.recipes.options import option
+from jpeft.recipes.config import Config
+from jpeft.recipes.options import option, options
 from jpeft.units import format_bytes
 
 SUMMARY = "Show the contents of a run or an adapter folder, without loading a model."
@@ -103,12 +104,20 @@ def _origin(summary: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def _is_unused(name: str, task: str | None) -> bool:
+    """Whether a field of a configuration is for other tasks."""
+    entry = options(Config).get(name)
+    return entry is not None and bool(entry.tasks) and task not in (None, *entry.tasks)
+
+
 def _add_run(sections: dict[str, Rows], summary: Mapping[str, Any]) -> None:
     from jpeft.cli.results import result_rows
 
     rate = summary["learning_rate"]
     for name, value in {**summary["config"], "lr": rate}.items():
-        if name in _SAID or (name != "eval_examples" and _says_nothing(value)) or (name, value) == ("accumulate", 1):
+        if name in _SAID or _is_unused(name, summary["config"].get("task")):
+            continue
+        if (name != "eval_examples" and _says_nothing(value)) or (name, value) == ("accumulate", 1):
             continue
         section, label = _PLACES.get(name, (TRAINING, name.replace("_", " ")))
         sections[section].append((label, _written(name, value)))

@@ -50,7 +50,7 @@ class Terminal:
     def __init__(self, to_stderr: bool, quiet: bool = False, words: Callable[[str], str] = lambda text: text):
         self._stderr, self._quiet, self._words = to_stderr, quiet, words
         self._bar: Progress | None = None
-        self._mean: float | None = None
+        self._sum, self._weight = 0.0, 0.0  # of the losses so far, earlier ones exponentially less
         self._began: tuple[int, float] | None = None
 
     _console: Console
@@ -74,10 +74,14 @@ class Terminal:
         self._console.print(self._words(text), markup=False)
 
     def progress(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
-        """Shows that `done` of `total` training steps are complete, with a moving average of the loss."""
-        if math.isfinite(loss):  # a step whose loss is not finite is skipped and should not disturb the average
-            self._mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss
-        mean = loss if self._mean is None else self._mean
+        """Shows that `done` of `total` training steps are complete, with a running mean of the loss.
+
+        It is that of the run's picture: over about a 40th of the steps, and at least five.
+        """
+        if math.isfinite(loss):  # a step whose loss is not finite is skipped and should not disturb the mean
+            kept = 1 - 1 / max(5, total / 40)
+            self._sum, self._weight = kept * self._sum + loss, kept * self._weight + 1
+        mean = self._sum / self._weight if self._weight else loss
         if not self._console.is_terminal:
             self._print_progress(done, total, mean, tokens_per_second)
             return
@@ -91,14 +95,16 @@ class Terminal:
         now = time.monotonic()
         first, began = self._began = self._began or (done, now)
         if done == total or done % -(-total // 20) == 0:
-            left = (now - began) / max(1, done - first) * (total - done)
-            eta = f"{int(left) // 60}:{int(left) % 60:02}"
-            self.say(f"step {done}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s  ETA {eta}")
+            rest = ""
+            if done > first:  # the first step compiles, and tells nothing of the others
+                left = int((now - began) / (done - first) * (total - done))
+                rest = f"  {speed:,.0f} tokens/s  ETA {left // 60}:{left % 60:02}"
+            self.say(f"step {done}/{total}  mean loss {loss:.4f}{rest}")
 
     def _start_bar(self, done: int, total: int) -> Progress:
         from rich.progress import TextColumn, TimeRemainingColumn
 
-        loss, speed = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} tokens/s")
+        loss, speed = TextColumn("mean loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} tokens/s")
         columns = (loss, speed, TextColumn("ETA"), TimeRemainingColumn())
         bar = progress_bar(self._console, "training", *columns, speed_estimate_period=120)
         self._task = bar.add_task("", total=total, completed=done, loss=0.0, speed=0.0)

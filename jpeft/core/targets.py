@@ -164,6 +164,8 @@ def _no_match(entry: str, candidates: Sequence[Any], what: str, others: list[str
             return f"{what} cannot act on {unusable!r}, which target {entry!r} names{nearest(entry, names)}"
     first_option = re.sub(r"[.*()\\^$?+]", "", entry.split("|")[0])
     hint = nearest(first_option, names) or f"; candidates: {', '.join(names[:8])}"
+    if any(matches_entry(entry, name) for name in names):  # a name alone, as one would write it in a list
+        hint = f"; a string is a regular expression for whole paths: for names, give [{entry!r}]{hint}"
     return f"{what}: {field} {entry!r} matches nothing{hint}"
 
 

@@ -58,7 +58,7 @@ def check_count(sizes: Mapping[Any, int], devices: int, owner: str) -> None:
     count = math.prod(sizes.values())
     if not sizes or min(sizes.values()) < 1 or count != devices:
         product = " × ".join(map(str, sizes.values())) + f" is {count}" if len(sizes) > 1 else f"a mesh of {count}"
-        raise UserError(f"`mesh` {format_axes(sizes)}: {product}, but {owner} {devices} devices")
+        raise UserError(f"`mesh` {format_axes(sizes)}: {product}, but {owner} {devices} device{'s' * (devices != 1)}")
 
 
 def device_mesh(text: str | None) -> Mesh:
@@ -74,7 +74,7 @@ def device_mesh(text: str | None) -> Mesh:
     sizes = parse_axes(text or f"fsdp={count}")
     if unknown := [name for name in sizes if name not in AXES]:
         raise UserError(f"`mesh` {text}: unknown axis {unknown[0]!r}; expected {', '.join(AXES)}")
-    check_count(sizes, count, "there are")
+    check_count(sizes, count, "there is" if count == 1 else "there are")
     return make_mesh(sizes)
 
 

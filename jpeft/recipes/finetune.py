@@ -99,7 +99,7 @@ def finetune(
     on_all_hosts(lambda: _check_shared(run))
     try:
         return _finish(job, run, reporter, setup)
-    except (UserError, OSError):
+    except (UserError, OSError, Interrupted):
         raise
     except Exception:  # out of memory, perhaps
         if is_main_process() and not saved_step(run):

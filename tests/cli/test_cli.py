@@ -266,7 +266,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, finished, ca
     assert trained("stopped") == trained(finished)
 
 
-def test_sigterm_before_training_is_one_line(capsys, monkeypatch):
+def test_sigterm_before_training_is_one_line_and_resumed(capsys, monkeypatch, finished):
+    run = Path("run").absolute()
+
     def killed(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
@@ -275,6 +277,10 @@ def test_sigterm_before_training_is_one_line(capsys, monkeypatch):
     assert main(job("run")) == 128 + signal.SIGTERM
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "stopped, before its first checkpoint; continue with" in err
+    monkeypatch.undo()
+    monkeypatch.chdir(run.parent)
+    assert main(["finetune", "--out", "run", "--resume"]) == 0  # as the message says, without the other options
+    assert trained("run") == trained(finished)
 
 
 def test_flags_that_conflict_with_the_run(stopped, capsys):

@@ -130,7 +130,7 @@ def test_sampling_depends_only_on_the_seed(capsys):
     assert first == by_hand + "\n"
 
 
-@pytest.mark.parametrize("folder", ["lora", "run", "hf", "prefix"])
+@pytest.mark.parametrize("folder", ["lora", "run", "hf", pytest.param("prefix", marks=pytest.mark.exhaustive)])
 def test_with_an_adapter(capsys, folder):
     model, params, _ = load(Path("llama").resolve())
     if folder == "hf":
@@ -198,6 +198,7 @@ MISTAKES = {
     "no such model": (["nowhere", "hi"], "no such folder"),
     "another family": (["other", "hi"], "'mamba' is not one of .*llama.*gemma2"),
     "no adapter there": (["llama", "hi", "--adapter", "bert"], "bert"),
+    "a run as the prompt": (["llama", "started"], "started is a run, not a prompt; give it as --adapter st"),
     "an adapter of PEFT as the model": (["hf", "hi"], "--model hf: an adapter, not a model; give it as --adapter hf"),
     "an adapter of jpeft as the model": (["lora", "hi"], "--model lora: an adapter, not a model"),
     "top_k for greedy decoding": (["llama", "hi", "--top-k", "5"], "--top-k 5 is for sampling, and --temperature is 0"),
@@ -227,6 +228,8 @@ def broken(home, tmp_path_factory):
     for name, value in conversations.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     (folder / "half.json").write_text('[{"role"')
+    (folder / "started").mkdir()
+    (folder / "started" / "config.json").write_text('{"config": {}}')
     for name in ("broken", "plain", "short", "larger", "bare", "other"):
         shutil.copytree(home / "llama", folder / name)
     (folder / "broken" / "tokenizer_config.json").write_text('{"chat_template": "{% for %}"}')
