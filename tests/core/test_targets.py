@@ -76,7 +76,7 @@ def test_every_form(targets, exclude, expected):
     (r".*/norm/scale", None, "cannot act on 'layer_0/norm/scale'"),
     ("((", None, r"'\(\(' is not a regular expression"),
     (lambda path, site: False, None, "matches nothing"),
-    ("query", None, r"'query' matches nothing; a string is a regular expression .*: for names, give \['query'\]; nearest"),
+    ("query", None, r"'query' matches nothing; a string is a regular .*: for names, give \['query'\]; nearest"),
     ([], None, "LoRA has no targets"),
     ("", None, "LoRA has no targets"),
     (["query", 3], None, "targets must be a regular expression, a list of paths"),
