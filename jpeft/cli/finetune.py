@@ -66,7 +66,7 @@ def run(given: Mapping[str, Any]) -> None:
     from jpeft.parallel import hosts
 
     mesh = _mesh(args, execution, configured) if joined or execution.mesh is not None else None
-    setup = Setup(mesh, log_to, profile, execution.remat)
+    setup = Setup(mesh, log_to, profile, None if execution.remat == "none" else execution.remat)
     is_main = hosts.is_main_process()
     with Terminal(args.json, not is_main, functools.partial(as_flags, known=known_options(OPTIONS))) as terminal:
         result = _train(args.resume, out, config, configured, terminal, setup)

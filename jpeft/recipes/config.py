@@ -21,7 +21,7 @@ CLASSIFY, CHAT = "classify", "chat"
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scheme = Literal["nf4", "int4", "int8", "fp8"]  # of `jpeft.quantization`, which is not imported here
 SCHEMES: tuple[str, ...] = typing.get_args(Scheme)
-Remat = Literal["full", "dots", "offload"]
+Remat = Literal["none", "full", "dots", "offload"]
 
 _DEMONSTRATION_STEPS = 60  # of chat's own data, a part of an epoch: minutes on two cores
 _COUNT: Rule = (is_size, "at least 1")
@@ -239,9 +239,9 @@ class Execution:
     True
     """
 
-    remat: Remat | None = option(
-        "rematerialization in a language model's backward pass: recompute all of a layer's activations, all but "
-        "matrix products, or keep the layers' inputs in host memory", MEMORY, None, shown="none",
+    remat: Remat = option(
+        "rematerialization in a language model's backward pass: full recomputes all of a layer's activations, dots all "
+        "but matrix products, offload all from inputs kept in host memory", MEMORY, "none",
     )  # fmt: skip
     mesh: str | None = option(
         "train on all devices, as a mesh with axes such as data=2,fsdp=4", MACHINES, None, shown="one device",

@@ -452,7 +452,7 @@ def test_a_sweep_prints_a_table_and_the_errors_of_the_rest(there, capsys, compil
         and not err
     )
     config, args = config_of(lines[-1].removeprefix("to run it: ").removesuffix(" --data …"))
-    assert (config.batch_size, args.mesh, args.remat) == (8, "data=2,fsdp=2", None)
+    assert (config.batch_size, args.mesh, args.remat) == (8, "data=2,fsdp=2", "none")
     assert (there / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert run(f"{asked} --json --picture other.png") == 0
     found = json.loads(capsys.readouterr().out)
