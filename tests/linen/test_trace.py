@@ -208,8 +208,8 @@ def _bound(model: nn.Module) -> tuple[jpeft.Peft, Any, Any, Any]:
     x = IDS if isinstance(model, Table) else X
     shapes = jax.eval_shape(model.init, jax.random.key(1), x)
     variables = {**jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes), "params": numbers(shapes["params"])}
-    peft = jpeft.LoRA(rank=3, init_weights="random", targets=".*").bind(model, variables, x)
-    return peft, variables, peft.init(jax.random.key(2), variables), x
+    peft = jpeft.LoRA(rank=3, targets=".*").bind(model, variables, x)
+    return peft, variables, moved(peft, variables), x
 
 
 @pytest.fixture(scope="module")

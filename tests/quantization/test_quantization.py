@@ -24,6 +24,7 @@ from jpeft.core.stacking import unstack
 from jpeft.linen import inject
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.quantization.tree import is_quantized
+from tests.zoo import moved
 
 # The largest error of each scheme, relative to the largest weight of the block: half the widest gap between levels.
 BOUND = {"nf4": max(np.diff(NF4)) / 2, "int4": 1 / 14, "int8": 1 / 254, "fp8": 1 / 28}
@@ -257,11 +258,6 @@ METHODS = {
 }
 
 
-def noisy(tree, seed=3):
-    rng = np.random.default_rng(seed)  # not jax.random, which would compile for each shape
-    return jax.tree.map(lambda x: x + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
-
-
 class Mlp(nn.Module):
     """A model that compiles fast."""
 
@@ -290,7 +286,7 @@ def mlp():
 def test_every_method_trains_over_it_with_the_gradients_of_the_dequantized_base(name, scan):
     model, base = Decoder(SMALL, scan_layers=scan), quantized(scan_layers=scan)
     peft = METHODS[name].bind(model, base, IDS)
-    adapter = noisy(peft.init(jax.random.key(2), base))
+    adapter = moved(peft, base, 0.1)
 
     def loss(adapter, base):
         logits = peft.apply(base, adapter, IDS, deterministic=False, rngs={"dropout": jax.random.key(9)})
@@ -401,7 +397,7 @@ def test_merging_gives_plain_weights_with_the_outputs_of_the_adapter():
     model, params = decoder()
     base = jpeft.quantize(params, exclude=["up_proj"])
     peft = jpeft.LoRA(rank=4, targets=["q_proj", "up_proj"]).bind(model, base, IDS)
-    adapter = noisy(peft.init(jax.random.key(0), base))
+    adapter = moved(peft, base, 0.1)
     merged = jax.jit(peft.merge)(base, adapter)
     assert not any("q_proj" in path for path in quantized_paths(merged))
     assert any("k_proj" in path for path in quantized_paths(merged))
@@ -413,8 +409,8 @@ def test_merging_gives_plain_weights_with_the_outputs_of_the_adapter():
         if isinstance(leaf, Quantized) and "q_proj" in path:
             whole = jpeft.core.tree.flatten(merged)[path]
             blocks = np.abs(np.asarray(whole)).reshape(-1, 64, whole.shape[-1])
-            moved = np.abs(np.asarray(leaf.unbox()) - whole).reshape(-1, 64, whole.shape[-1])
-            assert (moved <= 1.02 * BOUND["nf4"] * blocks.max(1, keepdims=True)).all() and moved.max() > 0
+            rounded = np.abs(np.asarray(leaf.unbox()) - whole).reshape(-1, 64, whole.shape[-1])
+            assert (rounded <= 1.02 * BOUND["nf4"] * blocks.max(1, keepdims=True)).all() and rounded.max() > 0
     with pytest.raises(ValueError, match="no weight that the adapter changes is quantized"):
         peft.merge(params, adapter, requantize=True)
 
@@ -433,7 +429,7 @@ def test_a_quantized_raw_weight_is_adapted():
     params = jax.jit(Raw().init)(jax.random.key(0), x)["params"]
     base = jpeft.quantize(params, targets=["w"])
     peft = jpeft.LoRA(rank=2, targets=["w"]).bind(Raw(), base, x)
-    adapter = noisy(peft.init(jax.random.key(0), base))
+    adapter = moved(peft, base, 0.1)
     plain = jpeft.dequantize(base)
     got, wanted = (apply(peft, b, adapter, x) for b in (base, plain))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
@@ -453,7 +449,7 @@ def test_flax_attention_and_convolutions():
     base = jpeft.quantize(params)
     assert len(quantized_paths(base)) == 5
     peft = jpeft.LoRA(rank=2, targets="all-linear").bind(Net(), base, x)
-    adapter = noisy(peft.init(jax.random.key(0), base))
+    adapter = moved(peft, base, 0.1)
     gradient = jax.jit(jax.grad(lambda adapter, base: (peft.apply(base, adapter, x) ** 2).sum()))
     both = (jax.tree.leaves(gradient(adapter, b)) for b in (base, jpeft.dequantize(base)))
     for p, q in zip(*both, strict=True):
@@ -467,7 +463,7 @@ def test_vmap_over_adapters(kind):
     else:
         base = quantized()
         peft = METHODS["lora"].bind(Decoder(SMALL), base, IDS)
-    many = [noisy(peft.init(jax.random.key(i), base), i) for i in range(3)]
+    many = [moved(peft, base, 0.1, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *many)
     together = jax.jit(jax.vmap(lambda adapter: peft.apply(base, adapter, IDS)))(stacked)
     for got, adapter in zip(together, many, strict=True):
@@ -491,7 +487,7 @@ def test_the_fingerprint_is_that_of_the_original_weights(tmp_path):
     other = jax.tree.map(lambda x: x * 1.001, params)
     assert "values" in difference(fingerprint(params), jpeft.quantize(other))
     peft = jpeft.LoRA(rank=4, targets=["q_proj"]).bind(model, base, IDS)
-    adapter = noisy(peft.init(jax.random.key(0), base))
+    adapter = moved(peft, base, 0.1)
     jpeft.save(tmp_path / "a", peft, adapter, base)
     for over in (base, params, quantized("int8")):  # trained over codes, served on any form of the same weights
         loaded, again = jpeft.load(tmp_path / "a", model, over, IDS)
@@ -549,9 +545,9 @@ def test_a_sharded_base_gives_the_outputs_of_an_unsharded_one(kind):
         spec = {"q_proj": PartitionSpec(None, "fsdp", "tensor"), "down_proj": PartitionSpec(None, "tensor", "fsdp")}
     base = jpeft.quantize(shard(params, spec), block=16)
     peft = jpeft.LoRA(rank=4, targets="all-linear").bind(model, base, IDS)
-    adapter = peft.init(jax.random.key(0), base)
+    adapter = moved(peft, base, 0.1)
     got = apply(peft, base, adapter, IDS)
-    wanted = apply(peft, jpeft.quantize(params, block=16), jax.device_get(adapter), IDS)
+    wanted = apply(peft, jpeft.quantize(params, block=16), adapter, IDS)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
 
 
