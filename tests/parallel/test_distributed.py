@@ -74,7 +74,7 @@ PLAN = {
         "processes": 2,
         "devices": 2,
     },
-    "four": {"arguments": chat("four", "--mesh data=2,fsdp=2,tensor=2"), "processes": 4, "devices": 2},
+    "four": {"arguments": chat("four", "--mesh fsdp=2,tensor=2"), "processes": 4},
     "long": {"arguments": chat("long", LONG)},
     "stopped": {"arguments": chat("stopped", LONG), "processes": 2, "kill": kill("stopped", signal.SIGTERM)},
     "stopped, resumed": {"arguments": chat("stopped", f"{LONG} --resume --mesh data=2,tensor=2"), "devices": 4},
@@ -253,9 +253,10 @@ def test_a_port_that_is_in_use(home, monkeypatch, tmp_path, capsys):
 def test_a_run_that_another_process_is_writing(home, monkeypatch, tmp_path, capsys):
     link(home, tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(chat("run", "--steps 1")) == 0
+    run = [*LABELS.split(), "--out", "run"]
+    assert main(run) == 0
     (tmp_path / "run/result.json").unlink()
     with filelock.FileLock("run/.lock"):
-        assert main(chat("run", "--steps 1 --resume")) == 1
+        assert main([*run, "--resume"]) == 1
     assert "run: another process is writing it" in capsys.readouterr().err
-    assert main(chat("run", "--steps 1 --resume")) == 0
+    assert main([*run, "--resume"]) == 0

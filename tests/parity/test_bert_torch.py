@@ -1,5 +1,7 @@
 """jpeft's BERT against transformers' torch models: the same states from the same folder, loaded and saved."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,10 +45,14 @@ def torch_states(model, ids, mask, **kwargs):
         return model.eval()(torch.tensor(ids), attention_mask=torch.tensor(mask), **tensors).last_hidden_state.numpy()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, ids, mask, extra):
+    """One program for all folders of a model."""
+    return model.apply({"params": params}, ids, attention_mask=mask, **extra)
+
+
 def jax_states(folder, ids, mask, **kwargs):
-    model, params = models.load(folder)
-    extra = {name: jnp.asarray(value) for name, value in kwargs.items()}
-    return jax.jit(model.apply)({"params": params}, jnp.asarray(ids), attention_mask=jnp.asarray(mask), **extra)
+    return apply(*models.load(folder), ids, mask, kwargs)
 
 
 def tiny(name, folder):

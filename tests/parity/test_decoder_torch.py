@@ -1,7 +1,8 @@
 """jpeft's decoder against transformers' torch models: the same logits from the same folder, loaded and saved."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -70,9 +71,14 @@ def torch_logits(model, ids, mask):
         return model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, ids, mask=None):
+    """One program for all folders of a model."""
+    return model.apply({"params": params}, ids, attention_mask=mask)
+
+
 def jax_logits(folder, ids, mask, **options):
-    model, params = models.load(folder, **options)
-    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(ids), attention_mask=jnp.asarray(mask)))
+    return np.asarray(apply(*models.load(folder, **options), ids, mask))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -80,16 +86,14 @@ def test_logits(tmp_path, name):
     torch_model = tiny(name, tmp_path)
     for scan_layers in (True, False):
         model, params = models.load(tmp_path, scan_layers=scan_layers)
-        apply = jax.jit(model.apply)  # one program for both sides
         for padding in ("right", "left"):
             ids, mask = batch(padding)
-            got, want = apply({"params": params}, ids, attention_mask=mask), torch_logits(torch_model, ids, mask)
-            got = np.asarray(got)
+            got, want = np.asarray(apply(model, params, ids, mask)), torch_logits(torch_model, ids, mask)
             np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=1e-4, err_msg=f"{padding} {scan_layers}")
     ids = ids[:1]
     model, params = models.load(tmp_path)
     want = torch_logits(torch_model, ids, np.ones_like(ids))
-    np.testing.assert_allclose(model.apply({"params": params}, jnp.asarray(ids)), want, atol=1e-4)
+    np.testing.assert_allclose(apply(model, params, ids), want, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -3,6 +3,7 @@
 Folders of AutoModel have no prefix and no head, old ones hold buffers, and classifiers bring a pooler and a head.
 """
 
+import functools
 import json
 
 import jax
@@ -75,9 +76,14 @@ def in_torch(model, name="logits"):
         return getattr(model.eval()(torch.tensor(IDS), attention_mask=torch.tensor(MASK)), name).numpy()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params):
+    """One program for all folders of a model."""
+    return model.apply({"params": params}, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK))
+
+
 def here(folder, **options):
-    model, params = models.load(folder, **options)
-    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK)))
+    return np.asarray(apply(*models.load(folder, **options)))
 
 
 def assert_same_state(a, b):

@@ -1,4 +1,4 @@
-"""SmolLM2 from its GGUF file against transformers: logits on real text, and greedy decoding."""
+"""SmolLM2 from its GGUF file against transformers: tensors, logits on real text, and greedy decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import transformers
 
 import jpeft
 from jpeft import models
+from jpeft.models.gguf import open_tensors, read_config
 from jpeft.text import chat_template
 
 TEXT = (
@@ -19,18 +20,14 @@ TEXT = (
 )
 PROMPTS = [
     "The capital of France is",
-    "def fibonacci(n):\n",
-    "Once upon a time, there was a small village",
-    "Water boils at",
     "1, 2, 3, 5, 8, 13,",
+    "def fibonacci(n):\n",
     "Dear Sir or Madam,\n\nI am writing to",
-    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|>user\nWrite a haiku about tea.<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|>system\nAnswer briefly.<|im_end|>\n<|im_start|>user\nWhat is 12 times 12?<|im_end|>\n"
     "<|im_start|>assistant\n",
-    "In mathematics, a prime number is a natural number greater than 1 that",
 ]
-NEW = 64
+NEW = 32
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +37,20 @@ def smollm2(smollm2_file):
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     return models.load(path, scan_layers=False), chat_template.read(path), torch_model.eval()
+
+
+def test_tensors_of_the_file_equal_those_of_transformers(smollm2, smollm2_file):
+    _, _, torch_model = smollm2
+    theirs = torch_model.state_dict()
+    assert theirs.pop("lm_head.weight").data_ptr() == theirs["model.embed_tokens.weight"].data_ptr()  # tied
+    with open_tensors(smollm2_file) as ours:
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].shape == tuple(tensor.shape)
+            np.testing.assert_array_equal(ours[name].read(), tensor.numpy())
+    config = read_config(smollm2_file)
+    assert np.float32(config.pop("rms_norm_eps")) == np.float32(torch_model.config.rms_norm_eps)
+    assert config == {key: getattr(torch_model.config, key) for key in config}
 
 
 def test_logits_on_real_text(smollm2):
@@ -67,15 +78,16 @@ def test_greedy_generation_token_for_token(smollm2):
         want.append(out[0, len(ids) :].tolist())
     settings = {"max_new_tokens": NEW, "stop_ids": tokenizer.stop_ids}
     batch = jpeft.generate(model, params, prompts, **settings)
-    alone = [jpeft.generate(model, params, [ids], **settings, min_prompt_length=64)[0] for ids in prompts[:3]]
+    alone = [jpeft.generate(model, params, [ids], **settings, min_prompt_length=64)[0] for ids in prompts[:2]]
+    assert any(len(new) < NEW for new in want)  # one ends by itself
     assert batch == want
-    assert alone == want[:3]
-    forward = jax.jit(model.apply)
-    for ids, new in zip(prompts, want, strict=True):
-        whole = np.zeros((1, 128), np.int32)  # causal: later tokens have no effect
-        whole[0, : len(ids) + len(new)] = ids + new
-        logits = forward({"params": params}, jnp.asarray(whole))[0]
-        assert logits.argmax(-1)[len(ids) - 1 :][: len(new)].tolist() == new
+    assert alone == want[:2]
+    whole = np.zeros((len(prompts), max(map(len, prompts)) + NEW), np.int32)  # causal: later tokens have no effect
+    for row, ids, new in zip(whole, prompts, want, strict=True):
+        row[: len(ids) + len(new)] = ids + new
+    highest = jax.jit(lambda ids: model.apply({"params": params}, ids).argmax(-1))(whole)
+    for row, ids, new in zip(np.asarray(highest), prompts, want, strict=True):
+        assert row[len(ids) - 1 :][: len(new)].tolist() == new
 
 
 def test_export_to_transformers(smollm2, smollm2_file, tmp_path):
