@@ -24,8 +24,21 @@ def pytest_addoption(parser):
     parser.addoption("--all-meshes", action="store_true", help="a step on every mesh of 8 devices: half an hour")
 
 
+# The files that take longest go first, so that no process waits for another at the end.
+LONGEST = (
+    "parallel/test_distributed.py", "parity/test_smollm2.py", "foreign/test_transformers.py", "core/test_contract.py",
+    "recipes/test_chat_task.py", "parallel/test_sharding.py", "cli/test_cli.py", "parity/test_hf_decoder.py",
+    "parity/test_decoder_torch.py", "parity/test_hf_peft.py", "test_benchmarks.py", "planning/test_planning.py",
+    "quantization/test_quantization.py", "models/test_decoder.py", "cli/test_ends.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
-    """Without --exhaustive, what is marked so is deselected: each such family has a cheap representative that runs."""
+    """Sorts the files. Without --exhaustive, what is marked so is deselected: each such family has a cheap
+    representative that runs."""
+    here = Path(__file__).parent
+    rank = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if config.getoption("exhaustive"):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]

@@ -352,9 +352,8 @@ def test_predict_names_the_command_for_a_chat_run(finished, capsys):
 METHODS = {"prefix": (), "ia3": ("--targets", "k_proj,v_proj"), "bottleneck": ()}
 
 
-@pytest.mark.parametrize(
-    "method", ["prefix", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ia3", "bottleneck"))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_quantized_weights(method):
     assert main(job("run", "--steps", "1", "--method", method, "--samples", "1", "--lr", "1e-3", *METHODS[method])) == 0
     assert Config(**run_folder.read_record(Path("run"))["config"]).quantize == "nf4"
