@@ -8,6 +8,10 @@ os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
 ])  # fmt: skip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Before torch and numpy: pytest's processes use all cores, and threads of theirs would spin while they wait for one,
+# which takes four times the CPU's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -85,7 +85,7 @@ def test_greedy_generation_token_for_token(smollm2):
     whole = np.zeros((len(prompts), max(map(len, prompts)) + NEW), np.int32)  # causal: later tokens have no effect
     for row, ids, new in zip(whole, prompts, want, strict=True):
         row[: len(ids) + len(new)] = ids + new
-    highest = jax.jit(lambda ids: model.apply({"params": params}, ids).argmax(-1))(whole)
+    highest = jax.jit(lambda params, ids: model.apply({"params": params}, ids).argmax(-1))(params, whole)
     for row, ids, new in zip(np.asarray(highest), prompts, want, strict=True):
         assert row[len(ids) - 1 :][: len(new)].tolist() == new
 
