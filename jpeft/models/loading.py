@@ -69,6 +69,7 @@ def load(
         UserWarning: the folder also holds an adapter of PEFT's, which is not loaded.
 
     >>> import jax, tempfile
+    >>> from pathlib import Path
     >>> from jpeft.models.bert import Bert, BertConfig
     >>> from jpeft.models.saving import save
     >>> tiny = Bert(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
