@@ -92,7 +92,7 @@ def absolute(path: Path) -> Path:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, in the words of the operating system; those of a store have none.
+    """The cause of an error, in the words of the operating system; those of a store have none.
 
     >>> reason(FileNotFoundError("gs://bucket/rows.csv")), reason(PermissionError(13, "Permission denied"))
     ('no such file', 'Permission denied')
@@ -237,7 +237,7 @@ def file_size(path: Path) -> int:
 
 
 def modified_seconds(path: Path) -> float:
-    """When a file was last written, in seconds since the epoch.
+    """The time of a file's last change, in seconds since the epoch.
 
     >>> modified_seconds(Path(os.devnull)) > 0
     True

@@ -81,7 +81,7 @@ def _of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_file(path: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the command line gives, and the options of a configuration file that it leaves open."""
+    """The options of the command line, over those of a configuration file."""
     if path is None:
         return dict(given)
     from jpeft.recipes.config_file import read_config_file

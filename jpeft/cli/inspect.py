@@ -67,7 +67,7 @@ def run(args: Options) -> None:
 
 
 def lines_of(summary: Mapping[str, Any]) -> list[str]:
-    """What `describe` found, as text: a title, and sections of names and values."""
+    """A summary from `describe` as text: a title, and sections of names and values."""
     sections: dict[str, Rows] = {name: [] for name in (WHAT, TRAINS, DATA, TRAINING, RESULT, FILES)}
     if summary["kind"] == "run":
         _add_run(sections, summary)
@@ -95,7 +95,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 
 def _origin(summary: Mapping[str, Any]) -> Rows:
-    """Where an adapter is from, and what its base is."""
+    """The rows of an adapter's origin and its base."""
     rows = [("written by", f"jpeft {summary['jpeft']}")] if "jpeft" in summary else []
     if "base_fingerprint" in summary:
         rows.append(("base", f"{summary['base_leaves']:,} leaves, fingerprint {summary['base_fingerprint']}"))

@@ -45,7 +45,7 @@ def check_order(own: Shapes, weight: Path | None, params: Tree, adapter: Tree, c
 
 
 def _mistaken(own: Shapes, weight: Path | None, params: Tree, adapter: Tree) -> str | None:
-    """What is wrong with two trees, if it can be told."""
+    """The mistake in two trees, in words; None if none can be told."""
     holds_base = weight is not None and _has(adapter, weight)
     if _holds(params, own) and not (weight and _has(params, weight)) and (holds_base or not _holds(adapter, own)):
         return "the two trees are in the wrong order: the adapter was given as params, and params as the adapter"

@@ -83,7 +83,7 @@ class Method(Protocol):
         ...
 
     def matched(self, survey: Survey, sites: Sequence[Site]) -> Sequence[Matched]:
-        """How many sites each entry of its targets matched, for `Peft.summary`. ``sites`` are those that it acts on."""
+        """The number of sites that each entry of its targets matched, for `Peft.summary`; it acts on ``sites``."""
         ...
 
     def at(self, site: Site) -> Method:

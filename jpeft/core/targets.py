@@ -95,7 +95,7 @@ def select(
 
 
 class Matched(NamedTuple):
-    """What an entry of a target matched.
+    """An entry of a target, and its matches.
 
     Attributes:
       field: the field that holds it: "targets", "exclude" or "overrides".
@@ -109,7 +109,7 @@ class Matched(NamedTuple):
 
 
 def count_matches(candidates: Sequence[Any], targets: Targets, field: str) -> list[Matched]:
-    """How many of the candidates each entry of a target matches, whatever other entries match or exclude.
+    """The number of candidates that each entry of a target matches, whatever other entries match or exclude.
 
     >>> from types import SimpleNamespace
     >>> count_matches([SimpleNamespace(name=f"layer/{i}/query") for i in range(6)], ["query"], "targets")

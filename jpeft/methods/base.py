@@ -196,7 +196,7 @@ class Method:
         return [self.at(s).prepare(s) for s in chosen]
 
     def matched(self, survey: Survey, sites: Sequence[Site]) -> list[Matched]:
-        """How many sites each entry of its targets matched.
+        """The number of sites that each entry of its targets matched.
 
         Args:
           survey: the candidates.

@@ -231,7 +231,7 @@ def _locate(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how a run is executed and what it writes. It does not change the result.
+    """The execution of a run: its devices, processes and output. It does not change the result.
 
     A run that is resumed may have other values, and a configuration file may hold them beside those of `Config`.
 

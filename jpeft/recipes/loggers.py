@@ -228,7 +228,7 @@ def _read_record(run: Path) -> dict[str, Any]:
 
 
 def _key(metrics: Mapping[str, Any], step: int) -> tuple[int, bool]:
-    """What tells the lines of a run apart: the step, and whether it is its evaluation."""
+    """The key of a line of a run: the step, and whether it is its evaluation."""
     return step, "eval_loss" in metrics
 
 

@@ -156,7 +156,7 @@ class _StoreLock:
         return json.dumps(self.about | {"time": time.time()}).encode()
 
     def _read(self) -> dict[str, Any] | None:
-        """What the lock holds; None if there is none."""
+        """The content of the lock; None if there is none."""
         try:
             found = json.loads(self.path.read_bytes())
         except FileNotFoundError:
@@ -174,7 +174,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _namespace() -> str:
-    """What the numbers of processes are relative to: those of two containers may be equal."""
+    """The namespace of this process's number: the numbers of two containers may be equal."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
