@@ -1,7 +1,7 @@
 """The command line of a dataclass of options: flags, types, choices and help, made with cyclopts.
 
-parse = command([Config, Execution], name="finetune", summary="Fine-tune a model.")
-given = parse(["--rank", "16", "lr=1e-3"])  # {"rank": 16, "lr": 0.001}: what was typed, and no defaults
+make_command(app, "finetune", "Fine-tune a model.", [Config, Execution])
+parse(app, ["finetune", "--rank", "16"], known_options([Config, Execution]))  # {"rank": 16}: what was typed alone
 """
 
 from __future__ import annotations
@@ -44,8 +44,19 @@ def flag(entry: Option) -> str:
     return entry.flag or f"--{entry.name.replace('_', '-')}"
 
 
+def flags(entry: Option) -> list[str]:
+    """All flags of an option: its own, its alias, and `--no-NAME` of one that is on by default.
+
+    >>> from jpeft.recipes.config import Config
+    >>> flags(options(Config)["packed"]), flags(options(Config)["rank"])
+    (['--packing', '--no-packing'], ['--rank'])
+    """
+    found = [flag(entry), *([entry.alias] if entry.alias else [])]
+    return found + ([found[0].replace("--", "--no-", 1)] if entry.type is bool and entry.default else [])
+
+
 def word_for(entry: Option) -> str:
-    """What stands for an option in messages and tables: its flag, or the name of an argument without one.
+    """The word for an option in messages and tables: its flag, or the name of an argument without one.
 
     >>> from jpeft.cli.merge import Options
     >>> word_for(options(Options)["run"]), word_for(options(Options)["force"])
@@ -82,7 +93,7 @@ def make_command(app: App, name: str, summary: str, classes: Sequence[type], **h
 
 def _parameter(entry: Option) -> inspect.Parameter:
     details: dict[str, Any] = {
-        "help": f"{entry.help}. Named: {', '.join(entry.names)}" if entry.names else entry.help,
+        "help": entry.sentence,
         "group": Group(entry.group, sort_key=GROUPS.index(entry.group)),
         "required": entry.required,
         "show_default": _shown_default(entry),
@@ -163,9 +174,9 @@ def parse(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[
 
 
 def _bound(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[str, Any]:
-    flags, others = _arranged(tokens[1:], known)
+    named, others = _arranged(tokens[1:], known)
     try:
-        _, bound, _ = app.parse_args([tokens[0], *flags, "--", *others], exit_on_error=False, print_error=False)
+        _, bound, _ = app.parse_args([tokens[0], *named, "--", *others], exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
         raise UsageError(f"unexpected argument {(error.unused_tokens or tokens[-1:])[0]!r}") from error
     except CycloptsError as error:
@@ -203,8 +214,8 @@ def _arranged(words: Sequence[str], known: Mapping[str, Option]) -> tuple[list[s
     Raises:
         UsageError: a flag is unknown, or has no value.
     """
-    entries = _flags(known)
-    flags, others, rest = [], [], deque(words)
+    entries = _by_flag(known)
+    named, others, rest = [], [], deque(words)
     while rest:
         word = rest.popleft()
         name, sign, _ = word.partition("=")
@@ -220,15 +231,13 @@ def _arranged(words: Sequence[str], known: Mapping[str, Option]) -> tuple[list[s
             raise UsageError(f"unknown option {name}{nearest(name, entries) or hint}")
         if not sign and entry.type is not bool:
             word = f"{name}={_value(name, entry, rest, known)}"
-        flags.append(word.lower() if entry.choices is not None else word)
-    return flags, others
+        named.append(word.lower() if entry.choices is not None else word)
+    return named, others
 
 
-def _flags(known: Mapping[str, Option]) -> dict[str, Option]:
-    """The options by their flags, and `--no-NAME` of those that are on by default."""
-    named = [(flag(entry), entry) for entry in known.values() if not entry.positional]
-    named += [(name.replace("--", "--no-", 1), entry) for name, entry in named if entry.type is bool and entry.default]
-    return dict(named) | {entry.alias: entry for entry in known.values() if entry.alias}
+def _by_flag(known: Mapping[str, Option]) -> dict[str, Option]:
+    """The options by their flags."""
+    return {name: entry for entry in known.values() if not entry.positional for name in flags(entry)}
 
 
 def _value(name: str, entry: Option, rest: deque[str], known: Mapping[str, Option]) -> str:

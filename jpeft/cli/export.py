@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jpeft.cli.common import Common
+from jpeft.cli.common import Common, folder_to_write
 from jpeft.cli.terminal import print_json, print_note
-from jpeft.errors import UserError
 from jpeft.recipes.options import OUTPUT, option
 from jpeft.storage import as_path, file_sizes
 from jpeft.units import format_bytes
@@ -28,9 +27,7 @@ def run(args: Options) -> None:
     """Writes the folder and prints its size."""
     from jpeft.recipes.exporting import export_adapter
 
-    out = as_path(args.out)
-    if out.exists():
-        raise UserError(f"{args.out} exists; choose another folder, nothing was written")
+    out = folder_to_write(args.out)
     export_adapter(as_path(args.run), out, args.format, print_note)
     size = sum(file_sizes(out).values())
     if args.json:

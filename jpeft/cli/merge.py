@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jpeft.cli.common import Common
+from jpeft.cli.common import Common, folder_to_write
 from jpeft.cli.terminal import print_json, print_note
-from jpeft.errors import UserError
 from jpeft.recipes import tasks
 from jpeft.recipes.config import Config, Dtype
 from jpeft.recipes.options import MEMORY, OUTPUT, option
@@ -40,9 +39,7 @@ def run(args: Options) -> None:
     from jpeft.recipes import run_folder
     from jpeft.recipes.tasks.base import Merging
 
-    out = as_path(args.out)
-    if out.exists():
-        raise UserError(f"{args.out} exists; choose another folder, nothing was written")
+    out = folder_to_write(args.out)
     config = Config(**run_folder.read_record(as_path(args.run))["config"])
     how = Merging(args.requantize, args.dtype, args.force)
     usage = tasks.find(config.task).export_run(as_path(args.run), out, how, print_note)

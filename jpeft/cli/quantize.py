@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jpeft.checks import Rule, is_size
-from jpeft.cli.common import Common
+from jpeft.cli.common import Common, folder_to_write
 from jpeft.cli.terminal import print_json, print_note
 from jpeft.errors import ModelError, UserError
 from jpeft.recipes.config import Config, Dtype, Scheme
 from jpeft.recipes.options import MEMORY, option, same
-from jpeft.storage import as_path
 from jpeft.units import format_bytes
 
 SUMMARY = "Write a HuggingFace folder with a model's linear layers quantized."
@@ -35,9 +34,7 @@ class Options(Common):
 
 def run(args: Options) -> None:
     """Writes the folder, and prints its sizes and the layers that are not quantized."""
-    out = as_path(args.out)
-    if out.exists():
-        raise UserError(f"{args.out} exists; choose another folder, nothing was written")
+    out = folder_to_write(args.out)
     import jax.numpy as jnp
 
     from jpeft.core import tree

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jpeft.cli.app import COMMANDS, classes_of
-from jpeft.cli.arguments import default_words, known_options, word_for
+from jpeft.cli.arguments import default_words, flags, known_options, word_for
 from jpeft.recipes.config import Config, Execution
 from jpeft.recipes.options import GROUPS, Option
 
@@ -37,10 +37,7 @@ def _command(name: str) -> str:
 
 
 def _flags(entry: Option) -> str:
-    names = [word_for(entry), *([entry.alias] if entry.alias else [])]
-    return ", ".join(
-        names + [name.replace("--", "--no-", 1) for name in names[:1] if entry.type is bool and entry.default]
-    )
+    return word_for(entry) if entry.positional else ", ".join(flags(entry))
 
 
 def _tables(entries: Iterable[Option], name: Callable[[Option], str], title: str, level: int = 3) -> str:
@@ -60,8 +57,7 @@ def _tables(entries: Iterable[Option], name: Callable[[Option], str], title: str
 def _row(entry: Option, name: str) -> str:
     default = default_words(entry)
     shown = "required" if entry.required else (default or "")
-    help = f"{entry.help}. Named: {', '.join(entry.names)}" if entry.names else entry.help
-    return f"| `{name}` | {_values(entry)} | {shown} | {help} |".replace("{", "\\{")
+    return f"| `{name}` | {_values(entry)} | {shown} | {entry.sentence} |".replace("{", "\\{")
 
 
 def _values(entry: Option) -> str:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jpeft.recipes.running_mean import RunningMean
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
@@ -50,7 +52,8 @@ class Terminal:
     def __init__(self, to_stderr: bool, quiet: bool = False, words: Callable[[str], str] = lambda text: text):
         self._stderr, self._quiet, self._words = to_stderr, quiet, words
         self._bar: Progress | None = None
-        self._sum, self._weight = 0.0, 0.0  # of the losses so far, earlier ones exponentially less
+        self._mean: RunningMean | None = None
+        self._shown = math.nan  # the mean so far
         self._began: tuple[int, float] | None = None
 
     _console: Console
@@ -74,14 +77,11 @@ class Terminal:
         self._console.print(self._words(text), markup=False)
 
     def progress(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
-        """Shows that `done` of `total` training steps are complete, with a running mean of the loss.
-
-        It is that of the run's picture: over about a 40th of the steps, and at least five.
-        """
+        """Shows that `done` of `total` training steps are complete, with the running mean of the loss."""
+        self._mean = self._mean or RunningMean(total)
         if math.isfinite(loss):  # a step whose loss is not finite is skipped and should not disturb the mean
-            kept = 1 - 1 / max(5, total / 40)
-            self._sum, self._weight = kept * self._sum + loss, kept * self._weight + 1
-        mean = self._sum / self._weight if self._weight else loss
+            self._shown = self._mean.add(loss)
+        mean = loss if math.isnan(self._shown) else self._shown
         if not self._console.is_terminal:
             self._print_progress(done, total, mean, tokens_per_second)
             return

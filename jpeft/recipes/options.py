@@ -90,6 +90,11 @@ class Option:
     positional: bool = False
 
     @property
+    def sentence(self) -> str:
+        """Its help, with the names that it knows."""
+        return f"{self.help}. Named: {', '.join(self.names)}" if self.names else self.help
+
+    @property
     def literals(self) -> tuple[str, ...]:
         """The values of a Literal; empty for other types."""
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jpeft.files import write_atomically
+from jpeft.recipes.running_mean import RunningMean
 from jpeft.storage import absolute
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GRAY = "#2f6db3", "#d9722b", "#8b8f96"
-_WINDOW = 1 / 40  # of the run's steps, over which the running mean is taken
 
 Points = list[tuple[int, float]]
 
@@ -73,15 +72,13 @@ def _columns(pairs: Points) -> tuple[list[int], list[float]]:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of the values so far, in which earlier ones count exponentially less: about a 40th of all count.
+    """The running mean after each value.
 
     >>> [round(x, 3) for x in running_mean([1.0, 0.0, 0.0])]
     [1.0, 0.444, 0.262]
     """
-    kept = 1 - 1 / max(5, _WINDOW * len(values))
-    sums = itertools.accumulate(values, lambda total, value: kept * total + value)
-    weights = itertools.accumulate(itertools.repeat(1.0, len(values)), lambda total, one: kept * total + one)
-    return [total / weight for total, weight in zip(sums, weights, strict=True)]
+    mean = RunningMean(len(values))
+    return [mean.add(value) for value in values]
 
 
 def _draw_loss(axes: Any, losses: Points) -> None:
