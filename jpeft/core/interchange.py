@@ -159,6 +159,7 @@ class HFSpec:
         field says, for all modules or by module; e.g. ``"trainable_token_indices"``.
       wrapper: what then stands before its tensors' names, e.g. ``"token_adapter."``.
       holds: the fields ``beside`` of other methods that folders of this type can have.
+      saves: whether folders of this type can have ``modules_to_save``.
     """
 
     peft_type: str
@@ -175,6 +176,7 @@ class HFSpec:
     beside: str = ""
     wrapper: str = ""
     holds: frozenset[str] = frozenset()
+    saves: bool = True
 
     @property
     def known(self) -> set[str]:

@@ -90,11 +90,14 @@ def save(
     config = _method_fields(name, spec, settings) | {
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "modules_to_save": _modules_to_save(peft, base, names, task_type) or None,
         "peft_type": spec.peft_type,
         "target_modules": sorted(adapted),
         "task_type": task_type,
     }
+    if saved := _modules_to_save(peft, base, names, task_type):
+        if not spec.saves:
+            raise ValueError(f"HuggingFace trains no modules beside {spec.peft_type}; leave {saved[0]!r} out")
+        config["modules_to_save"] = saved
     if (bias := _bias(peft, base, name, spec)) != "none" or spec.bias:
         config["bias"] = bias
     if beside is not None:

@@ -136,4 +136,5 @@ TrainableTokens.hf = HFSpec(
     ties=True,
     beside="trainable_token_indices",
     wrapper="token_adapter.",
+    saves=False,
 )

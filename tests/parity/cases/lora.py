@@ -1,0 +1,16 @@
+"""LoRA, alone and beside trained biases, modules and tokens."""
+
+from peft import LoraConfig
+
+from tests.parity.cases import Case
+
+CASES = {
+    "LoRA": Case("LoRA", lambda targets: LoraConfig(r=4, lora_alpha=6, target_modules=targets)),
+    "LoRA rsLoRA": Case("LoRA", lambda targets: LoraConfig(r=4, use_rslora=True, target_modules=targets)),
+    "LoRA biases": Case("LoRA", lambda targets: LoraConfig(r=2, bias="all", target_modules=targets), bases=("bert",)),
+    "LoRA modules": Case(
+        "LoRA",
+        lambda targets: LoraConfig(r=2, target_modules=targets, modules_to_save=["norm", "post_attention_layernorm"]),
+        bases=("llama",),
+    ),
+}
