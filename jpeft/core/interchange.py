@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jpeft.checks import Rule
+from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.sites import Site
 
 # The kinds of torch modules that a tensor can belong to.
@@ -121,6 +122,8 @@ class Field:
       write: ``(method, site, config) -> value`` of PEFT at a site, where it is not the method's own. ``config`` holds
         the fields that are declared before this one. None at a site where the field has no effect.
       differ: combines the values of sites if PEFT has no pattern for the field; None: differing values are an error.
+      chooses: whether it chooses some of the adapted modules: PEFT's value is a regular expression or a list of names'
+        ends, the method's a target, and ``write`` tells whether a site is among them.
     """
 
     key: str
@@ -131,10 +134,20 @@ class Field:
     read: Callable[[Any, Site | None], Any] = _unchanged
     write: Callable[[Any, Site, Mapping[str, Any]], Any] | None = None
     differ: Callable[[Collection[Any]], Any] | None = None
+    chooses: bool = False
 
     def of(self, method: Any, site: Site, config: Mapping[str, Any]) -> Any:
         """PEFT's value for a method at a site."""
         return self.write(method, site, config) if self.write else getattr(method, self.name)
+
+
+# For types that have it; PEFT itself sets it from the module's class.
+FAN_IN_FAN_OUT = Field("fan_in_fan_out", write=lambda method, site, config: site.owner == "FlaxConv1D", differ=any)
+
+
+def window(site: Site) -> tuple[int, ...]:
+    """The sizes of a convolution's window, whose axes stand last in torch; ``()`` for another site."""
+    return site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,10 @@ def _is_index_or_list(value: Any) -> bool:
     return all(is_int(v) for v in (value if isinstance(value, list) else [value]))
 
 
+_MODULES: Rule = (_is_text_or_list, "a regular expression or a list of names")
 _RULES: dict[str, Rule] = {
-    "target_modules": (lambda v: bool(v) and _is_text_or_list(v), "a regular expression or a list of names"),
-    "exclude_modules": (_is_text_or_list, "a regular expression or a list of names"),
+    "target_modules": (lambda v: bool(v) and _is_text_or_list(v), _MODULES[1]),
+    "exclude_modules": _MODULES,
     "layers_to_transform": (_is_index_or_list, "a layer index or a list of them"),
     "layers_pattern": (_is_text_or_list, "a name or a list of names"),
     "modules_to_save": (_is_text_list, "a list of names"),
@@ -96,13 +97,16 @@ class Config:
     def value(self, field: Field, module: str | None = None) -> Any:
         """A field's value in the file, for all modules or at one: the first pattern that matches it counts."""
         default = self.own.get(field.key, field.default)
+        if field.chooses:
+            return module is not None and _chosen(default or (), module)
         if module is None or not field.pattern:
             return default
         return _first(self.own.get(field.pattern) or {}, module, default)
 
     def settings(self, module: str | None = None, site: Site | None = None) -> dict[str, Any]:
         """The method's fields, for all modules or at one."""
-        return {f.name: f.read(self.value(f, module), site) for f in self.spec.fields if f.name}
+        fields = [f for f in self.spec.fields if f.name and not f.chooses]
+        return {f.name: f.read(self.value(f, module), site) for f in fields}
 
     def difference(self, module: str, other: str) -> str:
         """The first setting in which two modules differ, in words; empty if they agree."""
@@ -146,6 +150,11 @@ def named(entries: str | Sequence[str], name: str) -> bool:
     if isinstance(entries, str):
         return bool(entries) and bool(re.fullmatch(entries, name))
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _chosen(entries: str | Sequence[str], name: str) -> bool:
+    """Whether a field that chooses among the adapted modules chooses one: its names need not end at a "."."""
+    return bool(re.fullmatch(entries, name)) if isinstance(entries, str) else name.endswith(tuple(entries))
 
 
 def within(entry: str, name: str) -> bool:
@@ -222,7 +231,7 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
         raise AdapterError(f"{file}: target_modules is missing")
     common = {k: v for k, v in given.items() if k in _RULES or k == "bias"}
     own = {k: v for k, v in given.items() if k not in common}
-    _check_expressions(file, given, [f.pattern for f in spec.fields if f.pattern])
+    _check_expressions(file, given, spec)
     out = Config(method=method, own=own, beside=_beside(file, config, spec, methods), **common)
     try:
         out.settings()
@@ -291,7 +300,7 @@ def _rules(spec: HFSpec) -> dict[str, Rule]:
     if spec.bias:
         rules["bias"] = one_of(("none", "all", spec.bias))
     for field in spec.fields:
-        rules[field.key] = accepts, expected = field.rule or (lambda _: True, "")
+        rules[field.key] = accepts, expected = _MODULES if field.chooses else field.rule or (lambda _: True, "")
         if field.pattern:
             rules[field.pattern] = (_each(accepts), f"an object whose values are each {expected}")
     return rules
@@ -301,11 +310,12 @@ def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(accepts(v) for v in value.values())
 
 
-def _check_expressions(file: Path, given: Mapping[str, Any], pattern_fields: Sequence[str]) -> None:
+def _check_expressions(file: Path, given: Mapping[str, Any], spec: HFSpec) -> None:
     """Raises unless every regular expression is one, and ``layers_to_transform`` stands beside a list of targets."""
     layers = given.get("layers_pattern", [])
-    texts = [(f, given[f], str) for f in ("target_modules", "exclude_modules") if isinstance(given.get(f), str)]
-    texts += [(f, key, _module_pattern) for f in pattern_fields for key in given.get(f, ())]
+    whole_names = ("target_modules", "exclude_modules", *(f.key for f in spec.fields if f.chooses))
+    texts = [(f, given[f], str) for f in whole_names if isinstance(given.get(f), str)]
+    texts += [(f.pattern, key, _module_pattern) for f in spec.fields for key in given.get(f.pattern, ())]
     texts += [("modules_to_save", entry, _around_pattern) for entry in given.get("modules_to_save", ())]
     texts += [("layers_pattern", e, _layer_pattern) for e in ([layers] if isinstance(layers, str) else layers)]
     for field, text, whole in texts:

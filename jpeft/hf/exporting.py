@@ -203,7 +203,9 @@ def _method_fields(name: str, spec: HFSpec, adapted: Mapping[str, Action]) -> di
     for field in spec.fields:
         values = {module: field.of(a.method, a.site, out) for module, a in adapted.items()}
         values = {module: value for module, value in values.items() if value is not None}
-        if field.pattern:
+        if field.chooses:
+            out[field.key] = sorted(module for module, chosen in values.items() if chosen)
+        elif field.pattern:
             out[field.key], out[field.pattern] = patterns(values)
         else:
             out[field.key] = _one_value(name, field, list(values.values()))

@@ -127,6 +127,10 @@ def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Meth
     """The method with the settings of the configuration: those of most modules, and overrides at the others."""
     config = folder.config
     settings, overrides = config.settings(), {}
+    for field in config.spec.fields:
+        if field.chooses:
+            own = [site for module, site in sites.items() if config.value(field, module)]
+            settings[field.name] = _exactly([s.name for s in own], own, sites.values()) if own else None
     for module, site in sites.items():
         own = {k: v for k, v in config.settings(module, site).items() if v != settings[k]}
         if own:

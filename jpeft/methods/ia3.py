@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT
+from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.core.targets import Targets, matches, select
@@ -76,3 +78,34 @@ class IA3(WeightMethod):
 
     def merge_bias(self, leaves: Leaves, b: Float[Array, " out"]) -> Float[Array, " out"]:
         return b * leaves["ia3_out"] if "ia3_out" in leaves else b
+
+
+# --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------
+
+
+def _to_tree(scale: np.ndarray, site: Site) -> np.ndarray:
+    return scale.reshape(-1)
+
+
+def _in_to_torch(scale: np.ndarray, site: Site) -> np.ndarray:
+    """``[1, in]``, for a convolution ``[1, in, 1...]``."""
+    return scale.reshape(1, -1, *(1 for _ in window(site)))
+
+
+def _out_to_torch(scale: np.ndarray, site: Site) -> np.ndarray:
+    """``[out, 1]``, for a convolution ``[1, out, 1...]``."""
+    return _in_to_torch(scale, site) if window(site) else scale.reshape(-1, 1)
+
+
+IA3.hf = HFSpec(
+    peft_type="IA3",
+    tensors=(
+        Tensor("ia3_l", "ia3_in", functions=(_to_tree, _in_to_torch), kinds=(LINEAR, CONVOLUTION)),
+        Tensor("ia3_l", "ia3_out", functions=(_to_tree, _out_to_torch), kinds=(LINEAR, CONVOLUTION)),
+    ),
+    fields=(
+        Field("feedforward_modules", "feedforward", chooses=True, write=lambda m, site, c: site.role == "feedforward"),
+        FAN_IN_FAN_OUT,
+    ),
+    ignored=frozenset({"init_ia3_weights"}),
+)

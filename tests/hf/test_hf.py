@@ -113,6 +113,8 @@ METHODS = {
     ),
     "half precision": jpeft.LoRA(rank=2, targets=["query"], dtype="bfloat16"),
     "two LoRAs": jpeft.Chain(jpeft.LoRA(rank=2, targets=["query"]), jpeft.LoRA(rank=3, alpha=1, targets=["out"])),
+    "scales": jpeft.IA3(targets=["query", "value", "out"], feedforward=["layer/1/query", "out"]),
+    "scales and modules": jpeft.Chain(jpeft.IA3(targets=["query"]), jpeft.Train(["mix", "norm"])),
     "dropout and a start": jpeft.LoRA(dropout=0.25, init_weights="orthogonal", targets=["query"]),
 }
 
@@ -126,7 +128,8 @@ def test_load_is_the_inverse_of_save(name, tmp_path):
     same(read, adapter)
     np.testing.assert_allclose(again.apply(params, read, IDS), peft.apply(params, adapter, IDS), atol=1e-6)
     first, second = peft.method.methods()[0], again.method.methods()[0]
-    assert (first.dropout, first.init_weights, first.dtype) == (second.dropout, second.init_weights, second.dtype)
+    for field in ("dropout", "init_weights", "dtype"):
+        assert getattr(first, field, None) == getattr(second, field, None)
     # Saved again, the loaded adapter gives the same files.
     jpeft.hf.save(tmp_path / "again", again, read, params)
     for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
@@ -316,7 +319,7 @@ FIELDS = {
     "from_the_future": 0,
     "enable_lora": [True, False, True],
     "init_lora_weights": "pissa_niter_16",
-    "peft_type": "IA3",
+    "peft_type": "XLORA",
     "r": 0,
     "lora_alpha": None,
     "lora_dropout": 1.0,
@@ -687,9 +690,13 @@ def test_weight_without_a_torch_module(target, match, tmp_path):
 
 QUERY = jpeft.LoRA(rank=2, targets=["query"])
 NOT_HELD = {
-    "IA3 has no form": jpeft.Chain(QUERY, jpeft.IA3(targets=["value"])),
+    "one method, this chain has LoRA and IA3": jpeft.Chain(QUERY, jpeft.IA3(targets=["value"])),
+    "no modules beside TRAINABLE_TOKENS; leave 'mix' out": jpeft.Chain(
+        jpeft.methods.TrainableTokens(indices=[1, 2]), jpeft.Train(["mix"])
+    ),
+    "no biases beside IA3": jpeft.Chain(jpeft.IA3(targets=["value"]), jpeft.BitFit()),
     "Bottleneck has no form": jpeft.Bottleneck(targets=r"layer/\d"),
-    "needs one of LoRA": jpeft.BitFit(),
+    "needs one of .*LoRA.* in the chain": jpeft.BitFit(),
     "all biases or those of the modules with a LoRA, this chain neither: see 'layer/0/query/bias'": jpeft.Chain(
         QUERY, jpeft.BitFit(targets=r"mix/bias")
     ),

@@ -167,7 +167,7 @@ REFUSED = {
     "d_initial must be a finite number, got null": {"d_initial": None},
     "bias must be one of none, all, vera_only, got 'lora_only'": {"bias": "lora_only"},
     "unknown field 'lora_alpha'": {"lora_alpha": 1},
-    "peft_type is 'LOHA'; jpeft reads 'LORA', 'TRAINABLE_TOKENS', 'VERA'": {"peft_type": "LOHA"},
+    "peft_type is 'NEW'; jpeft reads .*'LORA'.*'VERA'": {"peft_type": "NEW"},
     "ensure_weight_tying=True is not supported": {"ensure_weight_tying": True},
     r"vera_A' has shape \[2, 4\], expected \[3, 4\]": {"r": 3},
     "has no VeRA for 'down', which target_modules names": {"target_modules": ["up", "down"]},

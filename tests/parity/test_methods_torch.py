@@ -155,8 +155,8 @@ def test_folder_from_torch_and_back(name, case, base, loaded, tmp_path):
 
     spec, here, there = form(type(member)), read_config(ours), read_config(theirs)
     assert isinstance(spec, HFSpec)
-    compared = {f.key for f in spec.fields if not (f.pattern and there.get(f.pattern))} | {"peft_type", "bias"}
-    for key in compared & here.keys() & there.keys() - set(case.differ):
+    own = {f.key for f in spec.fields if not f.chooses and not (f.pattern and there.get(f.pattern))}
+    for key in (own | {"peft_type", "bias"}) & here.keys() & there.keys() - set(case.differ):
         assert here[key] == there[key], key
     again, read = jpeft.hf.load(ours, base.model, base.params, jnp.asarray(IDS))
     assert again.method == peft.method

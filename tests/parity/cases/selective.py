@@ -1,6 +1,6 @@
-"""Methods that train rows, biases or tokens."""
+"""Methods that train rows, tokens or scales."""
 
-from peft import LoraConfig, TrainableTokensConfig
+from peft import IA3Config, LoraConfig, TrainableTokensConfig
 
 from tests.parity.cases import Case
 
@@ -14,6 +14,17 @@ CASES = {
     "TrainableTokens beside LoRA": Case(
         "LoRA",
         lambda targets: LoraConfig(r=2, target_modules=targets, trainable_token_indices={"embed_tokens": [3, 17]}),
+        bases=("llama",),
+    ),
+    "IA3": Case("IA3", lambda targets: IA3Config(target_modules=targets, feedforward_modules=targets[2:])),
+    "IA3 everything scales outputs": Case(
+        "IA3", lambda targets: IA3Config(target_modules=targets, feedforward_modules=[])
+    ),
+    "IA3 expression": Case(
+        "IA3",
+        lambda targets: IA3Config(
+            target_modules=r".*\.(query|q_proj|down_proj)", feedforward_modules=r".*_proj", modules_to_save=["norm"]
+        ),
         bases=("llama",),
     ),
 }
