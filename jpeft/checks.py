@@ -45,6 +45,7 @@ def is_rate(value: Any) -> bool:
 
 POSITIVE_INT: Rule = (is_size, "a positive integer")
 NUMBER: Rule = (lambda value: is_number(value) and abs(value) < 2.0**128, "a finite number")  # also in float32
+NONZERO: Rule = (lambda value: NUMBER[0](value) and value != 0, "a finite number other than 0")
 BOOL: Rule = (lambda value: isinstance(value, bool), "true or false")
 RATE: Rule = (is_rate, "a rate in [0, 1)")
 
