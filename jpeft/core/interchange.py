@@ -1,7 +1,7 @@
 """How a method maps to HuggingFace PEFT: its configuration fields and tensors, declared beside its maths.
 
 A method class sets ``hf`` to an `HFSpec` if it has a ``peft_type`` of its own, or to `BIAS` or `MODULES_TO_SAVE` if
-folders of any type can hold it. `jpeft.hf` reads and writes folders by these declarations and knows no method.
+only folders of other types can hold it. `jpeft.hf` reads and writes folders by these declarations and knows no method.
 Only a class's own ``hf`` counts, see `form`: a subclass may compute something else.
 """
 
@@ -173,6 +173,9 @@ class HFSpec:
       wrapper: what then stands before its tensors' names, e.g. ``"token_adapter."``.
       holds: the fields ``beside`` of other methods that folders of this type can have.
       saves: whether folders of this type can have ``modules_to_save``.
+      copies: for a method that trains all leaves of its modules: what stands before their names, e.g.
+        ``"ln_tuning_layers."``. It has no ``tensors``.
+      role: the field by which folders of other types can hold the method too.
     """
 
     peft_type: str
@@ -190,6 +193,14 @@ class HFSpec:
     wrapper: str = ""
     holds: frozenset[str] = frozenset()
     saves: bool = True
+    copies: str = ""
+    role: Role | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the method's tensors within their modules."""
+        copied = [f"{self.copies}{leaf}" for leaf in ("weight", "bias")] if self.copies else []
+        return (*(tensor.key for tensor in self.tensors), *copied)
 
     @property
     def known(self) -> set[str]:
@@ -206,3 +217,14 @@ def form(method: type) -> HFSpec | Role | None:
     <Role.BIAS: 'bias'>
     """
     return vars(method).get("hf")
+
+
+def role(method: type) -> Role | None:
+    """The field by which folders of other types hold a method, or None.
+
+    >>> from jpeft.methods.train import Train
+    >>> role(Train)
+    <Role.MODULES_TO_SAVE: 'modules_to_save'>
+    """
+    declared = form(method)
+    return declared.role if isinstance(declared, HFSpec) else declared

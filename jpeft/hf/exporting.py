@@ -14,7 +14,7 @@ from flax.core import meta
 
 from jpeft.core import stacking
 from jpeft.core.actions import Action
-from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, Field, HFSpec, form
+from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, Field, HFSpec, form, role
 from jpeft.core.peft import Peft
 from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables, unflatten
 from jpeft.files import new_folder, write_atomically, write_safetensors
@@ -41,9 +41,9 @@ def save(
     """Writes an adapter as a folder that ``peft.PeftModel.from_pretrained`` loads. Inverse of `jpeft.hf.load`.
 
     It takes a method that declares a form in such folders (`LoRA`), alone or in a `Chain` with `BitFit` (of all biases,
-    or of those where the method is) and `Train` (of whole modules). A part of a model, such as a classifier's encoder,
-    is saved alone with its own peft and trees. Layers that a decoder of `jpeft.models` stacks are written one by one,
-    as torch has them.
+    or of those where the method is) and `Train` (of whole modules); or `Train` alone, as LN_TUNING. A part of a
+    model, such as a classifier's encoder, is saved alone with its own peft and trees. Layers that a decoder of
+    `jpeft.models` stacks are written one by one, as torch has them.
 
     Args:
       path: the folder; it appears whole or not at all. An adapter that is there is replaced.
@@ -83,7 +83,8 @@ def save(
         layout.check_site(action.site, _form_at(action))
     if both := sorted(adapted.keys() & others.keys()):
         raise ValueError(f"HuggingFace PEFT changes {both[0]!r} by one method, and this chain by two")
-    tensors = _tensors(peft, leaves, names, spec, adapted)
+    copied = _copied(peft, base, spec)
+    tensors = _tensors(peft, leaves, names, spec, adapted, copied)
     tied = tied_names(peft.model, names)
     heads = head_tensors(tied, spec, {k: x for k, x in tensors.items() if not _is_beside(k, beside)})
     settings = adapted | {head: adapted[own] for head, own in tied.items() if own in adapted}
@@ -91,10 +92,10 @@ def save(
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "peft_type": spec.peft_type,
-        "target_modules": sorted(adapted),
+        "target_modules": sorted({*adapted, *(names.torch(path[:-1]) for path in copied)}),
         "task_type": task_type,
     }
-    if saved := _modules_to_save(peft, base, names, task_type):
+    if saved := _modules_to_save(peft, base, names, task_type, copied):
         if not spec.saves:
             raise ValueError(f"HuggingFace trains no modules beside {spec.peft_type}; leave {saved[0]!r} out")
         config["modules_to_save"] = saved
@@ -135,6 +136,8 @@ def _specs(peft: Peft) -> tuple[str, HFSpec, HFSpec | None]:
             raise ValueError(f"{method.name} has no form in a HuggingFace PEFT folder; save it with jpeft.save")
         if isinstance(declared, HFSpec):
             found[method.name] = declared
+    # One that other folders can hold has a folder of its own only where no other has.
+    found = {name: spec for name, spec in found.items() if spec.role is None} or found
     if not found:
         known = ", ".join(name for name, method in METHODS.items() if isinstance(form(method), HFSpec))
         raise ValueError(
@@ -146,6 +149,29 @@ def _specs(peft: Peft) -> tuple[str, HFSpec, HFSpec | None]:
     if len(own) != 1 or len(others) > 1:
         raise ValueError(f"a HuggingFace PEFT folder has one method, this chain has {' and '.join(found)}")
     return own[0], found[own[0]], found[others[0]] if others else None
+
+
+def _copied(peft: Peft, base: Collection[Path], spec: HFSpec) -> set[Path]:
+    """The paths of the leaves that a method trains as copies of whole modules: the first member of its chain does.
+
+    Raises:
+      ValueError: a part of a module trains.
+    """
+    if not spec.copies:
+        return set()
+    first = next(i for i, method in enumerate(peft.method.methods()) if form(type(method)) is spec)
+    copied = {a.site.path for a in peft.actions if a.member == first}
+    for path in sorted(copied):
+        if missing := [p for p in base if p[: len(path) - 1] == path[:-1] and p not in copied]:
+            raise ValueError(_is_partial(f"modules of {spec.peft_type}", path, min(missing)))
+    return copied
+
+
+def _is_partial(holder: str, leaf: Path, missing: Path) -> str:
+    return (
+        f"HuggingFace's {holder} are whole modules that nothing else adapts; this chain trains {join(leaf)!r} without "
+        f"{join(missing)!r}"
+    )
 
 
 def _one_by_one(
@@ -161,15 +187,21 @@ def _one_by_one(
 
 
 def _tensors(
-    peft: Peft, leaves: Mapping[Path, np.ndarray], names: Names, spec: HFSpec, adapted: Collection[str]
+    peft: Peft,
+    leaves: Mapping[Path, np.ndarray],
+    names: Names,
+    spec: HFSpec,
+    adapted: Collection[str],
+    copied: Collection[Path],
 ) -> dict[str, np.ndarray]:
     """The tensors of the file by name, but for those of tied heads."""
     out: dict[str, np.ndarray] = {}
     for action in peft.actions:
         module, site = names.torch(action.site.path), action.site
         if site.kind == "leaf":
-            module = names.torch(site.path[:-1])
-            own = {layout.leaf_suffix(names, site, adapted): layout.leaf_to_torch(site, leaves[site.path])}
+            module, suffix = names.torch(site.path[:-1]), layout.leaf_suffix(names, site, adapted)
+            suffix = spec.copies + layout.leaf_name(site.path[-1]) if site.path in copied else suffix
+            own = {suffix: layout.leaf_to_torch(site, leaves[site.path])}
         else:
             of_method = _form_at(action)
             wrapper = "" if of_method is spec else of_method.wrapper
@@ -226,7 +258,7 @@ def _one_value(name: str, field: Field, values: Sequence[Any]) -> Any:
 def _bias(peft: Peft, base: Collection[Path], name: str, spec: HFSpec) -> str:
     """PEFT's word for the biases that train."""
     trained = {a.site.path for a in peft.actions if a.site.kind == "leaf"}
-    chosen = {a.site.path for a in peft.actions if form(type(a.method)) is BIAS}
+    chosen = {a.site.path for a in peft.actions if role(type(a.method)) is BIAS}
     if not chosen:
         return "none"
     if not spec.bias:
@@ -242,14 +274,16 @@ def _bias(peft: Peft, base: Collection[Path], name: str, spec: HFSpec) -> str:
     )
 
 
-def _modules_to_save(peft: Peft, base: Collection[Path], names: Names, task_type: str | None) -> list[str]:
+def _modules_to_save(
+    peft: Peft, base: Collection[Path], names: Names, task_type: str | None, copied: Collection[Path]
+) -> list[str]:
     """The torch modules that are trained as a whole: the outermost of which all leaves train.
 
     Raises:
       ValueError: a part of a module trains, or one that is adapted; or PEFT would look for another module too.
     """
-    trained = {a.site.path for a in peft.actions if a.site.kind == "leaf"}
-    chosen = [a.site.path for a in peft.actions if form(type(a.method)) is MODULES_TO_SAVE]
+    trained = {a.site.path for a in peft.actions if a.site.kind == "leaf"} - set(copied)
+    chosen = [p for a in peft.actions if role(type(a.method)) is MODULES_TO_SAVE and (p := a.site.path) not in copied]
     saved = {names.torch(_whole_module(path, base, trained)) for path in chosen}
     for leaf in base:
         for n in range(1, len(leaf)):
@@ -273,10 +307,7 @@ def _whole_module(leaf: Path, base: Collection[Path], trained: Collection[Path])
         if all(p in trained for p in base if p[:n] == leaf[:n]):
             return leaf[:n]
     missing = min(p for p in base if p[:-1] == leaf[:-1] and p not in trained)
-    raise ValueError(
-        f"HuggingFace's modules_to_save are whole modules that nothing else adapts; this chain trains {join(leaf)!r} "
-        f"without {join(missing)!r}"
-    )
+    raise ValueError(_is_partial("modules_to_save", leaf, missing))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

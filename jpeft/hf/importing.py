@@ -15,7 +15,7 @@ import numpy as np
 from jpeft.binding import bind_survey, survey_model
 from jpeft.core import stacking
 from jpeft.core.actions import Action
-from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form
+from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form, role
 from jpeft.core.loaded import check_loaded
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
@@ -86,7 +86,7 @@ def load(
     tied = tied_names(model, names)
     peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey, tied), model, params, survey)
     leaves = _leaves(peft, folder, matched.adapted)
-    _check_rest(folder, survey, {s.path for s in (*matched.biases, *matched.saved)}, base)
+    _check_rest(folder, survey, {s.path for s in (*matched.copied, *matched.biases, *matched.saved)}, base)
     with np.errstate(over="ignore"):  # what float64 holds and a narrower dtype does not is infinite then
         leaves = {path: leaves[path].astype(dtype) for path, (_, dtype) in peft.structure}
     check_loaded(file.path, peft, leaves, base)
@@ -111,16 +111,24 @@ def _without_absent_parts(model: Any, folder: Folder, survey: Survey) -> Survey:
 
 def _method(folder: Folder, matched: Matched, survey: Survey, tied: Collection[str]) -> Method:
     """The method that acts on the matched sites and no others. ``tied``: heads that are their embedding."""
-    members = [_adapting(folder, matched.adapted, survey)]
+    if matched.copied:
+        members = [_training(folder.config.method, matched.copied, survey)]
+    else:
+        members = [_adapting(folder, matched.adapted, survey)]
     members += [_beside(folder, method, value, survey, tied) for method, value in folder.config.beside.items()]
     if biases := matched.biases:
         every = len(biases) == sum(s.path[-1] == "bias" for s in survey.leaves)
         targets = None if every else _exactly([s.name for s in biases], biases, survey.leaves)
         members.append(_with_role(BIAS)(targets=targets))
-    if saved := matched.saved:
-        owners = sorted({join(s.path[:-1]) for s in saved})
-        members.append(_with_role(MODULES_TO_SAVE)(targets=_exactly(owners, saved, survey.leaves)))
+    if matched.saved:
+        members.append(_training(_with_role(MODULES_TO_SAVE), matched.saved, survey))
     return Chain(*members) if len(members) > 1 else members[0]
+
+
+def _training(method: Any, leaves: Sequence[Site], survey: Survey) -> Method:
+    """A method that trains the leaves of whole modules."""
+    owners = sorted({join(s.path[:-1]) for s in leaves})
+    return method(targets=_exactly(owners, leaves, survey.leaves))
 
 
 def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Method:
@@ -175,8 +183,8 @@ def _beside(folder: Folder, method: Any, value: Any, survey: Survey, tied: Colle
     return method(**{name: common}, dtype=file.dtype_beside, targets=targets, overrides=overrides)
 
 
-def _with_role(role: Role) -> Any:
-    return next(method for method in METHODS.values() if form(method) is role)
+def _with_role(wanted: Role) -> Any:
+    return next(method for method in METHODS.values() if role(method) is wanted)
 
 
 def _exactly(entries: Sequence[str], wanted: Iterable[Site], candidates: Iterable[Site]) -> str | tuple[str, ...]:
@@ -207,8 +215,11 @@ def _leaves(peft: Peft, folder: Folder, adapted: Collection[str]) -> dict[Path, 
 
 
 def _trained_leaf(folder: Folder, action: Action, site: Site, adapted: Collection[str]) -> np.ndarray:
-    suffix = layout.leaf_suffix(folder.names, site, adapted)
-    setting = f"bias={folder.config.bias}" if form(type(action.method)) is BIAS else "modules_to_save"
+    if action.member == 0 and folder.config.spec.copies:
+        suffix, setting = folder.config.spec.copies + layout.leaf_name(site.path[-1]), "target_modules"
+    else:
+        suffix = layout.leaf_suffix(folder.names, site, adapted)
+        setting = f"bias={folder.config.bias}" if role(type(action.method)) is BIAS else "modules_to_save"
     tensor = folder.file.take(folder.module(site), suffix, layout.leaf_shape(site), f"which {setting} asks for")
     return layout.leaf_to_tree(site, tensor)
 

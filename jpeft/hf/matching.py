@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jpeft.checks import shown
@@ -46,11 +46,13 @@ class Matched:
 
     Attributes:
       adapted: the weights that the method changes, by torch module.
+      copied: the leaves of which the method trains copies.
       saved: the leaves of ``modules_to_save``.
       biases: the other biases that train.
     """
 
     adapted: Mapping[str, Site]
+    copied: Sequence[Site]
     saved: Sequence[Site]
     biases: Sequence[Site]
 
@@ -62,7 +64,9 @@ def match(folder: Folder, survey: Survey) -> Matched:
       AdapterError: a module that the model lacks, or that only one of file and configuration names.
       ValueError: a weight that no torch module can be like.
     """
-    adapted, saved = _adapted(folder, survey), _saved(folder, survey)
+    saved = _saved(folder, survey)
+    copied = _copied(folder, survey) if folder.config.spec.copies else []
+    adapted = {} if copied else _adapted(folder, survey)
     kept, beside = {s.path for s in saved}, {s.bias_path for s in adapted.values() if s.bias}
     bias = folder.config.bias
     biases = [
@@ -72,28 +76,46 @@ def match(folder: Folder, survey: Survey) -> Matched:
         and site.path not in kept
         and (bias == "all" or (bias != "none" and site.path in beside))
     ]
-    return Matched(adapted, saved, biases)
+    return Matched(adapted, copied, saved, biases)
 
 
 def _adapted(folder: Folder, survey: Survey) -> dict[str, Site]:
     """The weights that the method changes by torch module: those in the file must be those that are targeted."""
-    file, config, name = folder.file, folder.config, folder.config.method.__name__
     weights = {folder.module(s): s for s in survey.weights if not s.named}
+    linear = {module for module, site in weights.items() if layout.kind_of(site) == LINEAR}
+    _check_modules(folder, weights, "weight", linear)
+    return {module: layout.check_site(weights[module], folder.config.spec) for module in sorted(folder.file.adapted)}
+
+
+def _copied(folder: Folder, survey: Survey) -> list[Site]:
+    """The leaves of the modules that the method trains whole: those in the file must be those that are targeted."""
+    _check_modules(folder, {folder.module(s): s for s in survey.leaves}, "module")
+    return [s for s in survey.leaves if folder.module(s) in folder.file.adapted]
+
+
+def _check_modules(folder: Folder, sites: Mapping[str, Site], noun: str, linear: Collection[str] = ()) -> None:
+    """Raises unless the modules that the method changes are the same in the file and by the configuration.
+
+    Args:
+      folder: the folder.
+      sites: those of the model by torch module.
+      noun: what one of them is called.
+      linear: the modules that are linear layers.
+    """
+    file, config, name = folder.file, folder.config, folder.config.method.__name__
     for module in sorted(file.adapted):
-        if module not in weights:
-            hint = nearest(module, weights)
-            raise AdapterError(f"{file.path} has a {name} for {module!r}, which is not a weight of this model{hint}")
-        if not config.targets(module, layout.kind_of(weights[module]) == LINEAR):
+        if module not in sites:
+            hint = nearest(module, sites)
+            raise AdapterError(f"{file.path} has a {name} for {module!r}, which is not a {noun} of this model{hint}")
+        if not config.targets(module, module in linear):
             raise AdapterError(
                 f"{file.path} has a {name} for {module!r}, which {CONFIG} does not target: target_modules is "
                 f"{shown(config.target_modules)}"
             )
-    for module, site in weights.items():
-        linear = layout.kind_of(site) == LINEAR and not site.head
+    for module, site in sites.items():
         known = module in file.adapted or named(folder.ignore, module) or not folder.names.covers(site.path)
-        if not known and config.targets(module, linear):
+        if not known and config.targets(module, module in linear and not site.head):
             raise AdapterError(f"{file.path} has no {name} for {module!r}, which target_modules names")
-    return {module: layout.check_site(weights[module], config.spec) for module in sorted(file.adapted)}
 
 
 def _saved(folder: Folder, survey: Survey) -> list[Site]:
@@ -143,7 +165,7 @@ def stacked(folder: Folder, matched: Matched, survey: Survey) -> Matched:
 
         return [site for site, _ in _gather(folder, sites, survey.leaves, "trains", name)]
 
-    return Matched(adapted, leaves(matched.saved), leaves(matched.biases))
+    return Matched(adapted, leaves(matched.copied), leaves(matched.saved), leaves(matched.biases))
 
 
 def _gather(

@@ -57,7 +57,7 @@ class TensorFile:
         adapted, others, beside = defaultdict(dict), defaultdict(dict), defaultdict(dict)
         shared = {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
         copies = {t.key.rpartition(".")[2]: t.key for t in spec.shared if t.copied}
-        suffixes, ignored = {t.key for t in spec.tensors}, set()
+        suffixes, ignored = set(spec.keys), set()
         for key, x in tensors.items():
             if not key.startswith(ROOT):
                 raise AdapterError(f"{path} has {key!r}; expected names that start with {ROOT!r}")
@@ -159,10 +159,10 @@ def _without_adapter_name(path: Path, tensors: dict[str, np.ndarray], spec: HFSp
 
 def _adapter_name(key: str, spec: HFSpec) -> str | None:
     """The adapter's name in a tensor's; empty if there is none, None if the tensor is not one of the method's."""
-    if any(key.endswith(f".{tensor.key}") for tensor in spec.tensors):
+    if any(key.endswith(f".{name}") for name in spec.keys):
         return ""
-    for tensor in spec.tensors:
-        head, dot, rest = tensor.key.partition(".")
+    for name in spec.keys:
+        head, dot, rest = name.partition(".")
         if found := re.search(rf"\.{re.escape(head)}\.([^.]+){re.escape(dot + rest)}$", key):
             return None if found[1] in ("weight", "bias") else found[1]
     return None
@@ -170,7 +170,7 @@ def _adapter_name(key: str, spec: HFSpec) -> str | None:
 
 def _prefixes(spec: HFSpec) -> tuple[str, ...]:
     """The beginnings of a method's tensor names, e.g. ``("lora_",)``: also those of tensors it does not know."""
-    return tuple(sorted({t.key.partition("_")[0] + "_" for t in spec.tensors}))
+    return tuple(sorted({key.partition("_")[0] + "_" for key in spec.keys}))
 
 
 def _split_beside(name: str, config: Config) -> tuple[str, str] | None:

@@ -115,6 +115,8 @@ METHODS = {
     "two LoRAs": jpeft.Chain(jpeft.LoRA(rank=2, targets=["query"]), jpeft.LoRA(rank=3, alpha=1, targets=["out"])),
     "scales": jpeft.IA3(targets=["query", "value", "out"], feedforward=["layer/1/query", "out"]),
     "scales and modules": jpeft.Chain(jpeft.IA3(targets=["query"]), jpeft.Train(["mix", "norm"])),
+    "norms": jpeft.Train(["norm"]),
+    "norms and modules": jpeft.Chain(jpeft.Train(["norm"]), jpeft.Train(["mix", "value"])),
     "dropout and a start": jpeft.LoRA(dropout=0.25, init_weights="orthogonal", targets=["query"]),
 }
 
@@ -700,6 +702,7 @@ NOT_HELD = {
     "all biases or those of the modules with a LoRA, this chain neither: see 'layer/0/query/bias'": jpeft.Chain(
         QUERY, jpeft.BitFit(targets=r"mix/bias")
     ),
+    "modules of LN_TUNING are.*'layer/0/norm/scale' without 'layer/0/norm/bias'": jpeft.Train(r".*/norm/scale"),
     "'mix/kernel' without 'mix/bias'": jpeft.Chain(QUERY, jpeft.Train(r"mix/kernel")),
     "'layer/0/query/bias' without": jpeft.Chain(QUERY, jpeft.Train(r".*/query/bias")),
     "one lora_dropout": jpeft.LoRA(dropout=0.1, targets=["query"], overrides={"layer/0/query": {"dropout": 0.0}}),

@@ -1,6 +1,6 @@
 """Methods that train rows, tokens or scales."""
 
-from peft import IA3Config, LoraConfig, TrainableTokensConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig
 
 from tests.parity.cases import Case
 
@@ -26,5 +26,15 @@ CASES = {
             target_modules=r".*\.(query|q_proj|down_proj)", feedforward_modules=r".*_proj", modules_to_save=["norm"]
         ),
         bases=("llama",),
+    ),
+    "LN tuning": Case(
+        "Train",
+        lambda targets: LNTuningConfig(target_modules=targets),
+        targets={"bert": ["LayerNorm"], "llama": ["input_layernorm", "norm"]},
+    ),
+    "LN tuning and modules": Case(
+        "Train",
+        lambda targets: LNTuningConfig(target_modules=["attention.output.LayerNorm"], modules_to_save=["value"]),
+        bases=("bert",),
     ),
 }
