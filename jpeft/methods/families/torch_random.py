@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jpeft.checks import Rule, is_int
+
+SEED: Rule = (lambda value: is_int(value) and -(2**63) <= value < 2**64, "an integer of 64 bits")  # as torch takes them
 _FEW = (2**32 - 1) // 20  # from this length on, torch draws a permutation in another way
 _CHUNK = 1 << 22
 

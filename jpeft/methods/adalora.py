@@ -1,0 +1,151 @@
+"""AdaLoRA: updates in the form of a singular value decomposition, whose ranks a budget decides (Zhang et al. 2023,
+https://arxiv.org/abs/2303.10512).
+
+y = x W + s ((x A) * e) B        A: [in, r], e: [r], B: [r, out], s = alpha / (r + 1e-5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from jpeft.checks import POSITIVE_INT, RATE, Rule, is_number, or_none
+from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, window
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.sites import Site
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.low_rank import low_rank
+
+_POSITIVE: Rule = (lambda value: is_number(value) and 0 < value < 2.0**128, "a positive number")
+_WEIGHT: Rule = (lambda value: is_number(value) and 0 <= value < 2.0**128, "a number that is not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(WeightMethod):
+    """Low-rank updates of which training keeps the triples (column of A, entry of e, row of B) that matter most.
+
+    By itself it trains all r triples. `jpeft.methods.allocate_ranks` wraps an optimizer, and sets the entries of e of
+    the least important triples to zero. The penalty, which keeps A and B near orthogonal, is that of HuggingFace PEFT:
+    ``orth_reg_weight`` times the mean of ‖AᵀA - I‖ and ‖BBᵀ - I‖ over all matrices; PEFT adds it only to a loss that
+    the model itself computes. PEFT's scale is never 0 / 0, hence the 1e-5.
+
+    Attributes:
+      rank: r, the number of triples at first (PEFT's ``init_r``).
+      alpha: numerator of the scale; by default the rank.
+      orth_reg_weight: weight of the penalty.
+      dropout: rate on the adapter's input, while the caller trains.
+      dtype: dtype of the leaves.
+      targets, exclude, overrides, parts: see `WeightMethod`.
+
+    Leaves at a site: ``adalora_a [in, r]``, ``adalora_e [r]``, ``adalora_b [r, out]``.
+
+    >>> import jpeft
+    >>> method = jpeft.methods.AdaLoRA(rank=12, alpha=32, targets=r".*/(query|value)")
+    """
+
+    rank: int = 12
+    alpha: float | None = None
+    orth_reg_weight: float = 0.5
+    dropout: float = 0.0
+    dtype: Any = "float32"
+
+    family: ClassVar[str] = "low rank"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
+    learning_rate: ClassVar[float] = 1e-3
+    penalty_reduction: ClassVar[str] = "mean"
+    roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
+        "adalora_a": ("in", None),
+        "adalora_e": (None,),
+        "adalora_b": (None, "out"),
+    }
+    per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout", "parts")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        rules = {"rank": POSITIVE_INT, "parts": POSITIVE_INT, "alpha": or_none(_POSITIVE), "dropout": RATE}
+        check_fields(self, {**rules, "orth_reg_weight": _WEIGHT})
+        super().__post_init__()
+
+    @property
+    def scale(self) -> float:
+        """s, the factor on the update."""
+        return (self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5)
+
+    def prepare(self, site: Site) -> Site:
+        check_dropout(self, site)
+        return super().prepare(site)
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
+        key_a, key_b = jax.random.split(key)
+        return {
+            "adalora_a": normal(key_a, (site.inputs, self.rank), 0.02, self.dtype),
+            "adalora_e": jnp.zeros((self.rank,), self.dtype),
+            "adalora_b": normal(key_b, (self.rank, site.outputs), 0.02, self.dtype),
+        }
+
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        return {"adalora_a": self.scale * leaves["adalora_a"] * leaves["adalora_e"], "adalora_b": leaves["adalora_b"]}
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
+        return low_rank(base, x, leaves["adalora_a"], leaves["adalora_b"], self.dropout)
+
+    def merge(
+        self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
+    ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
+        return w + leaves["adalora_a"] @ leaves["adalora_b"], b
+
+    def penalty(self, leaves: Leaves) -> Float[Array, ""]:
+        """The weighted mean of ‖AᵀA - I‖ and ‖BBᵀ - I‖. Triples that a folder left out, all 0, do not count."""
+
+        def distance(rows: Float[Array, "rank size"]) -> Float[Array, ""]:
+            there = jnp.any(rows != 0, axis=1)
+            return optax.safe_norm(rows @ rows.T - jnp.diag(there.astype(rows.dtype)), 0.0)
+
+        return self.orth_reg_weight * (distance(leaves["adalora_a"].T) + distance(leaves["adalora_b"])) / 2
+
+
+def _a_to_torch(a: np.ndarray, site: Site) -> np.ndarray:
+    """``[r, in]``; a convolution's inputs are (channel, place in the window) in torch."""
+    return np.moveaxis(a.reshape(*window(site), -1, a.shape[-1]), (-1, -2), (0, 1)).reshape(a.shape[::-1])
+
+
+def _a_to_tree(a: np.ndarray, site: Site) -> np.ndarray:
+    return np.moveaxis(a.reshape(a.shape[0], -1, *window(site)), (0, 1), (-1, -2)).reshape(a.shape[::-1])
+
+
+_KINDS = (LINEAR, CONVOLUTION)
+AdaLoRA.hf = HFSpec(
+    peft_type="ADALORA",
+    tensors=(
+        Tensor("lora_A", "adalora_a", functions=(_a_to_tree, _a_to_torch), kinds=_KINDS),
+        Tensor("lora_B", "adalora_b", "or->ro", kinds=_KINDS),
+        Tensor("lora_E", "adalora_e", functions=(lambda e, site: e[:, 0], lambda e, site: e[:, None]), kinds=_KINDS),
+    ),
+    fields=(
+        Field("init_r", "rank", 12, POSITIVE_INT),
+        Field("lora_alpha", "alpha", 8, _POSITIVE, write=lambda method, site, config: method.alpha or method.rank),
+        Field("orth_reg_weight", "orth_reg_weight", 0.5, _WEIGHT),
+        dropout_field("lora_dropout"),
+        FAN_IN_FAN_OUT,
+        # PEFT makes no adapter without it, even to load one.
+        Field("total_step", write=lambda method, site, config: 1),
+    ),
+    constants=dict.fromkeys((
+        "alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+        "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
+        "use_dora", "use_qalora", "use_rslora", "velora_config",
+    )),
+    ignored=frozenset({
+        "beta1", "beta2", "deltaT", "tinit", "tfinal", "target_r", "r", "init_lora_weights", "megatron_core",
+        "qalora_group_size", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+    }),
+    bias="lora_only",
+)  # fmt: skip

@@ -1,0 +1,37 @@
+"""Dropout on the input of an update: where it can be, and its field in HuggingFace configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jpeft.checks import RATE
+from jpeft.core.interchange import Field
+from jpeft.core.sites import BOX, FUSED, MERGE, Site
+
+
+def check_dropout(method: Any, site: Site) -> None:
+    """Raises a ValueError if a method drops entries of its input at a site that has none."""
+    if method.input_dropout and site.via in (BOX, MERGE):
+        raise ValueError(
+            f"{method.name}: dropout acts on a module's input, but {site.name!r} is reached only as a weight (path "
+            f"taken: {site.via}); set overrides={{{site.name!r}: {{'dropout': 0.0}}}}"
+        )
+
+
+def dropout_field(key: str) -> Field:
+    """The field of a PEFT configuration that holds a method's ``dropout``."""
+    return Field(key, "dropout", 0.0, RATE, read=_read, write=_write)
+
+
+def _read(rate: float, site: Site | None) -> float:
+    return rate if site is None or _drops(site) else 0.0
+
+
+def _write(method: Any, site: Site, config: Mapping[str, Any]) -> float | None:
+    return method.dropout if _drops(site) else None
+
+
+def _drops(site: Site) -> bool:
+    """Whether a site's input can be dropped: PEFT drops nothing before an embedding, and a box has no input."""
+    return site.via == FUSED and not site.lookup

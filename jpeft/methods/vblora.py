@@ -1,0 +1,135 @@
+"""VB-LoRA: the factors of all updates are mixed from one bank of vectors (Li et al. 2024,
+https://arxiv.org/abs/2405.15179).
+
+y = x W + (x A) B        A: [in, r], B: [r, out]; each run of v entries along "in" or "out" is Σ_k softmax(l)_k bank_k
+                         over the k with the largest logits l
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jpeft.checks import NUMBER, POSITIVE_INT, RATE
+from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.sites import Site
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.low_rank import low_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBLoRA(WeightMethod):
+    """Low-rank updates whose factors are mixtures of a few vectors each, from a bank that all weights share.
+
+    A fresh adapter changes the model: of a bank of zeros nothing would have a gradient.
+
+    Attributes:
+      rank: r, the number of columns of A and of rows of B.
+      num_vectors: the number of vectors in the bank.
+      vector_length: v, the length of each; it divides "in" and "out" of every weight.
+      topk: the number of vectors in a mixture.
+      init_vector_bank_bound: the bank starts uniform in ± this.
+      init_logits_std: the logits start normal, with this standard deviation.
+      dropout: rate on the adapter's input, while the caller trains.
+      dtype: dtype of the leaves, the shared one included.
+      targets, exclude, overrides, parts: see `WeightMethod`.
+
+    Leaves at a site: ``vblora_logits_a [r, in/v, num_vectors]``, ``vblora_logits_b [out/v, r, num_vectors]``. A shared
+    leaf: ``vblora_vector_bank [num_vectors, v]``.
+
+    >>> import jpeft
+    >>> method = jpeft.methods.VBLoRA(num_vectors=90, vector_length=64, targets=r".*/(query|value)")
+    """
+
+    rank: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+    dropout: float = 0.0
+    dtype: Any = "float32"
+
+    family: ClassVar[str] = "low rank"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2405.15179"
+    learning_rate: ClassVar[float] = 1e-2
+    per_site: ClassVar[tuple[str, ...]] = ("rank", "dropout", "parts")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        sizes = dict.fromkeys(("rank", "num_vectors", "vector_length", "topk", "parts"), POSITIVE_INT)
+        starts = dict.fromkeys(("init_vector_bank_bound", "init_logits_std"), NUMBER)
+        check_fields(self, {**sizes, **starts, "dropout": RATE})
+        if self.topk > self.num_vectors:
+            raise ValueError(f"VBLoRA.topk is {self.topk}, more than the {self.num_vectors} vectors of the bank")
+        super().__post_init__()
+
+    @property
+    def identity_at_init(self) -> bool:
+        """False: the bank and its mixtures start away from zero."""
+        return False
+
+    def prepare(self, site: Site) -> Site:
+        check_dropout(self, site)
+        site = super().prepare(site)
+        if site.inputs % self.vector_length or site.outputs % self.vector_length:
+            raise ValueError(
+                f"VBLoRA.vector_length is {self.vector_length}, which does not divide both sides of {site.name!r}: "
+                f"{site.inputs} inputs, {site.outputs} outputs; choose another length, or leave it out with "
+                f"exclude=[{site.name!r}]"
+            )
+        return site
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
+        (key_a, key_b), v, n = jax.random.split(key), self.vector_length, self.num_vectors
+        shape_a, shape_b = (self.rank, site.inputs // v, n), (site.outputs // v, self.rank, n)
+        return {
+            "vblora_logits_a": normal(key_a, shape_a, self.init_logits_std, self.dtype),
+            "vblora_logits_b": normal(key_b, shape_b, self.init_logits_std, self.dtype),
+        }
+
+    def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
+        shape, bound = (self.num_vectors, self.vector_length), float(self.init_vector_bank_bound)
+        return {"vblora_vector_bank": jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(self.dtype)}
+
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        def mixed(logits: jax.Array) -> jax.Array:
+            top, place = jax.lax.top_k(logits, self.topk)
+            return jnp.einsum("...k,...kv->...v", jax.nn.softmax(top), shared["vblora_vector_bank"][place])
+
+        a, b = mixed(leaves["vblora_logits_a"]), mixed(leaves["vblora_logits_b"])  # [r, in/v, v], [out/v, r, v]
+        return {"vblora_a": a.reshape(self.rank, -1).T, "vblora_b": b.swapaxes(0, 1).reshape(self.rank, -1)}
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
+        return low_rank(base, x, leaves["vblora_a"], leaves["vblora_b"], self.dropout)
+
+    def merge(
+        self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
+    ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
+        return w + leaves["vblora_a"] @ leaves["vblora_b"], b
+
+
+VBLoRA.hf = HFSpec(
+    peft_type="VBLORA",
+    tensors=(Tensor("vblora_logits_A", "vblora_logits_a"), Tensor("vblora_logits_B", "vblora_logits_b")),
+    shared=(SharedTensor("base_model.vblora_vector_bank", "vblora_vector_bank"),),
+    fields=(
+        Field("r", "rank", 4, POSITIVE_INT),
+        Field("num_vectors", "num_vectors", 256, POSITIVE_INT),
+        Field("vector_length", "vector_length", 256, POSITIVE_INT),
+        Field("topk", "topk", 2, POSITIVE_INT),
+        Field("init_vector_bank_bound", "init_vector_bank_bound", 0.02, NUMBER),
+        Field("init_logits_std", "init_logits_std", 0.1, NUMBER),
+        dropout_field("vblora_dropout"),
+        FAN_IN_FAN_OUT,
+    ),
+    constants={"save_only_topk_weights": False},
+    bias="vblora_only",
+)

@@ -1,0 +1,126 @@
+"""VeRA: vector-based random matrix adaptation (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454).
+
+y = x W + ((x A) * d B) * b        A: [in, r] and B: [r, out], random, frozen and shared; d: [r]; b: [out]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE
+from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.sites import Site
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.torch_random import SEED, Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(WeightMethod):
+    """Trains two vectors at each weight, around random projections that all weights share.
+
+    The projections are those of HuggingFace PEFT for the same seed and the same weights: as large as the widest needs,
+    of which the others take the first rows and columns.
+
+    Attributes:
+      rank: r. It may be higher than a LoRA's, since each costs one parameter at a weight.
+      d_initial: the start of all entries of d.
+      seed: of the projections (PEFT's ``projection_prng_key``).
+      save_projection: whether `jpeft.save` writes the projections, rather than draw them again from the seed. True for
+        an adapter that PEFT saved with its projections.
+      dropout: rate on the adapter's input, while the caller trains.
+      dtype: dtype of the leaves, shared ones included.
+      targets, exclude, overrides, parts: see `WeightMethod`.
+
+    Leaves at a site: ``vera_lambda_d [r]``, ``vera_lambda_b [out]``. Shared leaves, which do not train: ``vera_a
+    [widest in, r]``, ``vera_b [r, widest out]``.
+
+    >>> import jpeft
+    >>> method = jpeft.methods.VeRA(rank=256, targets=r".*/(query|value)")
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+    save_projection: bool = False
+    dropout: float = 0.0
+    dtype: Any = "float32"
+
+    family: ClassVar[str] = "low rank"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"
+    learning_rate: ClassVar[float] = 4e-3
+    roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"vera_lambda_d": (None,), "vera_lambda_b": ("out",)}
+    non_trainable: ClassVar[frozenset[str]] = frozenset({"vera_a", "vera_b"})
+    per_site: ClassVar[tuple[str, ...]] = ("d_initial", "dropout", "parts")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        rules = {"rank": POSITIVE_INT, "d_initial": NUMBER, "seed": SEED, "save_projection": BOOL, "dropout": RATE}
+        check_fields(self, {**rules, "parts": POSITIVE_INT})
+        super().__post_init__()
+
+    @property
+    def regenerated(self) -> frozenset[str]:
+        """The projections, unless they are saved."""
+        return frozenset() if self.save_projection else self.non_trainable
+
+    def prepare(self, site: Site) -> Site:
+        check_dropout(self, site)
+        return super().prepare(site)
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
+        d = jnp.full((self.rank,), self.d_initial, self.dtype)
+        return {"vera_lambda_d": d, "vera_lambda_b": jnp.zeros((site.outputs,), self.dtype)}
+
+    def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
+        inputs, outputs = max(s.inputs for s in sites), max(s.outputs for s in sites)
+        draw = Generator(self.seed).kaiming_uniform
+        a, b = draw((self.rank, inputs)), draw((outputs, self.rank))
+        return {"vera_a": jnp.asarray(a.T, self.dtype), "vera_b": jnp.asarray(b.T, self.dtype)}
+
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        return {**leaves, "vera_a": shared["vera_a"][: site.inputs], "vera_b": shared["vera_b"][:, : site.outputs]}
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
+        # y = x W + ((x A) * d B) * b. The frozen A and B have no gradient, which A * d and B * b would have.
+        y, dropped = base(x), base.dropout(x, self.dropout)
+        change = ((dropped @ leaves["vera_a"]) * leaves["vera_lambda_d"]) @ leaves["vera_b"]
+        return y + (change * leaves["vera_lambda_b"]).astype(y.dtype)
+
+    def merge(
+        self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
+    ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
+        # W' = W + (A * d) (B * b)
+        change = (leaves["vera_a"] * leaves["vera_lambda_d"]) @ (leaves["vera_b"] * leaves["vera_lambda_b"])
+        return w + change, b
+
+
+def _drawn(leaf: str) -> Any:
+    return lambda method, sites: method.shared(None, sites)[leaf]
+
+
+VeRA.hf = HFSpec(
+    peft_type="VERA",
+    tensors=(Tensor("vera_lambda_b", "vera_lambda_b"), Tensor("vera_lambda_d", "vera_lambda_d")),
+    shared=(
+        SharedTensor("base_model.vera_A", "vera_a", "ri->ir", regenerate=_drawn("vera_a")),
+        SharedTensor("base_model.vera_B", "vera_b", "or->ro", regenerate=_drawn("vera_b")),
+    ),
+    fields=(
+        Field("r", "rank", 256, POSITIVE_INT),
+        Field("d_initial", "d_initial", 0.1, NUMBER),
+        Field("projection_prng_key", "seed", 0, SEED),
+        # Whatever the version of torch that reads the folder, it is told the projections.
+        Field("save_projection", "save_projection", True, BOOL, write=lambda method, site, config: True),
+        dropout_field("vera_dropout"),
+        FAN_IN_FAN_OUT,
+    ),
+    ignored=frozenset({"init_weights"}),
+    bias="vera_only",
+)
