@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core.actions import Action, expand_leaves, init_leaves
+from jpeft.core.actions import Action, changes_bias, init_leaves
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Leaves, Method, slugs
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, unreadable
-from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
+from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey, stack_back
+from jpeft.core.statistics import COVARIANCE
 from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables
 
 
@@ -67,7 +68,7 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
     shared_paths: list[Path] = []
     # Sites that differ only in their path have leaves of the same shapes. An initialization with an SVD takes long to
     # trace, so it is traced once, not once per layer.
-    shapes: dict[tuple[Method, Site], tuple[Leaves, tuple[str, ...]]] = {}
+    shapes: dict[tuple[Method, Site], tuple[Leaves, bool]] = {}
     chosen = _settled([member.sites(survey) for member in method.methods()], survey)
     _check_quantized(base, survey)
     for i, (slug, member) in enumerate(zip(slugs(method), method.methods(), strict=True)):
@@ -84,9 +85,10 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
             own, placeless = member.at(site), replace(site, path=())
             if (own, placeless) not in shapes:
                 weight = peek(base[site.weight_path]) if site.stored else None
-                shapes[own, placeless] = _leaf_shapes(own, site, weight, shared)
-            stored, names = shapes[own, placeless]
-            action = Action(own, site, tuple(stored), names, i)
+                stored = _leaf_shapes(own, site, weight)
+                shapes[own, placeless] = stored, _merges(Action(own, site, tuple(stored), i), shared, stored)
+            stored, with_bias = shapes[own, placeless]
+            action = Action(own, site, tuple(stored), i, slug if shared else "", with_bias)
             _claim(structure, {action.leaf_path(n): x for n, x in stored.items()}, base, member, site.kind == "leaf")
             actions.append(action)
     size = sum(math.prod(np.shape(peek(x))) for x in base.values())
@@ -144,14 +146,42 @@ def _check_quantized(base: Mapping[Path, Any], survey: Survey) -> None:
                 raise ValueError(f"{join(path)!r} {problem}")
 
 
-def _leaf_shapes(method: Method, site: Site, weight: Any, shared: Leaves) -> tuple[Leaves, tuple[str, ...]]:
-    """The abstract leaves at a site as they are stored, and the names of the leaves that ``expand`` makes of them."""
+def _leaf_shapes(method: Method, site: Site, weight: Any) -> Leaves:
+    """The abstract leaves at a site as they are stored."""
 
     def init(key: jax.Array) -> Leaves:
-        return init_leaves(method, site, key, None if weight is None else jnp.zeros(weight.shape, weight.dtype))
+        w = None if weight is None else jnp.zeros(weight.shape, weight.dtype)
+        return init_leaves(method, site, key, w, _observed(method, site))
 
-    stored = jax.eval_shape(init, jax.random.key(0))
-    return stored, tuple(jax.eval_shape(lambda s, own: expand_leaves(method, site, s, own), shared, stored))
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _observed(method: Method, site: Site) -> Leaves | None:
+    """Zeros in the shape of what the method observes at a site."""
+    if method.observes is None:
+        return None
+    matrix = (site.inputs, site.inputs if method.observes == COVARIANCE else site.outputs)
+    lead = (*(n for _, n in site.stack), *site.batch)
+    return {method.observes: stack_back(jnp.zeros((*lead, *matrix)), site.stack)}
+
+
+def _merges(action: Action, shared: Leaves, stored: Leaves) -> bool:
+    """Whether a method changes the bias at a site when it is merged there.
+
+    Raises:
+      ValueError: it cannot be merged at a site that is reached only as a weight, or adds a bias where there is none.
+    """
+    site, method = action.site, action.method
+    if site.kind != "weight":
+        return False
+    if method.mergeable(site):
+        return changes_bias(action, shared, stored)
+    if site.via in (BOX, MERGE):
+        raise ValueError(
+            f"{method.name} cannot be merged at {site.name!r}, which is reached only as a weight (path taken: "
+            f"{site.via}); leave it out with exclude=[{site.name!r}]"
+        )
+    return False
 
 
 def _claim(

@@ -37,10 +37,6 @@ def bound(entry: Entry, use: str, mode: str = "plain", dtype: str = "float32") -
     return entry.make(case).bind(model, params, x), model, params, x
 
 
-def mergeable(peft: jpeft.Peft) -> bool:
-    return all(m.mergeable for m in peft.method.methods())
-
-
 def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str) -> None:
     """Running under an adapter equals running the unmodified model on the merged tree.
 
@@ -52,7 +48,7 @@ def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str) -> 
     params = parameters(model, x)
     survey = survey_model(model, params, (x,), {})
     pefts = {n: bind_survey(e.make(case), model, params, survey) for n, e in entries.items() if use in e.uses}
-    pefts = {name: peft for name, peft in pefts.items() if mergeable(peft)}
+    pefts = {name: peft for name, peft in pefts.items() if peft.mergeable}
     assert pefts
     for peft in pefts.values():
         assert {s.via for s in peft.sites if s.kind == "weight"} <= {case.via}

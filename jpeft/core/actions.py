@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,26 +26,39 @@ class Action:
       method: the method, with the overrides for this site applied.
       site: the site.
       stored: names of the leaves in the adapter.
-      names: names of the leaves that ``apply`` and ``merge`` take: the stored ones, unless the method expands them.
       member: index of the method in its chain.
+      shared: the key of the leaves that the method's sites share; empty if there are none.
+      changes_bias: whether the method, merged, changes the bias beside a weight.
     """
 
     method: Any  # a jpeft.core.method.Method, whose functions depend on the kind of the site
     site: Site
     stored: tuple[str, ...]
-    names: tuple[str, ...]
     member: int = 0
+    shared: str = ""
+    changes_bias: bool = False
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the method can be merged at the site."""
+        return self.method.mergeable(self.site)
 
     def leaf_path(self, name: str) -> Path:
-        """Path of a leaf, in the adapter or, if expanded, in the tree that the model runs on."""
+        """Path of a leaf in the adapter."""
         return self.site.path if self.site.kind == "leaf" else (*self.site.path, self.site.prefix + name)
 
 
-def init_leaves(method: Any, site: Site, key: jax.Array, w: jax.Array | None) -> dict[str, jax.Array]:
+def init_leaves(
+    method: Any, site: Site, key: jax.Array, w: jax.Array | None, statistics: Leaves | None = None
+) -> dict[str, jax.Array]:
     """Fresh leaves at a site as they are stored: ``init`` mapped over scanned layers and batch axes.
 
     Args:
+      method: the method at the site.
+      site: the site.
+      key: a PRNG key.
       w: the base weight (for a "leaf" site, the leaf) as it is stored; None for a site without one.
+      statistics: what was observed at the site, stacked as its leaves are.
     """
     if site.kind == "leaf":
         return dict(method.init(key, site, w))
@@ -53,19 +67,87 @@ def init_leaves(method: Any, site: Site, key: jax.Array, w: jax.Array | None) ->
     if site.kind == "weight" and site.geometry is not None:
         assert w is not None
         w = map_axes(site.geometry.view, len(site.stack))(stack_first(w, site.stack))
-        leaves = map_axes(lambda k, w: dict(method.init(k, site, w)), len(sizes))(keys, w)
     else:
-        leaves = map_axes(lambda k: dict(method.init(k, site, None)), len(sizes))(keys)
+        w = None
+    found = None if statistics is None else {n: stack_first(x, site.stack) for n, x in statistics.items()}
+
+    def init(key: jax.Array, w: Any, found: Leaves | None) -> dict[str, Any]:
+        return dict(method.init(key, site, w) if method.observes is None else method.init(key, site, w, found))
+
+    leaves = map_axes(init, len(sizes))(keys, w, found)
     return {n: stack_back(x, site.stack) for n, x in leaves.items()}
 
 
-def expand_leaves(method: Any, site: Site, shared: Leaves, leaves: Leaves) -> dict[str, Any]:
-    """The leaves that ``apply`` and ``merge`` take: ``expand`` mapped over scanned layers and batch axes."""
-    if not method.expands:
+# --- one matrix -------------------------------------------------------------------------------------------------------
+
+
+def used_leaves(action: Action, shared: Leaves, leaves: Leaves) -> dict[str, Any]:
+    """The leaves that ``apply`` and ``merge`` take, for one matrix: ``expand`` in at least float32."""
+    if not action.method.expands:
         return dict(leaves)
-    first = {n: stack_first(meta.unbox(x), site.stack) for n, x in leaves.items()}
-    expand = map_axes(lambda own: dict(method.expand(shared, own)), len(site.stack) + len(site.batch))
-    return {n: stack_back(x, site.stack) for n, x in expand(first).items()}
+    return dict(action.method.expand(action.site, _wide(shared), _wide(leaves)))
+
+
+def cast_leaves(leaves: Leaves, dtype: Any) -> dict[str, jax.Array]:
+    """The leaves, with floating ones cast to ``dtype``."""
+    return {k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in leaves.items()}
+
+
+def _wide(leaves: Leaves) -> dict[str, jax.Array]:
+    floating = {k for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    return {k: v.astype(widened(v.dtype)) if k in floating else v for k, v in leaves.items()}
+
+
+def merge_matrix(
+    action: Action, shared: Leaves, leaves: Leaves, w: jax.Array, b: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The merged weight ``[in, out]`` and bias ``[out]`` of one matrix.
+
+    They are in at least float32, as low precision would round the change, and then the sum.
+    """
+    used = used_leaves(action, shared, leaves)
+    wide = widened(w.dtype)
+    out = action.method.merge(cast_leaves(used, wide), w.astype(wide), None if b is None else b.astype(wide))
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"{action.method.name}.merge(leaves, w, b) must return (w, b), got {type(out).__name__}")
+    return out
+
+
+def changes_bias(action: Action, shared: Leaves, leaves: Leaves) -> bool:
+    """Whether a method, merged, changes the bias. Abstract.
+
+    Args:
+      action: the method at a site.
+      shared: its shared leaves; may be abstract.
+      leaves: its leaves there as they are stored; may be abstract.
+
+    Raises:
+      ValueError: it would add a bias to a module that has none.
+      TypeError: ``merge`` returns something else than a weight and a bias.
+    """
+    site, method = action.site, action.method
+
+    def one(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape[len(site.batch) :], x.dtype)
+
+    first = {n: jax.eval_shape(lambda x: stack_first(x, site.stack), x) for n, x in leaves.items()}
+    matrix = {n: one(jax.ShapeDtypeStruct(x.shape[len(site.stack) :], x.dtype)) for n, x in first.items()}
+    w = jax.ShapeDtypeStruct((site.inputs, site.outputs), jnp.float32)
+    b = jax.ShapeDtypeStruct((site.outputs,), jnp.float32) if site.bias else None
+    traced, shapes = jax.make_jaxpr(functools.partial(merge_matrix, action), return_shape=True)(shared, matrix, w, b)
+    new_w, new_b = shapes
+    for name, new, old in (("weight", new_w, w), ("bias", new_b, b)):
+        if new is not None and old is not None and new.shape != old.shape:
+            raise TypeError(f"{method.name}.merge: the {name} of {site.name!r} is {old.shape}, got {new.shape}")
+    if new_b is not None and b is None:
+        raise ValueError(
+            f"{method.name} adds a bias at {site.name!r}, whose module has none to merge it into; leave it out with "
+            f"exclude=[{site.name!r}]"
+        )
+    return b is not None and traced.jaxpr.outvars[-1] is not traced.jaxpr.invars[-1]
+
+
+# --- weights as they are stored ---------------------------------------------------------------------------------------
 
 
 def by_weight(actions: Iterable[Action], via: Sequence[str]) -> dict[Path, list[Action]]:
@@ -77,40 +159,36 @@ def by_weight(actions: Iterable[Action], via: Sequence[str]) -> dict[Path, list[
     return out
 
 
-def merge_weight(actions: Sequence[Action], leaves: Sequence[Leaves], w: jax.Array) -> jax.Array:
-    """The merged weight of one layer, in its stored shape and dtype."""
-    for action, own in zip(actions, leaves, strict=True):
+def merge_layer(
+    actions: Sequence[Action], shared: Sequence[Leaves], leaves: Sequence[Leaves], w: jax.Array, b: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The merged weight and bias of one layer, in their stored shapes and dtypes.
+
+    Args:
+      actions: the actions on the weight, in order.
+      shared: for each, the leaves that its sites share.
+      leaves: for each, its leaves at this layer.
+      w: the weight.
+      b: the bias, or None.
+    """
+    for action, common, own in zip(actions, shared, leaves, strict=True):
         geom = action.site.geometry
         assert geom is not None
-        merge = map_axes(action.method.merge, len(geom.batch))
-        # In at least float32: low precision would round the change, and then the sum.
-        wide = widened(w.dtype)
-        m = merge(cast_leaves(own, wide), geom.view(w.astype(wide)))
+        merge = map_axes(functools.partial(merge_matrix, action, common), len(geom.batch))
+        m, c = merge(own, geom.view(w), None if b is None else geom.view_bias(b))
         w = geom.unview(m).astype(w.dtype)
-    return w
+        b = None if b is None else geom.unview_bias(c, b.shape).astype(b.dtype)
+    return w, b
 
 
-def merge_bias(actions: Sequence[Action], leaves: Sequence[Leaves], b: jax.Array) -> jax.Array:
-    """The merged bias of one layer."""
-    for action, own in zip(actions, leaves, strict=True):
-        geom = action.site.geometry
-        assert geom is not None
-        wide = widened(b.dtype)
-        m = map_axes(action.method.merge_bias, len(geom.batch))(cast_leaves(own, wide), geom.view_bias(b.astype(wide)))
-        b = geom.unview_bias(m, b.shape).astype(b.dtype)
-    return b
-
-
-def merge_leaf(actions: Sequence[Action], leaves: Sequence[Mapping[str, Any]], stored: Any, is_bias: bool) -> Any:
-    """The merged weight (or bias) of all layers, in its stored layout and box."""
+def merge_stored(
+    actions: Sequence[Action], shared: Sequence[Leaves], leaves: Sequence[Mapping[str, Any]], stored: Any, bias: Any
+) -> tuple[Any, Any]:
+    """The merged weight and bias of all layers, in their stored layout and box. ``bias`` may be None."""
     stack = actions[0].site.stack
     first = jax.tree.map(lambda x: stack_first(x, stack), [meta.unbox(own) for own in leaves])
     w = stack_first(jnp.asarray(dequantize_leaf(stored)), stack)
-    merge = merge_bias if is_bias else merge_weight
-    merged = map_axes(lambda own, w: merge(actions, own, w), len(stack))(first, w)
-    return box_as(stored, stack_back(merged, stack))
-
-
-def cast_leaves(leaves: Leaves, dtype: Any) -> dict[str, jax.Array]:
-    """The leaves, with floating ones cast to ``dtype``."""
-    return {k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in leaves.items()}
+    b = None if bias is None else stack_first(jnp.asarray(meta.unbox(bias)), stack)
+    merged, added = map_axes(functools.partial(merge_layer, actions, shared), len(stack))(first, w, b)
+    back = None if bias is None else box_as(bias, stack_back(added, stack))
+    return box_as(stored, stack_back(merged, stack)), back

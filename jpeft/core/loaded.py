@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core.actions import Action, cast_leaves
+from jpeft.core.actions import Action, cast_leaves, merge_matrix, used_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.sites import stack_first
 from jpeft.core.tree import Path, join, peek
@@ -55,12 +55,14 @@ def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping
     """
     if not peft.actions or any(_is_varied(leaves, action) for action in peft.actions):
         return False
-    used = peft.expanded({path: jnp.asarray(x) for path, x in leaves.items()})
 
     def is_neutral(action: Action) -> bool:
         if action.site.kind == "leaf":
             return _is_copy(leaves[action.site.path], base.get(action.site.path))
-        return bool(_gives_back(replace(action, site=replace(action.site, path=())), used[action]))
+        if action.site.kind == "attention" or not (action.mergeable or action.site.kind == "output"):
+            return False  # added keys take a part of the attention
+        own, shared = ({n: jnp.asarray(x) for n, x in d.items()} for d in (peft.own(action, leaves), peft.shared(action, leaves)))
+        return bool(_gives_back(replace(action, site=replace(action.site, path=())), shared, own))
 
     return all(map(is_neutral, peft.actions))
 
@@ -80,27 +82,34 @@ def _is_copy(leaf: np.ndarray, stored: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gives_back(action: Action, leaves: Mapping[str, Any]) -> jax.Array:
+def _gives_back(action: Action, shared: Mapping[str, Any], leaves: Mapping[str, Any]) -> jax.Array:
     """Whether a method at a site gives back what it is given."""
     site, method = action.site, action.method
-    if site.kind == "attention":  # it adds keys, each of which takes a part of the attention
-        return jnp.bool_(False)
     first = {name: stack_first(x, site.stack) for name, x in leaves.items()}
 
     def one(own: Mapping[str, Any]) -> jax.Array:
-        own = cast_leaves(own, jnp.float32)
         if site.kind == "output":
-            return _same(lambda y: method.apply(own, y), (2, site.outputs))
-        same = _same(lambda w: method.merge(own, w), (site.inputs, site.outputs))
-        return same & _same(lambda b: method.merge_bias(own, b), (site.outputs,)) if method.changes_bias else same
+            used = cast_leaves(used_leaves(action, shared, own), jnp.float32)
+            return _same(lambda y: method.apply(used, y), (2, site.outputs))
+        b = _numbers((site.outputs,)) if site.bias else None
+        w = _numbers((site.inputs, site.outputs))
+        same = jnp.bool_(True)
+        for old in ((w, b), jax.tree.map(jnp.zeros_like, (w, b))):
+            for was, now in zip(old, merge_matrix(action, shared, own, *old), strict=True):
+                same &= jnp.bool_(True) if was is None else (was == now).all()
+        return same
 
     for _ in (*site.stack, *site.batch):  # a matrix at a time
         one = functools.partial(lambda inner, own: jax.lax.map(inner, own).all(), one)
     return one(first)
 
 
+def _numbers(shape: tuple[int, ...]) -> jax.Array:
+    return jnp.cos(jnp.arange(1, 1 + math.prod(shape), dtype=jnp.float32)).reshape(shape)
+
+
 def _same(function: Any, shape: tuple[int, ...]) -> jax.Array:
     """Whether a function gives back zeros, to which the smallest sum shows, and numbers, to which a product does."""
-    numbers = jnp.cos(jnp.arange(1, 1 + math.prod(shape), dtype=jnp.float32)).reshape(shape)
+    numbers = _numbers(shape)
     zeros = jnp.zeros_like(numbers)
     return (function(zeros) == zeros).all() & (function(numbers) == numbers).all()

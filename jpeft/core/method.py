@@ -24,21 +24,34 @@ class Method(Protocol):
 
     Its functions at a site depend on the site's kind:
 
-    - "weight": ``apply(leaves, base, x) -> y`` with a `Linear` as base, ``merge(leaves, w) -> w`` and
-      ``merge_bias(leaves, b) -> b``, each for one matrix;
+    - "weight": ``apply(leaves, base, x) -> y`` with a `Linear` as base, and ``merge(leaves, w, b) -> (w, b)``, each for
+      one matrix, with ``b`` None where the module has no bias;
     - "output": ``apply(leaves, y) -> y``;
     - "attention": ``apply(leaves, key, value, mask) -> (key, value, mask)``;
     - "leaf": none, its leaf replaces the base's.
 
     Attributes:
-      mergeable: whether the method changes weights only, so that it can be merged into them.
       roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
-      non_trainable: names of the leaves that never train.
+      penalty_reduction: how the terms of `penalty` combine, "sum" or "mean".
     """
 
-    mergeable: ClassVar[bool]
     roles: ClassVar[Mapping[str, Sequence[str | None]]]
-    non_trainable: ClassVar[frozenset[str]]
+    penalty_reduction: ClassVar[str]
+
+    @property
+    def non_trainable(self) -> frozenset[str]:
+        """Names of the leaves, at a site or shared, that never train; they may be integers."""
+        ...
+
+    @property
+    def regenerated(self) -> frozenset[str]:
+        """Names of the non-trainable leaves that the configuration gives back bit for bit, whatever the key."""
+        ...
+
+    @property
+    def observes(self) -> str | None:
+        """The statistic of the data that ``init`` takes as its last argument, or None."""
+        ...
 
     @property
     def name(self) -> str:
@@ -56,8 +69,8 @@ class Method(Protocol):
         ...
 
     @property
-    def changes_bias(self) -> bool:
-        """Whether the method changes the bias beside a weight."""
+    def penalized(self) -> bool:
+        """Whether `penalty` computes anything."""
         ...
 
     @property
@@ -90,16 +103,31 @@ class Method(Protocol):
         """The method with the overrides for a site applied."""
         ...
 
-    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        """Fresh leaves at a site, for one matrix. ``w`` is the weight as ``[in, out]``, the leaf, or None."""
+    def mergeable(self, site: Site) -> bool:
+        """Whether what the method does at a site can be merged into the base's leaves."""
+        ...
+
+    def init(self, key: Key[Array, ""], site: Site, w: Any, *statistics: Any) -> Leaves:
+        """Fresh leaves at a site, for one matrix.
+
+        Args:
+          key: a PRNG key.
+          site: the site.
+          w: the weight as ``[in, out]``, the leaf, or None.
+          *statistics: only where the method ``observes`` data: the statistic by name, for this matrix; None without.
+        """
         ...
 
     def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
         """Fresh leaves that all sites share."""
         ...
 
-    def expand(self, shared: Leaves, leaves: Leaves) -> Leaves:
-        """The leaves that ``apply`` and ``merge`` take, computed from shared leaves and those at a site."""
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        """The leaves that ``apply`` and ``merge`` take, from shared leaves and those at a site, for one matrix."""
+        ...
+
+    def penalty(self, leaves: Leaves) -> Any:
+        """The method's own term of the loss, for one matrix."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,6 +155,13 @@ class Linear(Protocol):
         """Whether ``x @ changed + bias`` may replace a call: it is the default product with the model's own weight.
 
         False if another method changed the weight before, or if the module has its own product or precision.
+        """
+        ...
+
+    def merged(self, x: Any) -> Float[Array, "*tokens out"]:
+        """The product with the method's merged weight, which is computed in at least float32.
+
+        The backward pass computes the merged weight again, so that no copy of it is kept.
         """
         ...
 

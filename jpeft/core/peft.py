@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
-from jpeft.core.actions import Action, by_weight, expand_leaves, init_leaves, merge_leaf
+from jpeft.core.actions import Action, by_weight, init_leaves, merge_stored
 from jpeft.core.adapter_placement import box_like, leaf_sharding
 from jpeft.core.arguments import adapter_leaves, check_order
 from jpeft.core.finite import check_merged, is_finite
@@ -22,7 +24,8 @@ from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Method, slugs
 from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized, requantize_leaf
-from jpeft.core.sites import BOX, FUSED, MERGE, Site
+from jpeft.core.sites import BOX, FUSED, MERGE, Site, map_axes, stack_first
+from jpeft.core.statistics import check_statistics
 from jpeft.core.summary import Member, Row, summary
 from jpeft.core.targets import Matched
 from jpeft.core.tree import (
@@ -44,10 +47,10 @@ Structure = tuple[tuple[Path, tuple[tuple[int, ...], str]], ...]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init_jitted(action: Action, key: jax.Array, w: Any) -> dict[str, jax.Array]:
+def _init_jitted(action: Action, key: jax.Array, w: Any, statistics: Any) -> dict[str, jax.Array]:
     # Jitted so that a weight that `init` does not use is neither viewed nor dequantized nor sent to the device. Sites
     # that differ only in their path share the compiled function.
-    return init_leaves(action.method, action.site, key, None if w is None else meta.unbox(w))
+    return init_leaves(action.method, action.site, key, None if w is None else meta.unbox(w), statistics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,16 @@ class Peft:
         frozen = {slug: m.non_trainable for slug, m in zip(slugs(self.method), self.method.methods(), strict=True)}
         return frozenset(own | {path for path in self.shared_paths if path[1] in frozen[path[0]]})
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether an adapter can be merged into the base at every site."""
+        return all(action.mergeable for action in self.actions)
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a method has a loss of its own, see `penalty`."""
+        return any(action.method.penalized for action in self.actions)
+
     def leaf_sites(self) -> dict[Path, tuple[Site | None, Any]]:
         """For every adapter leaf, the site whose weight it is sharded like and its axes' roles; or (None, None)."""
         out: dict[Path, tuple[Site | None, Any]] = dict.fromkeys(self.shared_paths, (None, None))
@@ -114,31 +127,45 @@ class Peft:
 
     # --- trees ------------------------------------------------------------------------------------------------------
 
-    def init(self, key: jax.Array, params: Tree) -> Any:
+    def init(self, key: jax.Array, params: Tree, statistics: Mapping[str, Any] | None = None) -> Any:
         """A fresh adapter: a small tree in the container type of ``params``. The base is only read.
 
         Args:
           key: a PRNG key. A site's leaves depend only on it and on the site's path (and weight).
           params: the base tree. The adapter takes over its shardings and boxes with logical names. If leaves are
             ``jax.ShapeDtypeStruct``s, so are the adapter's.
+          statistics: for a method whose start depends on data, what `jpeft.observe` found.
+
+        Raises:
+          ValueError: a start depends on data and there are no statistics, or they are of another model.
         """
         tree, _ = split_variables(params)
         base = flatten(tree)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
             shapes = {p: jax.ShapeDtypeStruct(s, jnp.dtype(d)) for p, (s, d) in self.structure}
             return like(unflatten(self.place_like_base(shapes, base)), tree)
+        check_statistics(self.actions, statistics, base)
+        leaves = self.init_shared(key)
+        for action in self.actions:
+            w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
+            own = self.init_action(action, key, w, statistics)
+            leaves |= {action.leaf_path(n): x for n, x in own.items()}
+        return like(unflatten(self.place_like_base(leaves, base)), tree)
+
+    def init_shared(self, key: jax.Array) -> dict[Path, Any]:
+        """Fresh shared leaves, by path."""
         leaves: dict[Path, Any] = {}
         for i, (slug, member) in enumerate(zip(slugs(self.method), self.method.methods(), strict=True)):
             if any(p[0] == slug for p in self.shared_paths):
                 sites = [a.site for a in self.actions if a.member == i]
-                shared = member.shared(_fold(key, slug), sites)
-                leaves |= {(slug, n): x for n, x in shared.items()}
-        for action in self.actions:
-            w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
-            placeless = replace(action, site=replace(action.site, path=()))
-            own = _init_jitted(placeless, _fold(key, f"{action.member}/{action.site.name}"), w)
-            leaves |= {action.leaf_path(n): x for n, x in own.items()}
-        return like(unflatten(self.place_like_base(leaves, base)), tree)
+                leaves |= {(slug, n): x for n, x in member.shared(_fold(key, slug), sites).items()}
+        return leaves
+
+    def init_action(self, action: Action, key: jax.Array, w: Any, statistics: Any = None) -> dict[str, jax.Array]:
+        """Fresh leaves at one site, by name, from the base's weight there. See `init`."""
+        placeless = replace(action, site=replace(action.site, path=()), changes_bias=False)
+        found = None if action.method.observes is None or statistics is None else dict(statistics[action.site.name])
+        return _init_jitted(placeless, _fold(key, f"{action.member}/{action.site.name}"), w, found)
 
     def place_like_base(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
         """Adapter leaves with the shardings and boxes that follow from the base's."""
@@ -158,6 +185,55 @@ class Peft:
         """
         trainable = {p for p, _ in self.structure} - self.non_trainable_paths
         return map_with_path(lambda p, _: TRAINABLE if p in trainable else FROZEN, tree)
+
+    def axes(self, adapter: Tree) -> Any:
+        """The ``in_axes`` of an adapter for `jax.vmap`: None for leaves that are shared or do not train, 0 for the rest.
+
+        Args:
+          adapter: an adapter, or several stacked. A leaf that does not train and is stacked too, as positions that
+            differ between adapters, has 0.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft
+        >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.ones((1, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> peft = jpeft.methods.VeRA(rank=2, targets="layers_0").bind(model, params, x)
+        >>> adapters = [peft.init(jax.random.key(seed), params) for seed in range(3)]
+        >>> axes = peft.axes(adapters[0])
+        >>> def stacked(axis, *leaves):
+        ...     return leaves[0] if axis is None else jnp.stack(leaves)
+        >>> bank = jax.tree.map(stacked, axes, *adapters, is_leaf=lambda axis: axis is None)
+        >>> jax.vmap(peft.apply, in_axes=(None, axes, None))(params, bank, x).shape
+        (3, 1, 8)
+        """
+        held_once, structure = self.non_trainable_paths | set(self.shared_paths), dict(self.structure)
+
+        def axis(path: Path, leaf: Any) -> int | None:
+            single = path in structure and np.ndim(peek(leaf)) == len(structure[path][0])
+            return None if path in held_once and single else 0
+
+        return map_with_path(axis, adapter)
+
+    def penalty(self, adapter: Tree) -> jax.Array:
+        """The loss that methods have of their own, such as AdaLoRA's for the orthogonality of its factors.
+
+        `train_step` adds it to the user's loss. 0.0 for methods that have none.
+        """
+        leaves = self.check(adapter)
+        totals: dict[int, list[jax.Array]] = {}
+        counts: dict[int, int] = {}
+        for action in self.actions:
+            if action.method.penalized:
+                own = {n: stack_first(meta.unbox(leaves[action.leaf_path(n)]), action.site.stack) for n in action.stored}
+                sizes = [n for _, n in action.site.stack] + list(action.site.batch)
+                terms = map_axes(lambda own, method=action.method: jnp.asarray(method.penalty(own)), len(sizes))(own)
+                totals.setdefault(action.member, []).append(terms.astype(jnp.float32).sum())
+                counts[action.member] = counts.get(action.member, 0) + math.prod(sizes)
+        members = self.method.methods()
+        each = [
+            sum(found) / (counts[member] if members[member].penalty_reduction == "mean" else 1)
+            for member, found in totals.items()
+        ]
+        return jnp.asarray(sum(each), jnp.float32)
 
     def check(self, adapter: Tree) -> dict[Path, Any]:
         """The adapter's leaves by path.
@@ -199,41 +275,52 @@ class Peft:
             weight that changes; traced ones (under ``jax.jit`` or ``jax.grad``) cannot be.
 
         Raises:
-          ValueError: a method cannot be merged (prefix tuning, bottleneck adapters), or ``requantize`` is True and no
-            merged weight is quantized.
+          ValueError: a method cannot be merged at a site (prefix tuning, bottleneck adapters, a bias where the module
+            has none), or ``requantize`` is True and no merged weight is quantized.
           MergeError: a merged weight holds NaN or infinities, or is beyond the range of the base's dtype.
         """
         self.check_order(params, adapter, "peft.merge(params, adapter)")
         for action in self.actions:
-            if not action.method.mergeable:
+            if not action.mergeable:
                 raise ValueError(
-                    f"{action.method.name} at {action.site.name!r} cannot be merged: it does not change a weight; "
-                    "use peft.apply or peft.module"
+                    f"{action.method.name} at {action.site.name!r} cannot be merged: no weight there can hold what it "
+                    "does; use peft.apply or peft.module"
                 )
         tree, _ = split_variables(params)
         base = flatten(tree)
         out = self.replaced(dict(base), leaves := self.check(adapter))
         flags = {a.site.path: is_finite(out[a.site.path]) for a in self.actions if safe and a.site.kind == "leaf"}
-        used, found = self.expanded(leaves), False
+        found = False
 
         def check(flags: Mapping[Path, Any]) -> None:
             check_merged(flags, base, lambda path: self._leaves_at(path, leaves))
 
         for path, actions in by_weight(self.actions, (FUSED, BOX, MERGE)).items():
-            own, stored = [used[a] for a in actions], out[path]
-            out[path] = merge_leaf(actions, own, stored, False)
-            flags[path] = is_finite(out[path]) if safe else None
+            own, shared = [self.own(a, leaves) for a in actions], [self.shared(a, leaves) for a in actions]
+            stored, bias = out[path], actions[0].site.bias_path
+            merged, added = merge_stored(actions, shared, own, stored, out.get(bias))
+            out[path] = merged
+            flags[path] = is_finite(merged) if safe else None
             if requantize and isinstance(stored, Quantized):
                 check({path: flags[path]})  # codes represent no NaN, and would not say whose it is
-                out[path], found = requantize_leaf(stored, out[path]), True
-            bias = actions[0].site.bias_path
-            if bias in out and any(a.method.changes_bias for a in actions):
-                out[bias] = merge_leaf(actions, own, out[bias], True)
-                flags[bias] = is_finite(out[bias]) if safe else None
+                out[path], found = requantize_leaf(stored, merged), True
+            if bias in out and any(a.changes_bias for a in actions):
+                out[bias] = added
+                flags[bias] = is_finite(added) if safe else None
         check(flags)
         if requantize and not found:
             raise ValueError("requantize=True, but no weight that the adapter changes is quantized")
         return like(unflatten(out), tree)
+
+    def own(self, action: Action, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+        """The leaves of one action as they are stored, by name, of an adapter's leaves by path."""
+        return {n: leaves[action.leaf_path(n)] for n in action.stored}
+
+    def shared(self, action: Action, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+        """The leaves that an action's sites share, by name, of an adapter's leaves by path."""
+        if not action.shared:
+            return {}
+        return {p[1]: meta.unbox(leaves[p]) for p in self.shared_paths if p[0] == action.shared}
 
     def _leaves_at(self, path: Path, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
         """The adapter's leaves that change a base leaf."""
@@ -257,15 +344,6 @@ class Peft:
             elif action.site.stored:
                 _base_leaf(base, action.site.weight_path)
         return base
-
-    def expanded(self, leaves: Mapping[Path, Any]) -> dict[Action, dict[str, Any]]:
-        """The leaves that each action's ``apply`` and ``merge`` take."""
-        out, names = {}, slugs(self.method)
-        for action in self.actions:
-            shared = {p[1]: meta.unbox(leaves[p]) for p in self.shared_paths if p[0] == names[action.member]}
-            own = {n: leaves[action.leaf_path(n)] for n in action.stored}
-            out[action] = expand_leaves(action.method, action.site, shared, own)
-        return out
 
     def by_owner(self) -> dict[Path, tuple[Action, ...]]:
         """The actions that run in a module's call, by the module's path."""
@@ -292,8 +370,8 @@ class Peft:
     def overlay(self, params: Tree, adapter: Tree) -> Any:
         """The tree that the unmodified model runs on inside `intercept`.
 
-        It is ``combine(params, adapter)``, except that a weight that no module call explains is in a box, a weight that
-        is read from another module is merged, and leaves that depend on shared ones are expanded.
+        It is ``combine(params, adapter)``, except that a weight that no module call explains is in a box, and a weight
+        that is read from another module is merged.
         """
         self.check_order(params, adapter, "peft.overlay(params, adapter)")
         return self.frontend.overlay(self, params, adapter)
@@ -301,7 +379,8 @@ class Peft:
     def intercept(self) -> AbstractContextManager[None]:
         """The bare interceptor, for code that calls modules itself: ``model.generate(ids, params=full)``.
 
-        Give the model ``combine(params, adapter)`` or, if `summary` lists sites that are not fused, ``overlay(...)``.
+        Give the model ``combine(params, adapter)`` or, if `summary` lists sites that are not fused or leaves that sites
+        share, ``overlay(...)``.
         Enter it inside the function that is jitted: a function that was traced before ignores it.
         """
         return self.frontend.intercept(self)

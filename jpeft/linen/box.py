@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jpeft.core.actions import Action, by_weight, merge_bias, merge_leaf, merge_weight
+from jpeft.core.actions import Action, by_weight, merge_layer, merge_stored
 from jpeft.core.method import Leaves
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, unreadable
@@ -28,29 +28,32 @@ def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
     """See `Peft.overlay`."""
     tree, _ = split_variables(params)
     leaves = peft.check(adapter)
-    full, used = peft.replaced(flatten(tree), leaves), peft.expanded(leaves)
+    full = peft.replaced(flatten(tree), leaves)
     for site in peft.weights:  # the base may be quantized after the method was bound
         if site.via == MERGE and isinstance(leaf := full.get(site.weight_path), Quantized):
             raise ValueError(unreadable(site.weight_path, leaf))
+    token = Token() if peft.shared_paths else None
     for path, actions in by_weight(peft.actions, (BOX, MERGE)).items():
-        own, bias = [used[a] for a in actions], actions[0].site.bias_path
-        changed = [(path, False)]
-        if bias in full and any(a.method.changes_bias for a in actions):
-            changed.append((bias, True))
-        for target, is_bias in changed:
-            if actions[0].site.via == BOX:
-                full[target] = Changed(full[target], tuple(own), tuple(actions), is_bias)
-            else:
-                full[target] = merge_leaf(actions, own, full[target], is_bias)
+        own, bias = [peft.own(a, leaves) for a in actions], actions[0].site.bias_path
+        pair = (full[path], full.get(bias))
+        if actions[0].site.via == BOX:
+            boxes = [Changed(*pair, tuple(own), tuple(actions), is_bias, token) for is_bias in (False, True)]
+        else:
+            boxes = merge_stored(actions, [peft.shared(a, leaves) for a in actions], own, *pair)
+        full[path] = boxes[0]
+        if bias in full and any(a.changes_bias for a in actions):
+            full[bias] = boxes[1]
     markers: dict[Path, list[Action]] = {}
     for action in peft.actions:
         if action.site.kind != "leaf" and action.site.via == FUSED:
             path = action.site.weight_path
             if action.site.kind == "weight" and action.site.geometry is not None and action.site.geometry.calls:
                 full[path] = _identifiable(full[path], path)
-            full |= {action.leaf_path(n): x for n, x in used[action].items()}
+            full |= {action.leaf_path(n): x for n, x in peft.own(action, leaves).items()}
             markers.setdefault(action.site.path, []).append(action)
-    full |= {(*path, MARKER): Marker(tuple(actions)) for path, actions in markers.items()}
+    full |= {(*path, MARKER): Marker(tuple(actions), token) for path, actions in markers.items()}
+    if token is not None:
+        full |= {path: leaves[path] for path in peft.shared_paths} | {(ROOT_MARKER,): Marker((), token)}
     return unflatten(full)
 
 
@@ -61,19 +64,54 @@ def _identifiable(leaf: Any, path: Path) -> Any:
     return box_as(leaf, jnp.asarray(peek(leaf))) if isinstance(peek(leaf), np.ndarray) else leaf
 
 
+class Token:
+    """The identity of one `overlay`, under which the leaves that sites share are found while the model runs."""
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Marker:
     """A static leaf beside a site's leaves, which makes the tree structure depend on the method.
 
     ``nn.jit`` caches a module's trace by that structure. Without the marker, a LoRA with another alpha would reuse the
-    trace of the first.
+    trace of the first; without the token, a module would reuse a trace that has captured shared leaves of another call.
     """
 
     actions: tuple[Action, ...]
+    token: Token | None = None
 
 
 MARKER = "jpeft"
+ROOT_MARKER = "jpeft_shared"  # at the model's root, beside the shared leaves
+
+_shared: contextvars.ContextVar[Mapping[Token | None, Mapping[str, Leaves]]] = contextvars.ContextVar("shared", default={})
+
+
+@contextlib.contextmanager
+def sharing(variables: Mapping[str, Any], slugs: Collection[str]) -> Iterator[None]:
+    """A context in which `shared_leaves` finds the shared leaves that an overlay put at the root of a model.
+
+    Modules get them from here, not from their own variables, since the model's scans slice all of these.
+
+    Args:
+      variables: the parameters of the model's root.
+      slugs: the keys of the shared leaves.
+    """
+    marker = variables.get(ROOT_MARKER)
+    found = {slug: meta.unbox(dict(variables[slug])) for slug in slugs if slug in variables}
+    if not isinstance(marker, Marker):
+        yield
+        return
+    token = _shared.set({**_shared.get(), marker.token: found})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def shared_leaves(action: Action, token: Token | None) -> Leaves:
+    """The leaves that an action's sites share, of the overlay with this token."""
+    return _shared.get()[token][action.shared] if action.shared else {}
 
 
 class _Box(meta.AxisMetadata):
@@ -104,21 +142,33 @@ class Changed(_Box):
     """A weight or bias with its adapter leaves. Unboxed, it is the merged one, one layer at a time under a scan.
 
     Attributes:
-      value: the base weight or bias.
+      weight: the base weight.
+      bias: the base bias beside it, or None.
       leaves: the adapter leaves of each action.
       actions: the actions, in order.
-      bias: whether this is a bias.
+      is_bias: whether this takes the place of the bias.
+      token: of the overlay that made it.
     """
 
-    def __init__(self, value: Any, leaves: tuple[Leaves, ...], actions: tuple[Action, ...], bias: bool = False):
-        self.value, self.leaves, self.actions, self.bias = value, leaves, actions, bias
+    def __init__(
+        self, weight: Any, bias: Any, leaves: tuple[Leaves, ...], actions: tuple[Action, ...], is_bias: bool, token: Any
+    ):
+        self.weight, self.bias, self.leaves = weight, bias, leaves
+        self.actions, self.is_bias, self.token = actions, is_bias, token
+
+    @property
+    def value(self) -> Any:
+        """The base leaf whose place it takes."""
+        return self.bias if self.is_bias else self.weight
 
     def unbox(self) -> jax.Array:
-        merge = merge_bias if self.bias else merge_weight
-        return merge(self.actions, [meta.unbox(own) for own in self.leaves], meta.unbox(self.value))
+        shared = [shared_leaves(action, self.token) for action in self.actions]
+        leaves = [meta.unbox(own) for own in self.leaves]
+        pair = merge_layer(self.actions, shared, leaves, meta.unbox(self.weight), meta.unbox(self.bias))
+        return pair[self.is_bias]
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.value, self.leaves), (self.actions, self.bias)
+        return (self.weight, self.bias, self.leaves), (self.actions, self.is_bias, self.token)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> Changed:

@@ -11,6 +11,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 
 from jpeft.core import backend
-from jpeft.core.actions import Action, cast_leaves, merge_bias, merge_weight
+from jpeft.core.actions import Action, cast_leaves, merge_layer, merge_matrix, used_leaves
 from jpeft.core.dataflow.views import Product
 from jpeft.core.geometry import Call, Contraction, Geometry, Lookup, Parts, Patches, attend
 from jpeft.core.method import Leaves
@@ -31,7 +32,7 @@ from jpeft.core.quantized import Quantized
 from jpeft.core.sites import FUSED, Site, map_axes
 from jpeft.core.tree import Path, join, peek
 from jpeft.linen import attention, registry, rewrite
-from jpeft.linen.box import Marker, Opened, opened
+from jpeft.linen.box import MARKER, Marker, Opened, opened, shared_leaves, sharing
 
 _active: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("active", default=())
 
@@ -120,20 +121,30 @@ class Interceptor:
         inside = path[: len(self.prefix)] == self.prefix
         actions = self.actions.get(path[len(self.prefix) :], ()) if inside else ()
         nested = any(outer.module.scope is module.scope for outer in self.open_calls)
+        outermost = self._sharing(module) if not self.open_calls else contextlib.nullcontext()
         self.open_calls.append(_OpenCall(module, _deterministic(context, args, kwargs)))
         try:
-            call = _ModuleCall.of(next_fun, args, kwargs, context)
-            return self._run(call, actions, nested) if actions else _unchanged(call)
+            with outermost:
+                call = _ModuleCall.of(next_fun, args, kwargs, context)
+                return self._run(call, actions, nested) if actions else _unchanged(call)
         finally:
             self.open_calls.pop()
 
+    def _sharing(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context with the leaves that sites share, for the outermost call."""
+        slugs = {action.shared for own in self.actions.values() for action in own if action.shared}
+        scope = module.scope
+        while slugs and scope is not None and len(scope.path) > len(self.prefix) and scope.parent is not None:
+            scope = scope.parent
+        return sharing(scope.variables().get("params", {}), slugs) if slugs and scope else contextlib.nullcontext()
+
     def _run(self, call: _ModuleCall, actions: tuple[Action, ...], nested: bool) -> Any:
         """The outputs of a call under actions on its weight, its attention or its output."""
-        pairs = [(action, leaves) for action in actions if (leaves := _read(call.module, action)) is not None]
-        on = {kind: [p for p in pairs if p[0].site.kind == kind] for kind in ("weight", "attention", "output")}
+        found = [active for action in actions if (active := _read(call.module, action)) is not None]
+        on = {kind: [a for a in found if a.site.kind == kind] for kind in ("weight", "attention", "output")}
         name = f"{call.owner}.{call.method}"
-        weight = [p for p in on["weight"] if not _whole(p[0].site).calls]
-        if products := [p for p in on["weight"] if name in _whole(p[0].site).calls]:
+        weight = [a for a in on["weight"] if not _whole(a.site).calls]
+        if products := [a for a in on["weight"] if name in _whole(a.site).calls]:
             y = self._with_changed_products(call, products, weight)
         elif weight and registry.find(call.owner, call.method):
             y = self._with_changed_weight(call, weight)
@@ -144,37 +155,38 @@ class Interceptor:
             y = _unchanged(call)
         # A subclass whose __call__ calls its parent's passes here twice; the output is the outer call's.
         if call.method == "__call__" and not nested:
-            for action, leaves in on["output"]:
-                y = _change_output(action, leaves, y)
+            for active in on["output"]:
+                y = _change_output(active, y)
         return y
 
-    def _with_changed_weight(self, call: _ModuleCall, pairs: Sequence[tuple[Action, Leaves]]) -> Any:
+    def _with_changed_weight(self, call: _ModuleCall, actions: Sequence[_Active]) -> Any:
         """The outputs of a call whose weight the actions change one after the other."""
-        added = {action.leaf_path(n)[-1] for action, leaves in pairs for n in (*action.stored, *leaves)}
+        added = {active.action.leaf_path(n)[-1] for active in actions for n in active.action.stored}
         seen = call.without(added)
         factory = registry.find(call.owner, call.method)
         found = factory(seen) if factory is not None else None
         # Other methods of the module may use another of its weights.
-        pairs = [(action, leaves) for action, leaves in pairs if found is None or action.site.leaf == found.leaf]
-        if not pairs:
+        actions = [active for active in actions if found is None or active.site.leaf == found.leaf]
+        if not actions:
             return _recomputed(call.run, call.variables)
-        site = pairs[0][0].site
+        site = actions[0].site
         geometry = _check_geometry(site, found, f"{call.owner}.{call.method}")
         operation = _Operation.of(call, seen, site, geometry)
-        for action, leaves in pairs:
-            operation = dataclasses.replace(operation, dropout=self._dropout(call.module, action.method.input_dropout))
+        for active in actions:
+            dropout = self._dropout(call.module, active.action.method.input_dropout)
+            operation = dataclasses.replace(operation, dropout=dropout)
             change = _change_attend if call.method == "attend" else _ChangedOperation
-            operation = operation.then(action, leaves, change(action, leaves, operation))
+            operation = operation.then(active, change(active, operation))
         return _recomputed(lambda: operation.run(call.args[geometry.argument]), call.variables)
 
     def _with_changed_products(
-        self, call: _ModuleCall, pairs: Sequence[tuple[Action, Leaves]], weight: Sequence[tuple[Action, Leaves]]
+        self, call: _ModuleCall, products: Sequence[_Active], weight: Sequence[_Active]
     ) -> Any:
         """The outputs of a call in which the actions change products of the module's parameters.
 
         Args:
           call: the call.
-          pairs: the actions on products.
+          products: the actions on products.
           weight: other actions on a weight of the module.
         """
 
@@ -182,32 +194,32 @@ class Interceptor:
             is_linear = weight and registry.find(call.owner, call.method)
             return self._with_changed_weight(call, weight) if is_linear else call.run()
 
-        changes: dict[str, list[tuple[Action, Leaves]]] = {}
-        for action, leaves in pairs:
-            changes.setdefault(action.site.leaf, []).append((action, leaves))
+        changes: dict[str, list[_Active]] = {}
+        for active in products:
+            changes.setdefault(active.site.leaf, []).append(active)
 
         def change(name: str, eqn: Any, found: Product, x: Any, w: Any) -> Any:
             return self._changed_product(call, changes[name], eqn, found, x, w)
 
         def fits(name: str) -> bool:  # a scan around the module passes here too, with the weights of all layers
-            return jnp.shape(peek(call.variables[name])) == _whole(changes[name][0][0].site).shape
+            return jnp.shape(peek(call.variables[name])) == _whole(changes[name][0].site).shape
 
         if not (names := [name for name in changes if fits(name)]):
             return run()
         boxes = {name: call.variables[name] for name in names}
         for name, box in boxes.items():
             if isinstance(peek(box), np.ndarray) or isinstance(box, Quantized):
-                raise ValueError(_needs_overlay(changes[name][0][0].site))
+                raise ValueError(_needs_overlay(changes[name][0].site))
         # The arrays that a box holds: opening one may add a sharding constraint.
         values = {n: box.unbox() if isinstance(box, Opened) else jax.tree.leaves(box)[0] for n, box in boxes.items()}
-        with opened({changes[name][0][0].site.weight_path: value for name, value in values.items()}):
+        with opened({changes[name][0].site.weight_path: value for name, value in values.items()}):
             return rewrite.run(call.module, run, values, change)
 
     def _changed_product(
-        self, call: _ModuleCall, pairs: Sequence[tuple[Action, Leaves]], eqn: Any, found: Product, x: Any, w: Any
+        self, call: _ModuleCall, actions: Sequence[_Active], eqn: Any, found: Product, x: Any, w: Any
     ) -> Any:
         """The output of a product whose weight the actions change one after the other."""
-        whole, out = _whole(pairs[0][0].site), eqn.outvars[0].aval
+        whole, out = _whole(actions[0].site), eqn.outvars[0].aval
         geometry, operand, output = whole.contraction(found, x.shape)
         raw, stored = x.reshape(operand), call.variables[whole.leaf]
 
@@ -233,13 +245,15 @@ class Interceptor:
         no_call = Call(call.module, call.method, (raw,), {}, {})
         plain = eqn.params["precision"] is None and not isinstance(stored, Opened)
         operation = _Operation(no_call, run, weight, lambda: None, x.dtype, plain, _no_dropout)
-        for action, leaves in pairs:
+        for active in actions:
+            action = active.action
             parts = action.site.geometry.parts if isinstance(action.site.geometry, Parts) else 1
             own = dataclasses.replace(action, site=dataclasses.replace(action.site, geometry=geometry.split(parts)))
             index, sizes, depth = whole.index(found), own.site.batch, len(action.site.batch)
-            taken = {n: leaf[index].reshape(*sizes, *leaf.shape[depth:]) for n, leaf in leaves.items()}
+            taken = {n: leaf[index].reshape(*sizes, *leaf.shape[depth:]) for n, leaf in active.leaves.items()}
+            part = _Active(own, taken, active.shared)
             operation = dataclasses.replace(operation, dropout=self._dropout(call.module, action.method.input_dropout))
-            operation = operation.then(own, taken, _ChangedOperation(own, taken, operation))
+            operation = operation.then(part, _ChangedOperation(part, operation))
         return operation.run(raw).astype(out.dtype).reshape(out.shape)
 
     def _dropout(self, module: nn.Module, rate: float) -> Callable[[Any, float], Any]:
@@ -279,25 +293,45 @@ def _recomputed(run: Callable[[], Any], variables: Mapping[str, Any]) -> Any:
     return run()
 
 
-def _read(module: nn.Module, action: Action) -> Leaves | None:
-    """An action's leaves from the called module's scope, or None if the scope has none.
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """An action in a call: its leaves as they are stored, and those that its sites share."""
+
+    action: Action
+    leaves: Leaves
+    shared: Leaves
+
+    @property
+    def site(self) -> Site:
+        return self.action.site
+
+    def used(self, leaves: Leaves, dtype: Any) -> Leaves:
+        """The leaves that ``apply`` takes, for one matrix, from its stored ones."""
+        return cast_leaves(used_leaves(self.action, self.shared, leaves), dtype)
+
+
+def _read(module: nn.Module, action: Action) -> _Active | None:
+    """An action with its leaves from the called module's scope, or None if the scope has none.
 
     HuggingFace's tied heads call ``module.apply({...}, x)`` inside the model: a scope of its own, without an adapter.
     """
     variables = module.variables.get("params", {})
-    keys = {name: action.leaf_path(name)[-1] for name in (*action.stored, *action.names)}
-    needs_overlay = action.site.via != FUSED or action.names != action.stored
-    if needs_overlay and any(keys[name] in variables for name in action.stored):
-        raise ValueError(_needs_overlay(action.site))
-    if action.site.via != FUSED or not any(keys[name] in variables for name in action.names):
+    keys = {name: action.leaf_path(name)[-1] for name in action.stored}
+    if not any(key in variables for key in keys.values()):
         return None
-    return {name: meta.unbox(variables[keys[name]]) for name in action.names}
+    marker = variables.get(MARKER)
+    token = marker.token if isinstance(marker, Marker) else None
+    if action.site.via != FUSED or (action.shared and token is None):
+        raise ValueError(_needs_overlay(action.site))
+    leaves = {name: meta.unbox(variables[key]) for name, key in keys.items()}
+    return _Active(action, leaves, shared_leaves(action, token))
 
 
 def _needs_overlay(site: Site) -> str:
+    why = "has leaves that other sites share" if site.via == FUSED else "is changed before its module is called"
     return (
-        f"{site.name!r} is changed before its module is called (path taken: {site.via}); inside intercept(), give the "
-        "model peft.overlay(params, adapter) instead of combine(params, adapter)"
+        f"{site.name!r} {why} (path taken: {site.via}); inside intercept(), give the model "
+        "peft.overlay(params, adapter) instead of combine(params, adapter)"
     )
 
 
@@ -306,18 +340,20 @@ def _whole(site: Site) -> Any:
     return site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
 
 
-def _extend(pairs: Sequence[tuple[Action, Leaves]], key: jax.Array, value: jax.Array, mask: Any) -> Any:
+def _extend(actions: Sequence[_Active], key: jax.Array, value: jax.Array, mask: Any) -> Any:
     """An attention's keys, values and mask, changed by each action in turn."""
-    for action, leaves in pairs:
-        key, value, mask = action.method.apply(cast_leaves(leaves, key.dtype), key, value, mask)
+    for active in actions:
+        leaves = active.used(active.leaves, key.dtype)
+        key, value, mask = active.action.method.apply(leaves, key, value, mask)
     return key, value, mask
 
 
-def _change_output(action: Action, leaves: Leaves, y: Any) -> Any:
+def _change_output(active: _Active, y: Any) -> Any:
     """A module's output, or the first element of a tuple, changed by one action."""
     first = y[0] if isinstance(y, tuple) else y
     tokens = first.reshape(-1, first.shape[-1]) if backend.flatten_tokens() else first
-    changed = action.method.apply(cast_leaves(leaves, first.dtype), tokens).reshape(first.shape)
+    leaves = active.used(active.leaves, first.dtype)
+    changed = active.action.method.apply(leaves, tokens).reshape(first.shape)
     if not isinstance(y, tuple):
         return changed
     return type(y)(changed, *y[1:]) if hasattr(y, "_fields") else (changed, *y[1:])
@@ -370,24 +406,25 @@ class _Operation:
             dropout=_no_dropout,
         )
 
-    def then(self, action: Action, leaves: Leaves, run: Callable[[Any], Any]) -> _Operation:
+    def then(self, active: _Active, run: Callable[[Any], Any]) -> _Operation:
         """The operation after one more action, which computes its output by ``run``."""
 
-        def weight() -> jax.Array:
-            return merge_weight([action], [leaves], self.weight())
+        def merged() -> tuple[jax.Array, jax.Array | None]:
+            return merge_layer([active.action], [active.shared], [active.leaves], self.weight(), self.bias())
 
-        def bias() -> jax.Array | None:
-            b = self.bias()
-            return None if b is None else merge_bias([action], [leaves], b)
-
-        return dataclasses.replace(self, run=run, weight=weight, bias=bias, plain=False)
+        bias = (lambda: merged()[1]) if active.action.changes_bias else self.bias
+        return dataclasses.replace(self, run=run, weight=lambda: merged()[0], bias=bias, plain=False)
 
 
 class _Linear:
     """The original operation, as a weight method sees it: see `jpeft.core.method.Linear`."""
 
-    def __init__(self, call: Callable[[Any], jax.Array], weight: Any, bias: Any, dropout: Any, plain: bool = False):
-        self._call, self._weight, self._bias, self.dropout, self.plain = call, weight, bias, dropout, plain
+    def __init__(
+        self, call: Callable[[Any], jax.Array], merged: Callable[[Any], jax.Array], weight: Any, bias: Any, dropout: Any,
+        plain: bool = False,
+    ):  # fmt: skip
+        self._call, self._weight, self._bias = call, weight, bias
+        self.merged, self.dropout, self.plain = merged, dropout, plain
 
     def __call__(self, x: Any) -> jax.Array:
         return self._call(x)
@@ -404,10 +441,9 @@ class _Linear:
 class _ChangedOperation:
     """An operation changed by one action: a function of the input in the module's own layout."""
 
-    def __init__(self, action: Action, leaves: Leaves, operation: _Operation):
-        self.action, self.operation = action, operation
-        self.geometry: Any = action.site.geometry
-        self.leaves = cast_leaves(leaves, operation.dtype)
+    def __init__(self, active: _Active, operation: _Operation):
+        self.active, self.operation = active, operation
+        self.geometry: Any = active.site.geometry
 
     def __call__(self, raw: Any) -> Any:
         geometry, call = self.geometry, self.operation.call
@@ -437,42 +473,69 @@ class _ChangedOperation:
                 return geometry.result(call, operation.run(restored))
             return _affine(z, self.weight(), self.bias())
 
-        base = _Linear(original, self.weight, self.bias, operation.dropout, operation.plain)
-        return self.action.method.apply(self.leaves, base, x)
+        return self._applied(self.active.leaves, original, self.weight, self.bias, x, operation.plain)
 
     def _batched(self, call: Call, raw: Any, x: Any) -> jax.Array:
         """The output ``[batch..., tokens..., out]`` of several matrices: the method is mapped over them.
 
         The module is called once, outside of the map.
         """
-        geometry, dropout = self.geometry, self.operation.dropout
+        geometry = self.geometry
         y0 = geometry.result(call, self.operation.run(raw))
 
         def one(leaves: Leaves, x: Any, y0: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
             def original(z: Any) -> jax.Array:
                 return y0 if z is x else _affine(z, w, b)
 
-            return self.action.method.apply(leaves, _Linear(original, lambda: w, lambda: b, dropout), x)
+            return self._applied(leaves, original, lambda: w, lambda: b, x)
 
         # The parts of a fused weight share their input; experts and groups each have their own.
         shared = isinstance(geometry, Parts)
         mapped = jax.vmap(one, in_axes=(0, None, 0, 0, 0)) if shared else one
         mapped = map_axes(mapped, len(geometry.batch) - shared)
-        return mapped(self.leaves, x, y0, self.weight(), self.bias())
+        return mapped(self.active.leaves, x, y0, self.weight(), self.bias())
+
+    def _applied(self, leaves: Leaves, original: Any, weight: Any, bias: Any, x: Any, plain: bool = False) -> jax.Array:
+        """The method's output for one matrix.
+
+        Args:
+          leaves: its leaves as they are stored.
+          original: the operation without it.
+          weight: computes the weight.
+          bias: computes the bias.
+          x: the input.
+          plain: see `jpeft.core.method.Linear.plain`.
+        """
+        dtype, action = self.operation.dtype, self.active.action
+        merged = functools.partial(_merged_product, self.active, leaves, weight, bias, dtype)
+        base = _Linear(original, merged, weight, bias, self.operation.dropout, plain)
+        return action.method.apply(self.active.used(leaves, dtype), base, x)
 
 
-def _change_attend(action: Action, leaves: Leaves, operation: _Operation) -> Callable[[Any], Any]:
+def _merged_product(active: _Active, leaves: Leaves, weight: Any, bias: Any, dtype: Any, z: Any) -> jax.Array:
+    """See `jpeft.core.method.Linear.merged`."""
+
+    @jax.checkpoint
+    def product(leaves: Leaves, w: jax.Array, b: jax.Array | None) -> jax.Array:
+        w, b = merge_matrix(active.action, active.shared, leaves, w, b)
+        return _affine(z, w.astype(dtype), None if b is None else b.astype(dtype))
+
+    return product(leaves, weight(), bias())
+
+
+def _change_attend(active: _Active, operation: _Operation) -> Callable[[Any], Any]:
     """`nn.Embed.attend` changed by one action: the changed lookup, transposed."""
-    leaves, dtype = cast_leaves(leaves, operation.dtype), operation.dtype
+    leaves, dtype = active.used(active.leaves, operation.dtype), operation.dtype
 
     def weight() -> jax.Array:
         return operation.weight().astype(dtype)
 
-    base = _Linear(lambda z: z @ weight(), weight, lambda: None, _no_dropout)
+    merged = functools.partial(_merged_product, active, active.leaves, weight, lambda: None, dtype)
+    base = _Linear(lambda z: z @ weight(), merged, weight, lambda: None, _no_dropout)
 
     def run(query: Any) -> Any:
-        lookup = functools.partial(action.method.apply, leaves, base)
-        return attend(lookup, query.astype(dtype), action.site.inputs)
+        lookup = functools.partial(active.action.method.apply, leaves, base)
+        return attend(lookup, query.astype(dtype), active.site.inputs)
 
     return run
 

@@ -51,8 +51,8 @@ def register(cls: M) -> M:
     ...     def init(self, key, site, w):
     ...         return {"shift": jnp.zeros((site.outputs,))}
     ...
-    ...     def merge(self, leaves, w):
-    ...         return w + leaves["shift"]
+    ...     def merge(self, leaves, w, b):
+    ...         return w + leaves["shift"], b
     >>> METHODS[register(Shift).__name__] is Shift
     True
     >>> del METHODS["Shift"]

@@ -33,7 +33,7 @@ from jpeft.core.targets import (
     matches_entry,
     select,
 )
-from jpeft.methods.spelling import InitSignature, check_names, no_field
+from jpeft.methods.spelling import InitSignature, check_names, check_protocol, no_field
 
 if TYPE_CHECKING:
     from jpeft.core.peft import Peft
@@ -48,12 +48,17 @@ class Method:
       exclude: the sites to leave out, even if ``targets`` matches them.
       overrides: fields by target pattern, e.g. ``{r".*/query": {"rank": 16}}``; the first pattern that matches applies.
 
-    Class attributes that a subclass may set:
-      mergeable: whether it changes weights only, so that it can be merged into them.
+    Class attributes that a subclass may set, the second to fourth also as properties of the configuration:
       roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
-      non_trainable: names of the leaves that never train.
+      non_trainable: names of the leaves, at a site or shared, that never train; they may be integers.
+      regenerated: names of the non-trainable leaves that `init` and `shared` give back bit for bit from the
+        configuration alone, whatever the key. `jpeft.save` leaves them out.
+      observes: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None for
+        a start that needs no data.
+      penalty_reduction: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
       per_site: names of the fields that ``overrides`` may set.
       learning_rate: the peak learning rate of `jpeft finetune` where none is given.
+      family: the kind of method, and paper: its address; for the table of methods.
       hf: its form in HuggingFace PEFT folders, see `jpeft.core.interchange`. Not inherited.
     """
 
@@ -61,17 +66,20 @@ class Method:
     exclude: Targets = None
     overrides: Mapping[str, Mapping[str, Any]] = FrozenDict()
 
-    mergeable: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {}
     non_trainable: ClassVar[frozenset[str]] = frozenset()
+    regenerated: ClassVar[frozenset[str]] = frozenset()
+    observes: ClassVar[str | None] = None
     per_site: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 5e-4
+    penalty_reduction: ClassVar[str] = "sum"
+    family: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
     hf: ClassVar[HFSpec | Role | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "fixed" in vars(cls):  # ignored, these leaves would train
-            raise TypeError(f"{cls.__name__}.fixed is called non_trainable now; rename it")
+        check_protocol(cls)
 
     if not TYPE_CHECKING:  # type checkers and editors read the fields of each method
 
@@ -136,12 +144,25 @@ class Method:
         return {}
 
     def shared(self, key: Key[Array, ""], sites: Sequence[Site]) -> Leaves:
-        """Fresh leaves that all sites share. They lie at the adapter's root, under the method's name."""
+        """Fresh leaves that all sites share. They lie at the adapter's root, under the method's name, held once."""
         return {}
 
-    def expand(self, shared: Leaves, leaves: Leaves) -> Leaves:
-        """The leaves that `apply` and `merge` take, computed from shared leaves and those at a site."""
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        """The leaves that `apply` and `merge` take, computed from shared leaves and those at a site.
+
+        It runs where the leaves are used, for one layer and one matrix at a time. Floating leaves arrive in at least
+        float32, so that norms, solves and decompositions need no care; `apply` gets the result in the dtype of the
+        computation, `merge` as it is.
+        """
         return leaves
+
+    def mergeable(self, site: Site) -> bool:
+        """Whether what the method does at a site can be merged into the base's leaves."""
+        return True
+
+    def penalty(self, leaves: Leaves) -> Float[Array, ""] | float:
+        """The method's own term of the loss, for one matrix. See `Peft.penalty`."""
+        return 0.0
 
     def columns(self) -> Mapping[str, str]:
         """The method's own columns in `Peft.summary`; by default its ``rank``, if it has such a field."""
@@ -176,9 +197,9 @@ class Method:
         return type(self).expand is not Method.expand
 
     @property
-    def changes_bias(self) -> bool:
-        """Whether the method changes the bias beside a weight."""
-        return False
+    def penalized(self) -> bool:
+        """Whether a subclass defines `penalty`."""
+        return type(self).penalty is not Method.penalty
 
     def sites(self, survey: Survey) -> list[Site]:
         """The sites of a model that the method acts on.
@@ -277,7 +298,9 @@ def _override_matches(pattern: str, site: Site) -> bool:
 class WeightMethod(Method):
     """The base class of methods that change a weight.
 
-    A subclass defines ``init``, ``merge`` and, if there is a cheaper form than ``x @ merge(w)``, ``apply``.
+    A subclass defines ``init``, ``merge`` and, if there is a cheaper form than the product with the merged weight,
+    ``apply``. A method that cannot be merged at a site, such as a bias that is added where the module has none, says
+    so in ``mergeable``.
 
     Attributes:
       parts: number of equal blocks of the outputs of a fused weight (q, k and v in one); each block has its own leaves.
@@ -296,23 +319,19 @@ class WeightMethod(Method):
             )
         return site.split(self.parts)
 
-    @property
-    def changes_bias(self) -> bool:
-        """Whether a subclass defines `merge_bias`."""
-        return type(self).merge_bias is not WeightMethod.merge_bias
-
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        """The outputs for ``x: [tokens..., in]``. By default, the product with the merged weight."""
-        y = x @ self.merge(leaves, base.weight).astype(x.dtype)
-        return y if base.bias is None else y + self.merge_bias(leaves, base.bias).astype(y.dtype)
+        """The outputs for ``x: [tokens..., in]``. By default, the product with the merged weight.
 
-    def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """The merged weight."""
+        ``x`` may also be what stands for one-hot rows or for the patches of an image, `Lookup` and `Patches`, which are
+        multiplied by a matrix alone; for these, `WeightMethod.apply` is always right.
+        """
+        return base.merged(x)
+
+    def merge(
+        self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
+    ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
+        """The merged weight and bias. ``b`` is None where the module has none."""
         raise TypeError(f"{self.name} does not define merge")
-
-    def merge_bias(self, leaves: Leaves, b: Float[Array, " out"]) -> Float[Array, " out"]:
-        """The merged bias. By default, the bias itself."""
-        return b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +341,8 @@ class OutputMethod(Method):
     Of a module that returns a tuple, it is the first element. A subclass defines ``init`` and ``apply``.
     """
 
-    mergeable: ClassVar[bool] = False
+    def mergeable(self, site: Site) -> bool:
+        return False
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return survey.outputs
@@ -339,7 +359,8 @@ class AttentionMethod(Method):
     A subclass defines ``init`` and ``apply``.
     """
 
-    mergeable: ClassVar[bool] = False
+    def mergeable(self, site: Site) -> bool:
+        return False
 
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return survey.attentions

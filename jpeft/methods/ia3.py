@@ -70,14 +70,11 @@ class IA3(WeightMethod):
         y = base(x)  # y = (x W + b) * l
         return y * leaves["ia3_out"].astype(y.dtype)
 
-    def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         if "ia3_in" in leaves:  # the rows of a convolution's matrix are (position in the window, channel)
             scale = leaves["ia3_in"]
-            return w * jnp.tile(scale, w.shape[0] // scale.shape[0])[:, None]
-        return w * leaves["ia3_out"]
-
-    def merge_bias(self, leaves: Leaves, b: Float[Array, " out"]) -> Float[Array, " out"]:
-        return b * leaves["ia3_out"] if "ia3_out" in leaves else b
+            return w * jnp.tile(scale, w.shape[0] // scale.shape[0])[:, None], b
+        return w * leaves["ia3_out"], None if b is None else b * leaves["ia3_out"]
 
 
 # --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------

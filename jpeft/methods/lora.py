@@ -127,9 +127,9 @@ class LoRA(WeightMethod):
         # y = x W + s (x A) B
         return low_rank(base, x, self.scale * leaves["lora_a"], leaves["lora_b"], self.dropout)
 
-    def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         # W' = W + s A B
-        return w + self.scale * (leaves["lora_a"] @ leaves["lora_b"])
+        return w + self.scale * (leaves["lora_a"] @ leaves["lora_b"]), b
 
 
 # --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------

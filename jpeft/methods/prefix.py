@@ -73,7 +73,6 @@ class PrefixTuning(AttentionMethod):
             width = heads * (key_dim + value_dim)
             bound = self.hidden**-0.5
             kernel = jax.random.uniform(key, (self.hidden, width), jnp.float32, -bound, bound)
-            # expand has no site: it takes the shapes of keys and values from the two biases.
             return {
                 "prefix_kernel": kernel.astype(self.dtype),
                 "prefix_key_bias": jnp.zeros((heads, key_dim), self.dtype),
@@ -97,7 +96,7 @@ class PrefixTuning(AttentionMethod):
             "bias": jnp.zeros((self.hidden,), self.dtype),
         }
 
-    def expand(self, shared: Leaves, leaves: Leaves) -> Leaves:
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
         if not self.reparametrize:
             return leaves
         # [P_k; P_v] = tanh(E W_1 + b_1) W_2 + b_2

@@ -111,6 +111,35 @@ def check_names(cls: type, given: Collection[str]) -> None:
             raise TypeError(no_field(cls, name, accepted))
 
 
+# What a subclass may define no longer, and functions whose parameters have changed.
+_RENAMED = {
+    "fixed": "is called non_trainable now; rename it",  # ignored, these leaves would train
+    "merge_bias": "is a part of merge now: merge(leaves, w, b) returns (w, b)",
+    "changes_bias": "is known from merge now: merge(leaves, w, b) returns (w, b)",
+}
+_PARAMETERS = {"merge": ("leaves", "w", "b"), "expand": ("site", "shared", "leaves")}
+
+
+def check_protocol(cls: type) -> None:
+    """Checks the names and parameters of what a method's class defines, so that nothing is ignored or called wrongly.
+
+    Raises:
+      TypeError: a name or form of an earlier version.
+    """
+    own = vars(cls)
+    for name, hint in _RENAMED.items():
+        if name in own:
+            raise TypeError(f"{cls.__name__}.{name} {hint}")
+    if isinstance(own.get("mergeable"), bool):
+        raise TypeError(f"{cls.__name__}.mergeable is a function of a site now: def mergeable(self, site) -> bool")
+    for name, expected in _PARAMETERS.items():
+        if inspect.isfunction(function := own.get(name)):
+            given = [p for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
+            if len(given) != len(expected) + 1 and not any(p.kind == p.VAR_POSITIONAL for p in given):
+                found = ", ".join(p.name for p in given[1:])
+                raise TypeError(f"{cls.__name__}.{name} takes ({', '.join(expected)}), got ({found})")
+
+
 class InitSignature:
     """The signature of a class's ``__init__``, for a class whose ``__new__`` takes any arguments."""
 

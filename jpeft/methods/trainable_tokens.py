@@ -109,10 +109,10 @@ class TrainableTokens(WeightMethod):
         own = Lookup(place, x.weight, x.dtype) @ rows
         return jnp.where((self._ids[place] == ids)[..., None], own.astype(y.dtype), y)
 
-    def merge(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         if "tokens_out" in leaves:
-            return w.at[:, self._ids].set(leaves["tokens_out"].T)
-        return w.at[self._ids].set(leaves["tokens_in"])
+            return w.at[:, self._ids].set(leaves["tokens_out"].T), b
+        return w.at[self._ids].set(leaves["tokens_in"]), b
 
     @property
     def _ids(self) -> Any:

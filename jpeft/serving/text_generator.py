@@ -83,7 +83,7 @@ class TextGenerator:
         """
         if jax.default_backend() != "cpu":
             return cls(peft.model, params, tokenizer, peft, adapter)
-        if all(action.method.mergeable for action in peft.actions):
+        if peft.mergeable:
             model, merged, _, _ = unroll(peft.model, dequantize(peft.merge(params, adapter)))
             return cls(model, merged, tokenizer)
         model, params, peft, adapter = unroll(peft.model, dequantize(params), peft, adapter)

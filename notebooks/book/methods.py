@@ -18,6 +18,7 @@ from typing import Any
 import jpeft
 from book.docstrings import field_help, markdown, prose, summary
 from jpeft.core.interchange import HFSpec, Role, form
+from jpeft.core.sites import Site
 from jpeft.methods import METHODS, AttentionMethod, LeafMethod, OutputMethod, WeightMethod
 
 # What the methods of a base class act on, and the paths that they take to it.
@@ -69,7 +70,7 @@ def table() -> str:
     rows = [("method", "what it does", "paper", "acts on", "merges", "in HuggingFace PEFT"), ("---",) * 6]
     for name, cls in sorted(METHODS.items(), key=lambda item: item[0].lower()):
         does = summary(cls).rstrip(".")
-        rows.append((f"`{name}`", does, _paper(cls), _kind(cls)[0], _merges(cls), _peft_type(cls)))
+        rows.append((f"`{name}`", does, _paper(cls), _kind(cls)[0], merges(cls), _peft_type(cls)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -128,8 +129,11 @@ def _kind_name(cls: type) -> str:
     return next(f"jpeft.methods.{base.__name__}" for base in cls.__mro__[1:] if base.__module__ == "jpeft.methods.base")
 
 
-def _merges(cls: Any) -> str:
-    return "yes" if cls.mergeable else "no"
+def merges(cls: Any) -> str:
+    """Whether a method merges into the weights: "yes", "no", or "where there is a bias"."""
+    method = eval(f"cls({_REQUIRED.get(cls.__name__, '')})", {"cls": cls})
+    found = [method.mergeable(Site((), "weight", bias=bias)) for bias in (True, False)]
+    return {(True, True): "yes", (True, False): "where there is a bias"}.get(tuple(found), "no")
 
 
 def _peft_type(cls: type) -> str:
@@ -177,7 +181,7 @@ def _facts(cls: Any) -> dict[str, str]:
     return {
         "Acts on": acts,
         "Path taken (`via` in `peft.summary()`)": via,
-        "Merges into the weights": _merges(cls),
+        "Merges into the weights": merges(cls),
         "In a HuggingFace PEFT folder": _peft_type(cls) or "no such form",
         "On the command line": f"`jpeft finetune --method {name}`, with a default learning rate of {rate:g}",
     }
@@ -213,7 +217,7 @@ def code(cls: Any) -> list[str]:
     except (TypeError, ValueError):
         return []
     bind += "print(peft.summary())\n"
-    return [_SETUP, bind, _TRAIN, *([_MERGE] if cls.mergeable else [])]
+    return [_SETUP, bind, _TRAIN, *([_MERGE] if merges(cls) == "yes" else [])]
 
 
 @functools.cache

@@ -118,8 +118,8 @@ def shift():
         def init(self, key, site, w):
             return {"shift": jnp.full((site.outputs,), self.start)}
 
-        def merge(self, leaves, w):
-            return w + leaves["shift"]
+        def merge(self, leaves, w, b):
+            return w + leaves["shift"], b
 
     yield register(Shift)
     del METHODS["Shift"]
@@ -139,7 +139,7 @@ def test_every_example_of_a_method_trains_and_merges(shift, monkeypatch):
         cells = list(methods.outputs(cls))
         losses = [float(line.split()[1]) for _, text in cells for line in text.splitlines() if line.startswith("loss ")]
         assert len(losses) == 3 and losses == sorted(losses, reverse=True), name
-        assert not cls.mergeable or cells[-1][1] == "True\n", name
+        assert methods.merges(cls) == "no" or cells[-1][1] == "True\n", name
 
 
 def test_the_readme_shows_the_table_of_methods():

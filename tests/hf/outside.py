@@ -64,12 +64,12 @@ class VeRA(WeightMethod):
         a, b = _projections(self, sites)
         return {"vera_a": jnp.asarray(a.T), "vera_b": jnp.asarray(b.T)}
 
-    def expand(self, shared, leaves):
+    def expand(self, site, shared, leaves):
         return {"a": shared["vera_a"] * leaves["lambda_d"], "b": shared["vera_b"], "scale": leaves["lambda_b"]}
 
-    def merge(self, leaves, w):
+    def merge(self, leaves, w, b):
         scale = leaves["scale"]
-        return w + leaves["a"][: w.shape[0]] @ leaves["b"][:, : scale.shape[0]] * scale
+        return w + leaves["a"][: w.shape[0]] @ leaves["b"][:, : scale.shape[0]] * scale, b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,6 @@ class DoRA(jpeft.LoRA):
     def apply(self, leaves, base, x):
         return WeightMethod.apply(self, leaves, base, x)
 
-    def merge(self, leaves, w):
-        changed = super().merge(leaves, w)
-        return changed * (leaves["magnitude"] / jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=0)))
+    def merge(self, leaves, w, b):
+        changed, b = super().merge(leaves, w, b)
+        return changed * (leaves["magnitude"] / jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=0))), b

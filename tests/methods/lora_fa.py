@@ -28,6 +28,6 @@ class LoRAFA(WeightMethod):
         a = jax.random.normal(key, (site.inputs, self.rank), jnp.float32) / site.inputs**0.5
         return {"fa_a": a, "fa_b": jnp.zeros((self.rank, site.outputs))}
 
-    def merge(self, leaves: Mapping[str, jax.Array], w: jax.Array) -> jax.Array:
+    def merge(self, leaves: Mapping[str, jax.Array], w: jax.Array, b: Any) -> tuple[jax.Array, Any]:
         # W' = W + s A B
-        return w + self.alpha / self.rank * leaves["fa_a"] @ leaves["fa_b"]
+        return w + self.alpha / self.rank * leaves["fa_a"] @ leaves["fa_b"], b

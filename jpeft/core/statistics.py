@@ -1,0 +1,72 @@
+"""Statistics of data, from which some methods start, and the check that they belong to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jpeft.core.actions import Action
+from jpeft.core.fingerprint import difference
+from jpeft.core.tree import Path, nearest
+
+COVARIANCE, GRADIENT = "covariance", "gradient"
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Mapping[str, Mapping[str, Any]]):
+    """What `jpeft.observe` found at each site, by the site's name.
+
+    At a site it is ``{"covariance": [..., in, in]}``, the mean of xᵀx over tokens, or ``{"gradient": [..., in, out]}``,
+    the mean gradient of the loss with respect to the weight, in float32. The leading axes are those of the weight's
+    stack (where the model stacks it) and batch (experts, heads).
+
+    Attributes:
+      found: the statistics.
+      weights: the fingerprint of the weight at each site, so that they are not taken for those of another model.
+    """
+
+    found: Mapping[str, Mapping[str, Any]]
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+def check_statistics(actions: Sequence[Action], statistics: Mapping[str, Any] | None, base: Mapping[Path, Any]) -> None:
+    """Checks that there are statistics where a method's start depends on data, and that they are of this model.
+
+    Raises:
+      ValueError: there are none, or of other sites, shapes, kinds or weights, by name.
+    """
+    for action in (a for a in actions if a.method.observes is not None):
+        kind, site = action.method.observes, action.site
+        if statistics is None:
+            raise ValueError(
+                f"{action.method.name} at {site.name!r} starts from data; give init what was observed: "
+                "peft.init(key, params, statistics=jpeft.observe(method, model, params, loss_fn, batches))"
+            )
+        if site.name not in statistics:
+            raise ValueError(f"the statistics lack {site.name!r}; they are of another model or method"
+                             f"{nearest(site.name, statistics)}")
+        if kind not in statistics[site.name]:
+            held = ", ".join(statistics[site.name]) or "nothing"
+            raise ValueError(f"the statistics of {site.name!r} hold {held}, {action.method.name} needs {kind}")
+        matrix = (site.inputs, site.inputs) if kind == COVARIANCE else (site.inputs, site.outputs)
+        lead = tuple(n for _, n in site.stack) + site.batch
+        shape = np.shape(statistics[site.name][kind])
+        if len(shape) != len(lead) + 2 or shape[-2:] != matrix:
+            raise ValueError(
+                f"the {kind} of {site.name!r} has shape {shape}, expected {(*lead, *matrix)}; it is of another model"
+            )
+        expected = getattr(statistics, "weights", {}).get(site.name)
+        if expected is not None and difference({"w": expected}, {"w": base[site.weight_path]}):
+            raise ValueError(f"the statistics were observed on another weight at {site.name!r}; observe this base")
