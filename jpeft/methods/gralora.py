@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import NONZERO, POSITIVE_INT, RATE, Rule, is_int
-from jpeft.core.interchange import Field, HFSpec, Tensor
+from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
@@ -140,8 +140,7 @@ GraLoRA.hf = HFSpec(
         Field("gralora_k", "blocks", 2, POSITIVE_INT),
         Field("hybrid_r", "hybrid_rank", 0, _NOT_NEGATIVE),
         dropout_field("gralora_dropout"),
-        # PEFT itself sets it from the module's type.
-        Field("fan_in_fan_out", write=lambda method, site, config: site.owner == "FlaxConv1D", differ=any),
+        FAN_IN_FAN_OUT,
     ),
     ignored=frozenset({"init_weights"}),
     bias="gralora_only",

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT, RATE
 from jpeft.core.geometry.embedding import Lookup
-from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, Field, HFSpec, Tensor
+from jpeft.core.interchange import CONVOLUTION, EMBEDDING, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
@@ -93,10 +93,9 @@ HiRA.hf = HFSpec(
         Tensor("hira_embedding_B", "hira_b", "or->ro", kinds=(EMBEDDING,)),
     ),
     fields=(
-        Field("r", "rank", 32, POSITIVE_INT, pattern="rank_pattern"),
+        Field("r", "rank", 32, POSITIVE_INT),
         dropout_field("hira_dropout"),
-        # PEFT itself sets it from the module's type.
-        Field("fan_in_fan_out", write=lambda method, site, config: site.owner == "FlaxConv1D", differ=any),
+        FAN_IN_FAN_OUT,
     ),
-    ignored=frozenset({"init_weights"}),
+    ignored=frozenset({"init_weights", "rank_pattern"}),  # PEFT itself gives every module the rank r
 )

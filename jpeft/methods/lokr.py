@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from jpeft.checks import BOOL, Rule, is_positive_int
 from jpeft.core.geometry.embedding import Lookup
-from jpeft.core.interchange import CONVOLUTION, LINEAR, Field, HFSpec, Tensor
+from jpeft.core.interchange import CONVOLUTION, LINEAR, Field, HFSpec, Tensor, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.families import kernels
@@ -72,13 +72,13 @@ class LoKr(LyCORIS):
             leaves = {"lokr_w1_b": kaiming(key1, (in1, r), in1, dtype), "lokr_w1_a": jnp.zeros((r, out1), dtype)}
         else:
             leaves = {"lokr_w1": jnp.zeros((in1, out1), dtype)}
-        window = (count,) if kernels.window(site) else ()
+        count_axis = (count,) if window(site) else ()
         if r >= max(in2, out2) / 2:
-            return {**leaves, "lokr_w2": kaiming(key2, (*window, in2, out2), in2 * count, dtype)}
+            return {**leaves, "lokr_w2": kaiming(key2, (*count_axis, in2, out2), in2 * count, dtype)}
         if not self.splits(site):
             return {
                 **leaves,
-                "lokr_w2_b": kaiming(key2, (*window, in2, r), in2 * count, dtype),
+                "lokr_w2_b": kaiming(key2, (*count_axis, in2, r), in2 * count, dtype),
                 "lokr_w2_a": kaiming(key3, (r, out2), r, dtype),
             }
         return {
@@ -143,11 +143,11 @@ def _to_torch(w: np.ndarray, site: Site) -> np.ndarray:
 
 def _to_tree(w: np.ndarray, site: Site) -> np.ndarray:
     w = np.moveaxis(w, (0, 1), (-1, -2))
-    return w.reshape(-1, *w.shape[-2:]) if kernels.window(site) else w
+    return w.reshape(-1, *w.shape[-2:]) if window(site) else w
 
 
 def _whole_to_torch(w2: np.ndarray, site: Site) -> np.ndarray:
-    if len(kernels.window(site)) == 1:
+    if len(window(site)) == 1:
         raise ValueError(
             f"{site.name!r} is a 1-D convolution with a whole W2, for which PEFT computes W2 ⊗ W1 instead of W1 ⊗ W2; "
             "set a smaller rank there, or save it with jpeft.save"
@@ -160,7 +160,7 @@ def _flat_to_torch(b: np.ndarray, site: Site) -> np.ndarray:
 
 
 def _flat_to_tree(b: np.ndarray, site: Site) -> np.ndarray:
-    return _to_tree(b.reshape(b.shape[0], -1, *kernels.window(site)), site)
+    return _to_tree(b.reshape(b.shape[0], -1, *window(site)), site)
 
 
 _ALL = (LINEAR, CONVOLUTION)

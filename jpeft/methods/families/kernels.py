@@ -11,13 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jpeft.core.geometry.convolution import Convolution
+from jpeft.core.interchange import window
 from jpeft.core.sites import Site
-
-
-def window(site: Site) -> tuple[int, ...]:
-    """The sizes of a convolution's window; empty for another weight."""
-    return site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
 
 
 def positions(site: Site) -> int:
