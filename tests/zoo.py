@@ -373,6 +373,16 @@ VARIANTS: dict[str, Entry] = {
     "LoRA + IA3": Entry(
         lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u)))
     ),
+    # A single block fits every weight.
+    "OFT": Entry(lambda u: jpeft.methods.OFT(blocks=1, **_parts(u))),
+    "OFT exact, shared": Entry(
+        lambda u: jpeft.methods.OFT(block_size=2, exact=True, share=True, coft=True, eps=0.2, **_parts(u)),
+        (*_SOME, "embed"),
+    ),
+    "BOFT": Entry(lambda u: jpeft.methods.BOFT(blocks=1, **_parts(u))),
+    "BOFT two factors": Entry(lambda u: jpeft.methods.BOFT(block_size=2, factors=2, **_parts(u)), _SOME),
+    "HRA": Entry(lambda u: jpeft.methods.HRA(rank=2, **_parts(u))),
+    "HRA orthogonal": Entry(lambda u: jpeft.methods.HRA(rank=3, orthogonal=True, **_parts(u)), (*_SOME, "embed")),
     "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*_SOME, "raw", "embed")),
     "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
     "PrefixTuning, MLP": Entry(
