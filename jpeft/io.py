@@ -63,6 +63,9 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     tree, _ = split_variables(params)
     _check_base(peft, flatten(tree))
     tensors = {join(p): np.asarray(on_host(meta.unbox(x))) for p, x in leaves.items()}
+    for path, leaf in peft.regenerated(flatten(tree)).items():
+        if np.array_equal(tensors[join(path)], leaf):  # others, as from another library's generator, are kept
+            del tensors[join(path)]
     config = {
         "format": FORMAT,
         "jpeft": _version(),
@@ -203,6 +206,10 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
     file = _tensor_file(folder, config["sha256"])
     tensors = read_safetensors(file)
     expected = {join(p): (p, shape, dtype) for p, (shape, dtype) in peft.structure}
+    base = flatten(params)
+    if missing := expected.keys() - tensors.keys():
+        own = peft.regenerated(base)
+        tensors |= {name: np.asarray(own[path]) for name in missing if (path := expected[name][0]) in own}
     for name in sorted(expected.keys() - tensors.keys()):
         raise AdapterError(f"{file} lacks {name!r}, which {peft.method.name} needs")
     for name in sorted(tensors.keys() - expected.keys()):
@@ -213,7 +220,7 @@ def _leaves(folder: FilePath, config: Mapping[str, Any], peft: Peft, params: Tre
             raise AdapterError(f"{file}: {name!r} is {got.dtype.name}{list(got.shape)}, expected {dtype}{list(shape)}")
     if file_sha256(file) != config["sha256"]:
         raise AdapterError(f"{file} is not the file that {CONFIG} was saved with: its SHA-256 differs; save it again")
-    base, read = flatten(params), {path: tensors[name] for name, (path, _, _) in expected.items()}
+    read = {path: tensors[name] for name, (path, _, _) in expected.items()}
     check_loaded(file, peft, read, base)
     leaves = {path: jnp.asarray(x) for path, x in read.items()}
     return like(unflatten(peft.place_like_base(leaves, base)), params)

@@ -13,7 +13,7 @@ import numpy as np
 
 import jpeft
 from jpeft.binding import bind_survey, survey_model
-from jpeft.core.tree import flatten
+from jpeft.core.tree import flatten, like, unflatten
 from tests.zoo import USES, Entry, Model, moved, parameters
 
 
@@ -79,7 +79,8 @@ def check_learns(entry: Entry, use: str, mode: str) -> None:
             return jnp.sin(y).sum(), y
 
         out = {"base": model.apply({"params": params}, x), "fresh": peft.apply(params, fresh, x)}
-        grads, out["moved"] = jax.grad(loss, has_aux=True)(adapter)
+        trainable, frozen = jpeft.partition(adapter, peft.labels(adapter))
+        grads, out["moved"] = jax.grad(lambda own: loss(jpeft.combine(own, frozen)), has_aux=True)(trainable)
         return out, grads
 
     fresh = peft.init(jax.random.key(0), params)
@@ -90,12 +91,13 @@ def check_learns(entry: Entry, use: str, mode: str) -> None:
         assert differ(y["fresh"], y["base"])
     assert differ(y["moved"], y["base"])
     prefix = any(a.site.kind == "attention" for a in peft.actions)
-    for path, grad in flatten(grads).items():
+    grads = {path: grad for path, grad in flatten(grads).items() if grad is not None}
+    for path, grad in grads.items():
         # A key's bias, or a prefix's, shifts every score of a query alike, which softmax does not see.
         no_gradient = path[-2:] == ("key", "bias") or (path[-1] in ("prefix_key_bias", "bias") and prefix)
-        assert np.abs(grad).max() > 1e-7 or no_gradient or path in peft.non_trainable_paths, path
+        assert np.abs(grad).max() > 1e-7 or no_gradient, path
     jax.tree.map(np.testing.assert_array_equal, params, before)
-    assert jax.tree.structure(fresh) == jax.tree.structure(grads)
+    assert flatten(fresh).keys() == grads.keys() | peft.non_trainable_paths
     assert {p: (x.shape, x.dtype.name) for p, x in flatten(fresh).items()} == dict(peft.structure)
 
 
@@ -108,15 +110,23 @@ def check_stacks_and_saves(entry: Entry, folder: Path) -> None:
     @jax.jit
     def step(params: Any, adapter: Any) -> Any:
         traces.append(None)
-        loss = lambda a: (peft.apply(params, a, x) ** 2).mean()  # noqa: E731
-        return jax.tree.map(lambda a, g: a - 0.1 * g, adapter, jax.grad(loss)(adapter))
+        trainable, frozen = jpeft.partition(adapter, peft.labels(adapter))
+        loss = lambda own: (peft.apply(params, jpeft.combine(own, frozen), x) ** 2).mean()  # noqa: E731
+        return jpeft.combine(jax.tree.map(lambda a, g: a - 0.1 * g, trainable, jax.grad(loss)(trainable)), frozen)
 
     jax.block_until_ready(step(params, step(params, adapters[0])))
     assert len(traces) == 1
 
     one = jax.jit(peft.apply)
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *adapters)
-    many = jax.jit(jax.vmap(peft.apply, in_axes=(None, 0, None)))(params, stacked, x)
+    held = {path: axis for path, axis in flatten(peft.axes(adapters[0])).items() if axis is None}
+    assert held.keys() == peft.non_trainable_paths | set(peft.shared_paths)
+    # What does not train is held once; what trains is each one's own, even where all sites share it.
+    once = peft.non_trainable_paths
+    stacked = {p: x if p in once else jnp.stack([flatten(a)[p] for a in adapters]) for p, x in flatten(adapters[0]).items()}
+    stacked = like(unflatten(stacked), adapters[0])
+    axes = peft.axes(stacked)
+    assert {path for path, axis in flatten(axes).items() if axis is None} == once
+    many = jax.jit(jax.vmap(peft.apply, in_axes=(None, axes, None)))(params, stacked, x)
     close(many, jnp.stack([one(params, a, x) for a in adapters]))
 
     jpeft.save(folder, peft, adapters[1], params)

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import jpeft
-from jpeft.core.tree import flatten
+from jpeft.core.tree import flatten, map_with_path
 
 # --- owners that stand for other people's modules: matched by class name, as theirs are ----------------------------
 
@@ -343,12 +343,22 @@ def _parts(use: Use) -> dict[str, Any]:
 
 
 _SOME = ("dense", "attention", "conv 2-D strided")
+# A method that changes weights is tried on these: a bias, stacked matrices, parts, a convolution, a table that is used
+# in two ways, a weight that is reached only as a weight. The ways of use themselves are tried with the first methods.
+_WEIGHTS = (
+    "dense", "einsum, experts", "fused qkv", "conv 2-D strided", "embed, tied by attend", "raw, in a loop",
+)  # fmt: skip
+_EVERYWHERE = {"LoRA", "IA3", "TrainableTokens"}
+
+# Arguments that suit the tiny weights of the uses, mostly 4 x 6; without them, a method is tried as it is by default.
+SMALL: dict[str, dict[str, Any]] = {}
 
 
 def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
     """A method's default configuration, on the uses that its kind can act on."""
     if issubclass(cls, jpeft.methods.WeightMethod):
-        return Entry(lambda use: cls(**_parts(use)))
+        uses = tuple(USES) if cls.__name__ in _EVERYWHERE else _WEIGHTS
+        return Entry(lambda use: cls(**SMALL.get(cls.__name__, {}), **_parts(use)), uses)
     if issubclass(cls, jpeft.methods.OutputMethod):
         return Entry(lambda use: cls(targets=r".*/op"), (*_SOME, "raw", "embed"))
     if issubclass(cls, jpeft.methods.AttentionMethod):
@@ -411,8 +421,11 @@ def parameters(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
 
 
 def moved(peft: jpeft.Peft, params: Any, scale: float = 0.3, seed: int = 1) -> Any:
-    """An adapter away from its start, so that every leaf has an effect."""
-    return numbers(jax.eval_shape(lambda: peft.init(jax.random.key(0), params)), scale, seed)
+    """An adapter away from its start, so that every leaf has an effect. What does not train is as it starts."""
+    shapes = jax.eval_shape(lambda: peft.init(jax.random.key(0), params))
+    drawn, held = numbers(shapes, scale, seed), peft.non_trainable_paths
+    fresh = flatten(peft.init(jax.random.key(0), params)) if held else {}
+    return map_with_path(lambda path, x: fresh[path] if path in held else x, drawn)
 
 
 def same(a: Any, b: Any) -> None:

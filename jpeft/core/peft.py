@@ -167,6 +167,25 @@ class Peft:
         found = None if action.method.observes is None or statistics is None else dict(statistics[action.site.name])
         return _init_jitted(placeless, _fold(key, f"{action.member}/{action.site.name}"), w, found)
 
+    def regenerated(self, base: Mapping[Path, Any]) -> dict[Path, Any]:
+        """The leaves that the configuration gives back bit for bit, whatever the key, by path.
+
+        Args:
+          base: the base's leaves by path; abstract where such leaves do not depend on them.
+        """
+        key, names, out = jax.random.key(0), slugs(self.method), {}
+        wanted = {slug: m.regenerated for slug, m in zip(names, self.method.methods(), strict=True)}
+        if any(path[1] in wanted[path[0]] for path in self.shared_paths):
+            out |= {p: x for p, x in self.init_shared(key).items() if p[1] in wanted[p[0]]}
+        for action in self.actions:
+            if held := action.method.regenerated & set(action.stored):
+                w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
+                if isinstance(peek(w), jax.ShapeDtypeStruct):
+                    w = jnp.zeros(peek(w).shape, peek(w).dtype)
+                own = self.init_action(action, key, w)
+                out |= {action.leaf_path(name): own[name] for name in held}
+        return out
+
     def place_like_base(self, leaves: Mapping[Path, Any], base: Mapping[Path, Any]) -> dict[Path, Any]:
         """Adapter leaves with the shardings and boxes that follow from the base's."""
         out, replicated = {}, replicated_like(base.values())
@@ -190,8 +209,8 @@ class Peft:
         """The ``in_axes`` of an adapter for `jax.vmap`: None for leaves that are shared or do not train, 0 for the rest.
 
         Args:
-          adapter: an adapter, or several stacked. A leaf that does not train and is stacked too, as positions that
-            differ between adapters, has 0.
+          adapter: an adapter, or several stacked. Leaves that are stacked have 0 in any case: positions that differ
+            between adapters, or a network that all sites of one adapter share.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft
         >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.ones((1, 4))

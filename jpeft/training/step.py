@@ -31,7 +31,7 @@ from jpeft.core.tree import Tree, combine, join, map_with_path, named_sharding, 
 from jpeft.parallel.batches import Layout, constrained, layout_of
 
 LossFn = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
-_METRICS = {"loss", "grad_norm", "skipped"}
+_METRICS = {"loss", "grad_norm", "skipped", "penalty"}
 
 
 @flax.struct.dataclass
@@ -136,7 +136,8 @@ def train_step(
 
     Returns:
       The step; ``step.lower(...)`` is jit's. Its metrics are those of ``loss_fn`` and ``loss``, ``grad_norm`` (before
-      clipping) and ``skipped`` (so far). A step whose loss or gradient is not finite changes neither adapter nor
+      clipping) and ``skipped`` (so far). Where a method has a loss of its own (see `Peft.penalty`), it is added to the
+      gradient's loss, and reported as ``penalty``; ``loss`` is that of ``loss_fn`` alone. A step whose loss or gradient is not finite changes neither adapter nor
       optimizer state, and is counted.
 
     Raises:
@@ -207,13 +208,13 @@ class Step:
         def gradient(batch: Any, rng: jax.Array) -> Any:
             return self._gradient(trainable, frozen, params, batch, rng)
 
-        (loss, metrics), grads = _mean_over_parts(gradient, batch, rng, self.accumulate)
+        (total, metrics), grads = _mean_over_parts(gradient, batch, rng, self.accumulate)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         if self.clip is not None:
             factor = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, trainable)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         adapter = combine(optax.apply_updates(trainable, updates), frozen)
         state = TrainState(
             step=state.step + 1,
@@ -222,7 +223,7 @@ class Step:
             rng=state.rng,
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
-        return state, {**metrics, "loss": loss, "grad_norm": norm, "skipped": state.skipped}
+        return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
 
     def _gradient(self, trainable: Tree, frozen: Tree, params: Tree, batch: Any, rng: jax.Array) -> Any:
         """``((loss, metrics), gradient)`` for the trainable leaves."""
@@ -237,10 +238,16 @@ class Step:
                 raise ValueError(f"loss_fn returns a metric called {taken[0]!r}, which is the step's own; rename it")
             if jnp.shape(value) != ():
                 raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(value)}: take its mean")
-            return value.astype(jnp.float32), jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
+            value = value.astype(jnp.float32)
+            metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics) | {"loss": value}
+            if not self.peft.penalized:
+                return value, metrics
+            penalty = self.peft.penalty(combine(trainable, frozen))
+            return value + penalty, metrics | {"penalty": penalty}
 
         traced, shapes = jax.make_jaxpr(loss, return_shape=True)(trainable)
-        _check_used(traced, self.peft, trainable)
+        is_loss = [path[-1] == jax.tree_util.DictKey("loss") for path, _ in jax.tree.leaves_with_path(shapes)]
+        _check_used(traced, is_loss, self.peft, trainable)
 
         def again(trainable: Tree) -> Any:  # the same operations, without running loss_fn a second time
             return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(traced)(*jax.tree.leaves(trainable)))
@@ -248,15 +255,15 @@ class Step:
         return jax.value_and_grad(again, has_aux=True)(trainable)
 
 
-def _check_used(traced: Any, peft: Peft, trainable: Tree) -> None:
-    """Raises a ValueError unless the loss, the first output of a traced function, depends on the adapter.
+def _check_used(traced: Any, is_loss: list[bool], peft: Peft, trainable: Tree) -> None:
+    """Raises a ValueError unless the user's loss, one of the outputs of a traced function, depends on the adapter.
 
     A leaf that it does not depend on gives a `UserWarning`.
     """
     names = jax.tree.leaves(map_with_path(lambda path, leaf: None if leaf is None else join(path), trainable))
     if not names or is_bypassed():
         return
-    _, used = dce_jaxpr(traced.jaxpr, [True] + [False] * (len(traced.jaxpr.outvars) - 1))
+    _, used = dce_jaxpr(traced.jaxpr, is_loss)
     if not any(used):
         raise ValueError(
             f"loss_fn does not depend on the adapter, so nothing would train ({len(names)} leaves of "
