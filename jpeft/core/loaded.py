@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ def check_loaded(source: Any, peft: Peft, leaves: Mapping[Path, np.ndarray], bas
       base: the base's leaves; may be abstract.
 
     Raises:
-      AdapterError: a leaf holds NaN or infinities.
+      AdapterError: a leaf holds NaN or infinities, or a method cannot use its leaves.
     """
     for path, x in leaves.items():
         if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
@@ -38,12 +38,27 @@ def check_loaded(source: Any, peft: Peft, leaves: Mapping[Path, np.ndarray], bas
                 f"{source}: {join(path)!r} holds NaN or infinity; outputs would be NaN: use an earlier checkpoint, or "
                 "train again with a lower learning rate"
             )
+    for action in peft.actions:
+        if action.method.checks:
+            for own in _matrices(action, leaves):
+                try:
+                    action.method.check(action.site, own)
+                except ValueError as error:
+                    raise AdapterError(f"{source}: {action.site.name!r}: {error}") from None
     if changes_nothing(peft, leaves, base):
         warnings.warn(
             f"{source}: this {peft.method.name} changes nothing: every update in it is zero, and the outputs are the "
             "base's. It was saved before it was trained, or its training did not reach it",
             stacklevel=3,
         )
+
+
+def _matrices(action: Action, leaves: Mapping[Path, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """A site's leaves on the host, one matrix after the other."""
+    site = action.site
+    own = {name: np.asarray(stack_first(leaves[action.leaf_path(name)], site.stack)) for name in action.stored}
+    for index in np.ndindex(*(size for _, size in site.stack), *site.batch):
+        yield {name: x[index] for name, x in own.items()}
 
 
 def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping[Path, Any]) -> bool:

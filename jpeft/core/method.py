@@ -64,6 +64,11 @@ class Method(Protocol):
         ...
 
     @property
+    def checks(self) -> bool:
+        """Whether `check` does anything."""
+        ...
+
+    @property
     def expands(self) -> bool:
         """Whether `expand` computes anything."""
         ...
@@ -124,6 +129,14 @@ class Method(Protocol):
 
     def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
         """The leaves that ``apply`` and ``merge`` take, from shared leaves and those at a site, for one matrix."""
+        ...
+
+    def check(self, site: Site, leaves: Leaves) -> None:
+        """Checks the leaves of one matrix that were read from a file, as numpy arrays; their shapes fit already.
+
+        Raises:
+          ValueError: they are none that the method can use.
+        """
         ...
 
     def penalty(self, leaves: Leaves) -> Any:

@@ -10,20 +10,32 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from jpeft.methods.adalora import AdaLoRA as AdaLoRA
 from jpeft.methods.base import AttentionMethod as AttentionMethod
 from jpeft.methods.base import LeafMethod as LeafMethod
 from jpeft.methods.base import Method as Method
 from jpeft.methods.base import OutputMethod as OutputMethod
 from jpeft.methods.base import WeightMethod as WeightMethod
+from jpeft.methods.beft import BEFT as BEFT
 from jpeft.methods.bitfit import BitFit as BitFit
+from jpeft.methods.boft import BOFT as BOFT
 from jpeft.methods.bottleneck import Bottleneck as Bottleneck
+from jpeft.methods.c3a import C3A as C3A
 from jpeft.methods.chain import Chain as Chain
+from jpeft.methods.fourierft import FourierFT as FourierFT
+from jpeft.methods.hra import HRA as HRA
 from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.lora import LoRA as LoRA
+from jpeft.methods.oft import OFT as OFT
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
+from jpeft.methods.randlora import RandLoRA as RandLoRA
+from jpeft.methods.road import RoAd as RoAd
+from jpeft.methods.shira import SHiRA as SHiRA
 from jpeft.methods.spelling import no_field
 from jpeft.methods.train import Train as Train
 from jpeft.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from jpeft.methods.vblora import VBLoRA as VBLoRA
+from jpeft.methods.vera import VeRA as VeRA
 
 _BASES = (Method, WeightMethod, OutputMethod, AttentionMethod, LeafMethod, Chain)
 METHODS: dict[str, type[Method]] = {

@@ -160,6 +160,13 @@ class Method:
         """Whether what the method does at a site can be merged into the base's leaves."""
         return True
 
+    def check(self, site: Site, leaves: Leaves) -> None:
+        """Checks the leaves of one matrix that were read from a file, as numpy arrays; their shapes fit already.
+
+        Raises:
+          ValueError: they are none that the method can use.
+        """
+
     def penalty(self, leaves: Leaves) -> Float[Array, ""] | float:
         """The method's own term of the loss, for one matrix. See `Peft.penalty`."""
         return 0.0
@@ -189,7 +196,12 @@ class Method:
     @property
     def slug(self) -> str:
         """The name in snake case: the key of shared leaves in the adapter."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.name).lower()
+        return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", self.name).lower()
+
+    @property
+    def checks(self) -> bool:
+        """Whether a subclass defines `check`."""
+        return type(self).check is not Method.check
 
     @property
     def expands(self) -> bool:
