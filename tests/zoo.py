@@ -351,7 +351,16 @@ _WEIGHTS = (
 _EVERYWHERE = {"LoRA", "IA3", "TrainableTokens"}
 
 # Arguments that suit the tiny weights of the uses, mostly 4 x 6; without them, a method is tried as it is by default.
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "MiSS": {"rank": 3},
+    "GraLoRA": {"rank": 2, "blocks": 1, "alpha": 2},
+    "HiRA": {"rank": 2},
+    "DeLoRA": {"rank": 2, "boundary": 2},
+    "LoHa": {"rank": 2},
+    "LoKr": {"rank": 1, "alpha": 2},
+    "FourierFT": {"n_frequency": 5},
+    "SHiRA": {"rank": 1},
+}
 
 
 def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
@@ -393,6 +402,35 @@ VARIANTS: dict[str, Entry] = {
     "BOFT two factors": Entry(lambda u: jpeft.methods.BOFT(block_size=2, factors=2, **_parts(u)), _SOME),
     "HRA": Entry(lambda u: jpeft.methods.HRA(rank=2, **_parts(u))),
     "HRA orthogonal": Entry(lambda u: jpeft.methods.HRA(rank=3, orthogonal=True, **_parts(u)), (*_SOME, "embed")),
+    "LoHa, as one product": Entry(lambda u: jpeft.methods.LoHa(rank=1, **_parts(u)), (*_SOME, "fused qkv")),
+    "LoHa, split": Entry(
+        lambda u: jpeft.methods.LoHa(rank=2, alpha=3, effective_conv=True, **_parts(u)), ("conv 2-D strided", "dense")
+    ),
+    "LoKr, whole": Entry(lambda u: jpeft.methods.LoKr(rank=8, **_parts(u)), (*_SOME, "embed, tied by attend")),
+    "LoKr, split": Entry(
+        lambda u: jpeft.methods.LoKr(rank=1, decompose_both=True, effective_conv=True, **_parts(u)),
+        ("conv 2-D strided", "dense"),
+    ),
+    "MiSS bat": Entry(
+        lambda u: jpeft.methods.MiSS(rank=2, variant="bat", **_parts(u)), (*_SOME, "fused qkv", "raw, in a loop")
+    ),
+    "MiSS mini": Entry(
+        lambda u: jpeft.methods.MiSS(rank=3, variant="mini", mini_rank=2, **_parts(u)), (*_SOME, "embed")
+    ),
+    "GraLoRA hybrid": Entry(
+        lambda u: jpeft.methods.GraLoRA(rank=2, hybrid_rank=1, alpha=3, **_parts(u)), (*_SOME, "fused qkv")
+    ),
+    "SHiRA seed": Entry(lambda u: jpeft.methods.SHiRA(rank=1, seed=3, **_parts(u)), (*_SOME, "fused qkv")),
+    "SHiRA magnitude": Entry(lambda u: jpeft.methods.SHiRA(rank=1, mask="magnitude", **_parts(u)), _SOME),
+    # An embedding's rows have no bias.
+    "BEFT": Entry(lambda u: jpeft.methods.BEFT(**_parts(u)), (*_SOME, "einsum, experts", "fused qkv")),
+    "BEFT without biases": Entry(lambda u: jpeft.methods.BEFT(**_parts(u)), ("dense without bias", "raw")),
+    # Outputs in pairs.
+    "RoAd": Entry(
+        lambda u: jpeft.methods.RoAd(group_size=2, **_parts(u)),
+        (*_SOME, "dense_general, batch", "fused qkv", "embed, tied by attend", "raw, in a loop"),
+    ),
+    "RoAd 4": Entry(lambda u: jpeft.methods.RoAd(variant="road_4", group_size=2, **_parts(u)), _SOME),
     "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*_SOME, "raw", "embed")),
     "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
     "PrefixTuning, MLP": Entry(

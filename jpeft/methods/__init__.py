@@ -22,10 +22,16 @@ from jpeft.methods.boft import BOFT as BOFT
 from jpeft.methods.bottleneck import Bottleneck as Bottleneck
 from jpeft.methods.c3a import C3A as C3A
 from jpeft.methods.chain import Chain as Chain
+from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.fourierft import FourierFT as FourierFT
 from jpeft.methods.hra import HRA as HRA
+from jpeft.methods.gralora import GraLoRA as GraLoRA
+from jpeft.methods.hira import HiRA as HiRA
 from jpeft.methods.ia3 import IA3 as IA3
+from jpeft.methods.loha import LoHa as LoHa
+from jpeft.methods.lokr import LoKr as LoKr
 from jpeft.methods.lora import LoRA as LoRA
+from jpeft.methods.miss import MiSS as MiSS
 from jpeft.methods.oft import OFT as OFT
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
 from jpeft.methods.randlora import RandLoRA as RandLoRA
