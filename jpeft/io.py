@@ -63,9 +63,9 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     tree, _ = split_variables(params)
     _check_base(peft, flatten(tree))
     tensors = {join(p): np.asarray(on_host(meta.unbox(x))) for p, x in leaves.items()}
-    for path, leaf in peft.regenerated(flatten(tree)).items():
-        if np.array_equal(tensors[join(path)], leaf):  # others, as from another library's generator, are kept
-            del tensors[join(path)]
+    for place, leaf in peft.regenerated(flatten(tree)).items():
+        if np.array_equal(tensors[join(place)], leaf):  # others, as from another library's generator, are kept
+            del tensors[join(place)]
     config = {
         "format": FORMAT,
         "jpeft": _version(),

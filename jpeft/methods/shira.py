@@ -137,7 +137,10 @@ SHiRA.hf = HFSpec(
         Tensor("shira_weight", "shira_values"),
         Tensor("shira_indices", "shira_indices", functions=(_flipped, _flipped)),
     ),
-    fields=(Field("r", "rank", 32, POSITIVE_INT), FAN_IN_FAN_OUT),
-    # The file has the positions, however they were chosen.
-    ignored=frozenset({"init_weights", "mask_type", "random_seed"}),
+    fields=(
+        Field("r", "rank", 32, POSITIVE_INT),
+        Field("random_seed", "seed", None, or_none(SEED)),
+        FAN_IN_FAN_OUT,
+    ),
+    ignored=frozenset({"init_weights", "mask_type"}),  # the file has the positions, however they were chosen
 )
