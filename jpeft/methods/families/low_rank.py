@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jpeft.core import backend
 from jpeft.core.method import Linear
+from jpeft.methods.families import summed
 
 _FEW = 32  # below this number of tokens, a call is assumed to be decoding, which nobody differentiates
 
@@ -21,50 +19,26 @@ def low_rank(
 ) -> Float[Array, "*tokens out"]:
     """``base(x) + (dropout(x) a) b``.
 
-    Computed as ``x (w + a b)`` if it is differentiated and that is less work: this saves sums of the size of the
-    activations, for the output and for the gradient of the input (RunLoRA, Cherniuk et al. 2023,
-    https://arxiv.org/abs/2312.03415). The gradients of ``a`` and ``b`` are low-rank products in both forms.
+    Computed as ``x (w + a b)`` if it is differentiated and that is less work, see `jpeft.methods.families.summed`. The
+    gradients of ``a`` and ``b`` are low-rank products in both forms.
     """
     dropped = base.dropout(x, dropout)
-    if dropped is x and _summed_is_less(base, x, a, b):
-        # Checkpointed: the backward pass computes the sum again instead of keeping a second copy of the weights.
-        y, bias = jax.checkpoint(_summed)(x, base.weight, a, b), base.bias
-        return y if bias is None else y + bias
+    if dropped is x and summed.is_less(base, x, (a.shape[0], b.shape[1])):
+        return summed.product(base, x, (a, b), _factored, _multiplied)
     y = base(x)
-    return y + (narrow(dropped, a) @ b).astype(y.dtype)
+    return y + _factored(dropped, (a, b)).astype(y.dtype)
 
 
-def _summed_is_less(base: Linear, x: Any, a: jax.Array, b: jax.Array) -> bool:
-    """Whether ``x (w + a b)`` and its gradients need less memory traffic than ``x w + (x a) b``, and round no worse.
-
-    Measured on CPU only. False in low precision, where the sum of weights would round small updates away.
-    """
-    if not isinstance(x, jax.Array) or not base.plain or not backend.flatten_tokens():
-        return False
-    tokens, sides = x.size // x.shape[-1], (a.shape[0], b.shape[1])
-    return x.dtype.itemsize >= 4 and tokens * sum(sides) > 2 * sides[0] * sides[1]
+def _factored(x: Any, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
+    a, b = factors
+    return narrow(x, a) @ b
 
 
-@jax.custom_jvp
-def _summed(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return x @ w + narrow(x, a) @ b  # without gradients, the sum would serve a single product
-
-
-def _summed_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-    # The derivative of `w + a b` by itself would compute a gradient of the size of w.
-    x, w, a, b = primals
-    dx, dw, da, db = (None if type(t) is SymbolicZero else t for t in tangents)
+def _multiplied(factors: tuple[jax.Array, jax.Array]) -> jax.Array:
     # The batch axis of size one keeps `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` from saving this
     # product of weights.
-    summed = w + (a[None] @ b[None])[0]
-    terms = [] if dx is None else [dx @ summed]
-    terms += [] if dw is None else [x @ dw]
-    terms += [] if da is None else [narrow(x, da) @ b]
-    terms += [] if db is None else [narrow(x, a) @ db]
-    return x @ summed, functools.reduce(jnp.add, terms)
-
-
-_summed.defjvp(_summed_jvp, symbolic_zeros=True)
+    a, b = factors
+    return (a[None] @ b[None])[0]
 
 
 def narrow(x: Any, a: Float[Array, "in rank"]) -> Float[Array, "*tokens rank"]:

@@ -32,7 +32,7 @@ def added(
       sides: the sizes of the weight.
     """
     if is_less(base, x, sides):
-        return summed(base, x, leaves, form, change)
+        return product(base, x, leaves, form, change)
     y = base(x)
     return y + jax.checkpoint(form)(x, leaves).astype(y.dtype)
 
@@ -48,7 +48,7 @@ def is_less(base: Linear, x: Any, sides: tuple[int, int]) -> bool:
     return x.dtype.itemsize >= 4 and tokens * sum(sides) > 2 * sides[0] * sides[1]
 
 
-def summed(base: Linear, x: jax.Array, leaves: Any, form: Form, change: Change) -> Float[Array, "*tokens out"]:
+def product(base: Linear, x: jax.Array, leaves: Any, form: Form, change: Change) -> Float[Array, "*tokens out"]:
     """``x (w + change(leaves)) + b`` if it is differentiated; the gradients of the leaves are those of the form.
 
     This saves sums of the size of the activations, for the output and for the gradient of the input (RunLoRA, Cherniuk
@@ -68,8 +68,8 @@ def _product_jvp(form: Form, change: Change, primals: Any, tangents: Any) -> tup
     # The derivative of `w + change` by itself would compute a gradient of the size of w.
     x, w, leaves = primals
     dx, dw, _ = tangents
-    summed = w + change(leaves).astype(w.dtype)
-    terms = [] if _is_zero(dx) else [dx @ summed]
+    changed = w + change(leaves).astype(w.dtype)
+    terms = [] if _is_zero(dx) else [dx @ changed]
     terms += [] if _is_zero(dw) else [x @ dw]
     own, structure = jax.tree.flatten(leaves)
     moves = jax.tree.leaves(tangents[2])
@@ -80,7 +80,7 @@ def _product_jvp(form: Form, change: Change, primals: Any, tangents: Any) -> tup
             return form(x, structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(own)])).astype(x.dtype)
 
         terms.append(jax.jvp(of_moving, [own[i] for i in moving], [moves[i] for i in moving])[1])
-    return x @ summed, functools.reduce(jnp.add, terms)
+    return x @ changed, functools.reduce(jnp.add, terms)
 
 
 _product.defjvp(_product_jvp, symbolic_zeros=True)
