@@ -8,7 +8,7 @@ Only a class's own ``hf`` counts, see `form`: a subclass may compute something e
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ from jpeft.core.sites import Site
 
 # The kinds of torch modules that a tensor can belong to.
 LINEAR, EMBEDDING, CONVOLUTION = "linear layer", "embedding", "convolution"
+# A parameter of a module of any other kind: a matrix, or those of experts [experts, in, out]. SWAPPED: PEFT takes the
+# axes of such a stack for [experts, out, in] unless its module has an attribute is_transposed.
+PARAMETER, SWAPPED = "parameter", "parameter with its axes swapped"
 
 
 class Role(enum.Enum):
@@ -33,6 +36,7 @@ BIAS, MODULES_TO_SAVE = Role.BIAS, Role.MODULES_TO_SAVE
 
 # A tensor at a site, and the leaf that it becomes, or the other way round.
 Convert = Callable[[np.ndarray, Site], np.ndarray]
+Tensors = Mapping[str, np.ndarray]
 
 
 def _transposed(x: np.ndarray, axes: str, inverse: bool = False) -> np.ndarray:
@@ -80,18 +84,20 @@ class Tensor:
 class SharedTensor:
     """A tensor that all modules share, and the shared leaf that holds it.
 
+    A folder leaves it out if the method gives the leaf back itself, by its ``regenerated``.
+
     Attributes:
       key: the tensor's whole name in the file, e.g. ``"base_model.vera_A"``.
       leaf: the shared leaf's name.
       axes: as for `Tensor`.
-      regenerate: ``(method, sites) -> leaf``, for files that leave the tensor out because a seed gives it back.
-      copied: whether PEFT writes the tensor again under every module. The copies are read past and never written.
+      copied: whether PEFT writes the tensor again under every module.
+
+    A leaf that the method gives back itself is neither read nor written.
     """
 
     key: str
     leaf: str
     axes: str = ""
-    regenerate: Callable[[Any, Sequence[Site]], np.ndarray] | None = None
     copied: bool = False
 
     def to_tree(self, x: np.ndarray) -> np.ndarray:
@@ -150,6 +156,20 @@ def window(site: Site) -> tuple[int, ...]:
     return site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
 
 
+def own_axes(site: Site) -> tuple[int, ...]:
+    """The sizes of a weight's axes, but for those of scanned layers."""
+    sizes = list(site.stored)
+    for axis, _ in site.stack:
+        sizes.pop(axis)
+    return tuple(sizes)
+
+
+def is_stack(site: Site) -> bool:
+    """Whether a weight is a stack of matrices ``[experts, in, out]``, each with leaves of its own."""
+    own = own_axes(site)
+    return len(own) == 3 and site.batch == own[:1] and (site.inputs, site.outputs) == own[1:]
+
+
 @dataclass(frozen=True)
 class HFSpec:
     """A method's form in a PEFT folder. The method takes ``targets``, ``overrides`` and ``dtype`` beside its fields.
@@ -176,6 +196,10 @@ class HFSpec:
       copies: for a method that trains all leaves of its modules: what stands before their names, e.g.
         ``"ln_tuning_layers."``. It has no ``tensors``.
       role: the field by which folders of other types can hold the method too.
+      parameters: the field that names parameters to adapt, e.g. ``"target_parameters"``; empty if the type has none.
+      unpack: ``(tensors, config) -> tensors`` for a type that can write its tensors in a smaller form: all tensors by
+        whole name, in the form that ``tensors`` declare. ``config`` has the type's fields. It raises ValueError.
+      pack: ``(tensors, config) -> (tensors, config)``, its inverse: the tensors and the whole configuration to write.
     """
 
     peft_type: str
@@ -195,6 +219,9 @@ class HFSpec:
     saves: bool = True
     copies: str = ""
     role: Role | None = None
+    parameters: str = ""
+    unpack: Callable[[Tensors, Mapping[str, Any]], Tensors] | None = None
+    pack: Callable[[Tensors, Mapping[str, Any]], tuple[Tensors, Mapping[str, Any]]] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -206,7 +233,7 @@ class HFSpec:
     def known(self) -> set[str]:
         """The fields of a configuration that the declaration covers."""
         own = {name for f in self.fields for name in (f.key, f.pattern) if name}
-        return own | {*self.when, *self.constants, *self.ignored, *self.holds}
+        return own | {*self.when, *self.constants, *self.ignored, *self.holds, *filter(None, [self.parameters])}
 
 
 def form(method: type) -> HFSpec | Role | None:

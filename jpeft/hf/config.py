@@ -67,6 +67,7 @@ class Config:
     Attributes:
       method: the method class, whose `HFSpec` says what ``own`` holds.
       own: the method's fields and patterns as they stand in the file.
+      parameters: the names of parameters to adapt, by `HFSpec.parameters`.
       beside: the methods that the folder holds too, by `HFSpec.beside`, and what that field says.
 
     >>> from jpeft.methods.lora import LoRA
@@ -83,6 +84,7 @@ class Config:
     layers_pattern: str | Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
     task_type: str = ""
+    parameters: Sequence[str] = ()
     ensure_weight_tying: bool = False
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     beside: Mapping[type, Any] = dataclasses.field(default_factory=dict)
@@ -125,6 +127,10 @@ class Config:
                 return linear
             return bool(re.fullmatch(self.target_modules, name))
         return named(self.target_modules, name) and self._in_layers(name)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether a parameter is adapted by its own name."""
+        return named(self.parameters, name)
 
     def saves(self, name: str) -> bool:
         """Whether a module is trained and saved whole: it or a module around it is among ``modules_to_save``."""
@@ -219,6 +225,8 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
     method, spec = _find_method(file, config, methods := list(methods))
     _check_known(file, config, spec)
     rules = _rules(spec)
+    if config.get(spec.parameters):
+        rules["target_modules"] = _MODULES  # it may name none
     for key in ("bias", *(f.key for f in spec.fields if f.default is not False)):  # a switch that is null is off
         if config.get(key, 0) is None and key in rules and not rules[key][0](None):
             raise AdapterError(f"{file}: {key} must be {rules[key][1]}, got null")
@@ -227,12 +235,14 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
         accepts, expected = rules[key]
         if not accepts(value):
             raise AdapterError(f"{file}: {key} must be {expected}, got {shown(value)}")
+    if parameters := given.pop(spec.parameters, ()):
+        given.setdefault("target_modules", [])
     if "target_modules" not in given:
         raise AdapterError(f"{file}: target_modules is missing")
     common = {k: v for k, v in given.items() if k in _RULES or k == "bias"}
     own = {k: v for k, v in given.items() if k not in common}
     _check_expressions(file, given, spec)
-    out = Config(method=method, own=own, beside=_beside(file, config, spec, methods), **common)
+    out = Config(method=method, own=own, parameters=parameters, beside=_beside(file, config, spec, methods), **common)
     try:
         out.settings()
     except ValueError as error:
@@ -297,6 +307,8 @@ def _is_off(value: Any) -> bool:
 def _rules(spec: HFSpec) -> dict[str, Rule]:
     """The rules of a configuration's fields: those of all types and the method's own."""
     rules = dict(_RULES)
+    if spec.parameters:
+        rules[spec.parameters] = _is_text_list, "a list of names"
     if spec.bias:
         rules["bias"] = one_of(("none", "all", spec.bias))
     for field in spec.fields:

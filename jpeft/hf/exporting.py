@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
@@ -14,12 +16,14 @@ from flax.core import meta
 
 from jpeft.core import stacking
 from jpeft.core.actions import Action
-from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, Field, HFSpec, form, role
+from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, PARAMETER, Field, HFSpec, form, is_stack, role
 from jpeft.core.peft import Peft
+from jpeft.core.sites import Site
 from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables, unflatten
 from jpeft.files import new_folder, write_atomically, write_safetensors
 from jpeft.hf import layout
 from jpeft.hf.config import CONFIG, TASK_HEADS, TENSORS, patterns
+from jpeft.hf.experts import check_layout, modules, nesting, single
 from jpeft.hf.names import ROOT, Names, Prefix, of_model
 from jpeft.hf.tied import head_tensors, tied_names
 from jpeft.methods import METHODS
@@ -37,6 +41,7 @@ def save(
     prefix: Prefix | None = None,
     task_type: str | None = None,
     base_model: str | None = None,
+    experts: str = "stacked",
 ) -> None:
     """Writes an adapter as a folder that ``peft.PeftModel.from_pretrained`` loads. Inverse of `jpeft.hf.load`.
 
@@ -55,6 +60,10 @@ def save(
         an encoder of `jpeft.models` with a head, those of its ``…ForSequenceClassification``.
       task_type: HuggingFace's, e.g. "SEQ_CLS".
       base_model: the base's name or folder, for whoever reads the configuration.
+      experts: how torch has stacked matrices ``[experts, in, out]``: "stacked", as parameters of one module that are
+        ``[experts, out, in]`` or of one that says ``is_transposed`` (transformers 5); "swapped", as parameters
+        ``[experts, in, out]`` of a module that does not say so, where PEFT takes one axis for the other (GPT-OSS of
+        transformers 4); "modules", as one module an expert (other mixtures of transformers 4).
 
     Raises:
       ValueError: an adapter that a PEFT folder cannot hold; the message names the method or site.
@@ -74,9 +83,13 @@ def save(
     name, spec, beside = _specs(peft)
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
-    names = of_model(peft.model) if prefix is None else Names.of(prefix)
+    names, experts = of_model(peft.model) if prefix is None else Names.of(prefix), check_layout(experts) or LAYOUTS[0]
     adapted, others = (
-        {names.torch(a.site.path): a for a in peft.actions if a.site.kind == "weight" and form(type(a.method)) is form_}
+        {
+            layout.module_of(names, a.site): a
+            for a in peft.actions
+            if a.site.kind == "weight" and form(type(a.method)) is form_
+        }
         for form_ in (spec, beside)
     )
     for action in (*adapted.values(), *others.values()):
@@ -84,17 +97,20 @@ def save(
     if both := sorted(adapted.keys() & others.keys()):
         raise ValueError(f"HuggingFace PEFT changes {both[0]!r} by one method, and this chain by two")
     copied = _copied(peft, base, spec)
-    tensors = _tensors(peft, leaves, names, spec, adapted, copied)
+    contents = _Contents(names, spec, adapted, copied, check_layout(experts))
+    tensors = _tensors(peft, leaves, contents)
     tied = tied_names(peft.model, names)
     heads = head_tensors(tied, spec, {k: x for k, x in tensors.items() if not _is_beside(k, beside)})
-    settings = adapted | {head: adapted[own] for head, own in tied.items() if own in adapted}
+    settings = contents.modules | {head: adapted[own] for head, own in tied.items() if own in adapted}
     config = _method_fields(name, spec, settings) | {
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "peft_type": spec.peft_type,
-        "target_modules": sorted({*adapted, *(names.torch(path[:-1]) for path in copied)}),
+        "target_modules": sorted({*contents.modules, *(names.torch(p[:-1]) for p in copied)} - contents.starts.keys()),
         "task_type": task_type,
     }
+    if contents.starts:
+        config[spec.parameters] = sorted(contents.starts)
     if saved := _modules_to_save(peft, base, names, task_type, copied):
         if not spec.saves:
             raise ValueError(f"HuggingFace trains no modules beside {spec.peft_type}; leave {saved[0]!r} out")
@@ -106,9 +122,11 @@ def save(
         config[beside.beside] = {m: field.of(a.method, a.site, config) for m, a in sorted(others.items())}
     if heads and not spec.ties:
         config["ensure_weight_tying"] = True
+    if spec.pack:
+        tensors, config = spec.pack(tensors, config)
     _check_free(target := as_path(path))
     with new_folder(target, replace=True, marker=CONFIG) as folder:
-        write_safetensors(folder / TENSORS, tensors | heads, {"format": "pt"})
+        write_safetensors(folder / TENSORS, {**tensors, **heads}, {"format": "pt"})
         write_atomically(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         write_atomically(folder / _README, _card(name, spec, config).encode())
 
@@ -186,39 +204,78 @@ def _one_by_one(
     return stacking.unroll_peft(peft), leaves, paths
 
 
-def _tensors(
-    peft: Peft,
-    leaves: Mapping[Path, np.ndarray],
-    names: Names,
-    spec: HFSpec,
-    adapted: Collection[str],
-    copied: Collection[Path],
-) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What a folder holds.
+
+    Attributes:
+      names: the names of torch's modules.
+      spec: the form of the folder's method.
+      adapted: the weights that it changes, by torch module or parameter.
+      copied: the leaves of which it trains copies.
+      experts: how torch has stacks of experts.
+    """
+
+    names: Names
+    spec: HFSpec
+    adapted: Mapping[str, Action]
+    copied: Collection[Path]
+    experts: str | None
+
+    @functools.cached_property
+    def modules(self) -> dict[str, Action]:
+        """The weights that the method changes, with those of single experts where torch has a module for each."""
+        return {own: action for name, action in self.adapted.items() for own in self.each(name, action.site)}
+
+    @functools.cached_property
+    def starts(self) -> dict[str, str]:
+        """The parameters that are adapted by their own names, and the beginnings of their tensors' names."""
+        return nesting(
+            [n for n, a in self.modules.items() if layout.kind_of(a.site) == PARAMETER and n in self.adapted]
+        )
+
+    def each(self, name: str, site: Site) -> list[str]:
+        """The torch modules that hold a weight: those of its experts, or one."""
+        return modules(name, site.batch[0]) if self.experts == "modules" and is_stack(site) else [name]
+
+    def weight(self, action: Action, leaves: Mapping[Path, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors of an action on a weight by name."""
+        site, spec = action.site, _form_at(action)
+        name, wrapper = layout.module_of(self.names, site), "" if spec is self.spec else spec.wrapper
+        own = {leaf: leaves[action.leaf_path(leaf)] for leaf in action.stored}
+        each = self.each(name, site)
+        if each == [name]:
+            start = self.starts.get(name, name)
+            tensors = layout.tensors_at(site, spec, own, self.experts == "swapped" and name in self.starts)
+            return {f"{start}.{wrapper}{t.key}": t.to_torch(own[t.leaf], site) for t in tensors}
+        tensors = layout.tensors_at(single(site), spec, own)
+        return {f"{m}.{t.key}": t.to_torch(own[t.leaf][i], single(site)) for i, m in enumerate(each) for t in tensors}
+
+    def leaf(self, site: Site, leaf: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensor of a base leaf that trains by name."""
+        suffix = layout.leaf_suffix(self.names, site, self.adapted)
+        suffix = self.spec.copies + layout.leaf_name(site.path[-1]) if site.path in self.copied else suffix
+        module = layout.module_of(self.names, site)
+        return {f"{module}.{suffix}": layout.leaf_to_torch(site, leaf)}
+
+
+def _tensors(peft: Peft, leaves: Mapping[Path, np.ndarray], contents: _Contents) -> dict[str, np.ndarray]:
     """The tensors of the file by name, but for those of tied heads."""
     out: dict[str, np.ndarray] = {}
     for action in peft.actions:
-        module, site = names.torch(action.site.path), action.site
-        if site.kind == "leaf":
-            module, suffix = names.torch(site.path[:-1]), layout.leaf_suffix(names, site, adapted)
-            suffix = spec.copies + layout.leaf_name(site.path[-1]) if site.path in copied else suffix
-            own = {suffix: layout.leaf_to_torch(site, leaves[site.path])}
-        else:
-            of_method = _form_at(action)
-            wrapper = "" if of_method is spec else of_method.wrapper
-            own = {
-                wrapper + tensor.key: tensor.to_torch(leaves[action.leaf_path(tensor.leaf)], site)
-                for tensor in layout.tensors_at(site, of_method, action.stored)
-            }
-        by_name = {f"{ROOT}{module}.{suffix}": x for suffix, x in own.items()}
+        site = action.site
+        own = contents.leaf(site, leaves[site.path]) if site.kind == "leaf" else contents.weight(action, leaves)
+        by_name, module = {f"{ROOT}{name}": x for name, x in own.items()}, layout.module_of(contents.names, site)
         if not module or by_name.keys() & out.keys():
             raise ValueError(f"prefix gives {site.name!r} the name {module!r}, which is empty or another module's")
         out |= by_name
-    for tensor in spec.shared:
+    for tensor in contents.spec.shared:
         paths = [path for path in peft.shared_paths if path[-1] == tensor.leaf]
         if len(paths) > 1:
             raise ValueError(f"a HuggingFace PEFT folder has one {tensor.key}, this chain has {len(paths)}")
-        if paths:
-            out[tensor.key] = tensor.to_torch(leaves[paths[0]])
+        if paths and tensor.leaf not in next(iter(contents.adapted.values())).method.regenerated:
+            names = [f"{ROOT}{module}.{tensor.key.rpartition('.')[2]}" for module in contents.adapted if tensor.copied]
+            out |= dict.fromkeys([tensor.key, *names], tensor.to_torch(leaves[paths[0]]))
     return out
 
 

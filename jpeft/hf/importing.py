@@ -15,7 +15,8 @@ import numpy as np
 from jpeft.binding import bind_survey, survey_model
 from jpeft.core import stacking
 from jpeft.core.actions import Action
-from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form, role
+from jpeft.core.geometry.base import Parts
+from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form, is_stack, role
 from jpeft.core.loaded import check_loaded
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
@@ -25,6 +26,7 @@ from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, spli
 from jpeft.errors import AdapterError
 from jpeft.hf import layout
 from jpeft.hf.config import CONFIG, named, read_config
+from jpeft.hf.experts import check_layout
 from jpeft.hf.matching import Folder, Matched, match, stacked
 from jpeft.hf.names import ROOT, Names, Prefix, find, of_model
 from jpeft.hf.tensors import TensorFile
@@ -42,6 +44,7 @@ def load(
     *inputs: Any,
     prefix: Prefix | None = None,
     ignore: Sequence[str] = (),
+    experts: str | None = None,
     **kwargs: Any,
 ) -> tuple[Peft, Any]:
     """Reads an adapter that HuggingFace PEFT saved, and binds it to a model. Inverse of `jpeft.hf.save`.
@@ -79,9 +82,9 @@ def load(
     base = flatten(tree)
     survey, at = survey_model(model, params, inputs, kwargs), stacking.stacked_at(model)
     each = stacking.unroll_survey(survey, at)  # unstacked layers, as the file has them
-    owners = {s.path[:-1] for s in each.leaves}
+    owners = {s.path[:-1] for s in each.leaves} | _parameter_owners(each)
     names = find(as_path(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
-    folder = Folder(config, file, names, at, tuple(ignore))
+    folder = Folder(config, file, names, at, tuple(ignore), check_layout(experts))
     matched = match(folder, _without_absent_parts(model, folder, each))
     tied = tied_names(model, names)
     peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey, tied), model, params, survey)
@@ -92,6 +95,15 @@ def load(
     check_loaded(file.path, peft, leaves, base)
     adapter = {path: jnp.asarray(x) for path, x in leaves.items()}
     return peft, like(unflatten(peft.place_like_base(adapter, base)), tree)
+
+
+def _parameter_owners(survey: Survey) -> set[Path]:
+    """Where a file may have tensors for stacks of experts: the module around one, and the modules of single experts."""
+    stacks = [(tuple(s.name.split("/")), layout.as_stack(s)) for s in survey.weights]
+    found = [(path, s.batch[0]) for path, s in stacks if is_stack(s)]
+    return {path[:-1] for path, _ in found} | {
+        (*path[:-1], str(i), path[-1]) for path, count in found for i in range(count)
+    }
 
 
 def _without_absent_parts(model: Any, folder: Folder, survey: Survey) -> Survey:
@@ -137,10 +149,12 @@ def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Meth
     settings, overrides = config.settings(), {}
     for field in config.spec.fields:
         if field.chooses:
-            own = [site for module, site in sites.items() if config.value(field, module)]
+            own = [site for module, site in sites.items() if config.value(field, folder.named(module))]
             settings[field.name] = _exactly([s.name for s in own], own, sites.values()) if own else None
     for module, site in sites.items():
-        own = {k: v for k, v in config.settings(module, site).items() if v != settings[k]}
+        own = {k: v for k, v in config.settings(folder.named(module), site).items() if v != settings[k]}
+        if is_stack(site) and isinstance(site.geometry, Parts):
+            own["parts"] = site.geometry.parts  # a matrix for each expert, though all share their input
         if own:
             clash = any(s is not site and matches_entry(site.name, s.name) for s in sites.values())
             overrides["^" + re.escape(site.name) if clash else site.name] = own
@@ -231,7 +245,7 @@ def _site_leaves(
     file, module, out, spec = folder.file, folder.module(site), {}, form(method)
     assert isinstance(spec, HFSpec)
     wrapper = spec.wrapper if method in folder.config.beside else ""
-    tensors = layout.tensors_at(site, spec, shapes)
+    tensors = layout.tensors_at(site, spec, shapes, module in folder.experts.swapped)
     for tensor in tensors:
         shape, dtype = shapes[tensor.leaf]
         expected = tensor.to_torch(_abstract(shape), site).shape
@@ -251,15 +265,16 @@ def _abstract(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _shared_leaves(peft: Peft, folder: Folder) -> dict[Path, np.ndarray]:
-    """The leaves that all sites share: from the file or, if it leaves them out, from the method's seed."""
+    """The leaves that all sites share: from the file or, if the method gives them back itself, from it."""
     spec, structure, out = folder.config.spec, dict(peft.structure), {}
     method = peft.method.methods()[0]
     sites = [a.site for a in peft.actions if a.member == 0]
     tensors = {tensor.leaf: tensor for tensor in spec.shared}
+    drawn = method.shared(jax.random.key(0), sites) if method.regenerated & tensors.keys() else {}
     for path in peft.shared_paths:
         tensor, (shape, _) = tensors[path[-1]], structure[path]
-        if tensor.key not in folder.file.shared and tensor.regenerate is not None:
-            out[path] = tensor.regenerate(method, sites)
+        if tensor.leaf in method.regenerated:
+            out[path] = np.asarray(drawn[tensor.leaf])
             continue
         expected = tensor.to_torch(_abstract(shape)).shape
         x = folder.file.take_shared(tensor.key, expected, f"which a {method.name} needs")

@@ -10,7 +10,17 @@ from jpeft.core.geometry.base import Parts
 from jpeft.core.geometry.contraction import Contraction
 from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.geometry.traced import Traced
-from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, HFSpec, Tensor
+from jpeft.core.interchange import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    PARAMETER,
+    SWAPPED,
+    HFSpec,
+    Tensor,
+    is_stack,
+    own_axes,
+)
 from jpeft.core.sites import MERGE, Site
 from jpeft.hf.names import Names
 
@@ -29,8 +39,8 @@ def check_site(site: Site, spec: HFSpec) -> Site:
 
 
 def _problem(site: Site, spec: HFSpec) -> str:
-    geometry = site.geometry
-    if site.named:
+    geometry, kind = site.geometry, kind_of(site)
+    if site.named and not spec.parameters:
         return "is a parameter of no linear module"
     if site.stack:
         sizes = "×".join(str(n) for _, n in site.stack)
@@ -39,26 +49,47 @@ def _problem(site: Site, spec: HFSpec) -> str:
         return "is a grouped or transposed convolution, whose adapter in PEFT is another function"
     if site.lookup and site.via == MERGE:
         return "is an embedding that the model also uses elsewhere, as a tied head: PEFT leaves that as it was"
-    if isinstance(geometry, Parts):
+    if kind == PARAMETER and spec.parameters:
+        if not is_stack(site) and (site.batch or len(site.stored) != 2):
+            parts = (
+                f": set overrides={{{site.name!r}: {{'parts': {site.stored[0]}}}}}" if is_stack(as_stack(site)) else ""
+            )
+            return f"is a parameter {list(site.stored)}, neither one matrix nor a stack, one for each expert{parts}"
+    elif isinstance(geometry, Parts):
         if not spec.joins_parts or not isinstance(geometry.inner, Contraction | Traced) or geometry.inner.batch:
             return f"is split into parts, which {spec.peft_type} has not"
     elif site.batch:
         return "is a batch of matrices"
-    if kind_of(site) not in {kind for tensor in spec.tensors for kind in tensor.kinds}:
-        return f"is a module of another kind than {spec.peft_type} acts on: {kind_of(site)}"
+    if kind not in {kind for tensor in spec.tensors for kind in tensor.kinds}:
+        return f"is a module of another kind than {spec.peft_type} acts on: {kind}"
     return ""
 
 
 def kind_of(site: Site) -> str:
     """The kind of torch module that a site is."""
+    if site.named or is_stack(site):
+        return PARAMETER
     if site.lookup:
         return EMBEDDING
     return CONVOLUTION if isinstance(site.geometry, Convolution) else LINEAR
 
 
-def tensors_at(site: Site, spec: HFSpec, stored: Collection[str]) -> list[Tensor]:
+def as_stack(site: Site) -> Site:
+    """A weight ``[experts, in, out]`` with leaves for each expert, also where all experts share their input."""
+    own = own_axes(site)
+    shared = len(own) == 3 and not site.batch and (site.inputs, site.outputs) == (own[1], own[0] * own[2])
+    return site.split(own[0]) if shared else site
+
+
+def module_of(names: Names, site: Site) -> str:
+    """The torch module of a weight or, for a bare parameter, its own name; for a leaf, its module."""
+    return names.torch(site.path[:-1] if site.kind == "leaf" else tuple(site.name.split("/")))
+
+
+def tensors_at(site: Site, spec: HFSpec, stored: Collection[str], swapped: bool = False) -> list[Tensor]:
     """The tensors of a site's torch module, of those whose leaves are stored there."""
-    return [t for t in spec.tensors if kind_of(site) in t.kinds and t.leaf in stored]
+    kind = SWAPPED if swapped else kind_of(site)
+    return [t for t in spec.tensors if kind in t.kinds and t.leaf in stored]
 
 
 # --- base leaves that train -------------------------------------------------------------------------------------------

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from jpeft.checks import shown
 from jpeft.core import stacking
-from jpeft.core.interchange import LINEAR
+from jpeft.core.interchange import LINEAR, PARAMETER, is_stack
 from jpeft.core.sites import Site, Survey
 from jpeft.core.tree import nearest
 from jpeft.errors import AdapterError
-from jpeft.hf import layout
+from jpeft.hf import experts, layout
 from jpeft.hf.config import CONFIG, Config, named, within
 from jpeft.hf.names import Names
 from jpeft.hf.tensors import TensorFile
@@ -27,6 +27,8 @@ class Folder:
       names: the names of torch's modules.
       at: the path below which the model stacks its layers, or None.
       ignore: torch modules that are left out.
+      layout: how the folder holds stacks of experts, one of `experts.LAYOUTS`; None to tell from the file.
+      experts: what `match` finds of them.
     """
 
     config: Config
@@ -34,10 +36,22 @@ class Folder:
     names: Names
     at: str | None
     ignore: tuple[str, ...] = ()
+    layout: str | None = None
+    experts: experts.Experts = field(default_factory=experts.Experts)
 
     def module(self, site: Site) -> str:
-        """The torch module of a site: for a leaf, its owner."""
-        return self.names.torch(site.path[:-1] if site.kind == "leaf" else site.path)
+        """The torch module of a site: for a leaf, its owner; for a bare parameter, its own name."""
+        return layout.module_of(self.names, site)
+
+    def named(self, module: str) -> str:
+        """The module by which the configuration knows one, where it is a stack of several."""
+        return self.experts.named.get(module, module)
+
+    def targets(self, module: str, site: Site, linear: bool) -> bool:
+        """Whether the configuration names a module. ``linear``: whether "all-linear" means it."""
+        if site.kind == "weight" and layout.kind_of(site) == PARAMETER:
+            return self.config.targets_parameter(module) or module in self.experts.named
+        return self.config.targets(module, linear) or self.config.targets_parameter(f"{module}.weight")
 
 
 @dataclass(frozen=True)
@@ -81,10 +95,15 @@ def match(folder: Folder, survey: Survey) -> Matched:
 
 def _adapted(folder: Folder, survey: Survey) -> dict[str, Site]:
     """The weights that the method changes by torch module: those in the file must be those that are targeted."""
-    weights = {folder.module(s): s for s in survey.weights if not s.named}
-    linear = {module for module, site in weights.items() if layout.kind_of(site) == LINEAR}
-    _check_modules(folder, weights, "weight", linear)
-    return {module: layout.check_site(weights[module], folder.config.spec) for module in sorted(folder.file.adapted)}
+    spec = folder.config.spec
+    weights = {folder.module(s): s for s in survey.weights if spec.parameters or not s.named}
+    if spec.parameters:
+        swapped = None if folder.layout is None else folder.layout == "swapped"
+        collected = experts.collect(folder.config, folder.file, weights, swapped)
+        folder.experts.named.update(collected.named)
+        folder.experts.swapped.update(collected.swapped)
+    _check_modules(folder, weights, "weight")
+    return {module: layout.check_site(weights[module], spec) for module in sorted(folder.file.adapted)}
 
 
 def _copied(folder: Folder, survey: Survey) -> list[Site]:
@@ -93,28 +112,28 @@ def _copied(folder: Folder, survey: Survey) -> list[Site]:
     return [s for s in survey.leaves if folder.module(s) in folder.file.adapted]
 
 
-def _check_modules(folder: Folder, sites: Mapping[str, Site], noun: str, linear: Collection[str] = ()) -> None:
+def _check_modules(folder: Folder, sites: Mapping[str, Site], noun: str) -> None:
     """Raises unless the modules that the method changes are the same in the file and by the configuration.
 
     Args:
       folder: the folder.
       sites: those of the model by torch module.
       noun: what one of them is called.
-      linear: the modules that are linear layers.
     """
     file, config, name = folder.file, folder.config, folder.config.method.__name__
+    linear = {m for m, site in sites.items() if site.kind == "weight" and layout.kind_of(site) == LINEAR}
     for module in sorted(file.adapted):
         if module not in sites:
             hint = nearest(module, sites)
             raise AdapterError(f"{file.path} has a {name} for {module!r}, which is not a {noun} of this model{hint}")
-        if not config.targets(module, module in linear):
+        if not folder.targets(module, sites[module], module in linear):
             raise AdapterError(
                 f"{file.path} has a {name} for {module!r}, which {CONFIG} does not target: target_modules is "
                 f"{shown(config.target_modules)}"
             )
     for module, site in sites.items():
         known = module in file.adapted or named(folder.ignore, module) or not folder.names.covers(site.path)
-        if not known and config.targets(module, module in linear and not site.head):
+        if not known and folder.targets(module, site, module in linear and not site.head):
             raise AdapterError(f"{file.path} has no {name} for {module!r}, which target_modules names")
 
 
@@ -155,9 +174,9 @@ def stacked(folder: Folder, matched: Matched, survey: Survey) -> Matched:
     verb = f"has a {folder.config.method.__name__} for"
     for site, modules in _gather(folder, sites, survey.weights, verb, folder.module):
         for other in modules[1:]:
-            if difference := folder.config.difference(modules[0], other):
+            if difference := folder.config.difference(folder.named(modules[0]), folder.named(other)):
                 raise AdapterError(f"{folder.file.path.parent}: {difference}; {stacking.DIFFER}")
-        adapted[modules[0]] = site
+        adapted[modules[0]] = layout.as_stack(site) if is_stack(matched.adapted[modules[0]]) else site
 
     def leaves(sites: Sequence[Site]) -> list[Site]:
         def name(site: Site) -> str:

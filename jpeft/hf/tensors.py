@@ -54,6 +54,11 @@ class TensorFile:
                 "PEFT with save_pretrained(folder, safe_serialization=True)"
             )
         tensors = _without_adapter_name(path, read_safetensors(path), spec)
+        if spec.unpack:
+            try:
+                tensors = dict(spec.unpack(tensors, config.own))
+            except ValueError as error:
+                raise AdapterError(f"{path}: {error}") from error
         adapted, others, beside = defaultdict(dict), defaultdict(dict), defaultdict(dict)
         shared = {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
         copies = {t.key.rpartition(".")[2]: t.key for t in spec.shared if t.copied}

@@ -18,7 +18,18 @@ from jaxtyping import Array, Float, Key
 from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, one_of, or_none, shown
 from jpeft.core.geometry.base import Parts
 from jpeft.core.geometry.convolution import Convolution
-from jpeft.core.interchange import CONVOLUTION, EMBEDDING, LINEAR, Field, HFSpec, Tensor
+from jpeft.core.interchange import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    PARAMETER,
+    SWAPPED,
+    Convert,
+    Field,
+    HFSpec,
+    Tensor,
+    is_stack,
+)
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import BOX, FUSED, MERGE, Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
@@ -161,6 +172,8 @@ def _read_dropout(rate: float, site: Site | None) -> float:
 
 
 def _write_dropout(method: LoRA, site: Site, config: Mapping[str, Any]) -> float | None:
+    if method.dropout and is_stack(site):
+        raise ValueError(f"HuggingFace has no dropout before {site.name!r}, whose experts PEFT adapts as weights alone")
     return method.dropout if _drops(site) else None
 
 
@@ -170,7 +183,8 @@ def _drops(site: Site) -> bool:
 
 
 def _parts(site: Site) -> int:
-    return site.geometry.parts if isinstance(site.geometry, Parts) else 1
+    """The blocks of a fused weight, of which PEFT has one LoRA; experts have one each."""
+    return site.geometry.parts if isinstance(site.geometry, Parts) and not is_stack(site) else 1
 
 
 def _write_rank(method: LoRA, site: Site, config: Mapping[str, Any]) -> int:
@@ -217,11 +231,41 @@ def _b_to_tree(b: np.ndarray, site: Site) -> np.ndarray:
     return b.reshape(b.shape[:2]).T
 
 
+def _rows_to_torch(a: np.ndarray, site: Site) -> np.ndarray:
+    """``[experts, in, r]`` as ``[experts * r, in]``."""
+    return a.swapaxes(-1, -2).reshape(-1, a.shape[-2])
+
+
+def _rows_to_tree(a: np.ndarray, site: Site) -> np.ndarray:
+    return a.reshape(*site.batch, -1, a.shape[-1]).swapaxes(-1, -2)
+
+
+def _columns_to_torch(b: np.ndarray, site: Site) -> np.ndarray:
+    """``[experts, r, out]`` as ``[out, r * experts]``: the experts of each rank stand side by side."""
+    return np.moveaxis(b, -1, 0).swapaxes(1, -1).reshape(b.shape[-1], -1)
+
+
+def _columns_to_tree(b: np.ndarray, site: Site) -> np.ndarray:
+    return np.moveaxis(b.reshape(b.shape[0], -1, *site.batch).swapaxes(1, -1), 0, -1)
+
+
+def _transposed(functions: tuple[Convert, Convert]) -> tuple[Convert, Convert]:
+    """For the tensor of the transposed matrix: W^T + B^T A^T."""
+    to_tree, to_torch = functions
+    return lambda x, site: to_tree(x, site).swapaxes(-1, -2), lambda x, site: to_torch(x.swapaxes(-1, -2), site)
+
+
+_ROWS, _COLUMNS = (_rows_to_tree, _rows_to_torch), (_columns_to_tree, _columns_to_torch)
+
 LoRA.hf = HFSpec(
     peft_type="LORA",
     tensors=(
         Tensor("lora_A.weight", "lora_a", functions=(_a_to_tree, _a_to_torch), kinds=(LINEAR, CONVOLUTION)),
         Tensor("lora_B.weight", "lora_b", functions=(_b_to_tree, _b_to_torch), kinds=(LINEAR, CONVOLUTION)),
+        Tensor("lora_A.weight", "lora_a", functions=_ROWS, kinds=(PARAMETER,)),
+        Tensor("lora_B.weight", "lora_b", functions=_COLUMNS, kinds=(PARAMETER,)),
+        Tensor("lora_A.weight", "lora_b", functions=_transposed(_ROWS), kinds=(SWAPPED,)),
+        Tensor("lora_B.weight", "lora_a", functions=_transposed(_COLUMNS), kinds=(SWAPPED,)),
         Tensor("lora_embedding_A", "lora_a", "ri->ir", kinds=(EMBEDDING,)),
         Tensor("lora_embedding_B", "lora_b", "or->ro", kinds=(EMBEDDING,)),
     ),
@@ -244,7 +288,7 @@ LoRA.hf = HFSpec(
     ),
     constants=dict.fromkeys((
         "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
-        "monteclora_config", "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+        "monteclora_config", "use_bdlora", "use_dora", "use_qalora", "velora_config",
     )),
     ignored=frozenset({
         "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size",
@@ -253,5 +297,6 @@ LoRA.hf = HFSpec(
     # The head multiplies by the transpose of the table: W + A^T B^T against W^T + B A.
     tied={"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"},
     joins_parts=True,
+    parameters="target_parameters",
     holds=frozenset({"trainable_token_indices"}),
 )  # fmt: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpeft
-from jpeft.checks import NUMBER, POSITIVE_INT, is_int
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, is_int
 from jpeft.core.interchange import Field, HFSpec, SharedTensor, Tensor
 from jpeft.methods.base import WeightMethod
 
@@ -35,6 +35,7 @@ class VeRA(WeightMethod):
     rank: int = 16
     d_initial: float = 0.1
     seed: int = 0
+    save_projection: bool = True
     dtype: Any = "float32"
 
     non_trainable: ClassVar = frozenset({"vera_a", "vera_b"})
@@ -42,19 +43,23 @@ class VeRA(WeightMethod):
         peft_type="VERA",
         tensors=(Tensor("vera_lambda_b", "lambda_b"), Tensor("vera_lambda_d", "lambda_d")),
         shared=(
-            SharedTensor("base_model.vera_A", "vera_a", "ri->ir", lambda m, sites: _projections(m, sites)[0].T),
-            SharedTensor("base_model.vera_B", "vera_b", "or->ro", lambda m, sites: _projections(m, sites)[1].T),
+            SharedTensor("base_model.vera_A", "vera_a", "ri->ir"),
+            SharedTensor("base_model.vera_B", "vera_b", "or->ro"),
         ),
         fields=(
             Field("r", "rank", 256, POSITIVE_INT),
             Field("d_initial", "d_initial", 0.1, NUMBER),
             Field("projection_prng_key", "seed", 0, (is_int, "an integer")),
-            Field("save_projection", write=lambda *_: True),
+            Field("save_projection", "save_projection", True, BOOL),
         ),
         constants={"vera_dropout": 0.0},
         ignored=frozenset({"fan_in_fan_out", "init_weights"}),
         bias="vera_only",
     )
+
+    @property
+    def regenerated(self):
+        return frozenset() if self.save_projection else self.non_trainable
 
     def init(self, key, site, w):
         d = jnp.full((self.rank,), self.d_initial, self.dtype)

@@ -313,7 +313,7 @@ FIELDS = {
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 1]],
     "trainable_token_indices": [3],
-    "target_parameters": ["experts.w"],
+    "target_parameters": ["experts.w"],  # which the model lacks
     "lora_bias": True,
     "megatron_config": {"a": 1},
     "use_qalora": True,
@@ -676,7 +676,7 @@ class Odd(nn.Module):
     ("target", "match"),
     [
         ("layers/query", "'layers/query' has no counterpart.*stacked over 2 layers"),
-        ("raw", "'raw' has no counterpart.*parameter of no linear module"),
+        ("raw", "'raw' has no counterpart.*a parameter of the model itself"),
         ("grouped", "'grouped' has no counterpart.*grouped"),
     ],
 )

@@ -150,13 +150,16 @@ def test_folder_from_torch_and_back(name, case, base, loaded, tmp_path):
         back = PeftModel.from_pretrained(base.fresh(), ours)
     told = [str(w.message) for w in caught]
     assert not [text for text in told if "missing" in text.lower() or "unexpected" in text.lower()]
-    assert [(r.missing_keys, r.unexpected_keys) for r in loaded] == [([], [])]
+    missing = [k for k in loaded[0].missing_keys if not k.endswith(case.missing_keys or "\0")]
+    assert (len(loaded), missing, loaded[0].unexpected_keys) == (1, [], [])
     close(torch_output(back), want, "written to torch")
 
     spec, here, there = form(type(member)), read_config(ours), read_config(theirs)
     assert isinstance(spec, HFSpec)
     own = {f.key for f in spec.fields if not f.chooses and not (f.pattern and there.get(f.pattern))}
-    for key in (own | {"peft_type", "bias"}) & here.keys() & there.keys() - set(case.differ):
+    if any(key.endswith(".bias") for key in tensor_names(theirs)):  # without biases, none of them trains
+        own |= {"bias"}
+    for key in (own | {"peft_type"}) & here.keys() & there.keys() - set(case.differ):
         assert here[key] == there[key], key
     again, read = jpeft.hf.load(ours, base.model, base.params, jnp.asarray(IDS))
     assert again.method == peft.method
