@@ -6,7 +6,7 @@ Every model is tiny and random, in float32. Its Flax twin is transformers' own, 
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -16,11 +16,15 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.numpy import load_file, save_file
 from transformers.models.t5 import modeling_flax_t5
 
 import jpeft
+from jpeft.core.interchange import HFSpec, form
 from jpeft.core.tree import flatten
+from jpeft.hf.config import PROVENANCE, Config, read_config
+from jpeft.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, transformers' and peft's own
 TOLERANCE = 1e-5
@@ -376,14 +380,22 @@ def test_changed_base_is_refused_and_its_conversion_loads(init, twins, tmp_path)
     assert _difference(twin.output(peft, adapter), expected) < TOLERANCE
 
 
-def test_every_field_of_peft_is_known(tmp_path):
-    """A field of a new version of PEFT must be classified before it is accepted."""
-    from dataclasses import fields
+OF_PEFT = {name: spec for name, method in METHODS.items() if isinstance(spec := form(method), HFSpec)}
+REQUIRED = {  # fields without a default of use
+    "ADALORA": {"total_step": 10}, "IA3": {"feedforward_modules": []}, "TRAINABLE_TOKENS": {"token_indices": [1]},
+}  # fmt: skip
 
-    from jpeft.hf.config import PROVENANCE, Config
 
-    ours = {f.name for f in fields(Config)} - {"method", "own"} | PROVENANCE | jpeft.LoRA.hf.known
-    assert set(LoraConfig(target_modules=["q"]).to_dict()) <= ours
+@pytest.mark.parametrize("name", OF_PEFT)
+def test_every_field_of_peft_is_known(name, tmp_path):
+    """A field of a new version of PEFT must be classified before it is accepted, and its defaults are."""
+    spec = OF_PEFT[name]
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[spec.peft_type]
+    kind(target_modules=["query"], **spec.when, **REQUIRED.get(spec.peft_type, {})).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    common = {f.name for f in fields(Config)} - {"method", "own", "parameters"} | PROVENANCE
+    assert not json.loads(file.read_text()).keys() - common - spec.known
+    assert read_config(file, METHODS.values()).method is METHODS[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
