@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT, RATE, Rule, is_number, or_none
-from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, window
+from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, Tensors, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
@@ -121,6 +121,54 @@ def _a_to_tree(a: np.ndarray, site: Site) -> np.ndarray:
     return np.moveaxis(a.reshape(a.shape[0], -1, *window(site)), (0, 1), (-1, -2)).reshape(a.shape[::-1])
 
 
+_E = ".lora_E"  # after the name of a module
+_IN_FILE = "base_model.model."
+
+
+def _are_masks(masks: Any) -> bool:
+    lists = [] if masks is None else masks.values()
+    return all(isinstance(mask, list) and all(isinstance(kept, bool) for kept in mask) for mask in lists)
+
+
+_MASKS: Rule = (_are_masks, "an object with a list of true and false for each module")
+
+
+def _axes(prefix: str) -> dict[str, int]:
+    """A module's tensors, and their axes of triples."""
+    return {f"{prefix}{_E}": 0, f"{prefix}.lora_A": 0, f"{prefix}.lora_B": 1}
+
+
+def _unpack(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The tensors with zeros for the triples that ``rank_pattern`` leaves out."""
+    out, rank = dict(tensors), config.get("init_r", 12)
+    for name, mask in (config.get("rank_pattern") or {}).items():
+        if len(mask) != rank:
+            raise ValueError(f"rank_pattern has {len(mask)} entries for {name!r}, expected init_r={rank}")
+        for key, axis in _axes(_IN_FILE + name.rpartition(_E)[0]).items():
+            if key not in out:
+                raise ValueError(f"{key!r} is missing, which rank_pattern names")
+            if out[key].shape[axis] == sum(mask):
+                shape = list(out[key].shape)
+                shape[axis] = rank
+                whole = np.zeros(shape, out[key].dtype)
+                whole[(slice(None),) * axis + (np.flatnonzero(mask),)] = out[key]
+                out[key] = whole
+    return out
+
+
+def _pack(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, Mapping[str, Any]]:
+    """The tensors without the triples whose singular value is zero; all of them if all are, as of a fresh adapter."""
+    masks = {key.removesuffix(_E): x[:, 0] != 0 for key, x in tensors.items() if key.endswith(_E)}
+    if all(mask.all() for mask in masks.values()) or not any(mask.any() for mask in masks.values()):
+        return tensors, config
+    out = dict(tensors)
+    for prefix, mask in masks.items():
+        for key, axis in _axes(prefix).items():
+            out[key] = np.compress(mask, out[key], axis)
+    pattern = {prefix.removeprefix(_IN_FILE) + _E: mask.tolist() for prefix, mask in masks.items()}
+    return out, {**config, "rank_pattern": pattern}
+
+
 _KINDS = (LINEAR, CONVOLUTION)
 AdaLoRA.hf = HFSpec(
     peft_type="ADALORA",
@@ -137,15 +185,20 @@ AdaLoRA.hf = HFSpec(
         FAN_IN_FAN_OUT,
         # PEFT makes no adapter without it, even to load one.
         Field("total_step", write=lambda method, site, config: 1),
+        Field("rank_pattern", rule=_MASKS, write=lambda method, site, config: None),
     ),
     constants=dict.fromkeys((
-        "alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
         "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
-        "use_dora", "use_qalora", "use_rslora", "velora_config",
+        "use_dora", "use_qalora", "velora_config",
     )),
     ignored=frozenset({
         "beta1", "beta2", "deltaT", "tinit", "tfinal", "target_r", "r", "init_lora_weights", "megatron_core",
         "qalora_group_size", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+        # LoRA's, which PEFT's AdaLoRA does not look at.
+        "alpha_pattern", "use_rslora",
     }),
     bias="lora_only",
+    unpack=_unpack,
+    pack=_pack,
 )  # fmt: skip

@@ -22,6 +22,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.summed import added
 from jpeft.methods.families.torch_random import SEED, Generator
 
 
@@ -37,8 +38,8 @@ class RandLoRA(WeightMethod):
       rank: r, of each product. A lower one gives more products, so more parameters.
       alpha: numerator of the scale; by default 20 r.
       seed: of the bases (PEFT's ``projection_prng_key``).
-      save_projection: whether `jpeft.save` writes the bases, rather than draw them again from the seed. True for an
-        adapter that PEFT saved with its bases.
+      save_projection: whether folders hold the bases, rather than draw them again from the seed. PEFT saves them by
+        default, once and again for every weight. Only a recent torch draws these numbers in bfloat16.
       sparse: whether entries of the bases are -1, 0 and 1 with probabilities 1/6, 2/3 and 1/6, before they are scaled.
       very_sparse: the same with 1/(2√m) for -1 and 1, whatever ``sparse`` is.
       dropout: rate on the adapter's input, while the caller trains.
@@ -121,29 +122,31 @@ class RandLoRA(WeightMethod):
         b = shared["randlora_b"][:larger, : self._products(smaller)]
         return {**leaves, "randlora_a": shared["randlora_a"][:, :, :smaller], "randlora_b": b}
 
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
+        inputs, outputs = sides = jax.eval_shape(lambda: base.weight).shape
+
+        def factors(leaves: Leaves) -> tuple[jax.Array, jax.Array]:
+            return self._factors(leaves, inputs <= outputs)
+
+        def form(x: Any, leaves: Leaves) -> jax.Array:
+            a, b = factors(leaves)
+            return (x @ a) @ b
+
+        return added(
+            base, x, dict(leaves), form, lambda leaves: jnp.matmul(*factors(leaves)), sides, dropout=self.dropout
+        )
+
+    def merge(
+        self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
+    ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
+        return w + jnp.matmul(*self._factors(leaves, w.shape[0] <= w.shape[1])), b
+
     def _factors(self, leaves: Leaves, wide: bool) -> tuple[jax.Array, jax.Array]:
         """The factors of s Σ_j Λ_j A Γ_j B_j, ``[in, n r]`` and ``[n r, out]``. ``wide``: the outputs are not fewer."""
         a, b = leaves["randlora_a"], leaves["randlora_b"]
         a = self.scale * leaves["randlora_lambda"][:, :, None] * a * leaves["randlora_gamma"]
         a, b = a.reshape(-1, a.shape[2]), b.reshape(b.shape[0], -1)
         return (a.T, b.T) if wide else (b, a)
-
-    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        inputs, outputs = jax.eval_shape(lambda: base.weight).shape
-
-        def change(x: Any, leaves: Leaves) -> jax.Array:
-            a, b = self._factors(leaves, inputs <= outputs)
-            return (x @ a) @ b
-
-        # Checkpointed: the backward pass scales A again instead of keeping a matrix as large as the weight.
-        y = base(x)
-        return y + jax.checkpoint(change)(base.dropout(x, self.dropout), dict(leaves)).astype(y.dtype)
-
-    def merge(
-        self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
-    ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
-        left, right = self._factors(leaves, w.shape[0] <= w.shape[1])
-        return w + left @ right, b
 
 
 def _uniform(generator: Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -154,22 +157,18 @@ def _ternary(x: np.ndarray, chance: float) -> np.ndarray:
     return (x > np.float32(1 - chance)).astype(np.float32) - (x < np.float32(chance)).astype(np.float32)
 
 
-def _drawn(leaf: str) -> Any:
-    return lambda method, sites: method.shared(None, sites)[leaf]
-
-
 RandLoRA.hf = HFSpec(
     peft_type="RANDLORA",
     tensors=(Tensor("randlora_lambda", "randlora_lambda"), Tensor("randlora_gamma", "randlora_gamma")),
     shared=(
-        SharedTensor("base_model.randlora_A", "randlora_a", regenerate=_drawn("randlora_a"), copied=True),
-        SharedTensor("base_model.randlora_B", "randlora_b", regenerate=_drawn("randlora_b"), copied=True),
+        SharedTensor("base_model.randlora_A", "randlora_a", copied=True),
+        SharedTensor("base_model.randlora_B", "randlora_b", copied=True),
     ),
     fields=(
         Field("r", "rank", 32, POSITIVE_INT),
         Field("randlora_alpha", "alpha", 640, NONZERO, write=lambda method, site, config: method.scale * method.rank),
         Field("projection_prng_key", "seed", 0, SEED),
-        Field("save_projection", "save_projection", True, BOOL, write=lambda method, site, config: True),
+        Field("save_projection", "save_projection", True, BOOL),
         Field("sparse", "sparse", False, BOOL),
         Field("very_sparse", "very_sparse", False, BOOL),
         dropout_field("randlora_dropout"),

@@ -7,16 +7,17 @@ y = x W + (x A) B        A: [in, r], B: [r, out]; each run of v entries along "i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import NUMBER, POSITIVE_INT, RATE
-from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor
+from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor, Tensors
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
@@ -116,6 +117,28 @@ class VBLoRA(WeightMethod):
         return w + leaves["vblora_a"] @ leaves["vblora_b"], b
 
 
+_INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
+_NEVER, _RARELY = -1e4, -1e3  # logits of vectors outside of the mixture, and the least inside; both finite in float16
+
+
+def _unpack(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """Logits from the indices and all weights but the last of each mixture: what ``save_only_topk_weights`` writes."""
+    out, n = dict(tensors), config.get("num_vectors", 256)
+    for key in [key for key in out if key.endswith(_INDICES)]:
+        name = key.removesuffix(_INDICES)
+        place, weights = out.pop(key).astype(np.int64), out.pop(name + _WEIGHTS, None)
+        if weights is None or (*weights.shape[:-1], weights.shape[-1] + 1) != place.shape:
+            raise ValueError(f"{key!r} needs a {name + _WEIGHTS!r} of one fewer along its last axis, {place.shape}")
+        if place.size and not 0 <= place.min() <= place.max() < n:
+            raise ValueError(f"{key!r} has indices outside of the bank of num_vectors={n}")
+        weights = np.concatenate([weights, 1 - weights.sum(-1, keepdims=True, dtype=weights.dtype)], -1)
+        logits = np.full((*place.shape[:-1], n), _NEVER, weights.dtype)
+        chosen = np.maximum(np.log(np.maximum(weights.astype(np.float64), 1e-300)), _RARELY)
+        np.put_along_axis(logits, place, chosen.astype(weights.dtype), -1)
+        out[name] = logits
+    return out
+
+
 VBLoRA.hf = HFSpec(
     peft_type="VBLORA",
     tensors=(Tensor("vblora_logits_A", "vblora_logits_a"), Tensor("vblora_logits_B", "vblora_logits_b")),
@@ -130,6 +153,7 @@ VBLoRA.hf = HFSpec(
         dropout_field("vblora_dropout"),
         FAN_IN_FAN_OUT,
     ),
-    constants={"save_only_topk_weights": False},
+    ignored=frozenset({"save_only_topk_weights"}),
     bias="vblora_only",
+    unpack=_unpack,
 )

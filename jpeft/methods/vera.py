@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -18,6 +19,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.summed import added
 from jpeft.methods.families.torch_random import SEED, Generator
 
 
@@ -32,8 +34,8 @@ class VeRA(WeightMethod):
       rank: r. It may be higher than a LoRA's, since each costs one parameter at a weight.
       d_initial: the start of all entries of d.
       seed: of the projections (PEFT's ``projection_prng_key``).
-      save_projection: whether `jpeft.save` writes the projections, rather than draw them again from the seed. True for
-        an adapter that PEFT saved with its projections.
+      save_projection: whether folders hold the projections, rather than draw them again from the seed. PEFT saves them
+        by default.
       dropout: rate on the adapter's input, while the caller trains.
       dtype: dtype of the leaves, shared ones included.
       targets, exclude, overrides, parts: see `WeightMethod`.
@@ -88,36 +90,38 @@ class VeRA(WeightMethod):
         return {**leaves, "vera_a": shared["vera_a"][: site.inputs], "vera_b": shared["vera_b"][:, : site.outputs]}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        # y = x W + ((x A) * d B) * b. The frozen A and B have no gradient, which A * d and B * b would have.
-        y, dropped = base(x), base.dropout(x, self.dropout)
-        change = ((dropped @ leaves["vera_a"]) * leaves["vera_lambda_d"]) @ leaves["vera_b"]
-        return y + (change * leaves["vera_lambda_b"]).astype(y.dtype)
+        sides = leaves["vera_a"].shape[0], leaves["vera_b"].shape[1]
+        return added(base, x, dict(leaves), _form, _change, sides, dropout=self.dropout, recompute=False)
 
     def merge(
         self, leaves: Leaves, w: Float[Array, "in out"], b: Float[Array, " out"] | None
     ) -> tuple[Float[Array, "in out"], Float[Array, " out"] | None]:
-        # W' = W + (A * d) (B * b)
-        change = (leaves["vera_a"] * leaves["vera_lambda_d"]) @ (leaves["vera_b"] * leaves["vera_lambda_b"])
-        return w + change, b
+        return w + _change(leaves), b
 
 
-def _drawn(leaf: str) -> Any:
-    return lambda method, sites: method.shared(None, sites)[leaf]
+def _form(x: Any, leaves: Leaves) -> Float[Array, "*tokens out"]:
+    """((x A) * d) (B * b). The frozen A has no gradient, which A * d would have; B * b is not kept for the backward."""
+    scaled = jax.checkpoint(lambda x, b, scale: x @ (b * scale))
+    return scaled((x @ leaves["vera_a"]) * leaves["vera_lambda_d"], leaves["vera_b"], leaves["vera_lambda_b"])
+
+
+def _change(leaves: Leaves) -> Float[Array, "in out"]:
+    """(A * d) (B * b)."""
+    return (leaves["vera_a"] * leaves["vera_lambda_d"]) @ (leaves["vera_b"] * leaves["vera_lambda_b"])
 
 
 VeRA.hf = HFSpec(
     peft_type="VERA",
     tensors=(Tensor("vera_lambda_b", "vera_lambda_b"), Tensor("vera_lambda_d", "vera_lambda_d")),
     shared=(
-        SharedTensor("base_model.vera_A", "vera_a", "ri->ir", regenerate=_drawn("vera_a")),
-        SharedTensor("base_model.vera_B", "vera_b", "or->ro", regenerate=_drawn("vera_b")),
+        SharedTensor("base_model.vera_A", "vera_a", "ri->ir"),
+        SharedTensor("base_model.vera_B", "vera_b", "or->ro"),
     ),
     fields=(
         Field("r", "rank", 256, POSITIVE_INT),
         Field("d_initial", "d_initial", 0.1, NUMBER),
         Field("projection_prng_key", "seed", 0, SEED),
-        # Whatever the version of torch that reads the folder, it is told the projections.
-        Field("save_projection", "save_projection", True, BOOL, write=lambda method, site, config: True),
+        Field("save_projection", "save_projection", True, BOOL),
         dropout_field("vera_dropout"),
         FAN_IN_FAN_OUT,
     ),

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jpeft.core import backend
 from jpeft.core.method import Linear
-from jpeft.methods.families import summed
+from jpeft.methods.families.summed import added
 
 _FEW = 32  # below this number of tokens, a call is assumed to be decoding, which nobody differentiates
 
@@ -22,11 +22,8 @@ def low_rank(
     Computed as ``x (w + a b)`` if it is differentiated and that is less work, see `jpeft.methods.families.summed`. The
     gradients of ``a`` and ``b`` are low-rank products in both forms.
     """
-    dropped = base.dropout(x, dropout)
-    if dropped is x and summed.is_less(base, x, (a.shape[0], b.shape[1])):
-        return summed.product(base, x, (a, b), _factored, _multiplied)
-    y = base(x)
-    return y + _factored(dropped, (a, b)).astype(y.dtype)
+    sides = a.shape[0], b.shape[1]
+    return added(base, x, (a, b), _factored, _multiplied, sides, dropout=dropout, recompute=False)
 
 
 def _factored(x: Any, factors: tuple[jax.Array, jax.Array]) -> jax.Array:

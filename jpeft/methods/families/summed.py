@@ -19,9 +19,17 @@ Change = Callable[[Any], jax.Array]  # leaves -> the change, as a matrix [in, ou
 
 
 def added(
-    base: Linear, x: jax.Array, leaves: Any, form: Form, change: Change, sides: tuple[int, int]
+    base: Linear,
+    x: Any,
+    leaves: Any,
+    form: Form,
+    change: Change,
+    sides: tuple[int, int],
+    *,
+    dropout: float = 0.0,
+    recompute: bool = True,
 ) -> Float[Array, "*tokens out"]:
-    """``base(x) + form(x, leaves)``, or the same as one product if that is less work.
+    """``base(x) + form(dropout(x), leaves)``, or the same as one product if that is less work.
 
     Args:
       base: the base's operation.
@@ -30,11 +38,14 @@ def added(
       form: the product of the input and the change.
       change: the change itself.
       sides: the sizes of the weight.
+      dropout: the rate on the form's input.
+      recompute: whether the backward pass computes the form again, rather than keep what it computes on the way.
     """
-    if is_less(base, x, sides):
+    dropped = base.dropout(x, dropout)
+    if dropped is x and is_less(base, x, sides):
         return product(base, x, leaves, form, change)
     y = base(x)
-    return y + jax.checkpoint(form)(x, leaves).astype(y.dtype)
+    return y + (jax.checkpoint(form) if recompute else form)(dropped, leaves).astype(y.dtype)
 
 
 def is_less(base: Linear, x: Any, sides: tuple[int, int]) -> bool:
