@@ -38,5 +38,6 @@ from .quantization.tree import dequantize as dequantize
 from .quantization.tree import quantize as quantize
 from .serving.generation import generate as generate
 from .serving.generation import stream as stream
+from .training.observe import observe as observe
 from .training.step import TrainState as TrainState
 from .training.step import train_step as train_step

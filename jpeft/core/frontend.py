@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -34,6 +34,14 @@ class FrontEnd(Protocol):
 
         Raises:
           ValueError: ``params`` do not fit the model.
+        """
+        ...
+
+    def called(self, model: Any, run: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs and keyword arguments of the first call of a model in ``run(*args)``, abstract.
+
+        Raises:
+          ValueError: it does not call the model.
         """
         ...
 

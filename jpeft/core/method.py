@@ -49,6 +49,11 @@ class Method(Protocol):
         ...
 
     @property
+    def uncast(self) -> frozenset[str]:
+        """Names of the leaves that ``apply`` gets in their own dtype, not in that of the computation."""
+        ...
+
+    @property
     def observes(self) -> str | None:
         """The statistic of the data that ``init`` takes as its last argument, or None."""
         ...

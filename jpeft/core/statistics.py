@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from jpeft.core.actions import Action
 from jpeft.core.fingerprint import difference
+from jpeft.core.sites import stack_back
 from jpeft.core.tree import Path, nearest
 
 COVARIANCE, GRADIENT = "covariance", "gradient"
@@ -41,6 +43,10 @@ class Statistics(Mapping[str, Mapping[str, Any]]):
         return len(self.found)
 
 
+def _zeros(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
 def check_statistics(actions: Sequence[Action], statistics: Mapping[str, Any] | None, base: Mapping[Path, Any]) -> None:
     """Checks that there are statistics where a method's start depends on data, and that they are of this model.
 
@@ -62,10 +68,10 @@ def check_statistics(actions: Sequence[Action], statistics: Mapping[str, Any] | 
             raise ValueError(f"the statistics of {site.name!r} hold {held}, {action.method.name} needs {kind}")
         matrix = (site.inputs, site.inputs) if kind == COVARIANCE else (site.inputs, site.outputs)
         lead = tuple(n for _, n in site.stack) + site.batch
-        shape = np.shape(statistics[site.name][kind])
-        if len(shape) != len(lead) + 2 or shape[-2:] != matrix:
+        expected_shape = jax.eval_shape(lambda x, s=site: stack_back(x, s.stack), _zeros(lead + matrix)).shape
+        if (shape := np.shape(statistics[site.name][kind])) != expected_shape:
             raise ValueError(
-                f"the {kind} of {site.name!r} has shape {shape}, expected {(*lead, *matrix)}; it is of another model"
+                f"the {kind} of {site.name!r} has shape {shape}, expected {expected_shape}; it is of another model"
             )
         expected = getattr(statistics, "weights", {}).get(site.name)
         if expected is not None and difference({"w": expected}, {"w": base[site.weight_path]}):

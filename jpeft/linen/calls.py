@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.geometry import Traced
@@ -14,6 +16,43 @@ from jpeft.core.peft import Peft
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.tree import Tree, is_array, join
 from jpeft.linen.survey import survey
+
+
+class _Found(Exception):
+    """The first call of a model."""
+
+
+def called(model: nn.Module, run: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs and keyword arguments of the first call of a model in ``run(*args)``, as for ``model.apply``, abstract.
+
+    Raises:
+      ValueError: it does not call the model.
+    """
+
+    def look(next_fun: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
+        scope = context.module.scope
+        if scope is None or scope.path or type(context.module) is not type(model) or context.method_name == "setup":
+            return next_fun(*inputs, **kwargs)
+        own = dict(kwargs)
+        if context.method_name != "__call__":
+            own["method"] = context.method_name
+        if scope.rngs:
+            own["rngs"] = {name: jax.random.key(0) for name in scope.rngs}
+        if scope.mutable:
+            own["mutable"] = scope.mutable
+        raise _Found(*jax.tree.map(_abstract, (inputs, own)))
+
+    try:
+        with nn.intercept_methods(look):
+            jax.eval_shape(run, *args)
+    except _Found as found:
+        inputs, kwargs = found.args
+        return inputs, kwargs
+    raise ValueError(f"loss_fn does not call {type(model).__name__}; it must run the model that is bound")
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) if is_array(x) else x
 
 
 def form_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from jpeft.core.sites import Survey
 from jpeft.core.tree import Tree, flatten, like, split_variables, unflatten
 from jpeft.linen import inject
 from jpeft.linen.box import Changed, overlay
-from jpeft.linen.calls import check_form, form_of
+from jpeft.linen.calls import called, check_form, form_of
 from jpeft.linen.module import PeftModule
 from jpeft.linen.survey import survey
 
@@ -42,6 +42,10 @@ class LinenFrontEnd:
         except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError, errors.ScopeCollectionNotFound) as e:
             raise ValueError(f"params do not fit {type(model).__name__}: {e}") from e
         return dataclasses.replace(found, form=form_of(inputs, kwargs))
+
+    def called(self, model: Any, run: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs and keyword arguments of the first call of a model in ``run(*args)``, abstract."""
+        return called(model, run, *args)
 
     def run(self, peft: Peft, params: Tree, adapter: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``model.apply`` under the adapter."""

@@ -307,7 +307,10 @@ class _Active:
 
     def used(self, leaves: Leaves, dtype: Any) -> Leaves:
         """The leaves that ``apply`` takes, for one matrix, from its stored ones."""
-        return cast_leaves(used_leaves(self.action, self.shared, leaves), dtype)
+        used, kept = used_leaves(self.action, self.shared, leaves), self.action.method.uncast
+        return cast_leaves({n: x for n, x in used.items() if n not in kept}, dtype) | {
+            n: x for n, x in used.items() if n in kept
+        }
 
 
 def _read(module: nn.Module, action: Action) -> _Active | None:

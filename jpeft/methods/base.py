@@ -55,6 +55,8 @@ class Method:
         configuration alone, whatever the key. `jpeft.save` leaves them out.
       observes: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None for
         a start that needs no data.
+      uncast: names of the leaves that ``apply`` gets as they are, or as `expand` gives them, and not in the dtype of the
+        computation.
       penalty_reduction: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
       per_site: names of the fields that ``overrides`` may set.
       learning_rate: the peak learning rate of `jpeft finetune` where none is given.
@@ -70,6 +72,7 @@ class Method:
     non_trainable: ClassVar[frozenset[str]] = frozenset()
     regenerated: ClassVar[frozenset[str]] = frozenset()
     observes: ClassVar[str | None] = None
+    uncast: ClassVar[frozenset[str]] = frozenset()
     per_site: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 5e-4
     penalty_reduction: ClassVar[str] = "sum"

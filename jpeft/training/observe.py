@@ -1,0 +1,204 @@
+"""Statistics of data for methods that start from them: the inputs of weights, or the gradient of the loss there.
+
+A probe is a weight method whose leaf's gradient is the statistic. It therefore passes scans, remat, meshes and
+quantized bases as every method does, and one gradient of the user's own loss function observes all sites at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.binding import bind_survey, front_end, survey_model
+from jpeft.core.fingerprint import fingerprint
+from jpeft.core.frontend import bypassed
+from jpeft.core.geometry import Lookup
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.peft import Peft
+from jpeft.core.sites import BOX, MERGE, Site, Survey
+from jpeft.core.statistics import COVARIANCE, GRADIENT, Statistics
+from jpeft.core.tree import Tree, flatten, split_variables
+from jpeft.methods.base import Method, WeightMethod
+from jpeft.methods.chain import Chain
+from jpeft.training.step import LossFn
+
+
+def observe(
+    method: Method, model: Any, params: Tree, loss_fn: LossFn, batches: Iterable[Any], *, rng: jax.Array | None = None
+) -> Statistics:
+    """What a method's start needs to know of data, for ``peft.init(key, params, statistics=...)``.
+
+    Nothing of the method runs: the statistics are those of the base. Tokens that the loss does not depend on, such as
+    padding, do not count as inputs.
+
+    Args:
+      method: the method, such as ``jpeft.LoRA(init_weights="eva")``.
+      model: the model, as for ``method.bind``.
+      params: its parameters; may be quantized or on a mesh.
+      loss_fn: as for `train_step`: ``(adapter, params, batch, rng) -> (loss, metrics)``. It runs the model by
+        ``peft.apply`` or by itself.
+      batches: a few batches of the training data; all count alike, and all of one shape share a compiled program.
+      rng: the key that ``loss_fn`` gets, folded with the batch's number; by default ``jax.random.key(0)``.
+
+    Raises:
+      ValueError: no batches; a method that needs no data; a ``loss_fn`` that does not call the model or whose loss does
+        not depend on a site; a weight whose input is not seen, as that of an embedding table; infinite statistics.
+
+    >>> import flax.linen as nn, jax.numpy as jnp, jpeft
+    >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.arange(12.0).reshape(3, 4)
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> method = jpeft.LoRA(rank=2, init_weights="eva", targets="layers_0")
+    >>> peft = method.bind(model, params, x)
+    >>> loss_fn = lambda adapter, params, batch, rng: ((peft.apply(params, adapter, batch) ** 2).mean(), {})
+    >>> found = jpeft.observe(method, model, params, loss_fn, [x])
+    >>> bool(jnp.allclose(found["layers_0"]["covariance"], x.T @ x / 3))
+    True
+    >>> adapter = peft.init(jax.random.key(0), params, statistics=found)
+    """
+    batches, rng = iter(batches), jax.random.key(0) if rng is None else rng
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("batches is empty; observing needs at least one batch")
+    probes = _probes(method, model, params, lambda p, b: loss_fn({}, p, b, rng), first)
+    step = jax.jit(functools.partial(_gradient, probes, loss_fn))
+    total, count = step(params, first, jax.random.fold_in(rng, 0)), 1
+    for count, batch in enumerate(batches, 2):  # noqa: B007
+        own = step(params, batch, jax.random.fold_in(rng, count - 1))
+        total = jax.tree.map(jnp.add, total, own)
+    return _statistics(probes, total, count, flatten(split_variables(params)[0]))
+
+
+def _probes(method: Method, model: Any, params: Tree, loss: Any, batch: Any) -> Peft:
+    """The probes for what the members of a method observe, bound to the model in the form of the loss's own call."""
+    with bypassed():
+        inputs, kwargs = front_end(model).called(model, loss, params, batch)
+    survey = survey_model(model, params, inputs, kwargs)
+    sites: dict[str, dict[str, Site]] = {}
+    for member in method.methods():
+        for site in member.sites(survey):
+            if (kind := member.at(site).observes) is not None:
+                _check_site(member.name, kind, site)
+                sites.setdefault(kind, {})[site.name] = site
+    if not sites:
+        raise ValueError(f"{method.name} starts without data: there is nothing to observe for its init_weights")
+    members = [_PROBES[kind](chosen=tuple(own.values())) for kind, own in sites.items()]
+    return bind_survey(Chain(*members), model, params, survey)
+
+
+def _check_site(name: str, kind: str, site: Site) -> None:
+    if kind == COVARIANCE and (site.lookup or site.via in (BOX, MERGE)):
+        why = "an embedding table" if site.lookup else f"reached only as a weight (path taken: {site.via})"
+        raise ValueError(
+            f"{name} starts from the inputs of {site.name!r}, which are not seen: it is {why}; leave it out with "
+            f"exclude=[{site.name!r}], or give it another start with overrides"
+        )
+
+
+def _gradient(probes: Peft, loss_fn: LossFn, params: Tree, batch: Any, rng: jax.Array) -> Tree:
+    """The gradients of the probes' leaves, which are zero."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: probes.init(rng, params)))
+
+    def loss(leaves: Tree) -> jax.Array:
+        with bypassed(), probes.intercept():
+            value = loss_fn({}, probes.overlay(params, leaves), batch, rng)
+        return value[0] if isinstance(value, tuple) else value
+
+    return jax.grad(loss)(zeros)
+
+
+def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) -> Statistics:
+    leaves = flatten(total)
+    found: dict[str, dict[str, Any]] = {}
+    for action in probes.actions:
+        own, site = probes.own(action, leaves), action.site
+        if action.method.kind == COVARIANCE:
+            tokens = own["probe_tokens"]
+            if float(tokens.min()) == 0:
+                raise ValueError(f"the loss does not depend on the output at {site.name!r}; observe another loss")
+            value = own["probe_covariance"] / tokens[..., None, None]
+        else:
+            value = own["probe_gradient"] / count
+        if not bool(jnp.isfinite(value).all()):
+            raise ValueError(f"the {action.method.kind} at {site.name!r} is not finite; look at the loss of these batches")
+        found.setdefault(site.name, {})[action.method.kind] = value
+    weights = {a.site.name: fingerprint({"w": base[a.site.weight_path]})["w"] for a in probes.actions}
+    return Statistics(found, weights)
+
+
+# --- the probes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe(WeightMethod):
+    """A method at given sites that leaves the outputs as they are."""
+
+    chosen: tuple[Site, ...] = ()
+
+    kind: ClassVar[str]
+    uncast: ClassVar[frozenset[str]] = frozenset({"probe_covariance", "probe_tokens", "probe_gradient"})
+
+    def sites(self, survey: Survey) -> list[Site]:
+        return list(self.chosen)
+
+    def matched(self, survey: Survey, sites: Sequence[Site]) -> list[Any]:
+        return []
+
+
+class _Covariance(_Probe):
+    """Its leaf's gradient is xᵀx, whatever the loss."""
+
+    kind = COVARIANCE
+
+    def mergeable(self, site: Site) -> bool:
+        return False
+
+    def init(self, key: jax.Array, site: Site, w: Any) -> Leaves:
+        return {"probe_covariance": jnp.zeros((site.inputs, site.inputs)), "probe_tokens": jnp.zeros(())}
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> jax.Array:
+        rows = x if isinstance(x, jax.Array) else x @ jnp.eye(leaves["probe_covariance"].shape[0], dtype=x.dtype)
+        return _observed(rows, base(x), leaves["probe_covariance"], leaves["probe_tokens"])
+
+
+class _WeightGradient(_Probe):
+    """Its leaf is added to the weight, and has the weight's gradient."""
+
+    kind = GRADIENT
+
+    def init(self, key: jax.Array, site: Site, w: Any) -> Leaves:
+        return {"probe_gradient": jnp.zeros((site.inputs, site.outputs))}
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> jax.Array:
+        change = leaves["probe_gradient"]
+        y = base(x)
+        return y + (x @ change if isinstance(x, Lookup) else x @ change.astype(x.dtype)).astype(y.dtype)
+
+    def merge(self, leaves: Leaves, w: jax.Array, b: Any) -> tuple[jax.Array, Any]:
+        return w + leaves["probe_gradient"], b
+
+
+_PROBES: dict[str, Any] = {COVARIANCE: _Covariance, GRADIENT: _WeightGradient}
+
+
+@jax.custom_vjp
+def _observed(x: jax.Array, y: jax.Array, covariance: jax.Array, tokens: jax.Array) -> jax.Array:
+    return y
+
+
+def _observed_forward(x: jax.Array, y: jax.Array, covariance: jax.Array, tokens: jax.Array) -> Any:
+    return y, x
+
+
+def _observed_backward(x: jax.Array, dy: jax.Array) -> Any:
+    # A token that the loss does not depend on, as padding, has no gradient.
+    counts = (dy != 0).any(-1).reshape(-1).astype(jnp.float32)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return jnp.zeros_like(x), dy, (rows * counts[:, None]).T @ rows, counts.sum()
+
+
+_observed.defvjp(_observed_forward, _observed_backward)
