@@ -122,7 +122,9 @@ def check_stacks_and_saves(entry: Entry, folder: Path) -> None:
     assert set(flatten(adapters[0])) - per_adapter == peft.non_trainable_paths | set(peft.shared_paths)
     # What does not train is held once; what trains is each one's own, even where all sites share it.
     once = peft.non_trainable_paths
-    stacked = {p: x if p in once else jnp.stack([flatten(a)[p] for a in adapters]) for p, x in flatten(adapters[0]).items()}
+    stacked = {
+        p: x if p in once else jnp.stack([flatten(a)[p] for a in adapters]) for p, x in flatten(adapters[0]).items()
+    }
     stacked = like(unflatten(stacked), adapters[0])
     axes = peft.axes(stacked)
     assert set(flatten(adapters[0])) - set(flatten(axes)) == once

@@ -76,7 +76,9 @@ def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping
             return _is_copy(leaves[action.site.path], base.get(action.site.path))
         if action.site.kind == "attention" or not (action.mergeable or action.site.kind == "output"):
             return False  # added keys take a part of the attention
-        own, shared = ({n: jnp.asarray(x) for n, x in d.items()} for d in (peft.own(action, leaves), peft.shared(action, leaves)))
+        own, shared = (
+            {n: jnp.asarray(x) for n, x in d.items()} for d in (peft.own(action, leaves), peft.shared(action, leaves))
+        )
         return bool(_gives_back(replace(action, site=replace(action.site, path=())), shared, own))
 
     return all(map(is_neutral, peft.actions))
@@ -109,7 +111,8 @@ def _gives_back(action: Action, shared: Mapping[str, Any], leaves: Mapping[str, 
         b = _numbers((site.outputs,)) if site.bias else None
         w = _numbers((site.inputs, site.outputs))
         same = jnp.bool_(True)
-        for old in ((w, b), jax.tree.map(jnp.zeros_like, (w, b))):
+        for scale in (0.0, 1.0):  # to zeros the smallest sum shows, to numbers a product does
+            old = (scale * w, None if b is None else scale * b)
             for was, now in zip(old, merge_matrix(action, shared, own, *old), strict=True):
                 same &= jnp.bool_(True) if was is None else (was == now).all()
         return same

@@ -6,7 +6,7 @@ classes that methods extend are in `jpeft.methods.base`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -32,31 +32,19 @@ class Method(Protocol):
 
     Attributes:
       roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
+      non_trainable: names of the leaves, at a site or shared, that never train; they may be integers.
+      regenerated: names of the non-trainable leaves that the configuration gives back bit for bit, whatever the key.
+      uncast: names of the leaves that ``apply`` gets in their own dtype, not in that of the computation.
+      observes: the statistic of the data that ``init`` takes as its last argument, or None.
       penalty_reduction: how the terms of `penalty` combine, "sum" or "mean".
     """
 
     roles: ClassVar[Mapping[str, Sequence[str | None]]]
+    non_trainable: ClassVar[frozenset[str]]
+    regenerated: ClassVar[frozenset[str]]
+    uncast: ClassVar[frozenset[str]]
+    observes: ClassVar[str | None]
     penalty_reduction: ClassVar[str]
-
-    @property
-    def non_trainable(self) -> frozenset[str]:
-        """Names of the leaves, at a site or shared, that never train; they may be integers."""
-        ...
-
-    @property
-    def regenerated(self) -> frozenset[str]:
-        """Names of the non-trainable leaves that the configuration gives back bit for bit, whatever the key."""
-        ...
-
-    @property
-    def uncast(self) -> frozenset[str]:
-        """Names of the leaves that ``apply`` gets in their own dtype, not in that of the computation."""
-        ...
-
-    @property
-    def observes(self) -> str | None:
-        """The statistic of the data that ``init`` takes as its last argument, or None."""
-        ...
 
     @property
     def name(self) -> str:
@@ -117,14 +105,12 @@ class Method(Protocol):
         """Whether what the method does at a site can be merged into the base's leaves."""
         ...
 
-    def init(self, key: Key[Array, ""], site: Site, w: Any, *statistics: Any) -> Leaves:
-        """Fresh leaves at a site, for one matrix.
+    @property
+    def init(self) -> Callable[..., Leaves]:
+        """``init(key, site, w)``: fresh leaves at a site, for one matrix.
 
-        Args:
-          key: a PRNG key.
-          site: the site.
-          w: the weight as ``[in, out]``, the leaf, or None.
-          *statistics: only where the method ``observes`` data: the statistic by name, for this matrix; None without.
+        ``w`` is the weight as ``[in, out]``, the leaf, or None. Where the method ``observes`` data, it is called with a
+        fourth argument: the statistic by name, for this matrix, or None.
         """
         ...
 

@@ -206,7 +206,7 @@ class Peft:
         return map_with_path(lambda p, _: TRAINABLE if p in trainable else FROZEN, tree)
 
     def axes(self, adapter: Tree) -> Any:
-        """The ``in_axes`` of an adapter for `jax.vmap`: None for leaves that are shared or do not train, 0 for the rest.
+        """The ``in_axes`` of an adapter for `jax.vmap`: None for leaves that are shared or do not train, else 0.
 
         Args:
           adapter: an adapter, or several stacked. Leaves that are stacked have 0 in any case: positions that differ
@@ -242,7 +242,9 @@ class Peft:
         counts: dict[int, int] = {}
         for action in self.actions:
             if action.method.penalized:
-                own = {n: stack_first(meta.unbox(leaves[action.leaf_path(n)]), action.site.stack) for n in action.stored}
+                own = {
+                    n: stack_first(meta.unbox(leaves[action.leaf_path(n)]), action.site.stack) for n in action.stored
+                }
                 sizes = [n for _, n in action.site.stack] + list(action.site.batch)
                 terms = map_axes(lambda own, method=action.method: jnp.asarray(method.penalty(own)), len(sizes))(own)
                 totals.setdefault(action.member, []).append(terms.astype(jnp.float32).sum())
@@ -317,7 +319,7 @@ class Peft:
         for path, actions in by_weight(self.actions, (FUSED, BOX, MERGE)).items():
             own, shared = [self.own(a, leaves) for a in actions], [self.shared(a, leaves) for a in actions]
             stored, bias = out[path], actions[0].site.bias_path
-            merged, added = merge_stored(actions, shared, own, stored, out.get(bias))
+            merged, added = merge_stored(actions, shared, own, stored, out.get(bias) if bias else None)
             out[path] = merged
             flags[path] = is_finite(merged) if safe else None
             if requantize and isinstance(stored, Quantized):

@@ -150,7 +150,7 @@ class Survey:
     boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
 
 
-def stack_first(x: jax.Array, stack: Stack) -> jax.Array:
+def stack_first(x: Any, stack: Stack) -> jax.Array:
     """A stored leaf with its stacked axes in front, outermost first. Inverse of `stack_back`."""
     for i, (axis, _) in enumerate(stack):
         x = jnp.moveaxis(x, axis + i if axis >= 0 else axis, i)

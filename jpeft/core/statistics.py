@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft.core.actions import Action
 from jpeft.core.fingerprint import difference
 from jpeft.core.sites import stack_back
 from jpeft.core.tree import Path, nearest
@@ -47,7 +46,7 @@ def _zeros(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
-def check_statistics(actions: Sequence[Action], statistics: Mapping[str, Any] | None, base: Mapping[Path, Any]) -> None:
+def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | None, base: Mapping[Path, Any]) -> None:
     """Checks that there are statistics where a method's start depends on data, and that they are of this model.
 
     Raises:
@@ -61,8 +60,10 @@ def check_statistics(actions: Sequence[Action], statistics: Mapping[str, Any] | 
                 "peft.init(key, params, statistics=jpeft.observe(method, model, params, loss_fn, batches))"
             )
         if site.name not in statistics:
-            raise ValueError(f"the statistics lack {site.name!r}; they are of another model or method"
-                             f"{nearest(site.name, statistics)}")
+            raise ValueError(
+                f"the statistics lack {site.name!r}; they are of another model or method"
+                f"{nearest(site.name, statistics)}"
+            )
         if kind not in statistics[site.name]:
             held = ", ".join(statistics[site.name]) or "nothing"
             raise ValueError(f"the statistics of {site.name!r} hold {held}, {action.method.name} needs {kind}")

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
     token = Token() if peft.shared_paths else None
     for path, actions in by_weight(peft.actions, (BOX, MERGE)).items():
         own, bias = [peft.own(a, leaves) for a in actions], actions[0].site.bias_path
-        pair = (full[path], full.get(bias))
+        pair = (full[path], full.get(bias) if bias else None)
         if actions[0].site.via == BOX:
             boxes = [Changed(*pair, tuple(own), tuple(actions), is_bias, token) for is_bias in (False, True)]
         else:
@@ -84,7 +85,9 @@ class Marker:
 MARKER = "jpeft"
 ROOT_MARKER = "jpeft_shared"  # at the model's root, beside the shared leaves
 
-_shared: contextvars.ContextVar[Mapping[Token | None, Mapping[str, Leaves]]] = contextvars.ContextVar("shared", default={})
+_shared: contextvars.ContextVar[Mapping[Any, Mapping[str, Leaves]]] = contextvars.ContextVar(
+    "shared", default=MappingProxyType({})
+)
 
 
 @contextlib.contextmanager
@@ -165,7 +168,9 @@ class Changed(_Box):
         shared = [shared_leaves(action, self.token) for action in self.actions]
         leaves = [meta.unbox(own) for own in self.leaves]
         pair = merge_layer(self.actions, shared, leaves, meta.unbox(self.weight), meta.unbox(self.bias))
-        return pair[self.is_bias]
+        merged = pair[self.is_bias]
+        assert merged is not None
+        return merged
 
     def tree_flatten(self) -> tuple[Any, Any]:
         return (self.weight, self.bias, self.leaves), (self.actions, self.is_bias, self.token)

@@ -23,7 +23,7 @@ class _Found(Exception):
 
 
 def called(model: nn.Module, run: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs and keyword arguments of the first call of a model in ``run(*args)``, as for ``model.apply``, abstract.
+    """The arguments of the first call of a model in ``run(*args)``, as for ``model.apply``; arrays are abstract.
 
     Raises:
       ValueError: it does not call the model.

@@ -179,9 +179,7 @@ class Interceptor:
             operation = operation.then(active, change(active, operation))
         return _recomputed(lambda: operation.run(call.args[geometry.argument]), call.variables)
 
-    def _with_changed_products(
-        self, call: _ModuleCall, products: Sequence[_Active], weight: Sequence[_Active]
-    ) -> Any:
+    def _with_changed_products(self, call: _ModuleCall, products: Sequence[_Active], weight: Sequence[_Active]) -> Any:
         """The outputs of a call in which the actions change products of the module's parameters.
 
         Args:
@@ -423,8 +421,8 @@ class _Linear:
     """The original operation, as a weight method sees it: see `jpeft.core.method.Linear`."""
 
     def __init__(
-        self, call: Callable[[Any], jax.Array], merged: Callable[[Any], jax.Array], weight: Any, bias: Any, dropout: Any,
-        plain: bool = False,
+        self, call: Callable[[Any], jax.Array], merged: Callable[[Any], jax.Array],
+        weight: Any, bias: Any, dropout: Any, plain: bool = False,
     ):  # fmt: skip
         self._call, self._weight, self._bias = call, weight, bias
         self.merged, self.dropout, self.plain = merged, dropout, plain

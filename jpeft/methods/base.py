@@ -55,8 +55,8 @@ class Method:
         configuration alone, whatever the key. `jpeft.save` leaves them out.
       observes: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None for
         a start that needs no data.
-      uncast: names of the leaves that ``apply`` gets as they are, or as `expand` gives them, and not in the dtype of the
-        computation.
+      uncast: names of the leaves that ``apply`` gets as they are, or as `expand` gives them, not in the computation's
+        dtype.
       penalty_reduction: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
       per_site: names of the fields that ``overrides`` may set.
       learning_rate: the peak learning rate of `jpeft finetune` where none is given.

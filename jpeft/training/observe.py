@@ -33,7 +33,7 @@ def observe(
 ) -> Statistics:
     """What a method's start needs to know of data, for ``peft.init(key, params, statistics=...)``.
 
-    Nothing of the method runs: the statistics are those of the base. Tokens that the loss does not depend on, such as
+    Nothing of the method runs: the statistics are those of the base. Tokens whose outputs have no gradient, such as
     padding, do not count as inputs.
 
     Args:
@@ -67,7 +67,7 @@ def observe(
     probes = _probes(method, model, params, lambda p, b: loss_fn({}, p, b, rng), first)
     step = jax.jit(functools.partial(_gradient, probes, loss_fn))
     total, count = step(params, first, jax.random.fold_in(rng, 0)), 1
-    for count, batch in enumerate(batches, 2):  # noqa: B007
+    for count, batch in enumerate(batches, 2):
         own = step(params, batch, jax.random.fold_in(rng, count - 1))
         total = jax.tree.map(jnp.add, total, own)
     return _statistics(probes, total, count, flatten(split_variables(params)[0]))
@@ -124,7 +124,9 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
         else:
             value = own["probe_gradient"] / count
         if not bool(jnp.isfinite(value).all()):
-            raise ValueError(f"the {action.method.kind} at {site.name!r} is not finite; look at the loss of these batches")
+            raise ValueError(
+                f"the {action.method.kind} at {site.name!r} is not finite; look at the loss of these batches"
+            )
         found.setdefault(site.name, {})[action.method.kind] = value
     weights = {a.site.name: fingerprint({"w": base[a.site.weight_path]})["w"] for a in probes.actions}
     return Statistics(found, weights)

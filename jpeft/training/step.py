@@ -136,9 +136,9 @@ def train_step(
 
     Returns:
       The step; ``step.lower(...)`` is jit's. Its metrics are those of ``loss_fn`` and ``loss``, ``grad_norm`` (before
-      clipping) and ``skipped`` (so far). Where a method has a loss of its own (see `Peft.penalty`), it is added to the
-      gradient's loss, and reported as ``penalty``; ``loss`` is that of ``loss_fn`` alone. A step whose loss or gradient is not finite changes neither adapter nor
-      optimizer state, and is counted.
+      clipping) and ``skipped`` (so far). A method's own loss, see `Peft.penalty`, is added to that of ``loss_fn`` and
+      reported as ``penalty``; ``loss`` is without it. A step whose loss or gradient is not finite changes neither
+      adapter nor optimizer state, and is counted.
 
     Raises:
       ValueError: an ``accumulate`` or ``clip`` that is not positive; when the step is traced, an ``accumulate`` that
