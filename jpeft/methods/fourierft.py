@@ -21,7 +21,7 @@ from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
-from jpeft.methods.families.summed import added
+from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, randperm
 
 

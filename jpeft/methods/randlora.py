@@ -22,7 +22,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.dropout import check_dropout, dropout_field
-from jpeft.methods.families.summed import added
+from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, Generator
 
 
@@ -38,8 +38,8 @@ class RandLoRA(WeightMethod):
       rank: r, of each product. A lower one gives more products, so more parameters.
       alpha: numerator of the scale; by default 20 r.
       seed: of the bases (PEFT's ``projection_prng_key``).
-      save_projection: whether folders hold the bases, rather than draw them again from the seed. PEFT saves them by
-        default, once and again for every weight. Only a recent torch draws these numbers in bfloat16.
+      save_projection: whether folders of PEFT hold the bases, rather than leave it to torch to draw them again: once and,
+        as PEFT writes them, again for every weight. jpeft's own folders do without them.
       sparse: whether entries of the bases are -1, 0 and 1 with probabilities 1/6, 2/3 and 1/6, before they are scaled.
       very_sparse: the same with 1/(2√m) for -1 and 1, whatever ``sparse`` is.
       dropout: rate on the adapter's input, while the caller trains.
@@ -57,7 +57,7 @@ class RandLoRA(WeightMethod):
     rank: int = 32
     alpha: float | None = None
     seed: int = 0
-    save_projection: bool = False
+    save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
     dropout: float = 0.0
@@ -67,6 +67,7 @@ class RandLoRA(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.00987"
     learning_rate: ClassVar[float] = 1e-4
     non_trainable: ClassVar[frozenset[str]] = frozenset({"randlora_a", "randlora_b"})
+    regenerated: ClassVar[frozenset[str]] = non_trainable
     per_site: ClassVar[tuple[str, ...]] = ("dropout", "parts")
 
     def __post_init__(self) -> None:
@@ -79,11 +80,6 @@ class RandLoRA(WeightMethod):
     def scale(self) -> float:
         """s, the factor on the update."""
         return 20.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def regenerated(self) -> frozenset[str]:
-        """The bases, unless they are saved."""
-        return frozenset() if self.save_projection else self.non_trainable
 
     def prepare(self, site: Site) -> Site:
         check_dropout(self, site)
@@ -161,8 +157,8 @@ RandLoRA.hf = HFSpec(
     peft_type="RANDLORA",
     tensors=(Tensor("randlora_lambda", "randlora_lambda"), Tensor("randlora_gamma", "randlora_gamma")),
     shared=(
-        SharedTensor("base_model.randlora_A", "randlora_a", copied=True),
-        SharedTensor("base_model.randlora_B", "randlora_b", copied=True),
+        SharedTensor("base_model.randlora_A", "randlora_a", copied=True, field="save_projection"),
+        SharedTensor("base_model.randlora_B", "randlora_b", copied=True, field="save_projection"),
     ),
     fields=(
         Field("r", "rank", 32, POSITIVE_INT),

@@ -19,7 +19,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.dropout import check_dropout, dropout_field
-from jpeft.methods.families.summed import added
+from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, Generator
 
 
@@ -34,8 +34,8 @@ class VeRA(WeightMethod):
       rank: r. It may be higher than a LoRA's, since each costs one parameter at a weight.
       d_initial: the start of all entries of d.
       seed: of the projections (PEFT's ``projection_prng_key``).
-      save_projection: whether folders hold the projections, rather than draw them again from the seed. PEFT saves them
-        by default.
+      save_projection: whether folders of PEFT hold the projections, rather than leave it to torch to draw them again.
+        jpeft's own folders do without them.
       dropout: rate on the adapter's input, while the caller trains.
       dtype: dtype of the leaves, shared ones included.
       targets, exclude, overrides, parts: see `WeightMethod`.
@@ -50,7 +50,7 @@ class VeRA(WeightMethod):
     rank: int = 256
     d_initial: float = 0.1
     seed: int = 0
-    save_projection: bool = False
+    save_projection: bool = True
     dropout: float = 0.0
     dtype: Any = "float32"
 
@@ -59,6 +59,7 @@ class VeRA(WeightMethod):
     learning_rate: ClassVar[float] = 4e-3
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"vera_lambda_d": (None,), "vera_lambda_b": ("out",)}
     non_trainable: ClassVar[frozenset[str]] = frozenset({"vera_a", "vera_b"})
+    regenerated: ClassVar[frozenset[str]] = non_trainable
     per_site: ClassVar[tuple[str, ...]] = ("d_initial", "dropout", "parts")
 
     def __post_init__(self) -> None:
@@ -66,11 +67,6 @@ class VeRA(WeightMethod):
         rules = {"rank": POSITIVE_INT, "d_initial": NUMBER, "seed": SEED, "save_projection": BOOL, "dropout": RATE}
         check_fields(self, {**rules, "parts": POSITIVE_INT})
         super().__post_init__()
-
-    @property
-    def regenerated(self) -> frozenset[str]:
-        """The projections, unless they are saved."""
-        return frozenset() if self.save_projection else self.non_trainable
 
     def prepare(self, site: Site) -> Site:
         check_dropout(self, site)
@@ -114,8 +110,8 @@ VeRA.hf = HFSpec(
     peft_type="VERA",
     tensors=(Tensor("vera_lambda_b", "vera_lambda_b"), Tensor("vera_lambda_d", "vera_lambda_d")),
     shared=(
-        SharedTensor("base_model.vera_A", "vera_a", "ri->ir"),
-        SharedTensor("base_model.vera_B", "vera_b", "or->ro"),
+        SharedTensor("base_model.vera_A", "vera_a", "ri->ir", field="save_projection"),
+        SharedTensor("base_model.vera_B", "vera_b", "or->ro", field="save_projection"),
     ),
     fields=(
         Field("r", "rank", 256, POSITIVE_INT),
