@@ -40,7 +40,7 @@ SPLIT = {
     "sharding": "jpeft.parallel and jpeft.core.placement",
     "summary": "jpeft.core.summary",
     "talk": "jpeft.serving.text_generator and jpeft.recipes",
-    "train": "jpeft.training.step and jpeft.methods.lora_plus",
+    "train": "jpeft.training.step and jpeft.training.optimizers.lora_plus",
 }
 
 

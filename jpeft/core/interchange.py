@@ -91,14 +91,14 @@ class SharedTensor:
       leaf: the shared leaf's name.
       axes: as for `Tensor`.
       copied: whether PEFT writes the tensor again under every module.
-
-    A leaf that the method gives back itself is neither read nor written.
+      field: the field of the configuration that says whether folders have the tensor at all, rather than a seed.
     """
 
     key: str
     leaf: str
     axes: str = ""
     copied: bool = False
+    field: str = ""
 
     def to_tree(self, x: np.ndarray) -> np.ndarray:
         """The leaf from the tensor. Inverse of `to_torch`."""
@@ -200,6 +200,8 @@ class HFSpec:
       unpack: ``(tensors, config) -> tensors`` for a type that can write its tensors in a smaller form: all tensors by
         whole name, in the form that ``tensors`` declare. ``config`` has the type's fields. It raises ValueError.
       pack: ``(tensors, config) -> (tensors, config)``, its inverse: the tensors and the whole configuration to write.
+      exported: ``(method, site, leaves) -> (method, leaves)``: the same function at a site in the form that PEFT has,
+        for a configuration whose leaves, numpy arrays by name, are not those of ``tensors``.
     """
 
     peft_type: str
@@ -222,6 +224,7 @@ class HFSpec:
     parameters: str = ""
     unpack: Callable[[Tensors, Mapping[str, Any]], Tensors] | None = None
     pack: Callable[[Tensors, Mapping[str, Any]], tuple[Tensors, Mapping[str, Any]]] | None = None
+    exported: Callable[[Any, Site, Mapping[str, Any]], tuple[Any, Mapping[str, Any]]] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:

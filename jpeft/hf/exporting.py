@@ -83,6 +83,7 @@ def save(
     name, spec, beside = _specs(peft)
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
+    peft, leaves = _in_their_form(peft, leaves)
     names, experts = of_model(peft.model) if prefix is None else Names.of(prefix), check_layout(experts) or LAYOUTS[0]
     adapted, others = (
         {
@@ -122,6 +123,7 @@ def save(
         config[beside.beside] = {m: field.of(a.method, a.site, config) for m, a in sorted(others.items())}
     if heads and not spec.ties:
         config["ensure_weight_tying"] = True
+    tensors, config = _without_drawn(peft, leaves, spec, tensors, config)
     if spec.pack:
         tensors, config = spec.pack(tensors, config)
     _check_free(target := as_path(path))
@@ -201,7 +203,13 @@ def _one_by_one(
         return peft, leaves, list(base)
     leaves = flatten(stacking.unstack(unflatten(leaves), at))
     paths = [own for p, x in base.items() for own in stacking.numbered(p, at, (*np.shape(peek(x)), 0)[0])]
-    return stacking.unroll_peft(peft), leaves, paths
+    unrolled = stacking.unroll_peft(peft)
+    actions = [
+        dataclasses.replace(a, stored=tuple(name for name in a.stored if name != a.mask))
+        for a in unrolled.actions
+        if a.site.layers != ()
+    ]
+    return dataclasses.replace(unrolled, actions=tuple(actions)), leaves, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +267,20 @@ class _Contents:
         return {f"{module}.{suffix}": layout.leaf_to_torch(site, leaf)}
 
 
+def _in_their_form(peft: Peft, leaves: Mapping[Path, np.ndarray]) -> tuple[Peft, dict[Path, np.ndarray]]:
+    """The Peft and its leaves, with actions that PEFT has in another form in that form."""
+    out, actions = dict(leaves), []
+    for action in peft.actions:
+        spec = form(type(action.method))
+        if isinstance(spec, HFSpec) and spec.exported:
+            own = {name: out.pop(action.leaf_path(name)) for name in action.stored}
+            method, own = spec.exported(action.method, action.site, own)
+            action = dataclasses.replace(action, method=method, stored=tuple(own))
+            out |= {action.leaf_path(name): np.asarray(leaf) for name, leaf in own.items()}
+        actions.append(action)
+    return dataclasses.replace(peft, actions=tuple(actions)), out
+
+
 def _tensors(peft: Peft, leaves: Mapping[Path, np.ndarray], contents: _Contents) -> dict[str, np.ndarray]:
     """The tensors of the file by name, but for those of tied heads."""
     out: dict[str, np.ndarray] = {}
@@ -273,10 +295,28 @@ def _tensors(peft: Peft, leaves: Mapping[Path, np.ndarray], contents: _Contents)
         paths = [path for path in peft.shared_paths if path[-1] == tensor.leaf]
         if len(paths) > 1:
             raise ValueError(f"a HuggingFace PEFT folder has one {tensor.key}, this chain has {len(paths)}")
-        if paths and tensor.leaf not in next(iter(contents.adapted.values())).method.regenerated:
+        if paths:
             names = [f"{ROOT}{module}.{tensor.key.rpartition('.')[2]}" for module in contents.adapted if tensor.copied]
             out |= dict.fromkeys([tensor.key, *names], tensor.to_torch(leaves[paths[0]]))
     return out
+
+
+def _without_drawn(
+    peft: Peft,
+    leaves: Mapping[Path, np.ndarray],
+    spec: HFSpec,
+    tensors: Mapping[str, np.ndarray],
+    config: dict[str, Any],
+) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    """Tensors and configuration without the shared tensors that its seed gives back, if a field says so."""
+    absent = {t.leaf: t for t in spec.shared if t.field and not config[t.field]}
+    if not absent:
+        return tensors, config
+    drawn = {path: x for path, x in peft.init_shared(jax.random.key(0)).items() if path[-1] in absent}
+    if not all(np.array_equal(leaves[path], x) for path, x in drawn.items()):
+        return tensors, config | {t.field: True for t in absent.values()}
+    names = tuple(t.key.rpartition(".")[2] for t in absent.values())
+    return {key: x for key, x in tensors.items() if key.rpartition(".")[2] not in names}, config
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------

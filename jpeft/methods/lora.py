@@ -1,23 +1,25 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-y = x W + s (x A) B        A: [in, r], B: [r, out], s = alpha / r, or alpha / sqrt(r) for rsLoRA (2312.03732)
+y = x W + s (x A) B             A: [in, r], B: [r, out], s = alpha / r, or alpha / sqrt(r) for rsLoRA (2312.03732)
+y = x W + s (x A B - x A₀ B₀)   from a start A₀ B₀ that is not zero, such as PiSSA's: the base stays as it is
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, one_of, or_none, shown
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, Rule, one_of, or_none, shown
 from jpeft.core.geometry.base import Parts
-from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.interchange import (
     CONVOLUTION,
     EMBEDDING,
@@ -29,31 +31,72 @@ from jpeft.core.interchange import (
     HFSpec,
     Tensor,
     is_stack,
+    window,
 )
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import BOX, FUSED, MERGE, Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.families import starts
 from jpeft.methods.families.low_rank import low_rank
 
-_INITS = ("kaiming", "gaussian", "orthogonal", "random")
+_INITS = ("kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "mica", "eva", "corda", "lora_ga")
+_PISSA = re.compile(r"pissa(_niter_([1-9]\d?))?")
+_INIT: Rule = (
+    lambda v: isinstance(v, str) and (v in _INITS or bool(_PISSA.fullmatch(v))),
+    f"one of {', '.join(_INITS)}, pissa_niter_<n>",
+)
+_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # starts that are not zero: the adapter carries them
+_OBSERVED = {"eva": "covariance", "corda": "covariance", "lora_ga": "gradient"}
+_OPTIONS: dict[str, dict[str, Rule]] = {
+    "corda": {"corda_method": one_of(("ipm", "kpm"))},
+    "lora_ga": {
+        "direction": one_of(starts.DIRECTIONS),
+        "scale": one_of(starts.SCALES),
+        "stable_gamma": (lambda v: NUMBER[0](v) and v > 0, "a positive number"),
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(WeightMethod):
     """Low-rank updates of weights.
 
+    ``init_weights`` says where A and B start. At random, with B zero:
+
+    - "kaiming": A uniform in ±1/sqrt(in), HuggingFace's default; "gaussian": A normal with std 1/r;
+    - "orthogonal": A and B on orthogonal subspaces, so that A B = 0 (r must be even);
+    - "random": A as for kaiming, B not zero: a fresh adapter changes the model.
+
+    From the weight:
+
+    - "pissa" (2404.02948): the largest singular vectors; "pissa_niter_4": the same by a fast randomized decomposition;
+    - "olora" (2406.01775): the first columns of a QR decomposition;
+    - "mica" (2604.01694): B is the smallest singular vectors and never trains, A is zero.
+
+    From data, which `jpeft.observe` sees before ``init``:
+
+    - "eva" (2410.07170): A is the main directions of the inputs, B is zero; see `jpeft.methods.eva` for ranks by site;
+    - "corda" (2406.05223): as PiSSA, for the weight as these inputs use it;
+    - "lora_ga" (2407.05000): singular vectors of the weight's gradient.
+
+    PiSSA, OLoRA, CorDA and LoRA-GA start from A₀ B₀ that is not zero. PEFT subtracts it from the base; here the adapter
+    carries it and the base is untouched. In a HuggingFace folder such an adapter is an ordinary LoRA of rank 2 r.
+    ``dropout`` then acts on the difference. Embedding tables start from A = 0 and a normal B where the start is random.
+
     Attributes:
       rank: r, the number of columns of A and of rows of B.
       alpha: numerator of the scale; by default the rank, for a scale of 1.
       rslora: whether the scale is alpha / sqrt(r).
       dropout: rate on the adapter's input, while the caller trains.
-      init_weights: "kaiming" (A uniform in ±1/sqrt(in), B zero: HuggingFace's default), "gaussian" (A normal, std 1/r),
-        "orthogonal" (A and B on orthogonal subspaces, so that A B = 0; r must be even), or "random" (A as for kaiming,
-        B not zero: a fresh adapter changes the model). Embedding tables start from A = 0 and a normal B.
+      init_weights: the start, see above.
+      init_options: HuggingFace's ``corda_config`` or ``lora_ga_config``: {"corda_method": "ipm" or "kpm"} for "corda",
+        {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16} for "lora_ga"; `jpeft.methods.families.starts`.
+      freeze_a: whether only B trains, as in LoRA-FA (2308.03303); `jpeft.training.optimizers.lora_fa` is its gradient.
       dtype: dtype of the leaves; they are cast to the activation's dtype once.
       targets, exclude, overrides, parts: see `WeightMethod`. ``overrides`` may set all fields but these three.
 
-    Leaves at a site: ``lora_a [in, r]``, ``lora_b [r, out]``.
+    Leaves at a site: ``lora_a [in, r]``, ``lora_b [r, out]``; for a start that is carried, ``lora_start_a`` and
+    ``lora_start_b``, which never train.
 
     >>> import jpeft
     >>> jpeft.LoRA(rank=8, alpha=16, targets=r".*/(query|value)").scale
@@ -65,10 +108,18 @@ class LoRA(WeightMethod):
     rslora: bool = False
     dropout: float = 0.0
     init_weights: str = "kaiming"
+    init_options: Mapping[str, Any] = FrozenDict()
+    freeze_a: bool = False
     dtype: Any = "float32"
 
-    roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"lora_a": ("in", None), "lora_b": (None, "out")}
-    per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rslora", "dropout", "init_weights", "dtype", "parts")
+    family: ClassVar[str] = "low rank"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
+        "lora_a": ("in", None), "lora_b": (None, "out"), "lora_start_a": ("in", None), "lora_start_b": (None, "out")
+    }  # fmt: skip
+    per_site: ClassVar[tuple[str, ...]] = (
+        "rank", "alpha", "rslora", "dropout", "init_weights", "init_options", "freeze_a", "dtype", "parts"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -78,13 +129,28 @@ class LoRA(WeightMethod):
             "dropout": RATE,
             "alpha": or_none(NUMBER),
             "rslora": BOOL,
-            "init_weights": one_of(_INITS),
+            "init_weights": _INIT,
+            "init_options": (lambda v: isinstance(v, Mapping), "a mapping"),
+            "freeze_a": BOOL,
         }
         check_fields(self, rules)
+        object.__setattr__(self, "init_options", FrozenDict(self.init_options))
+        known = _OPTIONS.get(self._start, {})
+        for option, value in self.init_options.items():
+            accepts, expected = known.get(option, (lambda _: False, f"one of {', '.join(known) or 'none'}"))
+            if not accepts(value):
+                what = f"init_options[{option!r}]" if option in known else f"init_options of {self.init_weights!r}"
+                raise ValueError(
+                    f"{self.name}.{what} must be {expected}, got {shown(value if option in known else option)}"
+                )
         if self.alpha == 0:
-            raise ValueError("LoRA.alpha is 0: the update would always be 0; None gives a scale of 1")
+            raise ValueError(f"{self.name}.alpha is 0: the update would always be 0; None gives a scale of 1")
         if self.init_weights == "orthogonal" and self.rank % 2:
-            raise ValueError(f"LoRA: orthogonal initialization needs an even rank, got {self.rank}")
+            raise ValueError(f"{self.name}: orthogonal initialization needs an even rank, got {self.rank}")
+        if self.init_weights == "mica" and self.freeze_a:
+            raise ValueError(
+                f"{self.name}: init_weights='mica' freezes B, and freeze_a=True freezes A: nothing would train"
+            )
         super().__post_init__()
 
     @property
@@ -98,41 +164,77 @@ class LoRA(WeightMethod):
         """False for "random", where B is not zero."""
         return self.init_weights != "random"
 
+    @property
+    def non_trainable(self) -> frozenset[str]:
+        frozen = {"lora_b"} if self.init_weights == "mica" else {"lora_a"} if self.freeze_a else set()
+        return frozenset(frozen | ({"lora_start_a", "lora_start_b"} if self._start in _SUBTRACTED else set()))
+
+    @property
+    def observes(self) -> str | None:
+        return _OBSERVED.get(self._start)
+
+    @property
+    def _start(self) -> str:
+        return "pissa" if self.init_weights.startswith("pissa") else self.init_weights
+
     def prepare(self, site: Site) -> Site:
         if self.dropout and site.via in (BOX, MERGE):
             raise ValueError(
-                f"LoRA: dropout acts on a module's input, but {site.name!r} is reached only as a weight (path taken: "
-                f"{site.via}); set overrides={{{site.name!r}: {{'dropout': 0.0}}}}"
+                f"{self.name}: dropout acts on a module's input, but {site.name!r} is reached only as a weight (path "
+                f"taken: {site.via}); set overrides={{{site.name!r}: {{'dropout': 0.0}}}}"
             )
-        return super().prepare(site)
+        if site.lookup and (self.observes or self.freeze_a):
+            field, plain = ("init_weights", "kaiming") if self.observes else ("freeze_a", False)
+            raise ValueError(
+                f"{self.name}: {field}={getattr(self, field)!r} has no meaning for the embedding {site.name!r}; "
+                f"set overrides={{{site.name!r}: {{{field!r}: {plain!r}}}}}"
+            )
+        site = super().prepare(site)
+        taken = self.rank * (2 if self._start == "lora_ga" else 1)
+        there = site.inputs if self._start == "eva" else min(site.inputs, site.outputs)
+        if self._start in (*_SUBTRACTED, *_OBSERVED, "mica") and taken > there:
+            raise ValueError(
+                f"{self.name}: init_weights={self.init_weights!r} with rank {self.rank} takes {taken} directions, but "
+                f"{site.name!r} has {there} ({site.inputs}×{site.outputs}); give it a smaller rank in overrides"
+            )
+        return site
 
-    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        key_a, key_b = jax.random.split(key)
-        shape_a, shape_b = (site.inputs, self.rank), (self.rank, site.outputs)
-        zeros_b = jnp.zeros(shape_b, self.dtype)
-        # torch's kaiming_uniform with a = sqrt(5) is uniform in ±1/sqrt(fan_in).
-        bound = 1 / math.sqrt(site.inputs)
-        kaiming = jax.random.uniform(key_a, shape_a, jnp.float32, -bound, bound).astype(self.dtype)
-        if site.lookup and self.init_weights != "random":
-            return {"lora_a": jnp.zeros(shape_a, self.dtype), "lora_b": normal(key_b, shape_b, 1.0, self.dtype)}
-        if self.init_weights == "orthogonal":
-            return self._orthogonal(key_a, key_b, site)
-        if self.init_weights == "gaussian":
-            return {"lora_a": normal(key_a, shape_a, 1 / self.rank, self.dtype), "lora_b": zeros_b}
-        if self.init_weights == "random":
-            bound = 1 / math.sqrt(self.rank)
-            b = jax.random.uniform(key_b, shape_b, jnp.float32, -bound, bound).astype(self.dtype)
-            return {"lora_a": kaiming, "lora_b": b}
-        return {"lora_a": kaiming, "lora_b": zeros_b}
+    def init(self, key: Key[Array, ""], site: Site, w: Any, statistics: Leaves | None = None) -> Leaves:
+        a, b = (x.astype(self.dtype) for x in self._factors(key, site, w, statistics))
+        start = {"lora_start_a": a, "lora_start_b": b} if self._start in _SUBTRACTED else {}
+        return {"lora_a": a, "lora_b": b, **start}
 
-    def _orthogonal(self, key_a: Key[Array, ""], key_b: Key[Array, ""], site: Site) -> Leaves:
-        # A is in the span of every other row of an orthogonal Q, B in that of the rest, so A B = 0.
-        key_q, key_a = jax.random.split(key_a)
-        q, _ = jnp.linalg.qr(jax.random.normal(key_q, (self.rank, self.rank), jnp.float32))
-        half = self.rank // 2
-        a = jax.random.normal(key_a, (site.inputs, half), jnp.float32) @ q[0::2] / 10
-        b = q[1::2].T @ jax.random.normal(key_b, (half, site.outputs), jnp.float32) / 10
-        return {"lora_a": a.astype(self.dtype), "lora_b": b.astype(self.dtype)}
+    def _factors(self, key: Key[Array, ""], site: Site, w: Any, statistics: Leaves | None) -> starts.Factors:
+        """A and B at the start, in float32."""
+        start, rank, scale, options = self._start, self.rank, abs(self.scale), self.init_options
+        if start in starts.RANDOM:
+            return starts.random(start, key, site.inputs, site.outputs, rank, site.lookup)
+        if start == "pissa" and (found := _PISSA.fullmatch(self.init_weights)) and found[2]:
+            return starts.pissa_fast(key, w, rank, scale, int(found[2]))
+        if start == "pissa":
+            return starts.pissa(w, rank, scale)
+        if start == "olora":
+            return starts.olora(w, rank)
+        if start == "mica":
+            return starts.mica(w, rank)
+        if statistics is None:
+            raise ValueError(
+                f"{self.name}: init_weights={start!r} at {site.name!r} needs statistics, see jpeft.observe"
+            )
+        seen = statistics[_OBSERVED[start]]
+        if start == "eva":
+            return starts.eva(w, seen, rank)
+        if start == "corda":
+            return starts.corda(w, seen, rank, scale, **options)
+        return starts.lora_ga(key, w, seen, rank, scale, **options)
+
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        if "lora_start_a" not in leaves:
+            return leaves
+        # A B - A₀ B₀ as (A - A₀) B + A₀ (B - B₀): small differences, which a low precision would lose in the products.
+        own = {n: x for n, x in leaves.items() if n not in ("lora_start_a", "lora_start_b")}
+        a, b, a0, b0 = (leaves[n] for n in ("lora_a", "lora_b", "lora_start_a", "lora_start_b"))
+        return {**own, "lora_a": jnp.concatenate([a - a0, a0], -1), "lora_b": jnp.concatenate([b, b - b0], -2)}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         # y = x W + s (x A) B
@@ -146,25 +248,40 @@ class LoRA(WeightMethod):
 # --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------
 
 # PEFT's initializations, and ours. They matter only to a new adapter, unless they moved a part of the base into it.
-_HF_INITS = {True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_HF_INITS = {True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "mica": "mica"}
 _HF_INITS_OF_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def _read_init(init: bool | str | None, site: Site | None) -> str:
-    if isinstance(init, str) and init.lower().startswith(_HF_INITS_OF_BASE):
+    name = init.lower() if isinstance(init, str) else init
+    if isinstance(name, str) and name.startswith(_HF_INITS_OF_BASE):
         raise ValueError(
             f"init_lora_weights={shown(init)} took a part of the base weights into the adapter, so it does not fit the "
             "original base; save it in PEFT with path_initial_model_for_weight_conversion, as an ordinary LoRA"
         )
-    if init in (None, "eva", "mica"):  # these leave the base as it is
+    if name in (None, "eva"):  # EVA needs data again, and leaves the base as it is
         return "kaiming"
-    if init not in _HF_INITS:
+    if name not in _HF_INITS:
         raise ValueError(f"init_lora_weights={shown(init)} is unknown: it may have changed the base")
-    return _HF_INITS[init]
+    return _HF_INITS[name]
 
 
 def _write_init(method: LoRA, site: Site, config: Mapping[str, Any]) -> bool | str:
-    return next(key for key, ours in _HF_INITS.items() if ours == method.init_weights)
+    own = next((key for key, ours in _HF_INITS.items() if ours == method.init_weights), True)
+    # PEFT has MiCA for linear layers and embeddings, and not beside DoRA.
+    has_mica = not config.get("use_dora") and not window(site) and _parts(site) == 1
+    return own if own != "mica" or has_mica else True
+
+
+def _without_start(method: LoRA, site: Site, leaves: Leaves) -> tuple[LoRA, Leaves]:
+    """The same change as an ordinary LoRA of twice the rank, as PEFT's ``subtract_mutated_init`` gives it."""
+    if "lora_start_a" not in leaves:
+        return method, leaves
+    alpha = method.scale * (math.sqrt(2 * method.rank) if method.rslora else 2 * method.rank)
+    plain = dataclasses.replace(
+        method, rank=2 * method.rank, alpha=alpha, init_weights="kaiming", init_options={}, freeze_a=False
+    )
+    return plain, LoRA.expand(method, site, {}, leaves)
 
 
 def _read_dropout(rate: float, site: Site | None) -> float:
@@ -201,16 +318,12 @@ def _write_alpha(method: LoRA, site: Site, config: Mapping[str, Any]) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _window(site: Site) -> tuple[int, ...]:
-    return site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
-
-
 def _a_to_torch(a: np.ndarray, site: Site) -> np.ndarray:
     """``[r, in]``, for a convolution ``[r, in, window...]``. The matrices of parts stand one below the other."""
     if _parts(site) > 1:
         a = np.concatenate(list(a), axis=-1)
     # Rows of a are (place in the window, channel).
-    return np.moveaxis(a.reshape(*_window(site), -1, a.shape[-1]), (-1, -2), (0, 1))
+    return np.moveaxis(a.reshape(*window(site), -1, a.shape[-1]), (-1, -2), (0, 1))
 
 
 def _a_to_tree(a: np.ndarray, site: Site) -> np.ndarray:
@@ -224,7 +337,7 @@ def _b_to_torch(b: np.ndarray, site: Site) -> np.ndarray:
         diagonal = np.zeros((count, rank, count, out), b.dtype)
         diagonal[range(count), :, range(count)] = b
         b = diagonal.reshape(count * rank, count * out)
-    return b.T.reshape(*b.T.shape, *(1 for _ in _window(site)))
+    return b.T.reshape(*b.T.shape, *(1 for _ in window(site)))
 
 
 def _b_to_tree(b: np.ndarray, site: Site) -> np.ndarray:
@@ -298,5 +411,6 @@ LoRA.hf = HFSpec(
     tied={"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"},
     joins_parts=True,
     parameters="target_parameters",
+    exported=_without_start,
     holds=frozenset({"trainable_token_indices"}),
 )  # fmt: skip

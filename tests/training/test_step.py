@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jpeft
 from jpeft.core.peft import adapter_shardings
 from jpeft.core.tree import flatten, join, map_with_path, size_bytes
-from jpeft.methods.lora_plus import lora_plus
+from jpeft.training.optimizers.lora_plus import lora_plus
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

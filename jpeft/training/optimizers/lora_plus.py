@@ -5,6 +5,7 @@ A <- A + u_A, B <- B + ratio u_B        u: the optimizer's updates
 
 from __future__ import annotations
 
+import jax
 import optax
 
 from jpeft.core.tree import Tree, map_with_path
@@ -22,6 +23,8 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
     def update(updates: Tree, params: Tree | None = None) -> Tree:
         del params
-        return map_with_path(lambda p, u: u * ratio if p[-1].endswith("lora_b") else u, updates)
+        # jax.tree.map, since a leaf may be in a box.
+        scaled = lambda u: jax.tree.map(lambda x: x * ratio, u)  # noqa: E731
+        return map_with_path(lambda p, u: scaled(u) if p[-1].endswith("lora_b") else u, updates)
 
     return optax.stateless(update)
