@@ -13,4 +13,19 @@ CASES = {
         lambda targets: LoraConfig(r=2, target_modules=targets, modules_to_save=["norm", "post_attention_layernorm"]),
         bases=("llama",),
     ),
+    "LoRA MiCA": Case("LoRA", lambda targets: LoraConfig(r=4, init_lora_weights="mica", target_modules=targets)),
+    "DoRA": Case("DoRA", lambda targets: LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=targets)),
+    "DoRA rsLoRA": Case(
+        "DoRA",
+        lambda targets: LoraConfig(
+            r=4, lora_alpha=6, use_rslora=True, use_dora=True, rank_pattern={targets[0]: 2}, target_modules=targets
+        ),
+        bases=("llama",),
+    ),
+    "DoRA embeddings": Case(
+        "DoRA",
+        lambda targets: LoraConfig(r=4, use_dora=True, target_modules=targets),
+        targets={"bert": ["word_embeddings", "query"]},
+        bases=("bert",),
+    ),
 }
