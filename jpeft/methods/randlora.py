@@ -38,8 +38,8 @@ class RandLoRA(WeightMethod):
       rank: r, of each product. A lower one gives more products, so more parameters.
       alpha: numerator of the scale; by default 20 r.
       seed: of the bases (PEFT's ``projection_prng_key``).
-      save_projection: whether folders of PEFT hold the bases, rather than leave it to torch to draw them again: once and,
-        as PEFT writes them, again for every weight. jpeft's own folders do without them.
+      save_projection: whether folders of PEFT hold the bases (once and, as PEFT writes them, again for every weight),
+        rather than leave it to torch to draw them again. jpeft's own folders do without them.
       sparse: whether entries of the bases are -1, 0 and 1 with probabilities 1/6, 2/3 and 1/6, before they are scaled.
       very_sparse: the same with 1/(2√m) for -1 and 1, whatever ``sparse`` is.
       dropout: rate on the adapter's input, while the caller trains.
