@@ -25,7 +25,7 @@ from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.kaiming import kaiming
-from jpeft.methods.families.low_rank import low_rank
+from jpeft.methods.families.low_rank import added
 
 _NOT_NEGATIVE: Rule = (lambda value: is_int(value) and 0 <= value < 2**31, "an integer, 0 or more")
 
@@ -101,29 +101,34 @@ class GraLoRA(WeightMethod):
         return leaves
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        a, b, k = leaves["gralora_a"], leaves["gralora_b"], self.blocks
-        if self.hybrid_rank:
-            whole = self.scale * leaves["gralora_whole_a"]
-            y = low_rank(base, x, whole, leaves["gralora_whole_b"], self.dropout)
-        else:
-            y = base(x)
-        x = base.dropout(x, self.dropout)
-        if isinstance(x, jax.Array):
-            h = jnp.einsum("...ip,ipr->...ir", x.reshape(*x.shape[:-1], k, -1), a)
-        else:  # ids or windows, which multiply whole matrices only: here that with the blocks A along the diagonal
-            h = x @ jnp.einsum("ipr,ij->ipjr", a, jnp.eye(k, dtype=a.dtype)).reshape(-1, k * self.rank)
-        h = h.reshape(*h.shape[: y.ndim - 1], k, k, -1)  # part of the inputs, part of the outputs, share of the rank
-        update = jnp.einsum("...ijq,jiqo->...jo", self.scale * h, b.reshape(k, k, -1, b.shape[-1]))
-        return y + update.reshape(y.shape).astype(y.dtype)
+        sides = self.blocks * leaves["gralora_a"].shape[1], self.blocks * leaves["gralora_b"].shape[2]
+        return added(base, x, leaves, self._times, self._update, sides, dropout=self.dropout, recompute=False)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
-        k, factor_a, factor_b = self.blocks, leaves["gralora_a"], leaves["gralora_b"]
-        shares_a = factor_a.reshape(k, -1, k, self.rank // k)
-        shares_b = factor_b.reshape(k, k, self.rank // k, -1)
-        update = jnp.einsum("ipjq,jiqo->ipjo", shares_a, shares_b).reshape(w.shape)
+        return w + self._update(leaves), b
+
+    def _times(self, x: Any, leaves: Leaves) -> Float[Array, "*tokens out"]:
+        """``x`` times the update, by its factors."""
+        a, b, k = leaves["gralora_a"], leaves["gralora_b"], self.blocks
+        if isinstance(x, jax.Array):
+            h = jnp.stack([part @ a[i] for i, part in enumerate(jnp.split(x, k, axis=-1))], axis=-2)
+        else:  # ids or windows, which multiply whole matrices only: here that with the blocks A along its diagonal
+            h = x @ jnp.einsum("ipr,ij->ipjr", a, jnp.eye(k, dtype=a.dtype)).reshape(-1, k * self.rank)
+            h = h.reshape(*h.shape[:-1], k, -1)
+        # From the shares of each part of the inputs to those of each part of the outputs.
+        h = self.scale * jnp.swapaxes(h.reshape(*h.shape[:-1], k, -1), -2, -3).reshape(h.shape)
+        y = jnp.concatenate([h[..., j, :] @ b[j] for j in range(k)], axis=-1)
+        if self.hybrid_rank:
+            y += (self.scale * (x @ leaves["gralora_whole_a"])) @ leaves["gralora_whole_b"]
+        return y
+
+    def _update(self, leaves: Leaves) -> Float[Array, "in out"]:
+        a, b, k, share = leaves["gralora_a"], leaves["gralora_b"], self.blocks, self.rank // self.blocks
+        blocks = jnp.einsum("ipjq,jiqo->ipjo", a.reshape(k, -1, k, share), b.reshape(k, k, share, -1))
+        update = blocks.reshape(k * a.shape[1], -1)
         if self.hybrid_rank:
             update += leaves["gralora_whole_a"] @ leaves["gralora_whole_b"]
-        return w + self.scale * update, b
+        return self.scale * update
 
 
 GraLoRA.hf = HFSpec(

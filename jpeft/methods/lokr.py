@@ -26,6 +26,7 @@ from jpeft.core.sites import Site
 from jpeft.methods.families import kernels
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.lycoris import DROPOUTS, FIELDS, LyCORIS
+from jpeft.methods.families.low_rank import added
 
 _FACTOR: Rule = (lambda value: value == -1 or is_positive_int(value), "a positive integer, or -1 for the square root")
 
@@ -89,22 +90,30 @@ class LoKr(LyCORIS):
         }
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
-        w1, w2 = _factors(leaves, 1), _factors(leaves, 2)
-        if isinstance(x, Lookup):  # row id of the product is row id // in2 of W1 by row id % in2 of W2
-            in2 = w2[0].shape[0]
-            rows1 = _product([Lookup(x.ids // in2, x.weight, x.dtype), *w1])
-            rows2 = _product([Lookup(x.ids % in2, None, x.dtype), *w2])
-            return base(x) + self.scale * (rows1[..., :, None] * rows2[..., None, :]).reshape(*x.ids.shape, -1)
-        if not isinstance(x, jax.Array):  # a convolution
+        if not isinstance(x, jax.Array | Lookup):  # a convolution
             return super().apply(leaves, base, x)
-        y, z = base(x), x.reshape(*x.shape[:-1], w1[0].shape[0], w2[0].shape[0])
-        terms = ["...ab", *(["ac"] if len(w1) == 1 else ["ae", "ec"]), *(["bd"] if len(w2) == 1 else ["bf", "fd"])]
-        update = jnp.einsum(f"{','.join(terms)}->...cd", self.scale * z, *w1, *w2)
-        return y + update.reshape(y.shape).astype(y.dtype)
+        (in1, out1), (in2, out2) = ((w[0].shape[0], w[-1].shape[1]) for w in (_factors(leaves, 1), _factors(leaves, 2)))
+        sides = in1 * in2, out1 * out2
+        return added(base, x, leaves, self._times, self._update, sides, recompute=False)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
-        w1, w2 = _product(_factors(leaves, 1)), _product(_factors(leaves, 2))
-        return w + self.scale * jnp.einsum("ac,...bd->...abcd", w1, w2).reshape(w.shape), b
+        return w + self._update(leaves), b
+
+    def _update(self, leaves: Leaves) -> Float[Array, "in out"]:
+        update = jnp.einsum("ac,...bd->...abcd", *(_product(_factors(leaves, i)) for i in (1, 2)))
+        return self.scale * update.reshape(-1, update.shape[-2] * update.shape[-1])
+
+    def _times(self, x: Any, leaves: Leaves) -> Float[Array, "*tokens out"]:
+        """``x`` times the update, by its factors."""
+        w1, (first, *rest) = _factors(leaves, 1), _factors(leaves, 2)
+        if isinstance(x, Lookup):  # row id of the product: row id // in2 of W1 by row id % in2 of W2
+            in2 = first.shape[0]
+            rows1 = _product([Lookup(x.ids // in2, x.weight, x.dtype), *w1])
+            rows2 = _product([Lookup(x.ids % in2, None, x.dtype), first, *rest])
+            return self.scale * (rows1[..., :, None] * rows2[..., None, :]).reshape(*x.ids.shape, -1)
+        z = x.reshape(*x.shape[:-1], -1, first.shape[0]) @ first  # [in1, r], if W2 is a product of rank r
+        z = jnp.swapaxes(_product([jnp.swapaxes(z, -1, -2), *w1]), -1, -2)  # [out1, r]
+        return _product([self.scale * z, *rest]).reshape(*x.shape[:-1], -1)
 
 
 def factorized(size: int, factor: int = -1) -> tuple[int, int]:

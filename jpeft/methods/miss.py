@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.low_rank import added
 
 _LEAVES = {"miss": "miss_block", "mini": "miss_mini", "bat": "miss_bat"}
 
@@ -87,31 +89,33 @@ class MiSS(WeightMethod):
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         if self.variant == "bat":
             return super().apply(leaves, base, x)
-        y = base(x)
-        update = self._sums(base, base.dropout(x, self.dropout)) @ leaves[_LEAVES[self.variant]]
-        if self.variant == "mini":
-            update = jnp.tile(update, y.shape[-1] // self.mini_rank)
-        return y + update.astype(y.dtype)
-
-    def _sums(self, base: Linear, x: Any) -> Float[Array, "*tokens rank"]:
-        """The sum of the groups of ``x``, which is ``x @ E`` for identity matrices E, one below the other."""
-        r = self.rank
-        if isinstance(x, jax.Array):
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % r)])
-            return x.reshape(*x.shape[:-1], -1, r).sum(-2)
-        inputs = jax.eval_shape(lambda: base.weight).shape[0]
-        if isinstance(x, Lookup):
-            ids = jnp.where(x.ids < 0, x.ids + inputs, x.ids)  # as jnp.take counts them
-            return Lookup(ids % r, x.weight, x.dtype) @ jnp.eye(r)
-        return x @ jnp.eye(r, dtype=x.dtype)[jnp.arange(inputs) % r]
+        sides, d = jax.eval_shape(lambda: base.weight).shape, leaves[_LEAVES[self.variant]]
+        form, change = partial(self._times, sides), partial(self._update, sides)
+        return added(base, x, d, form, change, sides, dropout=self.dropout, recompute=False)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
-        d, (inputs, outputs), r = leaves[_LEAVES[self.variant]], w.shape, self.rank
-        if self.variant == "bat":
-            blocks = w.reshape(inputs // r, r, outputs // r, r)
-            update = jnp.einsum("nij,gjno->gino", d, blocks) + jnp.swapaxes(d, 0, 1)
-            return w + update.reshape(w.shape), b
-        return w + jnp.tile(d[jnp.arange(inputs) % r], outputs // d.shape[1]), b
+        d, r = leaves[_LEAVES[self.variant]], self.rank
+        if self.variant != "bat":
+            return w + self._update(w.shape, d), b
+        blocks = w.reshape(w.shape[0] // r, r, w.shape[1] // r, r)
+        update = jnp.einsum("nij,gjno->gino", d, blocks) + jnp.swapaxes(d, 0, 1)
+        return w + update.reshape(w.shape), b
+
+    def _times(self, sides: tuple[int, int], x: Any, d: Float[Array, "rank m"]) -> Float[Array, "*tokens out"]:
+        """``x`` times the update, by the sums of its groups."""
+        r = self.rank
+        if isinstance(x, jax.Array):
+            padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % r)])
+            y = padded.reshape(*x.shape[:-1], -1, r).sum(-2) @ d
+        elif isinstance(x, Lookup):
+            ids = jnp.where(x.ids < 0, x.ids + sides[0], x.ids)  # as jnp.take counts them
+            y = Lookup(ids % r, x.weight, x.dtype) @ d
+        else:  # windows: the sums are a product with identity matrices, one below the other
+            y = (x @ jnp.eye(r, dtype=x.dtype)[jnp.arange(sides[0]) % r]) @ d
+        return jnp.tile(y, sides[1] // d.shape[1])
+
+    def _update(self, sides: tuple[int, int], d: Float[Array, "rank m"]) -> Float[Array, "in out"]:
+        return jnp.tile(d[jnp.arange(sides[0]) % self.rank], sides[1] // d.shape[1])
 
 
 # --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------

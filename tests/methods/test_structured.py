@@ -263,7 +263,7 @@ def test_first_gradient_of_delora(fresh):
     def loss(leaves):
         return (action.method.merge(action.method.expand(action.site, {}, leaves), w, None)[0] ** 2).sum()
 
-    grads = jax.grad(loss)(fresh["DeLoRA"])
+    grads = jax.jit(jax.grad(loss))(fresh["DeLoRA"])
     assert all(np.isfinite(g).all() for g in grads.values())
     assert np.abs(grads["delora_b"]).max() > 1e-3
     labels = peft.labels({"dense": fresh["DeLoRA"]})["dense"]
