@@ -7,6 +7,8 @@ contract suite read it. `register` adds a method from outside of jpeft.
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -39,6 +41,8 @@ from jpeft.methods.randlora import RandLoRA as RandLoRA
 from jpeft.methods.road import RoAd as RoAd
 from jpeft.methods.shira import SHiRA as SHiRA
 from jpeft.methods.spelling import no_field
+from jpeft.methods.table import Table
+from jpeft.methods.table import table as _table
 from jpeft.methods.train import Train as Train
 from jpeft.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from jpeft.methods.vblora import VBLoRA as VBLoRA
@@ -52,6 +56,22 @@ METHODS: dict[str, type[Method]] = {
 }
 
 M = TypeVar("M", bound=type[Method])
+
+
+def table(model: Any = None, params: Any = None, *inputs: Any, **kwargs: Any) -> Table:
+    """All methods, `register`ed ones too, with what each does. ``jpeft.methods(...)`` is the same.
+
+    Args:
+      model: a model, on which the parameters are counted that each method trains by default.
+      params: its parameters; may be abstract.
+      *inputs: as for ``model.apply``.
+      **kwargs: as for ``model.apply``.
+
+    >>> import jpeft
+    >>> [row.name for row in jpeft.methods() if row.family == "scaling"]
+    ['IA3']
+    """
+    return _table(METHODS, model, params, inputs, kwargs)
 
 
 def register(cls: M) -> M:
@@ -110,3 +130,13 @@ def from_dict(config: Mapping[str, Any]) -> Method:
     if unknown:
         raise ValueError(no_field(METHODS[name], unknown[0], fields))
     return METHODS[name](**{k: v for k, v in config.items() if k != "method"})
+
+
+class _Callable(types.ModuleType):
+    """A module that lists its methods when it is called."""
+
+    def __call__(self, model: Any = None, params: Any = None, *inputs: Any, **kwargs: Any) -> Table:
+        return table(model, params, *inputs, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -27,6 +27,8 @@ class BitFit(LeafMethod):
     >>> every, some = jpeft.BitFit(), jpeft.BitFit(targets=r".*/attention/.*")
     """
 
+    family: ClassVar[str] = "selective"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
     hf: ClassVar[HFSpec | Role | None] = BIAS
     learning_rate: ClassVar[float] = 2e-3
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class Bottleneck(OutputMethod):
     init_std: float = 0.02
     dtype: Any = "float32"
 
+    family: ClassVar[str] = "bottleneck"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2005.00247"
     per_site = ("reduction", "size", "activation", "scale", "init_std", "dtype")
 
     def __post_init__(self) -> None:

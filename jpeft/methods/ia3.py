@@ -40,6 +40,8 @@ class IA3(WeightMethod):
     feedforward: Targets = None
     dtype: Any = "float32"
 
+    family: ClassVar[str] = "scaling"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
     learning_rate: ClassVar[float] = 5e-3
 

@@ -53,6 +53,8 @@ class PrefixTuning(AttentionMethod):
     init_std: float = 0.02
     dtype: Any = "float32"
 
+    family: ClassVar[str] = "prompt"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
     per_site = ("init_std", "dtype")
     learning_rate: ClassVar[float] = 5e-3
 

@@ -26,6 +26,7 @@ class Train(LeafMethod):
     >>> head, norms = jpeft.Train(r"classifier"), jpeft.Train(r".*/LayerNorm/(scale|bias)")  # norms: LN tuning
     """
 
+    family: ClassVar[str] = "selective"
     learning_rate: ClassVar[float] = 1e-4
 
     targets: Targets = field(default=None, kw_only=False)

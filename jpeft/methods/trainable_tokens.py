@@ -46,6 +46,7 @@ class TrainableTokens(WeightMethod):
     indices: Sequence[int]
     dtype: Any = "float32"
 
+    family: ClassVar[str] = "selective"
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"tokens_in": (None, "out"), "tokens_out": (None, "in")}
     per_site: ClassVar[tuple[str, ...]] = ("indices", "dtype", "parts")
 

@@ -15,7 +15,6 @@ FOLDER = "reference/api"
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Methods": (
         "jpeft.methods",
-        "jpeft.methods.lora_plus",
         "jpeft.core.targets",
         "jpeft.core.sites",
         "jpeft.core.method",
@@ -28,7 +27,13 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "jpeft.hf",
         "jpeft.core.interchange",
     ),
-    "Training": ("jpeft.training.step", "jpeft.training.losses", "jpeft.training.checkpoint"),
+    "Training": (
+        "jpeft.training.step",
+        "jpeft.training.observe",
+        "jpeft.training.optimizers",
+        "jpeft.training.losses",
+        "jpeft.training.checkpoint",
+    ),
     "Quantized bases": ("jpeft.quantization",),
     "Meshes and many hosts": (
         "jpeft.parallel.rules",

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jpeft
-from book.docstrings import field_help, markdown, prose, summary
+from book.docstrings import field_help, markdown, prose
 from jpeft.core.interchange import HFSpec, Role, form
-from jpeft.core.sites import Site
 from jpeft.methods import METHODS, AttentionMethod, LeafMethod, OutputMethod, WeightMethod
+from jpeft.methods.table import merges
 
 # What the methods of a base class act on, and the paths that they take to it.
 _KINDS: tuple[tuple[type, str, str], ...] = (
@@ -62,16 +62,37 @@ print(jnp.allclose(tuned, plain, atol=1e-5))
 
 
 def table() -> str:
-    """The methods as a Markdown table.
+    """The methods as a Markdown table, with the parameters that each trains on MiniLM by default.
 
-    >>> print(table().splitlines()[2][:60])
-    | `BitFit` | Trains the leaves called `bias` | [Ben Zaken et
+    >>> print(table().splitlines()[2][:59])
+    | `Bottleneck` | A small two-layer network on each target's
     """
-    rows = [("method", "what it does", "paper", "acts on", "merges", "in HuggingFace PEFT"), ("---",) * 6]
-    for name, cls in sorted(METHODS.items(), key=lambda item: item[0].lower()):
-        does = summary(cls).rstrip(".")
-        rows.append((f"`{name}`", does, _paper(cls), _kind(cls)[0], merges(cls), _peft_type(cls)))
+    rows = [
+        ("method", "what it does", "family", "paper", "acts on", "parameters on MiniLM", "merges", "HuggingFace PEFT"),
+        ("---", "---", "---", "---", "---", "---:", "---", "---"),
+    ]
+    for row in jpeft.methods(*_minilm()):
+        count = "" if row.parameters is None else f"{row.parameters:,}"
+        form = f"`{row.hf}`" if row.hf else ""
+        paper = _paper(METHODS[row.name])
+        rows.append((f"`{row.name}`", markdown(row.does), row.family, paper, row.acts_on, count, row.merges, form))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+@functools.cache
+def _minilm() -> tuple[Any, ...]:
+    """all-MiniLM-L6-v2 without its weights, and inputs."""
+    import jax
+    import jax.numpy as jnp
+
+    from jpeft.models.bert import Bert, BertConfig
+
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
+    )
+    model, ids = Bert(config), jnp.zeros((1, 8), jnp.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), ids, jnp.ones_like(ids)))["params"]
+    return model, params, ids, jnp.ones_like(ids)
 
 
 def pages() -> dict[str, str]:
@@ -93,7 +114,8 @@ loaded, it is the same to the bit.
 {linked}
 
 Names that are not in `jpeft` itself are in `jpeft.methods`. [Extending](../extending/index.md) shows how to write your
-own. Beside the methods, {{py:obj}}`jpeft.methods.lora_plus.lora_plus` gives B of LoRA a higher learning rate.
+own. `jpeft.training.optimizers` has what some methods want of their optimizer: LoRA+, LoRA-FA, Riemannian
+preconditioning, AdaLoRA's budget.
 
 ```{{toctree}}
 :hidden:
@@ -129,13 +151,6 @@ def _kind_name(cls: type) -> str:
     return next(f"jpeft.methods.{base.__name__}" for base in cls.__mro__[1:] if base.__module__ == "jpeft.methods.base")
 
 
-def merges(cls: Any) -> str:
-    """Whether a method merges into the weights: "yes", "no", or "where there is a bias"."""
-    method = eval(f"cls({_REQUIRED.get(cls.__name__, '')})", {"cls": cls})
-    found = [method.mergeable(Site((), "weight", bias=bias)) for bias in (True, False)]
-    return {(True, True): "yes", (True, False): "where there is a bias"}.get(tuple(found), "no")
-
-
 def _peft_type(cls: type) -> str:
     declared = form(cls)
     return f"`{declared.peft_type}`" if isinstance(declared, HFSpec) else f"`{declared.value}`" if declared else ""
@@ -151,7 +166,7 @@ def _module_paragraphs(cls: type) -> list[str]:
 
 
 def _linked(text: str) -> str:
-    return re.sub(r"([^,(;]+), (https?://[^\s;)]+)", r"[\1](\2)", text)
+    return re.sub(r"(\S[^,(;]*), (https?://[^\s;)]+)", r"[\1](\2)", text)
 
 
 def _paper(cls: type) -> str:

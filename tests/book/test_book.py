@@ -129,7 +129,8 @@ def test_a_method_that_is_added_gets_its_page_and_its_row(shift, without_example
     page = methods.pages()["methods/Shift.md"]
     assert "| `start` | `float` | `0.0` | value of the vector at first. |" in page
     assert "- **Merges into the weights**: yes" in page and "Adds a vector to each row of a weight." in page
-    assert "| `Shift` | Adds a vector to each row of a weight |  | weights | yes |  |" in methods.table()
+    # 6 layers of 4 weights with 384 outputs each, one with 1,536 and one with 384
+    assert "| `Shift` | Adds a vector to each row of a weight |  |  | weights | 20,736 | yes |  |" in methods.table()
 
 
 @pytest.mark.exhaustive
