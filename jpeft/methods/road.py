@@ -70,11 +70,12 @@ class RoAd(WeightMethod):
     def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
         theta, alpha = leaves["road_theta"], leaves["road_alpha"]
         u, v = alpha * jnp.cos(theta), alpha * jnp.sin(theta)
+        half = self.group_size // 2
         if self.variant == "road_1":  # one for both of a pair
-            u, v = (jnp.repeat(x.reshape(-1, 1, self.group_size // 2), 2, axis=1) for x in (u, v))
-        if self.variant == "road_4":  # those of u, then those of v, by group
-            u, v = u.reshape(-1, 2, self.group_size)[:, 0], v.reshape(-1, 2, self.group_size)[:, 1]
-        return {"road_u": u.reshape(-1), "road_v": v.reshape(-1)}
+            u, v = (jnp.repeat(x.reshape(-1, 1, half), 2, axis=1) for x in (u, v))
+        if self.variant == "road_4":  # by group, those of u and those of v
+            u, v = u.reshape(-1, 2, 2, half)[:, 0], v.reshape(-1, 2, 2, half)[:, 1]
+        return {"road_u": u.reshape(-1, 2, half), "road_v": v.reshape(-1, 2, half)}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         return self._turned(leaves, base(x))
@@ -83,9 +84,11 @@ class RoAd(WeightMethod):
         return self._turned(leaves, w), None if b is None else self._turned(leaves, b)
 
     def _turned(self, leaves: Leaves, y: Float[Array, "*rows out"]) -> Float[Array, "*rows out"]:
-        pairs = y.reshape(*y.shape[:-1], -1, 2, self.group_size // 2)
-        turned = jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2).reshape(y.shape)
-        return y * leaves["road_u"].astype(y.dtype) + turned * leaves["road_v"].astype(y.dtype)
+        u, v = leaves["road_u"].astype(y.dtype), leaves["road_v"].astype(y.dtype)
+        pairs = y.reshape(*y.shape[:-1], *u.shape)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        turned = [first * u[:, 0] - second * v[:, 0], second * u[:, 1] + first * v[:, 1]]
+        return jnp.stack(turned, axis=-2).reshape(y.shape)
 
 
 RoAd.hf = HFSpec(

@@ -20,7 +20,7 @@ from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.torch_random import SEED, randperm
 
-_FEW = 32  # up to this number of tokens, adding entries one by one is less than a copy of the weight
+_FEW = 8  # up to this number of tokens, as in decoding, adding each entry's product is less than a copy of the weight
 _MASKS = ("random", "magnitude", "gradient", "snip")
 
 
