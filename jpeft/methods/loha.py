@@ -18,6 +18,7 @@ from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import CONVOLUTION, LINEAR, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families import kernels
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import low_rank
@@ -25,7 +26,7 @@ from jpeft.methods.families.lycoris import DROPOUTS, FIELDS, LyCORIS
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoHa(LyCORIS):
+class LoHa(LyCORIS, WeightMethod):
     """Updates of rank up to r² with the parameters of two LoRAs of rank r.
 
     Attributes:
@@ -44,11 +45,15 @@ class LoHa(LyCORIS):
     2.0
     """
 
-    family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
         f"loha_w{i}_{side}": axes for i in (1, 2) for side, axes in (("b", ("in", None)), ("a", (None, "out")))
     }
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_fields(self, self.rules)
+        super().__post_init__()
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         r, outputs, count, leaves = self.rank, site.outputs, kernels.positions(site), {}

@@ -23,16 +23,17 @@ from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import CONVOLUTION, LINEAR, Field, HFSpec, Tensor, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
+from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families import kernels
 from jpeft.methods.families.kaiming import kaiming
-from jpeft.methods.families.lycoris import DROPOUTS, FIELDS, LyCORIS
 from jpeft.methods.families.low_rank import added
+from jpeft.methods.families.lycoris import DROPOUTS, FIELDS, LyCORIS
 
 _FACTOR: Rule = (lambda value: value == -1 or is_positive_int(value), "a positive integer, or -1 for the square root")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKr(LyCORIS):
+class LoKr(LyCORIS, WeightMethod):
     """Updates by two small matrices: every entry of the first scales a copy of the second.
 
     The scale is alpha / r even where neither matrix is a product, as in PEFT.
@@ -59,11 +60,17 @@ class LoKr(LyCORIS):
     decompose_both: bool = False
     decompose_factor: int = -1
 
-    family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.14859"
     learning_rate: ClassVar[float] = 3e-3
     per_site: ClassVar[tuple[str, ...]] = (*LyCORIS.per_site, "decompose_both", "decompose_factor")
-    rules: ClassVar[Mapping[str, Rule]] = {"decompose_both": BOOL, "decompose_factor": _FACTOR}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **LyCORIS.rules, "decompose_both": BOOL, "decompose_factor": _FACTOR
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_fields(self, self.rules)
+        super().__post_init__()
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         (in1, in2), (out1, out2) = (factorized(n, self.decompose_factor) for n in (site.channels, site.outputs))

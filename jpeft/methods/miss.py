@@ -101,7 +101,7 @@ class MiSS(WeightMethod):
         update = jnp.einsum("nij,gjno->gino", d, blocks) + jnp.swapaxes(d, 0, 1)
         return w + update.reshape(w.shape), b
 
-    def _times(self, sides: tuple[int, int], x: Any, d: Float[Array, "rank m"]) -> Float[Array, "*tokens out"]:
+    def _times(self, sides: Sequence[int], x: Any, d: Float[Array, "rank m"]) -> Float[Array, "*tokens out"]:
         """``x`` times the update, by the sums of its groups."""
         r = self.rank
         if isinstance(x, jax.Array):
@@ -114,7 +114,7 @@ class MiSS(WeightMethod):
             y = (x @ jnp.eye(r, dtype=x.dtype)[jnp.arange(sides[0]) % r]) @ d
         return jnp.tile(y, sides[1] // d.shape[1])
 
-    def _update(self, sides: tuple[int, int], d: Float[Array, "rank m"]) -> Float[Array, "in out"]:
+    def _update(self, sides: Sequence[int], d: Float[Array, "rank m"]) -> Float[Array, "in out"]:
         return jnp.tile(d[jnp.arange(sides[0]) % self.rank], sides[1] // d.shape[1])
 
 

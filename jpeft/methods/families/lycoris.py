@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jpeft.checks import BOOL, NONZERO, POSITIVE_INT, Rule, or_none
-from jpeft.core.interchange import Field
+from jpeft.core.interchange import Field, window
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
-from jpeft.methods.families import kernels
 
 
 @dataclass(frozen=True, kw_only=True)
-class LyCORIS(WeightMethod):
-    """A method of the LyCORIS library (Yeh et al. 2023, https://arxiv.org/abs/2309.14859)."""
+class LyCORIS:
+    """The fields of a method of the LyCORIS library (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
+
+    A method inherits them beside `WeightMethod`, and documents them.
+    """
 
     rank: int = 8
     alpha: float | None = None
     effective_conv: bool = False
     dtype: Any = "float32"
 
+    family: ClassVar[str] = "low rank"
     per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "effective_conv", "dtype", "parts")
-    rules: ClassVar[Mapping[str, Rule]] = {}
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        common = {"rank": POSITIVE_INT, "alpha": or_none(NONZERO), "effective_conv": BOOL, "parts": POSITIVE_INT}
-        check_fields(self, {**common, **self.rules})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT, "alpha": or_none(NONZERO), "effective_conv": BOOL, "parts": POSITIVE_INT
+    }  # fmt: skip
 
     @property
     def scale(self) -> float:
@@ -38,7 +37,7 @@ class LyCORIS(WeightMethod):
 
     def splits(self, site: Site) -> bool:
         """Whether factors of a site's kernel are split over channels and positions."""
-        return self.effective_conv and kernels.positions(site) > 1
+        return self.effective_conv and math.prod(window(site)) > 1
 
 
 def _write_alpha(method: LyCORIS, site: Site, config: Mapping[str, Any]) -> float:
@@ -46,7 +45,7 @@ def _write_alpha(method: LyCORIS, site: Site, config: Mapping[str, Any]) -> floa
 
 
 def _write_effective(method: LyCORIS, site: Site, config: Mapping[str, Any]) -> bool | None:
-    return method.effective_conv if kernels.positions(site) > 1 else None
+    return method.effective_conv if math.prod(window(site)) > 1 else None
 
 
 FIELDS = (
