@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg
 from jaxtyping import Array, Float, Key
 
 Matrix = Float[Array, "rows columns"]
@@ -81,7 +82,7 @@ def eva(w: Matrix, covariance: Matrix, rank: int) -> Factors:
     return vectors[:, ::-1][:, :rank], jnp.zeros((rank, w.shape[1]), jnp.float32)
 
 
-def corda(w: Matrix, covariance: Matrix, rank: int, scale: float, method: str = "ipm") -> Factors:
+def corda(w: Matrix, covariance: Matrix, rank: int, scale: float, corda_method: str = "ipm") -> Factors:
     """CorDA (2406.05223): as PiSSA, for the decomposition of C W, whose left side is multiplied by C⁻¹ then.
 
     C is the covariance of the inputs. Its scale decides how large A is beside B: here its mean variance is 1.
@@ -91,26 +92,27 @@ def corda(w: Matrix, covariance: Matrix, rank: int, scale: float, method: str = 
       covariance: C.
       rank: the number of components.
       scale: the adapter's.
-      method: "ipm" adapts the components that matter most to these inputs, "kpm" those that matter least, for inputs
-        whose knowledge is to be kept.
+      corda_method: "ipm" adapts the components that matter most to these inputs, "kpm" those that matter least, where
+        the inputs are of what is to be kept.
     """
     cov = _wide(covariance)
     cov = cov / jnp.mean(jnp.diagonal(cov))
     eye = jnp.eye(len(cov), dtype=cov.dtype)
 
-    def damped(state: Any) -> Any:  # more and more, until the inverse is one
-        damp, _, _ = state
-        fixed = cov + 2 * damp * eye
-        return 2 * damp, fixed, jnp.linalg.inv(fixed)
+    def more(state: Any) -> Any:
+        fixed = cov + 2 * state[0] * eye
+        return 2 * state[0], jnp.linalg.norm(fixed @ jnp.linalg.inv(fixed) - eye)
 
     def is_singular(state: Any) -> jax.Array:
-        damp, fixed, inverse = state
-        return ~(jnp.linalg.norm(fixed @ inverse - eye) < 0.05) & (damp < 100)
+        damping, error = state
+        return ~(error < 0.05) & (damping < 100)
 
-    _, fixed, inverse = jax.lax.while_loop(is_singular, damped, (jnp.float32(0.005), eye, 2 * eye))
+    damping, _ = jax.lax.while_loop(is_singular, more, (jnp.float32(0.005), jnp.float32(jnp.inf)))
+    fixed = cov + damping * eye
     u, s, vt = _svd(fixed @ _wide(w))
-    chosen = slice(None, rank) if method == "ipm" else slice(-rank, None)
-    return _halves(inverse @ u[:, chosen], s[chosen], vt[chosen], rank, scale)
+    chosen = slice(None, rank) if corda_method == "ipm" else slice(-rank, None)
+    left = jax.scipy.linalg.solve(fixed, u[:, chosen], assume_a="pos")
+    return _halves(left, s[chosen], vt[chosen], rank, scale)
 
 
 def lora_ga(
@@ -118,10 +120,10 @@ def lora_ga(
     w: Matrix,
     gradient: Matrix,
     rank: int,
-    scale: float,
+    adapter_scale: float,
     direction: str = "ArB2r",
-    scaling: str = "stable",
-    gamma: float = 16,
+    scale: str = "stable",
+    stable_gamma: float = 16,
 ) -> Factors:
     """LoRA-GA (2407.05000): A and B are singular vectors of the gradient, so that a step moves A B as it would move W.
 
@@ -130,13 +132,13 @@ def lora_ga(
       w: the weight.
       gradient: the gradient of the loss with respect to it.
       rank: r; the first 2 r components are used.
-      scale: the adapter's.
+      adapter_scale: the adapter's factor on A B.
       direction: the components of A and of B: "ArB2r" the first and the second r, "A2rBr" the other way round, "ArBr"
         every other one, "random" the same r for both.
-      scaling: "stable" multiplies B by the fourth root of its outputs over the square root of ``gamma``, "weight_svd"
-        by the ratio of the largest singular values of W and of B, "gd_scale" divides A and B by ``scale``, "unit"
-        leaves them.
-      gamma: for "stable".
+      scale: "stable" multiplies B by the fourth root of its outputs over the square root of ``stable_gamma``,
+        "weight_svd" by the ratio of the largest singular values of W and of B, "gd_scale" divides A and B by
+        ``adapter_scale``, "unit" leaves them.
+      stable_gamma: for "stable".
     """
     key, key_order, key_w = jax.random.split(key, 3)
     u, s, vt = randomized_svd(key, gradient, min(4 * rank, *w.shape), 4)
@@ -149,13 +151,13 @@ def lora_ga(
         order = jnp.roll(order, rank)
     of_a, of_b = order[:rank], order[rank:]
     a, b = u[:, of_a], s[of_b, None] * vt[of_b]
-    if scaling == "stable":
-        b = b * (w.shape[1] ** 0.25 / gamma**0.5)
-    elif scaling == "weight_svd":
+    if scale == "stable":
+        b = b * (w.shape[1] ** 0.25 / stable_gamma**0.5)
+    elif scale == "weight_svd":
         largest = randomized_svd(key_w, w, rank, 4)[1][0]
         b = b * jnp.where(s[of_b[0]] > 0, largest / s[of_b[0]], 1.0)
-    elif scaling == "gd_scale":
-        a, b = a / scale, b / scale
+    elif scale == "gd_scale":
+        a, b = a / adapter_scale, b / adapter_scale
     return a, b
 
 
