@@ -87,7 +87,7 @@ class FourierFT(WeightMethod):
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         return w + _matrix(self._places(w.shape), w.shape, leaves["fourierft_values"]), b
 
-    def _places(self, sides: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def _places(self, sides: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         return _places(*sides, self.n_frequency, self.seed)
 
 
@@ -98,7 +98,7 @@ def _places(inputs: int, outputs: int, count: int, seed: int) -> tuple[np.ndarra
     return of_inputs, of_outputs
 
 
-def _matrix(places: Any, sides: tuple[int, int], values: Complex[Array, " n"]) -> Float[Array, "in out"]:
+def _matrix(places: Any, sides: tuple[int, ...], values: Complex[Array, " n"]) -> Float[Array, "in out"]:
     """D. Of F's real part, one half of the frequencies says all: each entry acts with its mirror image's conjugate."""
     (rows, columns), (inputs, outputs) = places, sides
     half = jnp.zeros((inputs, outputs // 2 + 1), values.dtype)
@@ -112,7 +112,7 @@ def _matrix(places: Any, sides: tuple[int, int], values: Complex[Array, " n"]) -
 
 
 def _transformed(
-    places: Any, sides: tuple[int, int], x: Float[Array, "*tokens in"], values: Complex[Array, " n"]
+    places: Any, sides: tuple[int, ...], x: Float[Array, "*tokens in"], values: Complex[Array, " n"]
 ) -> Float[Array, "*tokens out"]:
     """x D."""
     (rows, columns), (inputs, outputs) = places, sides

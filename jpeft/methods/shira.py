@@ -64,12 +64,12 @@ class SHiRA(WeightMethod):
         super().__post_init__()
 
     @property
-    def regenerated(self) -> frozenset[str]:  # type: ignore[override]
+    def regenerated(self) -> frozenset[str]:
         """The positions, where a seed gives them."""
         return self.non_trainable if self.seed is not None else frozenset()
 
     @property
-    def observes(self) -> str | None:  # type: ignore[override]
+    def observes(self) -> str | None:
         """The statistic that the mask depends on."""
         return "gradient" if self.mask in ("gradient", "snip") else None
 

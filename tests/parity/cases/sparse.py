@@ -22,7 +22,7 @@ CASES = {
         scale=3.0,
     ),
     "FourierFT": Case("FourierFT", lambda targets: FourierFTConfig(n_frequency=200, target_modules=targets), scale=0.5),
-    "FourierFT pattern": Case(
+    "FourierFT pattern and biases": Case(
         "FourierFT",
         lambda targets: FourierFTConfig(
             n_frequency=500,
@@ -31,6 +31,7 @@ CASES = {
             random_loc_seed=3,
             init_weights=True,
             target_modules=targets,
+            bias="fourier_only",
         ),
         bases=("bert",),
     ),
