@@ -32,10 +32,10 @@ _WEIGHT: Rule = (lambda value: is_number(value) and 0 <= value < 2.0**128, "a nu
 class AdaLoRA(WeightMethod):
     """Low-rank updates of which training keeps the triples (column of A, entry of e, row of B) that matter most.
 
-    By itself it trains all r triples. `jpeft.methods.allocate_ranks` wraps an optimizer, and sets the entries of e of
-    the least important triples to zero. The penalty, which keeps A and B near orthogonal, is that of HuggingFace PEFT:
-    ``orth_reg_weight`` times the mean of ‖AᵀA - I‖ and ‖BBᵀ - I‖ over all matrices; PEFT adds it only to a loss that
-    the model itself computes. PEFT's scale is never 0 / 0, hence the 1e-5.
+    By itself it trains all r triples. `jpeft.training.optimizers.adalora.allocate_ranks` wraps an optimizer, and sets
+    the entries of e of the least important triples to zero. The penalty keeps A and B near orthogonal. It is that of
+    HuggingFace PEFT: ``orth_reg_weight`` times the mean of ‖AᵀA - I‖ and ‖BBᵀ - I‖ over all matrices. PEFT itself adds
+    it only where a ``task_type`` is given and the model computes the loss. The 1e-5 in the scale is PEFT's, too.
 
     Attributes:
       rank: r, the number of triples at first (PEFT's ``init_r``).
