@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jpeft.core import fingerprint
-from jpeft.core.actions import Action
+from jpeft.core.actions import Action, init_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import map_axes, stack_back, stack_first
 from jpeft.core.targets import Targets
 from jpeft.core.tree import Tree, flatten, join, like, split_variables, unflatten
+from jpeft.methods.families.starts import RANDOM
 from jpeft.methods.lora import LoRA
 from jpeft.quantization.tree import quantize
 
@@ -56,7 +57,8 @@ def loftq(
       ``(base, adapter)``, for ``peft.apply(base, adapter, ...)``.
 
     Raises:
-      ValueError: as `jpeft.quantize`; fewer than one iteration; a quantized weight with anything but one LoRA.
+      ValueError: as `jpeft.quantize`; fewer than one iteration; a quantized weight with anything but one LoRA, or one
+        with a start from the weight or from data.
 
     >>> # base, adapter = loftq(peft, params, jax.random.key(0), "nf4", iterations=4)
     """
@@ -64,6 +66,7 @@ def loftq(
         raise ValueError(f"iterations must be a whole number, at least 1, got {iterations!r}")
     own, _ = split_variables(params)
     quantized = quantize(own, scheme, peft, block=block, double=double, targets=targets, exclude=exclude)
+    _check_starts(peft)
     base, full, adapter = flatten(quantized), flatten(meta.unbox(own)), flatten(meta.unbox(peft.init(key, params)))
     done = set()
     for action in peft.actions:
@@ -82,9 +85,18 @@ def loftq(
     return base_tree, like(unflatten(laid), own)
 
 
+def _check_starts(peft: Peft) -> None:
+    for action in peft.actions:
+        if isinstance(action.method, LoRA) and action.method.init_weights not in RANDOM:
+            raise ValueError(
+                f"LoftQ computes A and B itself, but {action.method.name} at {action.site.name!r} has init_weights="
+                f"{action.method.init_weights!r}; use 'kaiming'"
+            )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _fit(action: Action, w: Any, box: Quantized, iterations: int) -> tuple[Quantized, dict[str, jax.Array]]:
-    """The quantized weight and the leaves `lora_a` and `lora_b`, in their stored layout."""
+    """The quantized weight and the leaves, in their stored layout."""
     site, method = action.site, action.method
     geom, depth = site.geometry, len(site.stack)
     assert geom is not None
@@ -111,4 +123,8 @@ def _fit(action: Action, w: Any, box: Quantized, iterations: int) -> tuple[Quant
     sums = jnp.broadcast_to(fingerprint.checksum(box.unbox()), box.origin.shape)
     box = dataclasses.replace(box, origin=sums)
     leaves = {"lora_a": a.astype(method.dtype), "lora_b": (b / method.scale).astype(method.dtype)}
+    # What else the method has, as DoRA's norms, fits the new weight.
+    changed = box.unbox().astype(jnp.float32) + unview(a @ b)
+    others = init_leaves(method, site, jax.random.key(0), changed)
+    leaves = {name: stack_first(leaf, site.stack) for name, leaf in others.items()} | leaves
     return box, {name: stack_back(leaf, site.stack) for name, leaf in leaves.items()}
