@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from jpeft.core.method import Leaves, widened
@@ -43,9 +44,72 @@ class Action:
         """Whether the method can be merged at the site."""
         return self.method.mergeable(self.site)
 
+    @property
+    def mask(self) -> str:
+        """The name of the leaf that tells on which of a scan's layers the method acts; it is stored unless on all."""
+        return mask_name(self.method)
+
+    @property
+    def non_trainable(self) -> frozenset[str]:
+        """Names of the leaves that never train."""
+        return self.method.non_trainable | {self.mask}
+
+    def apply(self, used: Leaves, stored: Leaves, base: Any, x: Any) -> jax.Array:
+        """The method's output for one matrix; in a layer that it does not act on, that of the original operation.
+
+        Args:
+          used: the leaves that ``apply`` takes.
+          stored: the leaves as they are stored.
+          base: the original operation.
+          x: the input.
+        """
+        if (on := stored.get(self.mask)) is None:
+            return self.method.apply(used, base, x)
+        base = _Masked(base, on, x)
+        y = self.method.apply(used, base, x)
+        return jnp.where(on, y, base.output().astype(y.dtype))
+
     def leaf_path(self, name: str) -> Path:
         """Path of a leaf in the adapter."""
         return self.site.path if self.site.kind == "leaf" else (*self.site.path, self.site.prefix + name)
+
+
+class _Masked:
+    """The original operation where the method may not act: it then gets its own input. A module can run only once."""
+
+    plain = False
+
+    def __init__(self, base: Any, on: jax.Array, x: Any):
+        self.base, self.on, self.x, self.outputs = base, on, x, []
+
+    def __call__(self, z: Any) -> jax.Array:
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(self.on, new, old.astype(new.dtype))
+
+        self.outputs.append(self.base(z if z is self.x else jax.tree.map(chosen, z, self.x)))
+        return self.outputs[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def output(self) -> jax.Array:
+        """The operation's output without the method, where that does not act."""
+        return self.outputs[0] if self.outputs else self.base(self.x)
+
+
+def mask_name(method: Any) -> str:
+    """See `Action.mask`."""
+    return f"{method.slug}_layers"
+
+
+def layer_mask(site: Site) -> np.ndarray:
+    """Whether a method acts on each matrix of a site, stacked as its leaves are."""
+    sizes, layers = (*(n for _, n in site.stack), *site.batch), site.layers or ()
+    mask = np.zeros(sizes, bool)
+    mask[list(layers) if site.stack else ...] = bool(layers)
+    for i, (axis, _) in reversed(list(enumerate(site.stack))):
+        mask = np.moveaxis(mask, i, axis + i if axis >= 0 else axis)
+    return mask
 
 
 def init_leaves(
@@ -75,7 +139,8 @@ def init_leaves(
         return dict(method.init(key, site, w) if method.observes is None else method.init(key, site, w, found))
 
     leaves = map_axes(init, len(sizes))(keys, w, found)
-    return {n: stack_back(x, site.stack) for n, x in leaves.items()}
+    out = {n: stack_back(x, site.stack) for n, x in leaves.items()}
+    return out if site.layers is None else out | {mask_name(method): jnp.asarray(layer_mask(site))}
 
 
 # --- one matrix -------------------------------------------------------------------------------------------------------
@@ -83,9 +148,17 @@ def init_leaves(
 
 def used_leaves(action: Action, shared: Leaves, leaves: Leaves) -> dict[str, Any]:
     """The leaves that ``apply`` and ``merge`` take, for one matrix: ``expand`` in at least float32."""
+    leaves = dict(leaves)
+    if (on := leaves.pop(action.mask, None)) is not None:
+        # Where the method does not act, its leaves may be zeros, whose norms have no gradient.
+        leaves = {n: jnp.where(on, x, _neutral(x.dtype)) for n, x in leaves.items()}
     if not action.method.expands:
         return dict(leaves)
     return dict(action.method.expand(action.site, _wide(shared), _wide(leaves)))
+
+
+def _neutral(dtype: Any) -> jax.Array:
+    return jnp.asarray(0.01 if jnp.issubdtype(dtype, jnp.floating) else 0, dtype)
 
 
 def cast_leaves(leaves: Leaves, dtype: Any) -> dict[str, jax.Array]:
@@ -107,10 +180,14 @@ def merge_matrix(
     """
     used = used_leaves(action, shared, leaves)
     wide = widened(w.dtype)
-    out = action.method.merge(cast_leaves(used, wide), w.astype(wide), None if b is None else b.astype(wide))
+    old = w.astype(wide), None if b is None else b.astype(wide)
+    out = action.method.merge(cast_leaves(used, wide), *old)
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"{action.method.name}.merge(leaves, w, b) must return (w, b), got {type(out).__name__}")
-    return out
+    (w, b), on = out, leaves.get(action.mask)
+    if on is None:
+        return w, b
+    return jnp.where(on, w, old[0]), b if b is None or b is old[1] else jnp.where(on, b, old[1])
 
 
 def changes_bias(action: Action, shared: Leaves, leaves: Leaves) -> bool:

@@ -84,8 +84,6 @@ class Tensor:
 class SharedTensor:
     """A tensor that all modules share, and the shared leaf that holds it.
 
-    A folder leaves it out if the method gives the leaf back itself, by its ``regenerated``.
-
     Attributes:
       key: the tensor's whole name in the file, e.g. ``"base_model.vera_A"``.
       leaf: the shared leaf's name.

@@ -57,8 +57,10 @@ def _matrices(action: Action, leaves: Mapping[Path, np.ndarray]) -> Iterator[dic
     """A site's leaves on the host, one matrix after the other."""
     site = action.site
     own = {name: np.asarray(stack_first(leaves[action.leaf_path(name)], site.stack)) for name in action.stored}
+    on = own.pop(action.mask, None)
     for index in np.ndindex(*(size for _, size in site.stack), *site.batch):
-        yield {name: x[index] for name, x in own.items()}
+        if on is None or on[index]:
+            yield {name: x[index] for name, x in own.items()}
 
 
 def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping[Path, Any]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
-from jpeft.core.actions import Action, by_weight, init_leaves, merge_stored
+from jpeft.core.actions import Action, by_weight, init_leaves, layer_mask, merge_stored
 from jpeft.core.adapter_placement import box_like, leaf_sharding
 from jpeft.core.arguments import adapter_leaves, check_order
 from jpeft.core.finite import check_merged, is_finite
@@ -101,7 +101,7 @@ class Peft:
     @property
     def non_trainable_paths(self) -> frozenset[Path]:
         """Paths of the adapter leaves that never train."""
-        own = {a.leaf_path(n) for a in self.actions for n in a.stored if n in a.method.non_trainable}
+        own = {a.leaf_path(n) for a in self.actions for n in a.stored if n in a.non_trainable}
         frozen = {slug: m.non_trainable for slug, m in zip(slugs(self.method), self.method.methods(), strict=True)}
         return frozenset(own | {path for path in self.shared_paths if path[1] in frozen[path[0]]})
 
@@ -178,6 +178,8 @@ class Peft:
         if any(path[1] in wanted[path[0]] for path in self.shared_paths):
             out |= {p: x for p, x in self.init_shared(key).items() if p[1] in wanted[p[0]]}
         for action in self.actions:
+            if action.mask in action.stored:
+                out[action.leaf_path(action.mask)] = layer_mask(action.site)
             if held := action.method.regenerated & set(action.stored):
                 w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
                 if isinstance(peek(w), jax.ShapeDtypeStruct):
@@ -246,7 +248,9 @@ class Peft:
                     n: stack_first(meta.unbox(leaves[action.leaf_path(n)]), action.site.stack) for n in action.stored
                 }
                 sizes = [n for _, n in action.site.stack] + list(action.site.batch)
+                on = own.pop(action.mask, True)
                 terms = map_axes(lambda own, method=action.method: jnp.asarray(method.penalty(own)), len(sizes))(own)
+                terms = jnp.where(on, terms, jnp.zeros_like(terms))
                 totals.setdefault(action.member, []).append(terms.astype(jnp.float32).sum())
                 counts[action.member] = counts.get(action.member, 0) + math.prod(sizes)
         members = self.method.methods()

@@ -45,6 +45,7 @@ class Site:
       bias: whether the owner has a bias.
       named: whether the weight is named ``owner/leaf``: a raw weight, or one of several in its scope.
       role: set by a method for its own use, such as "feedforward".
+      layers: of a weight that a scan stacks, the layers that the method acts on; None for all.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Site:
     bias: bool = False
     named: bool = False
     role: str = ""
+    layers: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:

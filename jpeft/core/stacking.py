@@ -216,10 +216,11 @@ def unroll_site(site: Site, at: str | None) -> list[Site]:
     """
     if at is None or not _is_below(site.path, at):
         return [site]
-    layers = site.stack[0][1] if site.stack else site.stored[0]
+    count = site.stack[0][1] if site.stack else site.stored[0]
+    layers = [None if site.layers is None else tuple({i} & {*site.layers}) for i in range(count)]
     return [
-        dataclasses.replace(site, path=path, stored=site.stored[1:], stack=site.stack[1:])
-        for path in numbered(site.path, at, layers)
+        dataclasses.replace(site, path=path, stored=site.stored[1:], stack=site.stack[1:], layers=layers[i])
+        for i, path in enumerate(numbered(site.path, at, count))
     ]
 
 

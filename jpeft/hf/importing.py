@@ -14,7 +14,7 @@ import numpy as np
 
 from jpeft.binding import bind_survey, survey_model
 from jpeft.core import stacking
-from jpeft.core.actions import Action
+from jpeft.core.actions import Action, layer_mask
 from jpeft.core.geometry.base import Parts
 from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form, is_stack, role
 from jpeft.core.loaded import check_loaded
@@ -32,7 +32,7 @@ from jpeft.hf.names import ROOT, Names, Prefix, find, of_model
 from jpeft.hf.tensors import TensorFile
 from jpeft.hf.tied import merge_heads, tied_names
 from jpeft.methods import METHODS
-from jpeft.methods.base import Method
+from jpeft.methods.base import LAYERS, Method
 from jpeft.methods.chain import Chain
 from jpeft.storage import as_path
 
@@ -50,8 +50,8 @@ def load(
     """Reads an adapter that HuggingFace PEFT saved, and binds it to a model. Inverse of `jpeft.hf.save`.
 
     The methods of `jpeft.methods.METHODS` that declare a form in such folders can be read. Where a decoder of
-    `jpeft.models` stacks its layers, so is the adapter, which must then be alike in all of them; for one that is not,
-    load the model with ``scan_layers=False``.
+    `jpeft.models` stacks its layers, so is the adapter, which must then be alike in the layers that have one; in the
+    others it is zero, changes nothing and never trains. For others, load the model with ``scan_layers=False``.
 
     Args:
       path: the folder.
@@ -155,6 +155,8 @@ def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Meth
         own = {k: v for k, v in config.settings(folder.named(module), site).items() if v != settings[k]}
         if is_stack(site) and isinstance(site.geometry, Parts):
             own["parts"] = site.geometry.parts  # a matrix for each expert, though all share their input
+        if site.layers is not None:
+            own[LAYERS] = site.layers
         if own:
             clash = any(s is not site and matches_entry(site.name, s.name) for s in sites.values())
             overrides["^" + re.escape(site.name) if clash else site.name] = own
@@ -222,7 +224,15 @@ def _leaves(peft: Peft, folder: Folder, adapted: Collection[str]) -> dict[Path, 
         else:
             expected = {name: structure[action.leaf_path(name)] for name in action.stored}
             shapes = {n: (s[1:] if is_stacked else s, dtype) for n, (s, dtype) in expected.items()}
-            read = [_site_leaves(folder, type(action.method), site, shapes) for site in each]
+            mask = shapes.pop(action.mask, None)
+            read = [
+                _site_leaves(folder, type(action.method), site, shapes)
+                if site.layers != ()
+                else {name: np.zeros(*shape) for name, shape in shapes.items()}
+                for site in each
+            ]
+            if mask is not None:
+                out[action.leaf_path(action.mask)] = layer_mask(action.site)
         for name, first in read[0].items():
             out[action.leaf_path(name)] = np.stack([own[name] for own in read]) if is_stacked else first
     return out | _shared_leaves(peft, folder)
@@ -265,19 +275,18 @@ def _abstract(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _shared_leaves(peft: Peft, folder: Folder) -> dict[Path, np.ndarray]:
-    """The leaves that all sites share: from the file or, if the method gives them back itself, from it."""
+    """The leaves that all sites share: from the file or, where the configuration says so, from the method's seed."""
     spec, structure, out = folder.config.spec, dict(peft.structure), {}
-    method = peft.method.methods()[0]
-    sites = [a.site for a in peft.actions if a.member == 0]
     tensors = {tensor.leaf: tensor for tensor in spec.shared}
-    drawn = method.shared(jax.random.key(0), sites) if method.regenerated & tensors.keys() else {}
+    absent = [t.leaf for t in spec.shared if t.field and not folder.config.own.get(t.field, True)]
+    drawn = peft.init_shared(jax.random.key(0)) if absent else {}
     for path in peft.shared_paths:
         tensor, (shape, _) = tensors[path[-1]], structure[path]
-        if tensor.leaf in method.regenerated:
-            out[path] = np.asarray(drawn[tensor.leaf])
+        if tensor.leaf in absent:
+            out[path] = np.asarray(drawn[path])
             continue
         expected = tensor.to_torch(_abstract(shape)).shape
-        x = folder.file.take_shared(tensor.key, expected, f"which a {method.name} needs")
+        x = folder.file.take_shared(tensor.key, expected, f"which a {folder.config.method.__name__} needs")
         out[path] = tensor.to_tree(x)
     return out
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from jpeft.checks import shown
 from jpeft.core import stacking
@@ -164,41 +164,42 @@ def _is_saved_in_file(folder: Folder, site: Site) -> bool:
 def stacked(folder: Folder, matched: Matched, survey: Survey) -> Matched:
     """The model's own sites, each of which holds those of all layers where the model stacks them.
 
-    The adapted ones are given by the first of the torch modules that each stands for.
+    The adapted ones are given by the first of the torch modules that each stands for, and say on which of its layers.
 
     Raises:
-      AdapterError: layers of which only some change, or whose settings differ.
+      AdapterError: layers of which only some train leaves of the base, or whose settings differ.
     """
     adapted = {}
     sites = matched.adapted.values()
-    verb = f"has a {folder.config.method.__name__} for"
-    for site, modules in _gather(folder, sites, survey.weights, verb, folder.module):
+    for site, found in _gather(folder, sites, survey.weights):
+        modules, layers = [folder.module(s) for s in found if s], tuple(i for i, s in enumerate(found) if s)
         for other in modules[1:]:
             if difference := folder.config.difference(folder.named(modules[0]), folder.named(other)):
                 raise AdapterError(f"{folder.file.path.parent}: {difference}; {stacking.DIFFER}")
-        adapted[modules[0]] = layout.as_stack(site) if is_stack(matched.adapted[modules[0]]) else site
+        site = layout.as_stack(site) if is_stack(matched.adapted[modules[0]]) else site
+        adapted[modules[0]] = replace(site, layers=layers) if len(layers) < len(found) else site
 
     def leaves(sites: Sequence[Site]) -> list[Site]:
-        def name(site: Site) -> str:
-            return f"{folder.module(site)}.{layout.leaf_name(site.path[-1])}"
-
-        return [site for site, _ in _gather(folder, sites, survey.leaves, "trains", name)]
+        out = []
+        for site, found in _gather(folder, sites, survey.leaves):
+            if None in found:
+                names = [
+                    f"{folder.module(s)}.{layout.leaf_name(s.path[-1])}" for s in stacking.unroll_site(site, folder.at)
+                ]
+                there, lacking = names[[*map(bool, found)].index(True)], names[found.index(None)]
+                raise AdapterError(f"{folder.file.path.parent} trains {there!r} and not {lacking!r}; {stacking.DIFFER}")
+            out.append(site)
+        return out
 
     return Matched(adapted, leaves(matched.copied), leaves(matched.saved), leaves(matched.biases))
 
 
 def _gather(
-    folder: Folder, sites: Iterable[Site], candidates: Iterable[Site], verb: str, name: Callable[[Site], str]
-) -> Iterator[tuple[Site, list[str]]]:
-    """Groups the sites of single layers by the stacked site that they belong to, with their torch names."""
-    chosen = {s.weight_path for s in sites}
+    folder: Folder, sites: Iterable[Site], candidates: Iterable[Site]
+) -> Iterator[tuple[Site, list[Site | None]]]:
+    """The stacked sites that those of single layers belong to, each with them, or None for a layer without."""
+    chosen = {s.weight_path: s for s in sites}
     for site in candidates:
-        each = stacking.unroll_site(site, folder.at)
-        there = [s for s in each if s.weight_path in chosen]
-        if there and len(there) < len(each):
-            lacking = next(s for s in each if s.weight_path not in chosen)
-            raise AdapterError(
-                f"{folder.file.path.parent} {verb} {name(there[0])!r} and not {name(lacking)!r}; {stacking.DIFFER}"
-            )
-        if there:
-            yield site, [name(s) for s in there]
+        found = [chosen.get(s.weight_path) for s in stacking.unroll_site(site, folder.at)]
+        if any(found):
+            yield site, found

@@ -122,6 +122,8 @@ class TensorFile:
     def _checked(self, name: str, x: np.ndarray | None, shape: tuple[int, ...], why: str, floating: bool) -> np.ndarray:
         if x is None:
             raise AdapterError(f"{self.path} lacks {name!r}, {why}")
+        if not floating and x.dtype == np.float32 and (x == x.round()).all():
+            x = x.astype(np.int32)  # on Windows, PEFT writes integers as floats
         if jnp.issubdtype(x.dtype, jnp.floating) != floating:
             expected = "floating numbers" if floating else "integers"
             raise AdapterError(f"{self.path}: {name!r} is {x.dtype.name}, expected {expected}")

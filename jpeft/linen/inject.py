@@ -510,7 +510,7 @@ class _ChangedOperation:
         dtype, action = self.operation.dtype, self.active.action
         merged = functools.partial(_merged_product, self.active, leaves, weight, bias, dtype)
         base = _Linear(original, merged, weight, bias, self.operation.dropout, plain)
-        return action.method.apply(self.active.used(leaves, dtype), base, x)
+        return action.apply(self.active.used(leaves, dtype), leaves, base, x)
 
 
 def _merged_product(active: _Active, leaves: Leaves, weight: Any, bias: Any, dtype: Any, z: Any) -> jax.Array:
@@ -535,7 +535,7 @@ def _change_attend(active: _Active, operation: _Operation) -> Callable[[Any], An
     base = _Linear(lambda z: z @ weight(), merged, weight, lambda: None, _no_dropout)
 
     def run(query: Any) -> Any:
-        lookup = functools.partial(active.action.method.apply, leaves, base)
+        lookup = functools.partial(active.action.apply, leaves, active.leaves, base)
         return attend(lookup, query.astype(dtype), active.site.inputs)
 
     return run

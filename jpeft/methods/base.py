@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import Rule, shown
+from jpeft.checks import Rule, is_int, shown
 from jpeft.core.interchange import HFSpec, Role
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site, Survey
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from jpeft.core.peft import Peft
 
 
+LAYERS = "layers"  # in `overrides`, beside the fields that a site may have
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """The base class of all methods.
@@ -47,6 +50,7 @@ class Method:
       targets: the sites to act on, see `jpeft.core.targets`; None for the method's default.
       exclude: the sites to leave out, even if ``targets`` matches them.
       overrides: fields by target pattern, e.g. ``{r".*/query": {"rank": 16}}``; the first pattern that matches applies.
+        Of a weight that a scan stacks, ``{"layers": [0, 2]}`` are the layers to act on.
 
     Class attributes that a subclass may set, the second to fourth also as properties of the configuration:
       roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
@@ -103,12 +107,13 @@ class Method:
                 f"{self.name}.overrides must have a mapping of fields for each target pattern, as in "
                 f"{{'.*/query': {{'rank': 16}}}}, got {shown(given)}"
             )
-        overrides = FrozenDict({k: FrozenDict(v) for k, v in given.items()})
+        overrides = FrozenDict({k: FrozenDict(_with_tuple(v)) for k, v in given.items()})
         object.__setattr__(self, "overrides", overrides)
         for pattern, fields in overrides.items():
             compile_pattern(pattern)
             known = [field.name for field in dataclasses.fields(self)]
-            for field in fields:
+            _check_layers(self.name, pattern, fields.get(LAYERS))
+            for field in fields.keys() - {LAYERS}:
                 if field not in known:
                     raise TypeError(f"overrides[{pattern!r}]: {no_field(type(self), field, self.per_site)}")
                 if field not in self.per_site:
@@ -229,7 +234,18 @@ class Method:
             if not any(_override_matches(pattern, site) for site in chosen):
                 names = ", ".join(s.name for s in chosen[:8])
                 raise TargetError(f"{self.name}: overrides pattern {pattern!r} matches none of its sites: {names}")
-        return [self.at(s).prepare(s) for s in chosen]
+        return [self._on_layers(self.at(s).prepare(s), s) for s in chosen]
+
+    def _on_layers(self, prepared: Site, site: Site) -> Site:
+        """A site as the method sees it, with the layers that the overrides give."""
+        fields = next((f for pattern, f in self.overrides.items() if _override_matches(pattern, site)), {})
+        if (layers := fields.get(LAYERS)) is None:
+            return prepared
+        count = site.stack[0][1] if site.stack and site.kind == "weight" else 0
+        if max(layers) >= count:
+            what = f"has {count} layers" if count else "is no weight that a scan stacks"
+            raise ValueError(f"{self.name}: overrides give {site.name!r} the layers {list(layers)}, but it {what}")
+        return dataclasses.replace(prepared, layers=layers)
 
     def matched(self, survey: Survey, sites: Sequence[Site]) -> list[Matched]:
         """The number of sites that each entry of its targets matched.
@@ -255,6 +271,7 @@ class Method:
         return self if not self.overrides else self._replaced({})
 
     def _replaced(self, fields: dict[str, Any]) -> Any:
+        fields = {name: value for name, value in fields.items() if name != LAYERS}
         return dataclasses.replace(self, **{**fields, "overrides": FrozenDict()})
 
     def bind(self, model: Any, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
@@ -303,6 +320,17 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{value!r} has no JSON form")
+
+
+def _with_tuple(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an override, whose layers may be a list."""
+    return {k: tuple(v) if k == LAYERS and isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _check_layers(name: str, pattern: str, layers: Any) -> None:
+    good = isinstance(layers, tuple) and layers and all(is_int(i) and i >= 0 for i in layers)
+    if layers is not None and not (good and len(set(layers)) == len(layers)):
+        raise ValueError(f"{name}: overrides[{pattern!r}] sets layers, which must be indices, got {shown(layers)}")
 
 
 def _override_matches(pattern: str, site: Site) -> bool:

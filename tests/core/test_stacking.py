@@ -284,7 +284,7 @@ def test_folder_of_a_tied_decoder(gemma, tmp_path):
     assert sorted(read["model"]) == ["layers"]
 
 
-def test_a_folder_whose_layers_differ_loads_one_by_one_only(qwen, tmp_path):
+def test_a_folder_of_some_layers_and_one_whose_layers_differ(qwen, tmp_path):
     model, params = qwen
     jpeft.hf.save(tmp_path, *bound(jpeft.LoRA(rank=2, targets=["q_proj", "v_proj"]), model, params), params)
     config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
@@ -292,7 +292,10 @@ def test_a_folder_whose_layers_differ_loads_one_by_one_only(qwen, tmp_path):
     some = {**fields, "target_modules": [m for m in fields["target_modules"] if "layers.1.self_attn.v" not in m]}
     config.write_text(json.dumps(some))
     save_file({k: v for k, v in tensors.items() if "layers.1.self_attn.v" not in k}, file)
-    with pytest.raises(AdapterError, match=r"'model\.layers\.0\.self_attn\.v_proj' and not 'model\.layers\.1\.self"):
+    peft, _ = jpeft.hf.load(tmp_path, model, params, IDS)
+    assert {site.name.split("/")[-1]: site.layers for site in peft.sites} == {"q_proj": None, "v_proj": (0,)}
+    config.write_text(json.dumps({**some, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}))
+    with pytest.raises(AdapterError, match=r"'model\.layers\.1\.self_attn\.q_proj' has 3; .*scan_layers=False"):
         jpeft.hf.load(tmp_path, model, params, IDS)
     model1, params1, *_ = unroll(model, params)
     assert len(jpeft.hf.load(tmp_path, model1, params1, IDS)[0].sites) == 3

@@ -43,8 +43,8 @@ class VeRA(WeightMethod):
         peft_type="VERA",
         tensors=(Tensor("vera_lambda_b", "lambda_b"), Tensor("vera_lambda_d", "lambda_d")),
         shared=(
-            SharedTensor("base_model.vera_A", "vera_a", "ri->ir"),
-            SharedTensor("base_model.vera_B", "vera_b", "or->ro"),
+            SharedTensor("base_model.vera_A", "vera_a", "ri->ir", field="save_projection"),
+            SharedTensor("base_model.vera_B", "vera_b", "or->ro", field="save_projection"),
         ),
         fields=(
             Field("r", "rank", 256, POSITIVE_INT),

@@ -309,7 +309,7 @@ def test_patterns_name_modules_exactly(values):
 # --- mistakes in a folder ---------------------------------------------------------------------------------------------
 
 FIELDS = {
-    "use_dora": True,
+    "use_bdlora": True,
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 1]],
     "trainable_token_indices": [3],

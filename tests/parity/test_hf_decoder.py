@@ -133,6 +133,8 @@ CASES = {
     "llama embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "k_proj"], "lora_dropout": 0.1}),
     "llama saved": ("llama", {**QV, "modules_to_save": ["lm_head", "embed_tokens"]}),
     "llama norms": ("llama", {**QV, "modules_to_save": ["input_layernorm", "norm", "o_proj"]}),
+    "llama some layers": ("llama", {**QV, "layers_to_transform": [0, 2]}),
+    "llama all but one": ("llama", {**QV, "exclude_modules": ["layers.2.self_attn.q_proj"], "r": 2}),
     "llama all layers": ("llama", {**QV, "layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}),
     "qwen2 all biases": ("qwen2", {"target_modules": "all-linear", "bias": "all"}),
     "qwen2 own biases": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only", "use_rslora": True}),
@@ -181,14 +183,6 @@ def test_adapter_loaded_onto_stacked_layers_saves_and_merges(base, linen, tmp_pa
 DIFFER = {
     "rank 2, 'model.layers.2.self_attn.q_proj' has 8": {**QV, "rank_pattern": {"layers.[01].self_attn.q_proj": 2}},
     "alpha 8, 'model.layers.1.self_attn.v_proj' has 3": {**QV, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}},
-    "has a LoRA for 'model.layers.1.self_attn.q_proj' and not 'model.layers.0.self": {
-        **QV,
-        "layers_to_transform": [1, 2],
-    },
-    "has a LoRA for 'model.layers.0.self_attn.q_proj' and not 'model.layers.2.self": {
-        **QV,
-        "exclude_modules": ["layers.2.self_attn.q_proj"],
-    },
     "trains 'model.layers.1.input_layernorm.weight' and not 'model.layers.0.input": {
         **QV,
         "modules_to_save": ["layers.1.input_layernorm"],
@@ -334,7 +328,7 @@ def test_folders_that_do_not_fit_are_refused(base, linen, tmp_path):
                 jpeft.hf.load(tmp_path, model, params, jnp.asarray(IDS))
 
     refused("unknown field 'lora_magnitude'", lora_magnitude=1)
-    refused("use_dora=True is not supported", use_dora=True)
+    refused("use_qalora=True is not supported", use_qalora=True)
     a = f"{start}.1.self_attn.q_proj.lora_A.weight"
     refused("lacks '.*1.self_attn.q_proj.lora_A.weight'", tensors={k: v for k, v in tensors.items() if k != a})
     refused(r"1.self_attn.q_proj.lora_A.weight' has shape \[7, 32\]", tensors={**tensors, a: tensors[a][:7]})
