@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, or_none
+from jpeft.core.geometry.convolution import Patches
 from jpeft.core.interchange import Field, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
@@ -49,7 +50,7 @@ class Rotation(WeightMethod):
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         if factors := _of_features(leaves):
             return self.rotate(factors, base(x))
-        if not isinstance(x, jax.Array):  # the windows of a convolution
+        if isinstance(x, Patches):
             return super().apply(leaves, base, x)
         return base(self.rotate(leaves, x))
 
@@ -124,10 +125,11 @@ class BlockRotation(Rotation):
 
 def times_blocks(x: Float[Array, "*rows size"], r: Float[Array, "blocks n n"]) -> Float[Array, "*rows size"]:
     """``x`` times the matrix with the blocks ``r`` on its diagonal. A single block stands for all of them."""
-    count, n = x.shape[-1] // r.shape[-1], r.shape[-1]
-    x_blocks = x.reshape(*x.shape[:-1], count, n)
-    spec = "...n,nm->...m" if len(r) == 1 else "...bn,bnm->...bm"
-    return jnp.einsum(spec, x_blocks, r[0] if len(r) == 1 else r).reshape(x.shape)
+    blocks = x.reshape(*x.shape[:-1], -1, r.shape[-1])
+    if len(r) == 1:
+        return (blocks @ r[0]).reshape(x.shape)
+    turned = jnp.matmul(jnp.moveaxis(blocks, -2, 0).reshape(len(r), -1, r.shape[-1]), r)  # XLA would copy more
+    return jnp.moveaxis(turned.reshape(len(r), *x.shape[:-1], -1), 0, -2).reshape(x.shape)
 
 
 def times_butterfly(
