@@ -81,7 +81,8 @@ class FourierFT(WeightMethod):
         if not isinstance(x, jax.Array):
             return super().apply(leaves, base, x)
         sides = jax.eval_shape(lambda: base.weight).shape
-        form, change = partial(_transformed, self._places(sides), sides), partial(_matrix, self._places(sides), sides)
+        places = self._places(sides)
+        form, change = partial(_transformed, places, sides), partial(_matrix, places, sides)
         return added(base, x, leaves["fourierft_values"], form, change, sides)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
@@ -99,15 +100,11 @@ def _places(inputs: int, outputs: int, count: int, seed: int) -> tuple[np.ndarra
 
 
 def _matrix(places: Any, sides: tuple[int, ...], values: Complex[Array, " n"]) -> Float[Array, "in out"]:
-    """D. Of F's real part, one half of the frequencies says all: each entry acts with its mirror image's conjugate."""
+    """D, from one half of the frequencies: for F to be real, each entry and its mirror image are made conjugate."""
     (rows, columns), (inputs, outputs) = places, sides
     half = jnp.zeros((inputs, outputs // 2 + 1), values.dtype)
-    half = (
-        half.at[rows, columns]
-        .add(values / 2, mode="drop")
-        .at[-rows % inputs, -columns % outputs]
-        .add(values / 2, mode="drop")
-    )
+    for p, q in (places, (-rows % inputs, -columns % outputs)):
+        half = half.at[p, q].add(values / 2, mode="drop")  # those of the other half lie outside
     return jnp.fft.irfft2(half, sides)
 
 

@@ -127,7 +127,7 @@ class SHiRA(WeightMethod):
 
 
 def _flipped(indices: np.ndarray, site: Site) -> np.ndarray:
-    """(inputs, outputs) from (outputs, inputs), or back. PEFT on Windows writes them as floats."""
+    """(inputs, outputs) from (outputs, inputs), or back."""
     return indices[::-1].astype(np.int32)
 
 

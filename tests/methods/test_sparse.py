@@ -282,6 +282,17 @@ def test_positions_in_a_file_must_be_entries_of_the_weight_and_differ(entry, mes
         jpeft.hf.load(tmp_path / "hf", MODEL, PARAMS, X)
 
 
+def test_positions_may_be_floats_as_peft_writes_them_on_windows(tmp_path):
+    peft = SHiRA(rank=1).bind(MODEL, PARAMS, X)
+    adapter = moved(peft, PARAMS)
+    jpeft.hf.save(tmp_path, peft, adapter, PARAMS)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: x.astype(np.float32) for name, x in load_file(file).items()}, file, {"format": "pt"})
+    again, read = jpeft.hf.load(tmp_path, MODEL, PARAMS, X)
+    assert again.structure == peft.structure
+    jax.tree.map(np.testing.assert_array_equal, read, adapter)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
