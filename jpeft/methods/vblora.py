@@ -131,6 +131,8 @@ def _unpack(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
             raise ValueError(f"{key!r} needs a {name + _WEIGHTS!r} of one fewer along its last axis, {place.shape}")
         if place.size and not 0 <= place.min() <= place.max() < n:
             raise ValueError(f"{key!r} has indices outside of the bank of num_vectors={n}")
+        if not np.diff(np.sort(place)).all():
+            raise ValueError(f"{key!r} has an index twice in one mixture")
         weights = np.concatenate([weights, 1 - weights.sum(-1, keepdims=True, dtype=weights.dtype)], -1)
         logits = np.full((*place.shape[:-1], n), _NEVER, weights.dtype)
         chosen = np.maximum(np.log(np.maximum(weights.astype(np.float64), 1e-300)), _RARELY)
