@@ -58,7 +58,8 @@ def redistribute(method: LoRA, statistics: Mapping[str, Mapping[str, Any]], rho:
             ranks[name], budget = ranks[name] + 1, budget - layers
     overrides = {_key(name, own): _fields(method, own[name], n) for name, n in ranks.items() if n}
     without = _excluding(method.exclude, [name for name, n in ranks.items() if not n])
-    return dataclasses.replace(method, overrides={**overrides, **method.overrides}, exclude=without)
+    others = {pattern: fields for pattern, fields in method.overrides.items() if pattern not in overrides}
+    return dataclasses.replace(method, overrides={**overrides, **others}, exclude=without)
 
 
 def _key(name: str, names: Mapping[str, Any]) -> str:

@@ -64,9 +64,9 @@ def loftq(
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number, at least 1, got {iterations!r}")
+    _check_starts(peft)
     own, _ = split_variables(params)
     quantized = quantize(own, scheme, peft, block=block, double=double, targets=targets, exclude=exclude)
-    _check_starts(peft)
     base, full, adapter = flatten(quantized), flatten(meta.unbox(own)), flatten(meta.unbox(peft.init(key, params)))
     done = set()
     for action in peft.actions:
