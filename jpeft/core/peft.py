@@ -111,6 +111,11 @@ class Peft:
         return all(action.mergeable for action in self.actions)
 
     @property
+    def observes(self) -> bool:
+        """Whether `init` needs statistics of data, from `jpeft.observe`."""
+        return any(action.method.observes is not None for action in self.actions)
+
+    @property
     def penalized(self) -> bool:
         """Whether a method has a loss of its own, see `penalty`."""
         return any(action.method.penalized for action in self.actions)

@@ -103,8 +103,10 @@ class Config:
         "the adapter's", METHOD, None, path=True, metavar="FOLDER",
     )  # fmt: skip
     method: str | None = option("how to fine-tune", METHOD, None, shown="lora", choices=_method_names)
-    rank: int | None = option("rank, for methods that have one", METHOD, None, shown="8")
-    alpha: float | None = option("numerator of the scale alpha/rank", METHOD, None, shown="twice the rank")
+    rank: int | None = option("rank, for methods that have one", METHOD, None, shown="by method, 8 for lora")
+    alpha: float | None = option(
+        "numerator of the scale alpha/rank", METHOD, None, shown="twice the rank, or the ratio of the method's default"
+    )
     dropout: float | None = option(
         "dropout rate on the adapter's input; also enables the model's own dropout", METHOD, None
     )

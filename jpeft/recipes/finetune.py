@@ -47,10 +47,12 @@ from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
 from jpeft.storage import absolute, as_path, check_writable, file_size, file_sizes, remove_folder
 from jpeft.training import checkpoint
 from jpeft.training.checkpoint import Checkpoints, DamagedError
+from jpeft.training.observe import observe
 from jpeft.training.step import TrainState
 
 T = TypeVar("T")
 _SETUP = Setup()
+_OBSERVED = 8  # batches, for a method whose start depends on data
 _SHARED_WITHIN = 30.0  # seconds for a new folder to become visible to all hosts
 
 # Entries of a run's record that must not change before it is resumed, and their names in the error.
@@ -258,7 +260,7 @@ def _finish(
     """
     reporter.say(job.peft.summary())
     adapter_key, rng = jax.random.split(jax.random.key(job.config.seed))
-    fresh = job.peft.init(adapter_key, job.params) if job.start is None else job.start
+    fresh = _fresh(job, adapter_key, reporter) if job.start is None else job.start
     with (
         reporting_saved_step(folder),
         locked(folder, reporter.say) as check_lock,
@@ -298,6 +300,16 @@ def _open_loggers(job: Job, folder: Path, setup: Setup, first_step: int) -> Logg
     names = setup.log_to if is_main_process() else ()
     sent = run_folder.read_lines(folder / "metrics.jsonl") if names else []
     return open_loggers(names, folder, dataclasses.asdict(job.config), first_step, sent)
+
+
+def _fresh(job: Job, key: jax.Array, reporter: Reporter) -> Any:
+    """A new adapter; where its method starts from data, from the first training batches."""
+    if not job.peft.observes:
+        return job.peft.init(key, job.params)
+    reporter.say(f"observing {_OBSERVED} batches for the start of {job.peft.method.name}")
+    batches = [batch for batch, _ in itertools.islice(job.batches(0), _OBSERVED)]
+    found = observe(job.peft.method, job.peft.model, job.params, job.loss_fn(), batches)
+    return job.peft.init(key, job.params, statistics=found)
 
 
 def _restore(

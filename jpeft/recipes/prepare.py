@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jpeft.checks import nearest
+from jpeft.checks import is_int, nearest
 from jpeft.core.placement import AnyMesh
 from jpeft.errors import UserError
 from jpeft.methods import from_dict
@@ -82,9 +82,11 @@ def _method_fields(config: Config, kind: type[Method]) -> dict[str, Any]:
                 f"`method` {config.method} has no field {name!r}{own}; its fields are {', '.join(sorted(allowed))} "
                 "(`settings`)"
             )
-    if {"rank", "alpha"} <= allowed:
-        fields = {"rank": 8} | fields
-        fields = {"alpha": 2 * fields["rank"]} | fields
+    own = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    if {"rank", "alpha"} <= allowed and "alpha" not in fields and is_int(rank := fields.get("rank", own["rank"])):
+        # Twice the rank; or the ratio of the method's own default, if that has one.
+        alpha = 2 * rank if own["alpha"] is None else own["alpha"] * rank / own["rank"]
+        fields |= {"rank": rank, "alpha": int(alpha) if alpha == int(alpha) else alpha}
     return fields
 
 

@@ -84,8 +84,9 @@ def begin(
     peft = bind(_whole(found, published, complete, model, params, inputs), model, params, inputs)
     key, _ = jax.random.split(jax.random.key(config.seed))
     loaded = flatten(adapter)
-    fresh = flatten(adapter if peft.structure == found.structure else peft.init(key, params))
-    start = {path: loaded.get(path, fresh[path]) for path, _ in peft.structure}
+    added = peft.method.methods()[len(found.method.methods()) :]  # after those of the adapter
+    fresh = flatten(bind(Chain(*added), model, params, inputs).init(key, params)) if added else {}
+    start = {path: loaded[path] if path in loaded else fresh[path] for path, _ in peft.structure}
     start = {path: start[path].astype(jnp.dtype(dtype)) for path, (_, dtype) in peft.structure}
     dropout = max((getattr(member, "dropout", None) or 0.0 for member in peft.method.methods()), default=0.0)
     config = dataclasses.replace(config, method=name_of(main), dropout=dropout or None)
