@@ -133,7 +133,7 @@ def init_leaves(
         w = map_axes(site.geometry.view, len(site.stack))(stack_first(w, site.stack))
     else:
         w = None
-    found = None if statistics is None else {n: stack_first(x, site.stack) for n, x in statistics.items()}
+    found = None if statistics is None else jax.tree.map(lambda x: stack_first(x, site.stack), dict(statistics))
 
     def init(key: jax.Array, w: Any, found: Leaves | None) -> dict[str, Any]:
         return dict(method.init(key, site, w) if method.observes is None else method.init(key, site, w, found))

@@ -16,13 +16,35 @@ from jpeft.core.tree import Path, nearest
 COVARIANCE, GRADIENT = "covariance", "gradient"
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix ``left @ right`` that is too large to hold for every site, as one that was observed by a sketch.
+
+    Attributes:
+      left: ``[..., rows, rank]``.
+      right: ``[..., rank, columns]``.
+    """
+
+    left: Any
+    right: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*np.shape(self.left)[:-1], np.shape(self.right)[-1])
+
+    def dense(self) -> jax.Array:
+        """The matrix itself."""
+        return self.left @ self.right
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, Mapping[str, Any]]):
     """What `jpeft.observe` found at each site, by the site's name.
 
     At a site it is ``{"covariance": [..., in, in]}``, the mean of xᵀx over tokens, or ``{"gradient": [..., in, out]}``,
     the mean gradient of the loss with respect to the weight, in float32. The leading axes are those of the weight's
-    stack (where the model stacks it) and batch (experts, heads).
+    stack (where the model stacks it) and batch (experts, heads). Of a wide weight it may be a `LowRank`.
 
     Attributes:
       found: the statistics.

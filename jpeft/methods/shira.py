@@ -17,6 +17,7 @@ from jpeft.checks import POSITIVE_INT, one_of, or_none
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site
+from jpeft.core.statistics import LowRank
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families.torch_random import SEED, randperm
 
@@ -102,6 +103,11 @@ class SHiRA(WeightMethod):
             starts = np.arange(count + 1) * size // count
             return jax.random.randint(key, (count,), *jnp.asarray([starts[:-1], starts[1:]], jnp.int32))
         g = 1.0 if statistics is None else statistics["gradient"]
+        if isinstance(g, LowRank):
+            raise ValueError(
+                f"{self.name}: the gradient of a weight with {site.inputs} inputs was not kept whole, as its largest "
+                f"entries need; observe it with jpeft.observe(..., widest={site.inputs})"
+            )
         score = {"magnitude": w, "gradient": g, "snip": w * g}[self.mask]
         return jnp.sort(jax.lax.top_k(jnp.abs(score).T.reshape(-1), count)[1])
 

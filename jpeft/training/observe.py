@@ -7,21 +7,21 @@ quantized bases as every method does, and one gradient of the user's own loss fu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg
 
 from jpeft.binding import bind_survey, front_end, survey_model
 from jpeft.core.fingerprint import fingerprint
 from jpeft.core.frontend import bypassed
-from jpeft.core.geometry import Lookup
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.peft import Peft
-from jpeft.core.sites import BOX, MERGE, Site, Survey
-from jpeft.core.statistics import COVARIANCE, GRADIENT, Statistics
+from jpeft.core.sites import BOX, MERGE, Site, Survey, map_axes, stack_back, stack_first
+from jpeft.core.statistics import COVARIANCE, GRADIENT, LowRank, Statistics
 from jpeft.core.tree import Tree, flatten, split_variables
 from jpeft.methods.base import Method, WeightMethod
 from jpeft.methods.chain import Chain
@@ -29,7 +29,15 @@ from jpeft.training.step import LossFn
 
 
 def observe(
-    method: Method, model: Any, params: Tree, loss_fn: LossFn, batches: Iterable[Any], *, rng: jax.Array | None = None
+    method: Method,
+    model: Any,
+    params: Tree,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    rng: jax.Array | None = None,
+    widest: int = 4096,
+    columns: int = 256,
 ) -> Statistics:
     """What a method's start needs to know of data, for ``peft.init(key, params, statistics=...)``.
 
@@ -44,6 +52,10 @@ def observe(
         ``peft.apply`` or by itself.
       batches: a few batches of the training data; all count alike, and all of one shape share a compiled program.
       rng: the key that ``loss_fn`` gets, folded with the batch's number; by default ``jax.random.key(0)``.
+      widest: the largest number of inputs of a weight whose statistics are held in full. Those of wider ones are
+        sketched: multiplied by random matrices of ``columns`` columns (Tropp et al. 2017, 1609.00048 and 1706.05736),
+        which tell their main directions, as many as a fraction of the columns, in ``columns / inputs`` of the memory.
+      columns: see ``widest``.
 
     Raises:
       ValueError: no batches; a method that needs no data; a ``loss_fn`` that does not call the model or whose loss does
@@ -64,7 +76,11 @@ def observe(
     first = next(batches, None)
     if first is None:
         raise ValueError("batches is empty; observing needs at least one batch")
-    probes = _probes(method, model, params, lambda p, b: loss_fn({}, p, b, rng), first)
+
+    def sketch(site: Site) -> int:
+        return columns if site.inputs > max(widest, columns) else 0
+
+    probes = _probes(method, model, params, lambda p, b: loss_fn({}, p, b, rng), first, sketch)
     step = jax.jit(functools.partial(_gradient, probes, loss_fn))
     total, count = step(params, first, jax.random.fold_in(rng, 0)), 1
     for count, batch in enumerate(batches, 2):
@@ -73,20 +89,20 @@ def observe(
     return _statistics(probes, total, count, flatten(split_variables(params)[0]))
 
 
-def _probes(method: Method, model: Any, params: Tree, loss: Any, batch: Any) -> Peft:
+def _probes(method: Method, model: Any, params: Tree, loss: Any, batch: Any, sketch: Callable[[Site], int]) -> Peft:
     """The probes for what the members of a method observe, bound to the model in the form of the loss's own call."""
     with bypassed():
         inputs, kwargs = front_end(model).called(model, loss, params, batch)
     survey = survey_model(model, params, inputs, kwargs)
-    sites: dict[str, dict[str, Site]] = {}
+    sites: dict[tuple[str, int], dict[str, Site]] = {}
     for member in method.methods():
         for site in member.sites(survey):
             if (kind := member.at(site).observes) is not None:
                 _check_site(member.name, kind, site)
-                sites.setdefault(kind, {})[site.name] = site
+                sites.setdefault((kind, sketch(site)), {})[site.name] = site
     if not sites:
         raise ValueError(f"{method.name} starts without data: there is nothing to observe for its init_weights")
-    members = [_PROBES[kind](chosen=tuple(own.values())) for kind, own in sites.items()]
+    members = [_PROBES[kind](chosen=tuple(own.values()), columns=n) for (kind, n), own in sites.items()]
     return bind_survey(Chain(*members), model, params, survey)
 
 
@@ -115,19 +131,16 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
     leaves = flatten(total)
     found: dict[str, dict[str, Any]] = {}
     for action in probes.actions:
-        own, site = probes.own(action, leaves), action.site
-        if action.method.kind == COVARIANCE:
-            tokens = own["probe_tokens"]
-            if float(tokens.min()) == 0:
+        own, site, kind = probes.own(action, leaves), action.site, action.method.kind
+        divisor = count
+        if kind == COVARIANCE:
+            divisor = own.pop("probe_tokens")[..., None, None]
+            if float(divisor.min()) == 0:
                 raise ValueError(f"the loss does not depend on the output at {site.name!r}; observe another loss")
-            value = own["probe_covariance"] / tokens[..., None, None]
-        else:
-            value = own["probe_gradient"] / count
-        if not bool(jnp.isfinite(value).all()):
-            raise ValueError(
-                f"the {action.method.kind} at {site.name!r} is not finite; look at the loss of these batches"
-            )
-        found.setdefault(site.name, {})[action.method.kind] = value
+        value = action.method.read({name: x / divisor for name, x in own.items()}, site)
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(value)):
+            raise ValueError(f"the {kind} at {site.name!r} is not finite; look at the loss of these batches")
+        found.setdefault(site.name, {})[kind] = value
     weights = {a.site.name: fingerprint({"w": base[a.site.weight_path]})["w"] for a in probes.actions}
     return Statistics(found, weights)
 
@@ -137,12 +150,20 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Probe(WeightMethod):
-    """A method at given sites that leaves the outputs as they are."""
+    """A method at given sites that leaves the outputs as they are.
+
+    Attributes:
+      chosen: the sites.
+      columns: of the sketch; 0 for the whole statistic.
+    """
 
     chosen: tuple[Site, ...] = ()
+    columns: int = 0
 
     kind: ClassVar[str]
-    uncast: ClassVar[frozenset[str]] = frozenset({"probe_covariance", "probe_tokens", "probe_gradient"})
+    uncast: ClassVar[frozenset[str]] = frozenset(
+        {"probe_covariance", "probe_tokens", "probe_gradient", "probe_left", "probe_right"}
+    )
 
     def sites(self, survey: Survey) -> list[Site]:
         return list(self.chosen)
@@ -150,9 +171,14 @@ class _Probe(WeightMethod):
     def matched(self, survey: Survey, sites: Sequence[Site]) -> list[Any]:
         return []
 
+    def read(self, leaves: Leaves, site: Site) -> Any:
+        """The statistic from the leaves' gradients, stacked as they are."""
+        (value,) = leaves.values()
+        return value
+
 
 class _Covariance(_Probe):
-    """Its leaf's gradient is xᵀx, whatever the loss."""
+    """Its leaf's gradient is xᵀx, whatever the loss, or xᵀx Ω with a random Ω."""
 
     kind = COVARIANCE
 
@@ -160,47 +186,109 @@ class _Covariance(_Probe):
         return False
 
     def init(self, key: jax.Array, site: Site, w: Any) -> Leaves:
-        return {"probe_covariance": jnp.zeros((site.inputs, site.inputs)), "probe_tokens": jnp.zeros(())}
+        shape = (site.inputs, self.columns or site.inputs)
+        return {"probe_covariance": jnp.zeros(shape), "probe_tokens": jnp.zeros(())}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> jax.Array:
-        rows = x if isinstance(x, jax.Array) else x @ jnp.eye(leaves["probe_covariance"].shape[0], dtype=x.dtype)
-        return _observed(rows, base(x), leaves["probe_covariance"], leaves["probe_tokens"])
+        inputs = leaves["probe_covariance"].shape[0]
+        rows = x if isinstance(x, jax.Array) else x @ jnp.eye(inputs, dtype=x.dtype)
+        return _observed(self.columns, rows, base(x), leaves["probe_covariance"], leaves["probe_tokens"])
+
+    def read(self, leaves: Leaves, site: Site) -> Any:
+        value = leaves["probe_covariance"]
+        return _mapped(_from_sketch, site)(value) if self.columns else value
 
 
 class _WeightGradient(_Probe):
-    """Its leaf is added to the weight, and has the weight's gradient."""
+    """Its leaves are added to the weight, and have its gradient G, or G Ω and Ψᵀ G with random Ω and Ψ."""
 
     kind = GRADIENT
 
     def init(self, key: jax.Array, site: Site, w: Any) -> Leaves:
-        return {"probe_gradient": jnp.zeros((site.inputs, site.outputs))}
+        if not self.columns:
+            return {"probe_gradient": jnp.zeros((site.inputs, site.outputs))}
+        left, right = jnp.zeros((site.inputs, self.columns)), jnp.zeros((2 * self.columns, site.outputs))
+        return {"probe_left": left, "probe_right": right}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> jax.Array:
-        change = leaves["probe_gradient"]
         y = base(x)
-        return y + (x @ change if isinstance(x, Lookup) else x @ change.astype(x.dtype)).astype(y.dtype)
+        change = {name: leaf.astype(x.dtype) for name, leaf in leaves.items()}
+        if not self.columns:
+            return y + (x @ change["probe_gradient"]).astype(y.dtype)
+        omega, psi = (m.astype(x.dtype) for m in _two_sides(leaves))
+        return y + ((x @ change["probe_left"]) @ omega.T + (x @ psi) @ change["probe_right"]).astype(y.dtype)
 
     def merge(self, leaves: Leaves, w: jax.Array, b: Any) -> tuple[jax.Array, Any]:
-        return w + leaves["probe_gradient"], b
+        if not self.columns:
+            return w + leaves["probe_gradient"], b
+        omega, psi = _two_sides(leaves)
+        return w + leaves["probe_left"] @ omega.T + psi @ leaves["probe_right"], b
+
+    def read(self, leaves: Leaves, site: Site) -> Any:
+        return _mapped(_from_two_sides, site)(dict(leaves)) if self.columns else super().read(leaves, site)
 
 
 _PROBES: dict[str, Any] = {COVARIANCE: _Covariance, GRADIENT: _WeightGradient}
 
 
-@jax.custom_vjp
-def _observed(x: jax.Array, y: jax.Array, covariance: jax.Array, tokens: jax.Array) -> jax.Array:
+def _mapped(fn: Callable[[Any], Any], site: Site) -> Callable[[Any], Any]:
+    """A function of one matrix's leaves, for leaves as they are stored."""
+
+    @jax.jit
+    def run(leaves: Any) -> Any:
+        first = jax.tree.map(lambda x: stack_first(x, site.stack), leaves)
+        out = map_axes(fn, len(site.stack) + len(site.batch))(first)
+        return jax.tree.map(lambda x: stack_back(x, site.stack), out)
+
+    return run
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _observed(columns: int, x: jax.Array, y: jax.Array, covariance: jax.Array, tokens: jax.Array) -> jax.Array:
     return y
 
 
-def _observed_forward(x: jax.Array, y: jax.Array, covariance: jax.Array, tokens: jax.Array) -> Any:
+def _observed_forward(columns: int, x: jax.Array, y: jax.Array, covariance: jax.Array, tokens: jax.Array) -> Any:
     return y, x
 
 
-def _observed_backward(x: jax.Array, dy: jax.Array) -> Any:
+def _observed_backward(columns: int, x: jax.Array, dy: jax.Array) -> Any:
     # A token that the loss does not depend on, as padding, has no gradient.
     counts = (dy != 0).any(-1).reshape(-1).astype(jnp.float32)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return jnp.zeros_like(x), dy, (rows * counts[:, None]).T @ rows, counts.sum()
+    other = rows @ _random(0, rows.shape[-1], columns) if columns else rows
+    return jnp.zeros_like(x), dy, (rows * counts[:, None]).T @ other, counts.sum()
 
 
 _observed.defvjp(_observed_forward, _observed_backward)
+
+
+# --- sketches ---------------------------------------------------------------------------------------------------------
+
+
+def _random(seed: int, rows: int, columns: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (rows, columns), jnp.float32)
+
+
+def _from_sketch(product: jax.Array) -> LowRank:
+    """The Nyström approximation F Fᵀ of a positive semidefinite C, from C Ω."""
+    omega = _random(0, *product.shape)
+    shift = jnp.finfo(jnp.float32).eps * jnp.linalg.norm(product)  # so that the Cholesky factor exists
+    product = product + shift * omega
+    core = omega.T @ product
+    lower = jnp.linalg.cholesky((core + core.T) / 2)
+    left = jax.scipy.linalg.solve_triangular(lower, product.T, lower=True).T
+    return LowRank(left, left.T)
+
+
+def _two_sides(leaves: Leaves) -> tuple[jax.Array, jax.Array]:
+    (inputs, columns), (rows, outputs) = leaves["probe_left"].shape, leaves["probe_right"].shape
+    return _random(1, outputs, columns), _random(2, inputs, rows)
+
+
+def _from_two_sides(leaves: Leaves) -> LowRank:
+    """The approximation Q (Ψᵀ Q)⁺ Ψᵀ G of a matrix G, where Q is a basis of G Ω."""
+    _, psi = _two_sides(leaves)
+    q, _ = jnp.linalg.qr(leaves["probe_left"])
+    right, *_ = jnp.linalg.lstsq(psi.T @ q, leaves["probe_right"])
+    return LowRank(q, right)

@@ -14,7 +14,7 @@ import jpeft
 from jpeft.core.tree import flatten
 from jpeft.methods import WeightMethod
 from tests.contract import close
-from tests.zoo import USES, Model, parameters
+from tests.zoo import USES, Model, numbers, parameters
 
 IDS = jnp.array([[3, 5, 7, 2], [4, 1, 0, 0]])
 MASK = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -166,3 +166,37 @@ def test_what_cannot_be_observed_is_told():
     table, table_params, ids, table_loss = setting("embed")
     with pytest.raises(ValueError, match="it is an embedding table; leave it out with exclude"):
         jpeft.observe(replace(method, targets=r".*/op"), table, table_params, table_loss, [ids])
+
+
+def wide(dtype="float32"):
+    """``(model, params, x, loss_fn)`` where inputs and gradients have few directions that matter."""
+    model = nn.Dense(40)
+    x = numbers(jax.ShapeDtypeStruct((64, 3), jnp.float32)) @ numbers(jax.ShapeDtypeStruct((3, 48), jnp.float32))
+    params = parameters(model, x)
+
+    def loss_fn(adapter, params, batch, rng):
+        y = model.apply({"params": params}, batch)
+        return (y**2).mean(), {}
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(40, name="op")(x)
+
+    model = Net()
+    return model, {"op": params}, x, loss_fn
+
+
+@pytest.mark.parametrize("kind", [FromInputs, FromGradient])
+def test_a_sketch_of_a_wide_weight_tells_the_directions_that_matter(kind):
+    model, params, x, loss_fn = wide()
+    method = kind(targets="op")
+    want = jpeft.observe(method, model, params, loss_fn, [x])["op"][method.observes]
+    found = jpeft.observe(method, model, params, loss_fn, [x], widest=16, columns=12)["op"][method.observes]
+    assert found.shape == want.shape and found.left.shape == (48, 12)
+    close(found.dense(), want, 1e-4)
+    peft = jpeft.LoRA(rank=3, init_weights="eva", targets="op").bind(model, params, x)
+    if kind is FromInputs:
+        starts = [peft.init(jax.random.key(0), params, statistics={"op": {"covariance": c}}) for c in (want, found)]
+        planes = [np.linalg.qr(start["op"]["lora_a"])[0] for start in starts]
+        np.testing.assert_allclose(np.linalg.svd(planes[0].T @ planes[1])[1], 1, atol=1e-4)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jaxtyping import Array, Float, Key
 
+from jpeft.core.statistics import LowRank
+
 Matrix = Float[Array, "rows columns"]
 Factors = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
 
@@ -76,10 +78,13 @@ def mica(w: Matrix, rank: int) -> Factors:
     return jnp.zeros((w.shape[0], rank), jnp.float32), vt[-rank:]
 
 
-def eva(w: Matrix, covariance: Matrix, rank: int) -> Factors:
+def eva(w: Matrix, covariance: Matrix | LowRank, rank: int) -> Factors:
     """EVA (2410.07170): A is the main directions of the inputs, B is zero."""
-    _, vectors = jnp.linalg.eigh(_wide(covariance))
-    return vectors[:, ::-1][:, :rank], jnp.zeros((rank, w.shape[1]), jnp.float32)
+    if isinstance(covariance, LowRank):  # F Fᵀ
+        vectors, _, _ = _svd(covariance.left)
+    else:
+        vectors = jnp.linalg.eigh(_wide(covariance))[1][:, ::-1]
+    return vectors[:, :rank], jnp.zeros((rank, w.shape[1]), jnp.float32)
 
 
 def corda(w: Matrix, covariance: Matrix, rank: int, scale: float, corda_method: str = "ipm") -> Factors:
@@ -186,5 +191,5 @@ def _svd(w: Matrix) -> tuple[Array, Array, Array]:
     return u, s, vt
 
 
-def _wide(w: Matrix) -> Matrix:
-    return w.astype(jnp.float32)
+def _wide(w: Matrix | LowRank) -> Matrix:
+    return (w.dense() if isinstance(w, LowRank) else w).astype(jnp.float32)
