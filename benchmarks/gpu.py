@@ -1,6 +1,6 @@
 """One script for an accelerator: training steps, forward passes and decoding at the shapes of Llama 3.2 1B and 3.1 8B.
 
-    python benchmarks/gpu.py [--only lora,qlora,torch,forward,decode] [--shapes 1B,8B] [--json gpu.json]
+    python benchmarks/gpu.py [--only lora,qlora,torch,forward,decode,methods] [--shapes 1B,8B] [--json gpu.json]
 
 It needs this checkout, jax, flax and optax; weights are random. On a CPU, or with --tiny, the shapes are tiny and the
 code is the same. Each measurement has a process of its own, whose peak of memory is therefore its own, and which leaves
@@ -19,6 +19,9 @@ torch         The same steps with HuggingFace's model and PEFT, where torch, tra
 forward       The loss of those rows without gradients: without adapter, with it, and with it merged.
 decode        Greedy decoding of 8 prompts of 512 tokens: tokens of the prompts per second until the first new token,
               and new tokens per second after it.
+methods       The step over a base in bfloat16 for every method of `jpeft.methods.METHODS`, in the configurations of
+              `benchmarks/methods.py`, timed in turn with LoRA's, and the temporary bytes of its program. Only if asked
+              for: each method compiles.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from typing import Any
 from common import machine, markdown
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("lora", "qlora", "torch", "forward", "decode")
+SECTIONS = ("lora", "qlora", "torch", "forward", "decode", "methods")
 MODELS = {"1B": ("llama-3.2-1b", 4), "8B": ("llama-3.1-8b", 2)}  # the configuration and the rows of a batch
 FULL = {"length": 4096, "prompts": 8, "prompt": 512, "new": 128}
 TINY = {"length": 64, "rows": 2, "prompts": 2, "prompt": 16, "new": 4}
@@ -95,6 +98,8 @@ def cases(args: argparse.Namespace, backend: str) -> Iterator[tuple[str, str, di
     for kind in ("forward", "decode"):
         for shape in args.shapes if kind in wanted else ():
             yield kind, shape, {**common, **sizes[shape], "quantized": False, "remat": "none", "what": kind}
+    for shape in args.shapes if "methods" in wanted else ():
+        yield "methods", shape, {**common, **sizes[shape], "quantized": False, "remat": args.remat, "what": "methods"}
 
 
 # --- processes ---
@@ -206,12 +211,31 @@ def speed_table(kind: str, found: dict[str, dict[str, Any]]) -> None:
         markdown(head, body)
 
 
+def methods_table(found: dict[str, dict[str, Any]]) -> None:
+    """A step of every method beside LoRA's."""
+    head, body = ["method", "shape", "trained", "ms", "time / LoRA", "temporary GiB", "/ LoRA"], []
+    for name, result in found.items():
+        section, shape = name.split("/")
+        rows = {"": result} if why(result) else result
+        for method, row in rows.items() if section == "methods" else ():
+            if reason := why(row):
+                body.append([method, shape, reason, *[""] * (len(head) - 3)])
+                continue
+            cells = [method, shape, f"{row['trained']:,}", f"{1000 * row['seconds']:.1f}"]
+            cells += [f"{row['relative']['time']:.3f}", gib(row["temporary_bytes"])]
+            body.append([*cells, f"{row['relative']['temporary_bytes']:.3f}"])
+    if body:
+        print("\n### Methods\n")
+        markdown(head, body)
+
+
 # --- the command ---
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, separated by commas")
+    sections = ",".join(SECTIONS[:-1])
+    parser.add_argument("--only", default=sections, help="sections to run, separated by commas")
     parser.add_argument("--shapes", default=",".join(MODELS), help="shapes to run, separated by commas")
     parser.add_argument("--remat", default="full", choices=("full", "dots", "none"), help="checkpointing of layers")
     parser.add_argument("--rounds", type=int, default=8, help="measured steps")
@@ -246,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
             left, began = end - time.monotonic(), time.monotonic()
             script = "torch_lora.py" if section.startswith("torch") else "gpu_cases.py"
             late = {"missing": f"not run: {args.minutes:g} minutes are over"}
+            case["seconds"] = left - 60  # for a case of many measurements to end in time
             result = results[f"{section}/{shape}"] = run(script, case, env, left) if left > 5 else late
             state = why(result) or f"{time.monotonic() - began:.0f} s"
             print(f"{section} {shape}: {state}", file=sys.stderr, flush=True)
@@ -254,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     train_table(results, device["peak_flops"])
     for kind in ("forward", "decode"):
         speed_table(kind, results)
+    methods_table(results)
     return 1 if any("failed" in result for result in results.values()) else 0
 
 

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common import Variant, measure, ratio
+from methods import BASE, configured
 
 import jpeft
 from jpeft.core.tree import count, size_bytes
 from jpeft.errors import UserError
 from jpeft.hardware import utilization
+from jpeft.methods import METHODS, Method
 from jpeft.models import loading
 from jpeft.recipes.tasks import chat
 from jpeft.text.conversations import Batch
@@ -106,9 +108,9 @@ def probe(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def step_of(case: dict[str, Any], model: Any, params: Any) -> tuple[Any, Any]:
-    """The step of `jpeft finetune` and its state, abstract if the parameters are."""
-    peft, key = lora(case).bind(model, params, *chat.example_inputs()), jax.random.key(1)
+def step_of(case: dict[str, Any], model: Any, params: Any, method: Method | None = None) -> tuple[Any, Any]:
+    """The step of `jpeft finetune` and its state, abstract if the parameters are. ``method``: by default LoRA."""
+    peft, key = (method or lora(case)).bind(model, params, *chat.example_inputs()), jax.random.key(1)
     state = jpeft.TrainState.create(peft, peft.init(key, params), TX, key)
     return jpeft.train_step(peft, chat.loss_fn(peft), TX, clip=1.0), state
 
@@ -249,7 +251,42 @@ def decode(case: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-CASES = {"probe": probe, "train": train, "plan": plan, "forward": forward, "decode": decode}
+def each_method(case: dict[str, Any]) -> dict[str, Any]:
+    """A training step of every method, each timed in rounds of its own beside LoRA's."""
+    model, shapes = abstract_model(case)
+    params, batch = random_params(shapes), jax.block_until_ready(jax.device_put(full_rows(case)))
+    end = time.monotonic() + case["seconds"]
+
+    def variant(name: str) -> Variant:
+        step, state = step_of(case, model, params, configured(name))
+        trained, _ = jpeft.partition(state.adapter, step.peft.labels(state.adapter))
+        compiled, holder, size = step.lower(state, params, batch).compile(), [state], count(trained)
+
+        def run() -> None:
+            holder[0], metrics = compiled(holder[0], params, batch)
+            jax.block_until_ready(metrics)
+
+        return Variant(name, run, trained=size, temporary_bytes=compiled.memory_analysis().temp_size_in_bytes)
+
+    base, out = variant(BASE), {}
+    for name in dict.fromkeys((BASE, *METHODS)):
+        if time.monotonic() > end:
+            out[name] = {"missing": "the time is up"}
+            continue
+        try:
+            own = base if name == BASE else variant(name)
+        except ValueError as error:  # the model has nothing that the method can act on
+            out[name] = {"missing": str(error)}
+            continue
+        base.times.clear()
+        measure(list(dict.fromkeys((base, own))), case["rounds"])
+        relative = {"time": ratio(own, base)}
+        relative["temporary_bytes"] = own.facts["temporary_bytes"] / base.facts["temporary_bytes"]
+        out[name] = {"seconds": statistics.median(own.times), **own.facts, "relative": relative}
+    return out
+
+
+CASES = {"probe": probe, "train": train, "plan": plan, "forward": forward, "decode": decode, "methods": each_method}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])

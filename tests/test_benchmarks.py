@@ -1,11 +1,14 @@
-"""`benchmarks/gpu.py` on a CPU: its cases, limits and tables, and the whole script with jax, flax and optax alone."""
+"""`benchmarks/gpu.py` on a CPU: its cases, limits and tables, and the whole script with jax, flax and optax alone; and
+`benchmarks/methods.py` on tiny models."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -14,12 +17,16 @@ ABSENT = ("jaxtyping", "safetensors", "orbax", "tokenizers", "jinja2", "grain", 
 
 
 @pytest.fixture(scope="module")
-def gpu():
+def scripts():
+    """Imports a script of the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        import gpu
+        yield importlib.import_module
 
-        yield gpu
+
+@pytest.fixture(scope="module")
+def gpu(scripts):
+    return scripts("gpu")
 
 
 def names(gpu, *argv):
@@ -77,6 +84,35 @@ def test_what_is_left_after_the_minutes_is_not_started(gpu, capsys, monkeypatch,
     assert started == ["probe"]
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert {each["missing"] for each in results.values()} == {"not run: 0.05 minutes are over"}
+
+
+def test_methods_are_measured_against_lora(scripts, tmp_path, capsys):
+    file = tmp_path / "methods.json"
+    argv = ["--tiny", "--no-torch", "--rounds", "1", "--models", "encoder", "--only", "Train,LoRA"]
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        scripts("methods").main([*argv, "--json", str(file)])
+    rows = json.loads(file.read_text())["models"]["encoder"]
+    assert list(rows) == ["Train", "LoRA"]
+    assert rows["LoRA"]["relative"] == {"flops": 1, "temporary_bytes": 1, "time": 1}
+    assert 0 < rows["Train"]["relative"]["flops"] < 1 and rows["Train"]["trained"] < rows["LoRA"]["trained"]
+    head, _, train, *_ = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    row = dict(zip(map(str.strip, head), map(str.strip, train), strict=True))
+    assert row["trained"] == f"{rows['Train']['trained']:,}" and row["torch ms"] == ""
+
+
+@pytest.mark.exhaustive  # a step of each, here and in torch
+@pytest.mark.filterwarnings("ignore")  # torch's and peft's own
+def test_every_method_is_measured(scripts, tmp_path):
+    from jpeft.core.interchange import HFSpec, form
+    from jpeft.methods import METHODS
+
+    file = tmp_path / "methods.json"
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        scripts("methods").main(["--tiny", "--rounds", "1", "--json", str(file)])
+    for rows in json.loads(file.read_text())["models"].values():
+        assert list(rows) == list(METHODS)
+        for name, row in rows.items():
+            assert "missing" in row or "torch" in row or not isinstance(form(METHODS[name]), HFSpec), name
 
 
 BARE = f"""
