@@ -364,6 +364,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "VBLoRA": {"rank": 2, "num_vectors": 5, "vector_length": 1, "init_vector_bank_bound": 1.0},
     "RandLoRA": {"rank": 3, "alpha": 2},
     "AdaLoRA": {"rank": 2},
+    "OFT": {"blocks": 1},
+    "BOFT": {"blocks": 1},
+    "HRA": {"rank": 2},
 }
 
 
@@ -401,15 +404,11 @@ VARIANTS: dict[str, Entry] = {
     "LoRA + IA3": Entry(
         lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u)))
     ),
-    # A single block fits every weight.
-    "OFT": Entry(lambda u: jpeft.methods.OFT(blocks=1, **_parts(u))),
     "OFT exact, shared": Entry(
         lambda u: jpeft.methods.OFT(block_size=2, exact=True, share=True, coft=True, eps=0.2, **_parts(u)),
         (*_SOME, "embed"),
     ),
-    "BOFT": Entry(lambda u: jpeft.methods.BOFT(blocks=1, **_parts(u))),
     "BOFT two factors": Entry(lambda u: jpeft.methods.BOFT(block_size=2, factors=2, **_parts(u)), _SOME),
-    "HRA": Entry(lambda u: jpeft.methods.HRA(rank=2, **_parts(u))),
     "HRA orthogonal": Entry(lambda u: jpeft.methods.HRA(rank=3, orthogonal=True, **_parts(u)), (*_SOME, "embed")),
     "LoHa, as one product": Entry(lambda u: jpeft.methods.LoHa(rank=1, **_parts(u)), (*_SOME, "fused qkv")),
     "LoHa, split": Entry(
