@@ -23,13 +23,17 @@ from .core.tree import partition as partition
 from .io import load as load
 from .io import save as save
 from .linen.registry import register_geometry as register_geometry
+from .methods.adalora import AdaLoRA as AdaLoRA
 from .methods.bitfit import BitFit as BitFit
 from .methods.bottleneck import Bottleneck as Bottleneck
 from .methods.chain import Chain as Chain
+from .methods.dora import DoRA as DoRA
 from .methods.ia3 import IA3 as IA3
 from .methods.lora import LoRA as LoRA
+from .methods.oft import OFT as OFT
 from .methods.prefix import PrefixTuning as PrefixTuning
 from .methods.train import Train as Train
+from .methods.vera import VeRA as VeRA
 from .parallel.batches import shard_batch as shard_batch
 from .parallel.rules import shard as shard
 from .planning import plan as plan

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.geometry.base import Geometry
 from jpeft.core.tree import Path, join
+
+if TYPE_CHECKING:
+    from jpeft.core.geometry.base import Geometry
 
 # (axis, size) of each stacking of a stored leaf, outermost first: the axes that nn.scan and nn.vmap slice off.
 Stack = tuple[tuple[int, int], ...]

@@ -20,7 +20,6 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import Rule, is_int, shown
-from jpeft.core.interchange import HFSpec, Role
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import (
@@ -36,6 +35,7 @@ from jpeft.core.targets import (
 from jpeft.methods.spelling import InitSignature, check_names, check_protocol, no_field
 
 if TYPE_CHECKING:
+    from jpeft.core.interchange import HFSpec, Role
     from jpeft.core.peft import Peft
 
 
