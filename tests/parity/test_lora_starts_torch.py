@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, LoraGAConfig, get_peft_model
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
 from peft.tuners.lora.eva import SVDHook, get_eva_state_dict
@@ -169,3 +169,28 @@ def test_evas_ranks():
     got = redistribute(jpeft.LoRA(rank=3, alpha=6), seen)
     assert {name: fields["rank"] for name, fields in got.overrides.items()} == want and len(set(want.values())) == 2
     assert all(fields["alpha"] == 2 * fields["rank"] for fields in got.overrides.values())  # the scale stays 2
+
+
+@pytest.mark.parametrize("cls", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_carried_start_is_an_ordinary_adapter_of_twice_the_rank_in_torch(cls, rslora, tmp_path):
+    model = nn.Sequential([nn.Dense(OUT, use_bias=False)])
+    params = {"layers_0": {"kernel": jnp.asarray(W)}}
+    method = jpeft.methods.METHODS[cls](rank=RANK, alpha=ALPHA, rslora=rslora, init_weights="pissa", targets="layers_0")
+    peft = method.bind(model, params, jnp.ones((1, IN)))
+    own = dict(peft.init(jax.random.key(0), params)["layers_0"])
+    own["lora_a"] = own["lora_a"] + rng.normal(0, 0.3, (IN, RANK)).astype(np.float32)
+    want = np.asarray(peft.apply(params, {"layers_0": own}, jnp.asarray(X)))
+    assert np.abs(want - X @ W).max() > 0.1
+    jpeft.hf.save(tmp_path / "adapter", peft, {"layers_0": own}, params)
+
+    net = torch.nn.Module()
+    net.layers_0 = Net().dense
+    net.forward = lambda x: net.layers_0(x)
+    adapted = PeftModel.from_pretrained(net, tmp_path / "adapter").eval()
+    config = adapted.peft_config["default"]
+    assert (config.r, config.init_lora_weights) == (2 * RANK, True)
+    with torch.no_grad():
+        np.testing.assert_allclose(adapted(torch.tensor(X)).numpy(), want, atol=1e-4)
+    again, read = jpeft.hf.load(tmp_path / "adapter", model, params, jnp.ones((1, IN)))
+    np.testing.assert_allclose(again.apply(params, read, jnp.asarray(X)), want, atol=1e-5)
