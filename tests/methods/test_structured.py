@@ -317,6 +317,32 @@ def test_no_matrix_of_the_weights_size_is_computed(name):
     assert INPUTS * OUTPUTS not in {math.prod(shape) for shape in sizes(jaxpr)}
 
 
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_on_the_input_of_the_update():
+    """A unit vector is dropped, or its row of the change is scaled up."""
+    cases = [MiSS(rank=7, dropout=0.25), GraLoRA(rank=4, hybrid_rank=2, dropout=0.25), HiRA(rank=2, dropout=0.25)]
+    params, pefts = parameters(), [bound(method) for method in cases]
+    adapters = [moved(peft, params) for peft in pefts]
+    units = np.eye(INPUTS, dtype=np.float32)
+
+    @jax.jit
+    def run(adapters):
+        rngs = {"dropout": jax.random.key(0)}
+        return [
+            (peft.apply(params, a, units, IDS, IMAGE, rngs=rngs)[0], peft.merge(params, a)["dense"]["kernel"])
+            for peft, a in zip(pefts, adapters, strict=True)
+        ]
+
+    base = params["dense"]
+    for y, merged in run(adapters):
+        got, change = np.asarray(y - base["kernel"] - base["bias"]), np.asarray(merged - base["kernel"])
+        dropped = np.abs(got).max(axis=1) < 1e-5
+        assert 0 < dropped.sum() < INPUTS
+        np.testing.assert_allclose(got[~dropped], change[~dropped] / 0.75, atol=1e-5)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
