@@ -386,7 +386,9 @@ def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
 VARIANTS: dict[str, Entry] = {
     "LoRA": Entry(lambda u: jpeft.LoRA(rank=2, alpha=3, **_parts(u))),
     "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), _SOME),
-    "LoRA pissa": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="pissa", rslora=True, **_parts(u)), (*_SOME, "embed")),
+    "LoRA pissa": Entry(
+        lambda u: jpeft.LoRA(rank=2, init_weights="pissa", rslora=True, **_parts(u)), (*_SOME, "embed")
+    ),
     "LoRA mica": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="mica", **_parts(u)), _SOME),
     "LoRA-FA": Entry(lambda u: jpeft.LoRA(rank=2, freeze_a=True, **_parts(u)), _SOME),
     "DoRA": Entry(lambda u: jpeft.methods.DoRA(rank=2, alpha=3, **_parts(u))),
@@ -438,7 +440,6 @@ VARIANTS: dict[str, Entry] = {
         lambda u: jpeft.methods.RoAd(group_size=2, **_parts(u)),
         (*_SOME, "dense_general, batch", "fused qkv", "embed, tied by attend", "raw, in a loop"),
     ),
-    "VeRA saved": Entry(lambda u: jpeft.methods.VeRA(rank=2, seed=3, save_projection=True, **_parts(u)), ("dense",)),
     "RandLoRA sparse": Entry(lambda u: jpeft.methods.RandLoRA(rank=4, sparse=True, **_parts(u)), ("dense",)),
     "RoAd 4": Entry(lambda u: jpeft.methods.RoAd(variant="road_4", group_size=2, **_parts(u)), _SOME),
     "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*_SOME, "raw", "embed")),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import HiraConfig, LoHaConfig, LoKrConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, PeftModel, get_peft_model
 
 import jpeft
 
@@ -60,6 +60,7 @@ CASES = {
         r=1, use_effective_conv2d=True, decompose_both=True, decompose_factor=2, target_modules=["image", "point"]
     ),
     "HiRA": HiraConfig(r=3),
+    "AdaLoRA": AdaLoraConfig(init_r=3, lora_alpha=4, total_step=5, target_modules=["image", "point"]),  # no 1-D kernels
 }
 
 

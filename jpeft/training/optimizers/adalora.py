@@ -10,7 +10,6 @@ e_k <- 0                                        unless S_k is among the largest 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,9 @@ import optax
 from flax.core import meta
 from jaxtyping import Array, Int
 
+from jpeft.core.actions import layer_mask
 from jpeft.core.peft import Peft
-from jpeft.core.sites import stack_back, stack_first
+from jpeft.core.sites import Site, stack_back, stack_first
 from jpeft.core.tree import Path, Tree, box_as, flatten, map_with_path
 from jpeft.methods.adalora import AdaLoRA
 
@@ -81,8 +81,10 @@ def allocate_ranks(
         raise ValueError("allocate_ranks needs an AdaLoRA in the bound method; this adapter has none")
     own = {action: tuple(action.leaf_path(name) for name in _LEAVES) for action in actions}
     paths = {path for three in own.values() for path in three}
-    sizes = {action: math.prod(dict(peft.structure)[e][0]) for action, (_, e, _) in own.items()}
-    triples, matrices = sum(sizes.values()), sum(size // action.method.rank for action, size in sizes.items())
+    there = {action: _matrices(action.site) for action in actions}
+    counts = {action: int(mask.sum()) for action, mask in there.items()}
+    triples, matrices = sum(n * action.method.rank for action, n in counts.items()), sum(counts.values())
+    stored = sum(mask.size * action.method.rank for action, mask in there.items())
     last, target = total_steps - final_steps, target_rank * matrices
     if not 0 < target < triples:
         mean = triples / matrices
@@ -125,9 +127,9 @@ def allocate_ranks(
         scores = {}
         for action in actions:
             a, e, b = (stack_first(new_j[path] * new_u[path], action.site.stack) for path in own[action])
-            scores[action] = e + a.mean(-2) + b.mean(-1)
+            scores[action] = jnp.where(there[action][..., None], e + a.mean(-2) + b.mean(-1), -jnp.inf)
         budget = jnp.asarray(budgets)[jnp.minimum(state.step, last)]
-        limit = jnp.sort(jnp.concatenate([score.ravel() for score in scores.values()]))[triples - budget - 1]
+        limit = jnp.sort(jnp.concatenate([score.ravel() for score in scores.values()]))[stored - budget - 1]
         chooses = (state.step > initial_steps) & ((state.step >= last) | (state.step % interval == 0))
         before, now = _open(params), _open(updates)
         for action, (_, e, _) in own.items():
@@ -146,3 +148,10 @@ def allocate_ranks(
 
 def _open(tree: Tree) -> dict[Path, Any]:
     return {path: meta.unbox(leaf) for path, leaf in flatten(tree).items()}
+
+
+def _matrices(site: Site) -> jax.Array:
+    """Whether the method acts on each matrix of a site, stacked in front."""
+    if site.layers is None:
+        return jnp.ones((*(n for _, n in site.stack), *site.batch), bool)
+    return stack_first(jnp.asarray(layer_mask(site)), site.stack)
