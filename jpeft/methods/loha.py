@@ -1,5 +1,4 @@
-"""LoHa: the elementwise product of two low-rank updates (FedPara, Hyeon-Woo et al. 2021,
-https://arxiv.org/abs/2108.06098; LyCORIS, Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
+"""LoHa: the product, entry by entry, of two low-rank updates (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098).
 
 y = x (W + s (B1 A1) ∘ (B2 A2)) + b        Bi: [in, r], Ai: [r, out], s = alpha / r
 """

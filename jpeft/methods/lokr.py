@@ -1,4 +1,4 @@
-"""LoKr: an update that is a Kronecker product (LyCORIS, Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
+"""LoKr: an update that is a Kronecker product (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 
 y = x (W + s W1 ⊗ W2) + b        W1: [in1, out1], W2: [in2, out2], in = in1 in2, out = out1 out2, s = alpha / r
 
