@@ -87,7 +87,7 @@ class C3A(WeightMethod):
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         spectrum = leaves["c3a_spectrum"]
-        return w + _matrix(w.shape[0] // len(spectrum), spectrum), b
+        return w + _matrix(w.shape[0] // len(spectrum), spectrum).astype(w.dtype), b
 
 
 def _convolved(

@@ -86,7 +86,7 @@ class FourierFT(WeightMethod):
         return added(base, x, leaves["fourierft_values"], form, change, sides)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
-        return w + _matrix(self._places(w.shape), w.shape, leaves["fourierft_values"]), b
+        return w + _matrix(self._places(w.shape), w.shape, leaves["fourierft_values"]).astype(w.dtype), b
 
     def _places(self, sides: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         return _places(*sides, self.n_frequency, self.seed)
