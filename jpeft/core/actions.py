@@ -184,10 +184,12 @@ def merge_matrix(
     out = action.method.merge(cast_leaves(used, wide), *old)
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"{action.method.name}.merge(leaves, w, b) must return (w, b), got {type(out).__name__}")
-    (w, b), on = out, leaves.get(action.mask)
-    if on is None:
-        return w, b
-    return jnp.where(on, w, old[0]), b if b is None or b is old[1] else jnp.where(on, b, old[1])
+    if action.mask not in leaves:
+        return out
+    # A bias that is given back stays the same object, by which `changes_bias` tells.
+    on, kept = leaves[action.mask], out[1] is old[1]
+    w, b = jax.tree.map(functools.partial(jnp.where, on), out, old)
+    return w, old[1] if kept else b
 
 
 def changes_bias(action: Action, shared: Leaves, leaves: Leaves) -> bool:

@@ -159,9 +159,9 @@ def _join(config: Config, file: TensorFile, name: str, site: Site, each: Sequenc
     for tensor in config.spec.tensors:
         if PARAMETER in tensor.kinds:
             one = next(t for t in config.spec.tensors if t.leaf == tensor.leaf and LINEAR in t.kinds)
-            found = [file.adapted[module].pop(one.key, None) for module in each]
-            if missing := [m for m, x in zip(each, found, strict=True) if x is None]:
+            if missing := [module for module in each if one.key not in file.adapted[module]]:
                 raise AdapterError(f"{file.path} lacks {f'{missing[0]}.{one.key}'!r}, which other experts have")
+            found = [file.adapted[module].pop(one.key) for module in each]
             if len({x.shape for x in found}) > 1:
                 raise AdapterError(f"{file.path}: {one.key!r} of {', '.join(each)} differ in their shapes")
             leaves = [one.to_tree(x, single(site)) for x in found]

@@ -80,17 +80,15 @@ def save(
     ('layers_0',)
     """
     peft.check_order(params, adapter, "jpeft.hf.save(path, peft, adapter, params)")
+    check_layout(experts)
     name, spec, beside = _specs(peft)
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
     peft, leaves = _in_their_form(peft, leaves)
-    names, experts = of_model(peft.model) if prefix is None else Names.of(prefix), check_layout(experts) or LAYOUTS[0]
+    names = of_model(peft.model) if prefix is None else Names.of(prefix)
+    weights = [a for a in peft.actions if a.site.kind == "weight"]
     adapted, others = (
-        {
-            layout.module_of(names, a.site): a
-            for a in peft.actions
-            if a.site.kind == "weight" and form(type(a.method)) is form_
-        }
+        {layout.module_of(names, a.site): a for a in weights if form(type(a.method)) is form_}
         for form_ in (spec, beside)
     )
     for action in (*adapted.values(), *others.values()):
@@ -98,7 +96,7 @@ def save(
     if both := sorted(adapted.keys() & others.keys()):
         raise ValueError(f"HuggingFace PEFT changes {both[0]!r} by one method, and this chain by two")
     copied = _copied(peft, base, spec)
-    contents = _Contents(names, spec, adapted, copied, check_layout(experts))
+    contents = _Contents(names, spec, adapted, copied, experts)
     tensors = _tensors(peft, leaves, contents)
     tied = tied_names(peft.model, names)
     heads = head_tensors(tied, spec, {k: x for k, x in tensors.items() if not _is_beside(k, beside)})
@@ -228,7 +226,7 @@ class _Contents:
     spec: HFSpec
     adapted: Mapping[str, Action]
     copied: Collection[Path]
-    experts: str | None
+    experts: str
 
     @functools.cached_property
     def modules(self) -> dict[str, Action]:

@@ -151,7 +151,7 @@ def test_copies_of_shared_tensors_are_ignored(params, tmp_path, monkeypatch):
     for change, match in (
         (lambda t: t["base_model.model.up.vera_A"].fill(7), r"up\.vera_A' differs from 'base_model\.vera_A'"),
         (
-            lambda t: t.update({"base_model.model.up.vera_order": np.ones(3, "f")}),
+            lambda t: t.update({"base_model.model.up.vera_order": np.full(3, 0.5, "f")}),
             r"up\.vera_order' is float32, expected integers",
         ),
         (lambda t: t.pop("base_model.vera_A"), "lacks 'base_model.vera_A', which a Copied needs"),
