@@ -19,6 +19,9 @@ CASES = {
     "VeRA from its seed": Case(
         "VeRA", lambda targets: VeraConfig(r=6, projection_prng_key=1, save_projection=False, target_modules=targets)
     ),
+    "VeRA on one layer": Case(
+        "VeRA", lambda targets: VeraConfig(r=6, layers_to_transform=[1], target_modules=targets), bases=("llama",)
+    ),
     "VB-LoRA": Case(
         "VBLoRA",
         lambda targets: VBLoRAConfig(num_vectors=20, vector_length=16, target_modules=targets),
@@ -61,6 +64,12 @@ CASES = {
         lambda targets: AdaLoraConfig(
             init_r=5, lora_alpha=3, lora_dropout=0.1, orth_reg_weight=0.1, total_step=9, target_modules=targets
         ),
+        differ=TOTAL_STEP,
+    ),
+    "AdaLoRA on one layer": Case(
+        "AdaLoRA",
+        lambda targets: AdaLoraConfig(init_r=3, layers_to_transform=[0], total_step=9, target_modules=targets),
+        bases=("llama",),
         differ=TOTAL_STEP,
     ),
 }
