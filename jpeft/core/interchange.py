@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from jpeft.checks import Rule
-from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.sites import Site
 
 # The kinds of torch modules that a tensor can belong to.
@@ -151,7 +150,7 @@ FAN_IN_FAN_OUT = Field("fan_in_fan_out", write=lambda method, site, config: site
 
 def window(site: Site) -> tuple[int, ...]:
     """The sizes of a convolution's window, whose axes stand last in torch; ``()`` for another site."""
-    return site.geometry.shape[:-2] if isinstance(site.geometry, Convolution) else ()
+    return site.geometry.window if site.geometry is not None else ()
 
 
 def own_axes(site: Site) -> tuple[int, ...]:

@@ -86,9 +86,9 @@ def load_of_run(
     if changed := difference(record["base"], params):
         raise UserError(f"{run}: the model {config.model} changed since the run began: {changed}")
     peft = bind(from_dict(record["method"]), model, params, inputs)
-    key = jax.random.key(0)
+    key, abstract = jax.random.key(0), jax.eval_shape(lambda: params)
     like = TrainState.create(
-        peft, jax.eval_shape(peft.init, key, params), optimizer(config, record["steps"]), jax.eval_shape(lambda: key)
+        peft, peft.init(key, abstract), optimizer(config, record["steps"], peft), jax.eval_shape(lambda: key)
     )
     with checkpoint.open_checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         state, step, kind = _restored(run, checkpoints, like, config.keep, log)

@@ -316,7 +316,7 @@ def _restore(
     job: Job, folder: Path, fresh: Any, rng: jax.Array, checkpoints: Checkpoints, reporter: Reporter
 ) -> tuple[Any, int]:
     """The training state of the newest checkpoint, or a new one, and the number of steps it has made."""
-    state = TrainState.create(job.peft, fresh, optimizer(job.config, job.steps), rng)
+    state = TrainState.create(job.peft, fresh, optimizer(job.config, job.steps, job.peft), rng)
     if checkpoints.latest_step() is None:
         return state, 0
     try:
@@ -335,7 +335,7 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
     evaluate = job.evaluator()
     _evaluate(run, 0, evaluate, fresh)
     _check_begins_finite(run)
-    step = training_step(job.peft, job.loss_fn(), optimizer(config, total), config)
+    step = training_step(job.peft, job.loss_fn(), optimizer(config, total, job.peft), config)
     rates, usage = np.asarray(learning_rate(config, total)(np.arange(total)), float), _usage(job, state)
     batches = itertools.islice(job.batches(start), total - start)
     with stop_signal() as received, Profiler(run.folder / "profile", run.setup.profile) as profiler:

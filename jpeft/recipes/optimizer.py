@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from jpeft.core.peft import Peft
+from jpeft.methods.adalora import AdaLoRA
 from jpeft.recipes.config import Config
+from jpeft.training.optimizers import allocate_ranks
 from jpeft.training.step import train_step
 
 
@@ -30,18 +32,25 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
     return schedule
 
 
-def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """AdamW with the configuration's learning rate and weight decay.
+def optimizer(config: Config, steps: int, peft: Peft) -> optax.GradientTransformation:
+    """AdamW with the configuration's learning rate and weight decay, and with what the method wants of an optimizer.
 
-    >>> optimizer(Config(), 100).init({"bias": jnp.zeros(2)})[0].count
-    Array(0, dtype=int32)
+    AdaLoRA's ranks fall to two thirds of their mean between a tenth and seven tenths of the steps.
+
+    >>> tx = optimizer(job.config, job.steps, job.peft)  # doctest: +SKIP
     """
-    return optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay)
+    tx = optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay)
+    ranks = [action.method.rank for action in peft.actions if isinstance(action.method, AdaLoRA)]
+    target = 2 * sum(ranks) // (3 * len(ranks)) if ranks else 0
+    if not target:
+        return tx
+    first, last = steps // 10, 3 * steps // 10
+    return allocate_ranks(peft, tx, total_steps=steps, target_rank=target, initial_steps=first, final_steps=last)
 
 
 def training_step(peft: Peft, loss_fn: Any, tx: optax.GradientTransformation, config: Config) -> Any:
     """The training step: clipped gradients, accumulated over the configuration's micro-batches.
 
-    >>> step = training_step(job.peft, job.loss_fn(), optimizer(job.config, job.steps), job.config)  # doctest: +SKIP
+    >>> step = training_step(job.peft, job.loss_fn(), tx, job.config)  # doctest: +SKIP
     """
     return train_step(peft, loss_fn, tx, clip=1.0, accumulate=config.accumulate)

@@ -132,7 +132,7 @@ def test_a_run_folder_that_cannot_be_made(capsys):
 def continued(run, config, start):
     """The adapter after the rest of a run, by hand from a checkpoint; and the counts of each step's data."""
     job = prepare.prepare(config, NullReporter())
-    tx = optimizer(config, job.steps)
+    tx = optimizer(config, job.steps, job.peft)
     state = TrainState.create(job.peft, job.peft.init(jax.random.key(0), job.params), tx, jax.random.key(0))
     with checkpoint.open_checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         state, _ = checkpoint.restore(checkpoints, state, start)

@@ -51,6 +51,7 @@ class Geometry:
       fused: whether a call can be computed without materializing the changed weight.
       channels: number of distinct input features, if the matrix has more rows than that (convolutions).
       calls: names of the module's calls whose products use the weight, if a trace showed them.
+      window: the sizes of a convolution's window.
     """
 
     leaf: str = "kernel"
@@ -62,6 +63,7 @@ class Geometry:
     fused = True
     channels: ClassVar[int | None] = None
     calls: ClassVar[tuple[str, ...]] = ()
+    window: ClassVar[tuple[int, ...]] = ()
 
     @property
     def batch(self) -> tuple[int, ...]:

@@ -80,6 +80,10 @@ class Convolution(Geometry):
     def channels(self) -> int:  # type: ignore[override]
         return self.shape[-1 if self.transposed else -2]
 
+    @property
+    def window(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.shape[:-2]
+
     def explains(self, use: Use, shape: tuple[int, ...]) -> bool:
         found = use.product
         is_whole = found.kind == CONVOLUTION and not found.weight.fixed and use.returned is not None
