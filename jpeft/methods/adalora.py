@@ -147,12 +147,13 @@ def _unpack(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
         for key, axis in _axes(_IN_FILE + name.rpartition(_E)[0]).items():
             if key not in out:
                 raise ValueError(f"{key!r} is missing, which rank_pattern names")
-            if out[key].shape[axis] == sum(mask):
-                shape = list(out[key].shape)
-                shape[axis] = rank
-                whole = np.zeros(shape, out[key].dtype)
-                whole[(slice(None),) * axis + (np.flatnonzero(mask),)] = out[key]
-                out[key] = whole
+            if (found := out[key].shape[axis]) != sum(mask):
+                raise ValueError(f"{key!r} has {found} triples, expected the {sum(mask)} that rank_pattern keeps")
+            shape = list(out[key].shape)
+            shape[axis] = rank
+            whole = np.zeros(shape, out[key].dtype)
+            whole[(slice(None),) * axis + (np.flatnonzero(mask),)] = out[key]
+            out[key] = whole
     return out
 
 
