@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jpeft.core import backend
 from jpeft.methods import BOFT, HRA, OFT
 
 ROWS, COLUMNS = 12, 5
@@ -174,3 +175,26 @@ def test_overrides_take_the_other_of_size_and_number():
     assert jax.eval_shape(lambda: method.bind(nn.Dense(COLUMNS), PARAMS, X).init(jax.random.key(0), PARAMS))[
         "oft_q"
     ].shape == (6, 1)
+
+
+METHODS = [OFT(block_size=4, targets=".*"), BOFT(factors=2, block_size=2, targets=".*"), HRA(rank=2, targets=".*")]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_turning_the_weight_is_turning_its_input(method, monkeypatch):
+    x = RNG.normal(size=(2 * COLUMNS, ROWS)).astype(np.float32)
+    peft = method.bind(nn.Dense(COLUMNS), PARAMS, x)
+    adapter = {
+        n: RNG.normal(0, 0.3, leaf.shape).astype("f") for n, leaf in peft.init(jax.random.key(0), PARAMS).items()
+    }
+
+    def values_and_gradients():
+        def loss(adapter, params, x):
+            return jnp.sin(peft.apply(params, adapter, x)).sum()
+
+        of_adapter = jax.jit(jax.value_and_grad(loss))(adapter, PARAMS, x)
+        return of_adapter, jax.jit(jax.grad(loss, argnums=(1, 2)))(adapter, PARAMS, x)
+
+    turned = values_and_gradients()
+    monkeypatch.setattr(backend, "flatten_tokens", lambda: False)  # as on an accelerator, where only inputs are turned
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), turned, values_and_gradients())

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, or_none
+from jpeft.core import backend
 from jpeft.core.geometry.convolution import Patches
 from jpeft.core.interchange import Field, window
 from jpeft.core.method import Leaves, Linear
@@ -52,15 +54,60 @@ class Rotation(WeightMethod):
             return self.rotate(factors, base(x))
         if isinstance(x, Patches):
             return super().apply(leaves, base, x)
-        return base(self.rotate(leaves, x))
+        if not _turns_weight(base, x):
+            return base(self.rotate(leaves, x))
+        y = _times_turned(self, x, base.weight, dict(leaves))
+        return y if base.bias is None else y + base.bias
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         if factors := _of_features(leaves):
             return self.rotate(factors, w), b
         rows = leaves.get(_ROWS)
-        x = (w if rows is None else w[rows]).T
-        (turned,) = jax.linear_transpose(functools.partial(self.rotate, leaves), x)(x)  # Wᵀ Rᵀ
-        return turned.T if rows is None else jnp.zeros_like(w).at[rows].set(turned.T, unique_indices=True), b
+        if rows is None:
+            return self.turn(leaves, w), b
+        return jnp.zeros_like(w).at[rows].set(self.turn(leaves, w[rows]), unique_indices=True), b
+
+    def turn(self, factors: Leaves, w: Float[Array, "size out"]) -> Float[Array, "size out"]:
+        """R W."""
+        (turned,) = jax.linear_transpose(functools.partial(self.rotate, factors), w.T)(w.T)  # Wᵀ Rᵀ
+        return turned.T
+
+
+def _turns_weight(base: Linear, x: Any) -> bool:
+    """Whether a forward pass turns the weight, x (R W), since it has fewer columns than there are tokens.
+
+    Measured on CPU only. Never in low precision, where the changed weight would be rounded.
+    """
+    plain = base.plain and backend.flatten_tokens() and x.dtype.itemsize >= 4
+    return plain and x.size // x.shape[-1] > base.weight.shape[-1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _times_turned(method: Rotation, x: jax.Array, w: jax.Array, factors: dict[str, Any]) -> jax.Array:
+    return x @ method.turn(factors, w)
+
+
+def _times_turned_jvp(method: Rotation, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    # That of (x R) W: the derivative of R W by itself would compute a gradient of the size of W.
+    x, w, factors = primals
+    dx, dw, moved = tangents
+    moved = jax.tree.map(_instantiated, moved, is_leaf=lambda t: type(t) is SymbolicZero)
+    if type(dx) is SymbolicZero:
+        rotated, tangent = jax.jvp(lambda f: method.rotate(f, x), (factors,), (moved,))
+    else:
+        rotated, tangent = jax.jvp(method.rotate, (factors, x), (moved, dx))
+    out = tangent @ w
+    return _times_turned(method, x, w, factors), out if type(dw) is SymbolicZero else out + rotated @ dw
+
+
+def _instantiated(tangent: Any) -> Any:
+    if not isinstance(tangent, SymbolicZero):
+        return tangent
+    aval: Any = tangent.aval
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+_times_turned.defjvp(_times_turned_jvp, symbolic_zeros=True)
 
 
 def _of_features(leaves: Leaves) -> dict[str, Any]:
