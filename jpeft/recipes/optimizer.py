@@ -11,7 +11,7 @@ import optax
 from jpeft.core.peft import Peft
 from jpeft.methods.adalora import AdaLoRA
 from jpeft.recipes.config import Config
-from jpeft.training.optimizers import allocate_ranks
+from jpeft.training.optimizers.adalora import allocate_ranks
 from jpeft.training.step import train_step
 
 
