@@ -34,9 +34,10 @@ from jpeft.core.interchange import (
     window,
 )
 from jpeft.core.method import Leaves, Linear
-from jpeft.core.sites import BOX, FUSED, MERGE, Site
+from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, check_fields, dtype_name
 from jpeft.methods.families import starts
+from jpeft.methods.families.dropout import check_dropout, dropout_field, write_dropout
 from jpeft.methods.families.low_rank import low_rank
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "mica", "eva", "corda", "lora_ga")
@@ -178,11 +179,7 @@ class LoRA(WeightMethod):
         return "pissa" if self.init_weights.startswith("pissa") else self.init_weights
 
     def prepare(self, site: Site) -> Site:
-        if self.dropout and site.via in (BOX, MERGE):
-            raise ValueError(
-                f"{self.name}: dropout acts on a module's input, but {site.name!r} is reached only as a weight (path "
-                f"taken: {site.via}); set overrides={{{site.name!r}: {{'dropout': 0.0}}}}"
-            )
+        check_dropout(self, site)
         if site.lookup and (self.observes or self.freeze_a):
             field, plain = ("init_weights", "kaiming") if self.observes else ("freeze_a", False)
             raise ValueError(
@@ -284,19 +281,10 @@ def _without_start(method: LoRA, site: Site, leaves: Leaves) -> tuple[LoRA, Leav
     return plain, LoRA.expand(method, site, {}, leaves)
 
 
-def _read_dropout(rate: float, site: Site | None) -> float:
-    return rate if site is None or _drops(site) else 0.0
-
-
 def _write_dropout(method: LoRA, site: Site, config: Mapping[str, Any]) -> float | None:
     if method.dropout and is_stack(site):
         raise ValueError(f"HuggingFace has no dropout before {site.name!r}, whose experts PEFT adapts as weights alone")
-    return method.dropout if _drops(site) else None
-
-
-def _drops(site: Site) -> bool:
-    """Whether a site's input can be dropped: PEFT drops nothing before an embedding, and a box has no input."""
-    return site.via == FUSED and not site.lookup
+    return write_dropout(method, site, config)
 
 
 def _parts(site: Site) -> int:
@@ -386,7 +374,7 @@ LoRA.hf = HFSpec(
         Field("r", "rank", 8, POSITIVE_INT, pattern="rank_pattern", write=_write_rank),
         Field("use_rslora", "rslora", False, BOOL, differ=all),
         Field("lora_alpha", "alpha", 8, NUMBER, pattern="alpha_pattern", write=_write_alpha),
-        Field("lora_dropout", "dropout", 0.0, RATE, read=_read_dropout, write=_write_dropout),
+        dataclasses.replace(dropout_field("lora_dropout"), write=_write_dropout),
         Field(
             "init_lora_weights",
             "init_weights",

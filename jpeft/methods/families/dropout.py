@@ -21,14 +21,15 @@ def check_dropout(method: Any, site: Site) -> None:
 
 def dropout_field(key: str) -> Field:
     """The field of a PEFT configuration that holds a method's ``dropout``."""
-    return Field(key, "dropout", 0.0, RATE, read=_read, write=_write)
+    return Field(key, "dropout", 0.0, RATE, read=_read, write=write_dropout)
 
 
 def _read(rate: float, site: Site | None) -> float:
     return rate if site is None or _drops(site) else 0.0
 
 
-def _write(method: Any, site: Site, config: Mapping[str, Any]) -> float | None:
+def write_dropout(method: Any, site: Site, config: Mapping[str, Any]) -> float | None:
+    """PEFT's value at a site; None where it drops nothing."""
     return method.dropout if _drops(site) else None
 
 
