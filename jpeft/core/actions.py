@@ -40,6 +40,11 @@ class Action:
     changes_bias: bool = False
 
     @property
+    def needs_call(self) -> bool:
+        """Whether the method needs something of the model's own call: leaves that its sites share, or its arguments."""
+        return bool(self.shared) or self.method.reads_context
+
+    @property
     def mergeable(self) -> bool:
         """Whether the method can be merged at the site."""
         return self.method.mergeable(self.site)

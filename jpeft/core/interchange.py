@@ -176,6 +176,7 @@ class HFSpec:
       tensors: those of every adapted module.
       fields: those of the configuration that the method depends on.
       when: fields and values that tell this method from others of the same ``peft_type``.
+      given: fields that tell it apart by having a value at all.
       shared: tensors that all modules share.
       constants: fields that must have one value for this method; other values are rejected. None stands for "off".
       ignored: fields that say nothing about the function, such as settings of an initialization.
@@ -205,6 +206,7 @@ class HFSpec:
     tensors: tuple[Tensor, ...]
     fields: tuple[Field, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
     shared: tuple[SharedTensor, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()

@@ -35,6 +35,7 @@ class Method(Protocol):
       non_trainable: names of the leaves, at a site or shared, that never train; they may be integers.
       regenerated: names of the non-trainable leaves that the configuration gives back bit for bit, whatever the key.
       uncast: names of the leaves that ``apply`` gets in their own dtype, not in that of the computation.
+      reads_context: whether ``apply`` reads `Linear.context`.
       observes: the statistic of the data that ``init`` takes as its last argument, or None.
       penalty_reduction: how the terms of `penalty` combine, "sum" or "mean".
     """
@@ -43,6 +44,7 @@ class Method(Protocol):
     non_trainable: ClassVar[frozenset[str]]
     regenerated: ClassVar[frozenset[str]]
     uncast: ClassVar[frozenset[str]]
+    reads_context: ClassVar[bool]
     observes: ClassVar[str | None]
     penalty_reduction: ClassVar[str]
 
@@ -152,6 +154,15 @@ class Linear(Protocol):
     @property
     def bias(self) -> Float[Array, " out"] | None:
         """The bias as a vector; None without one."""
+        ...
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """The arguments of the model's own call, by name; only for a method that `reads_context`.
+
+        ``"cached"`` beside them tells whether the model keeps keys and values of earlier calls, whose arguments are not
+        known.
+        """
         ...
 
     @property

@@ -271,12 +271,14 @@ def _find_method(file: Path, config: Mapping[str, Any], methods: Iterable[type])
     found = [
         (method, spec)
         for method, spec in specs
-        if spec.peft_type == config.get("peft_type") and all(config.get(k) == v for k, v in spec.when.items())
+        if spec.peft_type == config.get("peft_type")
+        and all(config.get(k) == v for k, v in spec.when.items())
+        and not any(_is_off(config.get(k)) for k in spec.given)
     ]
     if not found:
         types = ", ".join(sorted({repr(spec.peft_type) for _, spec in specs}))
         raise AdapterError(f"{file}: peft_type is {shown(config.get('peft_type'))}; jpeft reads {types}")
-    return max(found, key=lambda entry: len(entry[1].when))
+    return max(found, key=lambda entry: len(entry[1].when) + len(entry[1].given))
 
 
 def _check_known(file: Path, config: Mapping[str, Any], spec: HFSpec) -> None:

@@ -33,7 +33,7 @@ def overlay(peft: Peft, params: Tree, adapter: Tree) -> Any:
     for site in peft.weights:  # the base may be quantized after the method was bound
         if site.via == MERGE and isinstance(leaf := full.get(site.weight_path), Quantized):
             raise ValueError(unreadable(site.weight_path, leaf))
-    token = Token() if peft.shared_paths else None
+    token = Token() if any(action.needs_call for action in peft.actions) else None
     for path, actions in by_weight(peft.actions, (BOX, MERGE)).items():
         own, bias = [peft.own(a, leaves) for a in actions], actions[0].site.bias_path
         pair = (full[path], full.get(bias) if bias else None)
@@ -66,7 +66,10 @@ def _identifiable(leaf: Any, path: Path) -> Any:
 
 
 class Token:
-    """The identity of one `overlay`, under which the leaves that sites share are found while the model runs."""
+    """The identity of one `overlay`, under which the leaves that sites share are found while the model runs.
+
+    It also keeps ``nn.jit`` from using a trace again that has captured something of another call.
+    """
 
 
 @jax.tree_util.register_static

@@ -112,6 +112,7 @@ class Interceptor:
     def __init__(self, actions: Mapping[Path, tuple[Action, ...]], prefix: Path = ()):
         self.actions, self.prefix = actions, prefix
         self.open_calls: list[_OpenCall] = []
+        self.context: Mapping[str, Any] = {}
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -121,7 +122,9 @@ class Interceptor:
         inside = path[: len(self.prefix)] == self.prefix
         actions = self.actions.get(path[len(self.prefix) :], ()) if inside else ()
         nested = any(outer.module.scope is module.scope for outer in self.open_calls)
-        outermost = self._sharing(module) if not self.open_calls else contextlib.nullcontext()
+        outermost: AbstractContextManager[None] = contextlib.nullcontext()
+        if not self.open_calls:
+            outermost, self.context = self._sharing(module), self._context_of(context, args, kwargs)
         self.open_calls.append(_OpenCall(module, _deterministic(context, args, kwargs)))
         try:
             with outermost:
@@ -129,6 +132,19 @@ class Interceptor:
                 return self._run(call, actions, nested) if actions else _unchanged(call)
         finally:
             self.open_calls.pop()
+
+    def _context_of(self, context: Any, args: Any, kwargs: Any) -> Mapping[str, Any]:
+        """The arguments of the outermost call by name, if a method reads them."""
+        if not any(action.method.reads_context for own in self.actions.values() for action in own):
+            return {}
+        module, found = context.module, dict(kwargs)
+        signature = registry.signature_of(getattr(context.orig_method, "func", context.orig_method))
+        if signature is not None:
+            with contextlib.suppress(TypeError):
+                found = {**dict(list(signature.bind(module, *args, **kwargs).arguments.items())[1:]), **kwargs}
+        of_module = bool(module.variables.get("cache")) or module.is_mutable_collection("cache")
+        held = (value for name, value in found.items() if "cache" in name or "past_key_values" in name)
+        return {**found, "cached": of_module or any(value is not None and value is not False for value in held)}
 
     def _sharing(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context with the leaves that sites share, for the outermost call."""
@@ -140,7 +156,7 @@ class Interceptor:
 
     def _run(self, call: _ModuleCall, actions: tuple[Action, ...], nested: bool) -> Any:
         """The outputs of a call under actions on its weight, its attention or its output."""
-        found = [active for action in actions if (active := _read(call.module, action)) is not None]
+        found = [active for action in actions if (active := _read(call.module, action, self.context)) is not None]
         on = {kind: [a for a in found if a.site.kind == kind] for kind in ("weight", "attention", "output")}
         name = f"{call.owner}.{call.method}"
         weight = [a for a in on["weight"] if not _whole(a.site).calls]
@@ -249,7 +265,7 @@ class Interceptor:
             own = dataclasses.replace(action, site=dataclasses.replace(action.site, geometry=geometry.split(parts)))
             index, sizes, depth = whole.index(found), own.site.batch, len(action.site.batch)
             taken = {n: leaf[index].reshape(*sizes, *leaf.shape[depth:]) for n, leaf in active.leaves.items()}
-            part = _Active(own, taken, active.shared)
+            part = _Active(own, taken, active.shared, active.context)
             operation = dataclasses.replace(operation, dropout=self._dropout(call.module, action.method.input_dropout))
             operation = operation.then(part, _ChangedOperation(part, operation))
         return operation.run(raw).astype(out.dtype).reshape(out.shape)
@@ -293,11 +309,12 @@ def _recomputed(run: Callable[[], Any], variables: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Active:
-    """An action in a call: its leaves as they are stored, and those that its sites share."""
+    """An action in a call: its leaves as they are stored, those that its sites share, and the model's arguments."""
 
     action: Action
     leaves: Leaves
     shared: Leaves
+    context: Mapping[str, Any]
 
     @property
     def site(self) -> Site:
@@ -311,7 +328,7 @@ class _Active:
         }
 
 
-def _read(module: nn.Module, action: Action) -> _Active | None:
+def _read(module: nn.Module, action: Action, context: Mapping[str, Any]) -> _Active | None:
     """An action with its leaves from the called module's scope, or None if the scope has none.
 
     HuggingFace's tied heads call ``module.apply({...}, x)`` inside the model: a scope of its own, without an adapter.
@@ -322,14 +339,15 @@ def _read(module: nn.Module, action: Action) -> _Active | None:
         return None
     marker = variables.get(MARKER)
     token = marker.token if isinstance(marker, Marker) else None
-    if action.site.via != FUSED or (action.shared and token is None):
-        raise ValueError(_needs_overlay(action.site))
+    if action.site.via != FUSED or (action.needs_call and token is None):
+        raise ValueError(_needs_overlay(action.site, action.shared))
     leaves = {name: meta.unbox(variables[key]) for name, key in keys.items()}
-    return _Active(action, leaves, shared_leaves(action, token))
+    return _Active(action, leaves, shared_leaves(action, token), context)
 
 
-def _needs_overlay(site: Site) -> str:
-    why = "has leaves that other sites share" if site.via == FUSED else "is changed before its module is called"
+def _needs_overlay(site: Site, shared: str = "") -> str:
+    fused = "has leaves that other sites share" if shared else "depends on the arguments of the model's call"
+    why = fused if site.via == FUSED else "is changed before its module is called"
     return (
         f"{site.name!r} {why} (path taken: {site.via}); inside intercept(), give the model "
         "peft.overlay(params, adapter) instead of combine(params, adapter)"
@@ -422,10 +440,10 @@ class _Linear:
 
     def __init__(
         self, call: Callable[[Any], jax.Array], merged: Callable[[Any], jax.Array],
-        weight: Any, bias: Any, dropout: Any, plain: bool = False,
+        weight: Any, bias: Any, dropout: Any, context: Mapping[str, Any], plain: bool = False,
     ):  # fmt: skip
         self._call, self._weight, self._bias = call, weight, bias
-        self.merged, self.dropout, self.plain = merged, dropout, plain
+        self.merged, self.dropout, self.context, self.plain = merged, dropout, context, plain
 
     def __call__(self, x: Any) -> jax.Array:
         return self._call(x)
@@ -509,7 +527,7 @@ class _ChangedOperation:
         """
         dtype, action = self.operation.dtype, self.active.action
         merged = functools.partial(_merged_product, self.active, leaves, weight, bias, dtype)
-        base = _Linear(original, merged, weight, bias, self.operation.dropout, plain)
+        base = _Linear(original, merged, weight, bias, self.operation.dropout, self.active.context, plain)
         return action.apply(self.active.used(leaves, dtype), leaves, base, x)
 
 
@@ -532,7 +550,7 @@ def _change_attend(active: _Active, operation: _Operation) -> Callable[[Any], An
         return operation.weight().astype(dtype)
 
     merged = functools.partial(_merged_product, active, active.leaves, weight, lambda: None, dtype)
-    base = _Linear(lambda z: z @ weight(), merged, weight, lambda: None, _no_dropout)
+    base = _Linear(lambda z: z @ weight(), merged, weight, lambda: None, _no_dropout, active.context)
 
     def run(query: Any) -> Any:
         lookup = functools.partial(active.action.apply, leaves, active.leaves, base)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jpeft.methods.adalora import AdaLoRA as AdaLoRA
+from jpeft.methods.alora import ALoRA as ALoRA
 from jpeft.methods.base import AttentionMethod as AttentionMethod
 from jpeft.methods.base import LeafMethod as LeafMethod
 from jpeft.methods.base import Method as Method

@@ -57,6 +57,7 @@ class Method:
       non_trainable: names of the leaves, at a site or shared, that never train; they may be integers.
       regenerated: names of the non-trainable leaves that `init` and `shared` give back bit for bit from the
         configuration alone, whatever the key. `jpeft.save` leaves them out.
+      reads_context: whether `apply` reads the arguments of the model's own call, ``base.context``.
       observes: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None for
         a start that needs no data.
       uncast: names of the leaves that ``apply`` gets as they are, or as `expand` gives them, not in the computation's
@@ -75,6 +76,7 @@ class Method:
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {}
     non_trainable: ClassVar[frozenset[str]] = frozenset()
     regenerated: ClassVar[frozenset[str]] = frozenset()
+    reads_context: ClassVar[bool] = False
     observes: ClassVar[str | None] = None
     uncast: ClassVar[frozenset[str]] = frozenset()
     per_site: ClassVar[tuple[str, ...]] = ()

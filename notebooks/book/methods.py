@@ -29,7 +29,7 @@ _KINDS: tuple[tuple[type, str, str], ...] = (
     (LeafMethod, "base leaves", "`replace`"),
 )
 # Arguments of examples, for methods that do not act without.
-_REQUIRED = {"Train": 'r".*/LayerNorm/(scale|bias)"', "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]'}
+_REQUIRED = {"ALoRA": 'invocation_tokens=[7, 8], targets=["query"]', "Train": 'r".*/LayerNorm/(scale|bias)"', "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]'}
 
 _SETUP = """\
 import jax, jax.numpy as jnp, jpeft, optax

@@ -28,4 +28,13 @@ CASES = {
         targets={"bert": ["word_embeddings", "query"]},
         bases=("bert",),
     ),
+    # The third and fourth of the first row's tokens in the test; the second row has no such pair.
+    "aLoRA": Case(
+        "ALoRA",
+        lambda targets: LoraConfig(
+            r=4, lora_alpha=6, alora_invocation_tokens=[32, 18], task_type="CAUSAL_LM", target_modules=targets
+        ),
+        bases=("llama",),
+        merges=False,
+    ),
 }

@@ -1,0 +1,129 @@
+"""aLoRA: a LoRA that invocation tokens activate (Greenewald et al. 2025, https://arxiv.org/abs/2504.12397).
+
+y_t = x_t W + s (x_t A) B    for t at or after the last occurrence of the invocation tokens
+y_t = x_t W                  before it, and in rows without them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jpeft.checks import Rule, is_int
+from jpeft.core.interchange import LINEAR, Field, HFSpec, window
+from jpeft.core.method import Leaves, Linear
+from jpeft.core.sites import FUSED, Site
+from jpeft.methods.base import check_fields
+from jpeft.methods.lora import LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALoRA(LoRA):
+    """LoRA that acts from the last occurrence of some tokens on, so that what stands before them is the base's.
+
+    A cache of keys and values of a prompt, made by the base, is then valid for the adapter too. The token ids are the
+    first argument of the model's call that is an integer array ``[batch, length]``. In a call that continues a cache,
+    the ids before it are not known: it is refused, so generate without a cache.
+
+    Attributes:
+      invocation_tokens: the ids that activate the adapter, in order.
+      rank, alpha, rslora, dropout, init_weights, init_options, freeze_a, dtype: see `jpeft.LoRA`.
+      targets, exclude, overrides: see `WeightMethod`. Weights that see tokens: no embeddings, convolutions or experts.
+
+    Leaves at a site: those of `jpeft.LoRA`.
+
+    It cannot be merged.
+
+    >>> import jpeft
+    >>> method = jpeft.methods.ALoRA(rank=32, invocation_tokens=[1, 733, 16289], targets=r".*/[qkv]_proj")
+    """
+
+    invocation_tokens: Sequence[int]
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.12397"
+    reads_context: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"invocation_tokens": _IDS})
+        object.__setattr__(self, "invocation_tokens", tuple(int(i) for i in self.invocation_tokens))
+        super().__post_init__()
+
+    def prepare(self, site: Site) -> Site:
+        if site.via != FUSED or site.lookup or window(site) or site.batch:
+            kind = "an embedding" if site.lookup else "a convolution" if window(site) else "a stack of matrices"
+            what = f"reached only as a weight (path taken: {site.via})" if site.via != FUSED else kind
+            raise ValueError(
+                f"{self.name}: {site.name!r} is {what}, whose tokens cannot be told apart; leave it out with "
+                f"exclude=[{site.name!r}]"
+            )
+        return super().prepare(site)
+
+    def mergeable(self, site: Site) -> bool:
+        return False
+
+    def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
+        y = base(x)
+        ids = _token_ids(base.context)
+        if x.shape[:-1] not in (ids.shape, (ids.size,)):
+            raise ValueError(
+                f"{self.name}: a weight sees tokens {x.shape[:-1]}, the model's call has token ids {ids.shape}: they "
+                "must be the same tokens; exclude this weight"
+            )
+        active = activated(ids, self.invocation_tokens).reshape(*x.shape[:-1], 1)
+        update = (base.dropout(x, self.dropout) @ (self.scale * leaves["lora_a"])) @ leaves["lora_b"]
+        return y + jnp.where(active, update, jnp.zeros_like(update)).astype(y.dtype)
+
+
+def activated(ids: Int[Array, "batch length"], tokens: Sequence[int]) -> Bool[Array, "batch length"]:
+    """Whether each token stands at or after the start of the last occurrence of ``tokens`` in its row.
+
+    >>> activated(jnp.array([[5, 7, 8, 1], [7, 1, 8, 2]]), (7, 8)).tolist()
+    [[False, True, True, True], [False, False, False, False]]
+    """
+    length, count = ids.shape[1], len(tokens)
+    place = jnp.arange(length)
+    if count > length:
+        return jnp.zeros(ids.shape, bool)
+    starts = length - count + 1
+    found = jnp.stack([ids[:, i : i + starts] == token for i, token in enumerate(tokens)]).all(0)
+    last = jnp.where(found, place[:starts], -1).max(1, keepdims=True)
+    return (last >= 0) & (place >= last)
+
+
+def _token_ids(context: Mapping[str, Any]) -> jax.Array:
+    if context.get("cached"):
+        raise ValueError(
+            "ALoRA: this call continues a cache of keys and values, and does not show the tokens before it, among which "
+            "may be the invocation tokens; run the model on all tokens without a cache"
+        )
+    for value in context.values():
+        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 2 and jnp.issubdtype(value.dtype, jnp.integer):
+            return jnp.asarray(value)
+    raise ValueError(f"ALoRA: no argument of the model's call holds token ids [batch, length]; got {sorted(context)}")
+
+
+def _is_ids(value: Any) -> bool:
+    return not isinstance(value, str) and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
+
+
+# --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------
+
+_IDS: Rule = (_is_ids, "token ids, one or more")
+_KEY = "alora_invocation_tokens"
+assert isinstance(LoRA.hf, HFSpec)
+ALoRA.hf = dataclasses.replace(
+    LoRA.hf,
+    tensors=tuple(t for t in LoRA.hf.tensors if LINEAR in t.kinds),
+    fields=(*LoRA.hf.fields, Field(_KEY, "invocation_tokens", (), _IDS, read=lambda ids, site: tuple(ids))),
+    given=frozenset({_KEY}),
+    constants={key: value for key, value in LoRA.hf.constants.items() if key != _KEY} | {"target_parameters": None},
+    parameters="",
+    tied={},
+)
