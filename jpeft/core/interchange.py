@@ -176,6 +176,7 @@ class HFSpec:
       tensors: those of every adapted module.
       fields: those of the configuration that the method depends on.
       when: fields and values that tell this method from others of the same ``peft_type``.
+      task_type: the ``task_type`` without which PEFT does not compute the method; empty if it does without.
       given: fields that tell it apart by having a value at all.
       shared: tensors that all modules share.
       constants: fields that must have one value for this method; other values are rejected. None stands for "off".
@@ -207,6 +208,7 @@ class HFSpec:
     fields: tuple[Field, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    task_type: str = ""
     shared: tuple[SharedTensor, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()

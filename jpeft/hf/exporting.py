@@ -58,7 +58,7 @@ def save(
       prefix: put before the names of torch's modules, e.g. ``"bert."`` for a BertForSequenceClassification; or a
         mapping by where modules lie in the tree, e.g. ``{"encoder/": "bert."}``. By default names are the paths or, for
         an encoder of `jpeft.models` with a head, those of its ``…ForSequenceClassification``.
-      task_type: HuggingFace's, e.g. "SEQ_CLS".
+      task_type: HuggingFace's, e.g. "SEQ_CLS"; by default none, unless PEFT needs one for the method.
       base_model: the base's name or folder, for whoever reads the configuration.
       experts: how torch has stacked matrices ``[experts, in, out]``: "stacked", as parameters of one module that are
         ``[experts, out, in]`` or of one that says ``is_transposed`` (transformers 5); "swapped", as parameters
@@ -82,6 +82,7 @@ def save(
     peft.check_order(params, adapter, "jpeft.hf.save(path, peft, adapter, params)")
     check_layout(experts)
     name, spec, beside = _specs(peft)
+    task_type = task_type or spec.task_type or None
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
     peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
     peft, leaves = _in_their_form(peft, leaves)

@@ -123,6 +123,7 @@ ALoRA.hf = dataclasses.replace(
     tensors=tuple(t for t in LoRA.hf.tensors if LINEAR in t.kinds),
     fields=(*LoRA.hf.fields, Field(_KEY, "invocation_tokens", (), _IDS, read=lambda ids, site: tuple(ids))),
     given=frozenset({_KEY}),
+    task_type="CAUSAL_LM",  # only its models look for the tokens
     constants={key: value for key, value in LoRA.hf.constants.items() if key != _KEY} | {"target_parameters": None},
     parameters="",
     tied={},
