@@ -70,6 +70,7 @@ class Action:
         """
         if (on := stored.get(self.mask)) is None:
             return self.method.apply(used, base, x)
+        on = on.reshape(())
         base = _Masked(base, on, x)
         y = self.method.apply(used, base, x)
         return jnp.where(on, y, base.output().astype(y.dtype))
@@ -108,10 +109,14 @@ def mask_name(method: Any) -> str:
 
 
 def layer_mask(site: Site) -> np.ndarray:
-    """Whether a method acts on each matrix of a site, stacked as its leaves are."""
+    """Whether a method acts on each matrix of a site: ``[1]`` for each, stacked as the site's leaves are.
+
+    A leaf without an axis of its own could not be stacked along any but the first.
+    """
     sizes, layers = (*(n for _, n in site.stack), *site.batch), site.layers or ()
     mask = np.zeros(sizes, bool)
     mask[list(layers) if site.stack else ...] = bool(layers)
+    mask = mask[..., None]
     for i, (axis, _) in reversed(list(enumerate(site.stack))):
         mask = np.moveaxis(mask, i, axis + i if axis >= 0 else axis)
     return mask
@@ -155,6 +160,7 @@ def used_leaves(action: Action, shared: Leaves, leaves: Leaves) -> dict[str, Any
     """The leaves that ``apply`` and ``merge`` take, for one matrix: ``expand`` in at least float32."""
     leaves = dict(leaves)
     if (on := leaves.pop(action.mask, None)) is not None:
+        on = on.reshape(())
         # Where the method does not act, its leaves may be zeros, whose norms have no gradient.
         leaves = {n: jnp.where(on, x, _neutral(x.dtype)) for n, x in leaves.items()}
     if not action.method.expands:
@@ -192,7 +198,7 @@ def merge_matrix(
     if action.mask not in leaves:
         return out
     # A bias that is given back stays the same object, by which `changes_bias` tells.
-    on, kept = leaves[action.mask], out[1] is old[1]
+    on, kept = leaves[action.mask].reshape(()), out[1] is old[1]
     w, b = jax.tree.map(functools.partial(jnp.where, on), out, old)
     return w, old[1] if kept else b
 

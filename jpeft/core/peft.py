@@ -253,7 +253,7 @@ class Peft:
                     n: stack_first(meta.unbox(leaves[action.leaf_path(n)]), action.site.stack) for n in action.stored
                 }
                 sizes = [n for _, n in action.site.stack] + list(action.site.batch)
-                on = own.pop(action.mask, True)
+                on = own.pop(action.mask)[..., 0] if action.mask in own else True
                 terms = map_axes(lambda own, method=action.method: jnp.asarray(method.penalty(own)), len(sizes))(own)
                 terms = jnp.where(on, terms, jnp.zeros_like(terms))
                 totals.setdefault(action.member, []).append(terms.astype(jnp.float32).sum())

@@ -134,7 +134,7 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
         own, site, kind = probes.own(action, leaves), action.site, action.method.kind
         divisor = count
         if kind == COVARIANCE:
-            divisor = own.pop("probe_tokens")[..., None, None]
+            divisor = stack_back(stack_first(own.pop("probe_tokens"), site.stack)[..., None], site.stack)
             if float(divisor.min()) == 0:
                 raise ValueError(f"the loss does not depend on the output at {site.name!r}; observe another loss")
         value = action.method.read({name: x / divisor for name, x in own.items()}, site)
@@ -187,12 +187,12 @@ class _Covariance(_Probe):
 
     def init(self, key: jax.Array, site: Site, w: Any) -> Leaves:
         shape = (site.inputs, self.columns or site.inputs)
-        return {"probe_covariance": jnp.zeros(shape), "probe_tokens": jnp.zeros(())}
+        return {"probe_covariance": jnp.zeros(shape), "probe_tokens": jnp.zeros((1,))}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> jax.Array:
         inputs = leaves["probe_covariance"].shape[0]
         rows = x if isinstance(x, jax.Array) else x @ jnp.eye(inputs, dtype=x.dtype)
-        return _observed(self.columns, rows, base(x), leaves["probe_covariance"], leaves["probe_tokens"])
+        return _observed(self.columns, rows, base(x), leaves["probe_covariance"], leaves["probe_tokens"][0])
 
     def read(self, leaves: Leaves, site: Site) -> Any:
         value = leaves["probe_covariance"]

@@ -12,7 +12,8 @@ import jpeft
 from jpeft.core.stacking import stack, unroll
 from jpeft.core.tree import flatten, partition
 from jpeft.models.decoder import Decoder, DecoderConfig
-from tests.zoo import numbers, same
+from tests.contract import close
+from tests.zoo import moved, numbers, parameters, same
 
 IDS = jnp.asarray([[1, 2, 3, 4, 5]])
 CONFIG = DecoderConfig(
@@ -111,3 +112,26 @@ def test_layers_that_are_none(match, model):
     overrides = {name: {"layers": layers} for name, layers in REFUSED[match].items()}
     with pytest.raises(ValueError, match=match):
         jpeft.LoRA(rank=2, targets=["q_proj", "lm_head"], overrides=overrides).bind(*model, IDS)
+
+
+def test_layers_that_are_stacked_along_another_axis():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(4, name="op")(x)) + x, None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+            return scan(name="layers")(x, None)[0]
+
+    x = numbers(jax.ShapeDtypeStruct((5, 4), jnp.float32))
+    params = parameters(Net(), x)
+    peft = jpeft.LoRA(rank=2, targets=["op"], overrides={"op": {"layers": [0, 2]}}).bind(Net(), params, x)
+    adapter = moved(peft, params)
+    assert adapter["layers"]["op"]["lora_layers"].shape == (1, 3)
+    merged = peft.merge(params, adapter)
+    close(peft.apply(params, adapter, x), Net().apply({"params": merged}, x))
+    same = (np.asarray(merged["layers"]["op"]["kernel"]) == params["layers"]["op"]["kernel"]).all((0, 2))
+    assert same.tolist() == [False, True, False]

@@ -154,4 +154,4 @@ def _matrices(site: Site) -> jax.Array:
     """Whether the method acts on each matrix of a site, stacked in front."""
     if site.layers is None:
         return jnp.ones((*(n for _, n in site.stack), *site.batch), bool)
-    return stack_first(jnp.asarray(layer_mask(site)), site.stack)
+    return stack_first(jnp.asarray(layer_mask(site)), site.stack)[..., 0]
