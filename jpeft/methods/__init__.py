@@ -28,9 +28,9 @@ from jpeft.methods.chain import Chain as Chain
 from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.fourierft import FourierFT as FourierFT
-from jpeft.methods.hra import HRA as HRA
 from jpeft.methods.gralora import GraLoRA as GraLoRA
 from jpeft.methods.hira import HiRA as HiRA
+from jpeft.methods.hra import HRA as HRA
 from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.loha import LoHa as LoHa
 from jpeft.methods.lokr import LoKr as LoKr

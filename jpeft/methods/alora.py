@@ -100,8 +100,8 @@ def activated(ids: Int[Array, "batch length"], tokens: Sequence[int]) -> Bool[Ar
 def _token_ids(context: Mapping[str, Any]) -> jax.Array:
     if context.get("cached"):
         raise ValueError(
-            "ALoRA: this call continues a cache of keys and values, and does not show the tokens before it, among which "
-            "may be the invocation tokens; run the model on all tokens without a cache"
+            "ALoRA: this call continues a cache of keys and values; the tokens before it, which may be the invocation "
+            "tokens, are not known: run the model on all tokens without a cache"
         )
     for value in context.values():
         if isinstance(value, jax.Array | np.ndarray) and value.ndim == 2 and jnp.issubdtype(value.dtype, jnp.integer):

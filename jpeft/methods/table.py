@@ -89,8 +89,8 @@ def merges(cls: type[Method]) -> str:
     'yes'
     """
     method = _default(cls) or object.__new__(cls)  # without the arguments that it needs, which change nothing of this
-    found = tuple(method.mergeable(Site((), "weight", bias=bias)) for bias in (True, False))
-    return {(True, True): "yes", (True, False): "where there is a bias"}.get(found, "no")
+    with_bias, without = (method.mergeable(Site((), "weight", bias=bias)) for bias in (True, False))
+    return "yes" if without else "where there is a bias" if with_bias else "no"
 
 
 def _default(cls: type[Method]) -> Method | None:

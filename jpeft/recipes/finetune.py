@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from jpeft.errors import UserError
 from jpeft.hardware import utilization
 from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import save
+from jpeft.methods.base import Method
 from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
 from jpeft.recipes import run_folder, tasks
@@ -308,7 +309,7 @@ def _fresh(job: Job, key: jax.Array, reporter: Reporter) -> Any:
         return job.peft.init(key, job.params)
     reporter.say(f"observing {_OBSERVED} batches for the start of {job.peft.method.name}")
     batches = [batch for batch, _ in itertools.islice(job.batches(0), _OBSERVED)]
-    found = observe(job.peft.method, job.peft.model, job.params, job.loss_fn(), batches)
+    found = observe(cast(Method, job.peft.method), job.peft.model, job.params, job.loss_fn(), batches)
     return job.peft.init(key, job.params, statistics=found)
 
 

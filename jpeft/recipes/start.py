@@ -84,7 +84,7 @@ def begin(
     peft = bind(_whole(found, published, complete, model, params, inputs), model, params, inputs)
     key, _ = jax.random.split(jax.random.key(config.seed))
     loaded = flatten(adapter)
-    added = peft.method.methods()[len(found.method.methods()) :]  # after those of the adapter
+    added = cast(Sequence[Method], peft.method.methods()[len(found.method.methods()) :])  # after the adapter's
     fresh = flatten(bind(Chain(*added), model, params, inputs).init(key, params)) if added else {}
     start = {path: loaded[path] if path in loaded else fresh[path] for path, _ in peft.structure}
     start = {path: start[path].astype(jnp.dtype(dtype)) for path, (_, dtype) in peft.structure}

@@ -117,7 +117,7 @@ def test_a_method_without_a_loss_of_its_own_has_none():
     params = parameters(Net(), X)
     peft = HonestShift(targets=["biased"]).bind(Net(), params, X)
     assert float(peft.penalty(peft.init(jax.random.key(0), params))) == 0
-    with pytest.raises(ValueError, match="Penalized|does not depend on the adapter"):
+    with pytest.raises(ValueError, match="does not depend on the adapter"):
         own = Penalized(targets=["biased"]).bind(Net(), params, X)
         adapter = own.init(jax.random.key(0), params)
         state = jpeft.TrainState.create(own, adapter, optax.sgd(0.1), jax.random.key(0))

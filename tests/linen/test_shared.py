@@ -129,7 +129,7 @@ def shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
 
 
 def test_no_program_holds_them_more_than_once():
-    model, params, peft, adapter = setting(targets=r".*/op")
+    _, params, peft, adapter = setting(targets=r".*/op")
     axes = peft.axes(adapter)
     many = jax.tree.map(
         lambda axis, x: x if axis is None else jnp.stack([x] * MANY), axes, adapter, is_leaf=lambda axis: axis is None
@@ -145,7 +145,7 @@ def test_no_program_holds_them_more_than_once():
 
 
 def test_two_adapted_models_in_one_call_keep_their_own():
-    model, params, peft, adapter = setting(targets=r".*/op")
+    _, params, peft, adapter = setting(targets=r".*/op")
     other = jax.tree.map(lambda x: -x, adapter)
 
     class Both(nn.Module):

@@ -30,7 +30,7 @@ class Case:
       scale: the standard deviation of what is added to every tensor that trains.
       differ: fields of the configuration that jpeft writes otherwise, with a reason in a comment.
       extra_keys: endings of tensors that PEFT writes and jpeft leaves out, such as copies of shared ones.
-      missing_keys: endings of names that PEFT misses in its own folders too, since a model holds shared ones many times.
+      missing_keys: endings of names that PEFT misses in its own folders too, as a model holds shared ones many times.
     """
 
     method: str
