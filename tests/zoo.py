@@ -229,13 +229,6 @@ def _attention(dtype):
     )(x, mask=nn.make_causal_mask(x[..., 0], dtype=bool))
 
 
-def _on_tokens(dtype):
-    def run(x):
-        return _linear(nn.Dense, 6)(dtype)(nn.Embed(7, 4, dtype=dtype, param_dtype=dtype, name="table")(x))
-
-    return run
-
-
 _MASK = np.tril(np.ones((3, 4, 6)))
 
 USES: dict[str, Use] = {
@@ -275,7 +268,6 @@ USES: dict[str, Use] = {
     "embed": Use(_with(nn.Embed, 7, 6), (2, 3), vocabulary=7),
     "embed, attend": Use(_attend, (2, 3, 6)),
     "embed, tied by attend": Use(_tied, (2, 3), vocabulary=7),
-    "dense on tokens": Use(_on_tokens, (2, 3), vocabulary=7),
     "embed, tied by its table": Use(_transposed, (2, 3), vocabulary=7, via="box"),
     "fused qkv": Use(_linear(nn.Dense, 12), (2, 3, 4), parts=3),
     "fused qkv, heads": Use(_linear(nn.DenseGeneral, (3, 2, 2)), (2, 3, 4), parts=3),
@@ -392,8 +384,6 @@ def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
 
 # Other configurations of methods that jpeft has, beside each one's default.
 VARIANTS: dict[str, Entry] = {
-    # It acts from one of these tokens on, which each row of the use has.
-    "ALoRA": Entry(lambda u: jpeft.methods.ALoRA(rank=2, invocation_tokens=(5,), **_parts(u)), ("dense on tokens",)),
     "LoRA": Entry(lambda u: jpeft.LoRA(rank=2, alpha=3, **_parts(u))),
     "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), _SOME),
     "LoRA pissa": Entry(
