@@ -116,7 +116,8 @@ class SHiRA(WeightMethod):
         if not isinstance(x, jax.Array) or x.size // x.shape[-1] > _FEW:
             return super().apply(leaves, base, x)
         y = base(x)
-        added = jnp.zeros(y.shape, widened(y.dtype)).at[..., columns].add(x[..., rows] * values)
+        products = (x[..., rows] * values).astype(widened(y.dtype))
+        added = jnp.zeros(y.shape, products.dtype).at[..., columns].add(products)
         return y + added.astype(y.dtype)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:

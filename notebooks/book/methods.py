@@ -29,7 +29,12 @@ _KINDS: tuple[tuple[type, str, str], ...] = (
     (LeafMethod, "base leaves", "`replace`"),
 )
 # Arguments of examples, for methods that do not act without.
-_REQUIRED = {"ALoRA": 'invocation_tokens=[7, 8], targets=["query"]', "Train": 'r".*/LayerNorm/(scale|bias)"', "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]'}
+_REQUIRED = {
+    "ALoRA": 'invocation_tokens=[7, 8], targets=["query"]',
+    "Train": 'r".*/LayerNorm/(scale|bias)"',
+    "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]',
+    "VBLoRA": "num_vectors=32, vector_length=16",
+}
 
 _SETUP = """\
 import jax, jax.numpy as jnp, jpeft, optax
@@ -166,7 +171,7 @@ def _module_paragraphs(cls: type) -> list[str]:
 
 
 def _linked(text: str) -> str:
-    return re.sub(r"(\S[^,(;]*), (https?://[^\s;)]+)", r"[\1](\2)", text)
+    return re.sub(r"([^\s,(;][^,(;]*), (https?://[^\s;)]+)", r"[\1](\2)", text)
 
 
 def _paper(cls: type) -> str:
@@ -185,8 +190,10 @@ def _head(cls: type) -> str:
 def _paragraph(text: str) -> str:
     aligned, assigned = re.search(r"\S {3,}\S", text), re.search(r" (=|<-) ", text)
     if aligned or (assigned and not text.endswith(".")):
-        lines = (line if len(line) <= 90 else re.sub(r" {3,}", "\n    ", line) for line in text.splitlines())
-        return "```text\n" + "\n".join(lines) + "\n```"
+        text = text.replace("``", "")
+        if max(map(len, text.splitlines())) > 90:  # what explains an equation stands below it
+            text = re.sub(r"(?<=\S) {3,}", "\n    ", re.sub(r"^ {5,}", "    ", text, flags=re.M))
+        return f"```text\n{text}\n```"
     return markdown(text)
 
 
