@@ -20,7 +20,7 @@ from jpeft.checks import POSITIVE_INT, RATE, Rule, is_number, or_none
 from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, Tensors, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import WeightMethod, normal
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.low_rank import low_rank
 
@@ -67,12 +67,9 @@ class AdaLoRA(WeightMethod):
         "adalora_b": (None, "out"),
     }
     per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {"rank": POSITIVE_INT, "parts": POSITIVE_INT, "alpha": or_none(_POSITIVE), "dropout": RATE}
-        check_fields(self, {**rules, "orth_reg_weight": _WEIGHT})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT, "alpha": or_none(_POSITIVE), "dropout": RATE, "orth_reg_weight": _WEIGHT
+    }  # fmt: skip
 
     @property
     def scale(self) -> float:

@@ -20,8 +20,14 @@ from jpeft.checks import Rule, is_int
 from jpeft.core.interchange import LINEAR, Field, HFSpec, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import FUSED, Site
-from jpeft.methods.base import check_fields
 from jpeft.methods.lora import LoRA
+
+
+def _is_ids(value: Any) -> bool:
+    return not isinstance(value, str) and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
+
+
+_IDS: Rule = (_is_ids, "token ids, one or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +55,11 @@ class ALoRA(LoRA):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.12397"
     reads_context: ClassVar[bool] = True
+    rules: ClassVar[Mapping[str, Rule]] = {"invocation_tokens": _IDS}
 
     def __post_init__(self) -> None:
-        check_fields(self, {"invocation_tokens": _IDS})
-        object.__setattr__(self, "invocation_tokens", tuple(int(i) for i in self.invocation_tokens))
         super().__post_init__()
+        object.__setattr__(self, "invocation_tokens", tuple(int(i) for i in self.invocation_tokens))
 
     def prepare(self, site: Site) -> Site:
         if site.via != FUSED or site.lookup or window(site) or site.batch:
@@ -109,13 +115,8 @@ def _token_ids(context: Mapping[str, Any]) -> jax.Array:
     raise ValueError(f"ALoRA: no argument of the model's call holds token ids [batch, length]; got {sorted(context)}")
 
 
-def _is_ids(value: Any) -> bool:
-    return not isinstance(value, str) and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
-
-
 # --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------
 
-_IDS: Rule = (_is_ids, "token ids, one or more")
 _KEY = "alora_invocation_tokens"
 assert isinstance(LoRA.hf, HFSpec)
 ALoRA.hf = dataclasses.replace(

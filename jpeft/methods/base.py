@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import Rule, is_int, shown
+from jpeft.checks import POSITIVE_INT, Rule, is_int, shown
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import (
@@ -65,6 +65,8 @@ class Method:
       penalty_reduction: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
       per_site: names of the fields that ``overrides`` may set.
       learning_rate: the peak learning rate of `jpeft finetune` where none is given.
+      rules: what its fields may be, by name: a predicate and its description, beside those of its base classes. A field
+        ``dtype`` is checked and becomes a name in any case.
       family: the kind of method, and paper: its address; for the table of methods.
       hf: its form in HuggingFace PEFT folders, see `jpeft.core.interchange`. Not inherited.
     """
@@ -84,6 +86,7 @@ class Method:
     penalty_reduction: ClassVar[str] = "sum"
     family: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    rules: ClassVar[Mapping[str, Rule]] = {}
     hf: ClassVar[HFSpec | Role | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -99,6 +102,10 @@ class Method:
         __signature__ = InitSignature()
 
     def __post_init__(self) -> None:
+        if "dtype" in (field.name for field in dataclasses.fields(self)):
+            object.__setattr__(self, "dtype", dtype_name(getattr(self, "dtype")))  # noqa: B009
+        for cls in reversed(type(self).__mro__):
+            check_fields(self, vars(cls).get("rules", {}))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -355,6 +362,7 @@ class WeightMethod(Method):
     parts: int = 1
 
     per_site: ClassVar[tuple[str, ...]] = ("parts",)
+    rules: ClassVar[Mapping[str, Rule]] = {"parts": POSITIVE_INT}
 
     def prepare(self, site: Site) -> Site:
         if not jnp.issubdtype(jnp.dtype(site.dtype), jnp.floating):

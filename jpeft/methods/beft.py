@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT
 from jpeft.core.interchange import HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import FUSED, Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +41,6 @@ class BEFT(WeightMethod):
     learning_rate: ClassVar[float] = 2e-3
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"beft_bias": ("out",)}
     per_site: ClassVar[tuple[str, ...]] = ("dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"parts": POSITIVE_INT})
-        super().__post_init__()
 
     def mergeable(self, site: Site) -> bool:
         return site.bias

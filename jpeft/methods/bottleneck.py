@@ -5,7 +5,7 @@ h <- h + s (f(h D + d) U + u)        D: [features, size], U: [size, features]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import NUMBER, POSITIVE_INT, one_of, or_none
+from jpeft.checks import NUMBER, POSITIVE_INT, Rule, one_of, or_none
 from jpeft.core.method import Leaves
 from jpeft.core.sites import Site
 from jpeft.core.targets import ALL_LINEAR, Targets
-from jpeft.methods.base import OutputMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import OutputMethod, normal
 from jpeft.methods.families.low_rank import narrow
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -60,18 +60,13 @@ class Bottleneck(OutputMethod):
     family: ClassVar[str] = "bottleneck"
     paper: ClassVar[str] = "https://arxiv.org/abs/2005.00247"
     per_site = ("reduction", "size", "activation", "scale", "init_std", "dtype")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {
-            "reduction": POSITIVE_INT,
-            "size": or_none(POSITIVE_INT),
-            "activation": one_of(_ACTIVATIONS),
-            "scale": NUMBER,
-            "init_std": NUMBER,
-        }
-        check_fields(self, rules)
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "reduction": POSITIVE_INT,
+        "size": or_none(POSITIVE_INT),
+        "activation": one_of(_ACTIVATIONS),
+        "scale": NUMBER,
+        "init_std": NUMBER,
+    }
 
     def default_targets(self) -> Targets:
         return ALL_LINEAR

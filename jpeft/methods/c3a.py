@@ -7,6 +7,7 @@ x D of a block = irfft(rfft(x) conj(rfft(k))) / in
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Key
 
-from jpeft.checks import POSITIVE_INT, or_none
+from jpeft.checks import POSITIVE_INT, Rule, or_none
 from jpeft.core.interchange import Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.low_rank import added
 
 
@@ -50,11 +51,7 @@ class C3A(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.19342"
     learning_rate: ClassVar[float] = 0.3
     per_site: ClassVar[tuple[str, ...]] = ("block_size", "dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"block_size": or_none(POSITIVE_INT), "parts": POSITIVE_INT})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {"block_size": or_none(POSITIVE_INT)}
 
     def size(self, site: Site) -> int:
         """The size of a site's blocks."""

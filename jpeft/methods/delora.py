@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import NONZERO, POSITIVE_INT
+from jpeft.checks import NONZERO, POSITIVE_INT, Rule
 from jpeft.core.interchange import Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import low_rank
 
@@ -56,11 +56,7 @@ class DeLoRA(WeightMethod):
     }  # fmt: skip
     non_trainable: ClassVar[frozenset[str]] = frozenset({"delora_w_norm"})
     per_site: ClassVar[tuple[str, ...]] = ("rank", "boundary", "dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"rank": POSITIVE_INT, "parts": POSITIVE_INT, "boundary": NONZERO})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {"rank": POSITIVE_INT, "boundary": NONZERO}
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         return {

@@ -7,6 +7,7 @@ x D = s Re(IDFT(IDFT(x) S))
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Key
 
-from jpeft.checks import NUMBER, POSITIVE_INT
+from jpeft.checks import NUMBER, POSITIVE_INT, Rule
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, randperm
 
@@ -54,12 +55,7 @@ class FourierFT(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.03003"
     learning_rate: ClassVar[float] = 3e-2
     per_site: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "seed", "dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {"n_frequency": POSITIVE_INT, "scaling": NUMBER, "seed": SEED, "parts": POSITIVE_INT}
-        check_fields(self, rules)
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {"n_frequency": POSITIVE_INT, "scaling": NUMBER, "seed": SEED}
 
     def prepare(self, site: Site) -> Site:
         site = super().prepare(site)

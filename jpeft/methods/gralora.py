@@ -22,7 +22,7 @@ from jpeft.checks import NONZERO, POSITIVE_INT, RATE, Rule, is_int
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import added
@@ -66,14 +66,14 @@ class GraLoRA(WeightMethod):
         "gralora_whole_a": ("in", None), "gralora_whole_b": (None, "out"),
     }  # fmt: skip
     per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "blocks", "hybrid_rank", "dropout", "dtype", "parts")
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT, "blocks": POSITIVE_INT, "hybrid_rank": _NOT_NEGATIVE, "alpha": NONZERO, "dropout": RATE
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        sizes = dict.fromkeys(("rank", "blocks", "parts"), POSITIVE_INT)
-        check_fields(self, {**sizes, "hybrid_rank": _NOT_NEGATIVE, "alpha": NONZERO, "dropout": RATE})
+        super().__post_init__()
         if self.rank % self.blocks:
             raise ValueError(f"GraLoRA: rank must be divisible by blocks, got {self.rank} and {self.blocks}")
-        super().__post_init__()
 
     @property
     def scale(self) -> float:

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, RATE
+from jpeft.checks import POSITIVE_INT, RATE, Rule
 from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import CONVOLUTION, EMBEDDING, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import WeightMethod, normal
 from jpeft.methods.families import kernels
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.kaiming import kaiming
@@ -50,11 +50,7 @@ class HiRA(WeightMethod):
     learning_rate: ClassVar[float] = 4.5e-3
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"hira_a": ("in", None), "hira_b": (None, "out")}
     per_site: ClassVar[tuple[str, ...]] = ("rank", "dropout", "dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"rank": POSITIVE_INT, "parts": POSITIVE_INT, "dropout": RATE})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {"rank": POSITIVE_INT, "dropout": RATE}
 
     def prepare(self, site: Site) -> Site:
         check_dropout(self, site)

@@ -6,18 +6,18 @@ y = (x R) W + b        R = H_r ... H_1, H_i = I - 2 u_i u_iᵀ / |u_i|², U: [in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import BOOL, POSITIVE_INT
+from jpeft.checks import BOOL, POSITIVE_INT, Rule
 from jpeft.core.geometry.convolution import Patches
 from jpeft.core.interchange import CONVOLUTION, LINEAR, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import check_fields, dtype_name
 from jpeft.methods.families import kernels
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import low_rank, narrow
@@ -49,11 +49,7 @@ class HRA(Rotation):
     family: ClassVar[str] = "rotation"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.17484"
     per_site: ClassVar[tuple[str, ...]] = ("rank", "orthogonal", "dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"rank": POSITIVE_INT, "orthogonal": BOOL, "parts": POSITIVE_INT})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {"rank": POSITIVE_INT, "orthogonal": BOOL}
 
     @property
     def identity_at_init(self) -> bool:

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT
 from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.core.targets import Targets, matches, select
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,8 @@ class IA3(WeightMethod):
     learning_rate: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if isinstance(self.feedforward, (list, tuple)):
             object.__setattr__(self, "feedforward", tuple(self.feedforward))
-        check_fields(self, {"parts": POSITIVE_INT})
         super().__post_init__()
 
     def sites(self, survey: Any) -> list[Site]:

@@ -17,7 +17,7 @@ from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import CONVOLUTION, LINEAR, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families import kernels
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import low_rank
@@ -48,11 +48,6 @@ class LoHa(LyCORIS, WeightMethod):
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
         f"loha_w{i}_{side}": axes for i in (1, 2) for side, axes in (("b", ("in", None)), ("a", (None, "out")))
     }
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, self.rules)
-        super().__post_init__()
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         r, outputs, count, leaves = self.rank, site.outputs, kernels.positions(site), {}

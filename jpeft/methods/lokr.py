@@ -23,7 +23,7 @@ from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import CONVOLUTION, LINEAR, Field, HFSpec, Tensor, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families import kernels
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import added
@@ -66,11 +66,6 @@ class LoKr(LyCORIS, WeightMethod):
     rules: ClassVar[Mapping[str, Rule]] = {
         **LyCORIS.rules, "decompose_both": BOOL, "decompose_factor": _FACTOR
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, self.rules)
-        super().__post_init__()
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         (in1, in2), (out1, out2) = (factorized(n, self.decompose_factor) for n in (site.channels, site.outputs))

@@ -35,7 +35,7 @@ from jpeft.core.interchange import (
 )
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families import starts
 from jpeft.methods.families.dropout import check_dropout, dropout_field, write_dropout
 from jpeft.methods.families.low_rank import low_rank
@@ -122,19 +122,18 @@ class LoRA(WeightMethod):
         "rank", "alpha", "rslora", "dropout", "init_weights", "init_options", "freeze_a", "dtype", "parts"
     )  # fmt: skip
 
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT,
+        "dropout": RATE,
+        "alpha": or_none(NUMBER),
+        "rslora": BOOL,
+        "init_weights": _INIT,
+        "init_options": (lambda v: isinstance(v, Mapping), "a mapping"),
+        "freeze_a": BOOL,
+    }
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {
-            "rank": POSITIVE_INT,
-            "parts": POSITIVE_INT,
-            "dropout": RATE,
-            "alpha": or_none(NUMBER),
-            "rslora": BOOL,
-            "init_weights": _INIT,
-            "init_options": (lambda v: isinstance(v, Mapping), "a mapping"),
-            "freeze_a": BOOL,
-        }
-        check_fields(self, rules)
+        super().__post_init__()
         object.__setattr__(self, "init_options", FrozenDict(self.init_options))
         known = _OPTIONS.get(self._start, {})
         for option, value in self.init_options.items():
@@ -152,7 +151,6 @@ class LoRA(WeightMethod):
             raise ValueError(
                 f"{self.name}: init_weights='mica' freezes B, and freeze_a=True freezes A: nothing would train"
             )
-        super().__post_init__()
 
     @property
     def scale(self) -> float:

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, RATE, one_of
+from jpeft.checks import POSITIVE_INT, RATE, Rule, one_of
 from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.low_rank import added
 
@@ -60,14 +60,14 @@ class MiSS(WeightMethod):
     learning_rate: ClassVar[float] = 1e-4
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"miss_block": (None, "out")}
     per_site: ClassVar[tuple[str, ...]] = ("rank", "variant", "mini_rank", "dropout", "dtype", "parts")
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT, "mini_rank": POSITIVE_INT, "variant": one_of(tuple(_LEAVES)), "dropout": RATE
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        sizes = dict.fromkeys(("rank", "mini_rank", "parts"), POSITIVE_INT)
-        check_fields(self, {**sizes, "variant": one_of(tuple(_LEAVES)), "dropout": RATE})
+        super().__post_init__()
         if self.variant == "bat" and self.dropout:
             raise ValueError(f"MiSS: variant 'bat' changes the weight and drops no inputs; got dropout={self.dropout}")
-        super().__post_init__()
 
     def prepare(self, site: Site) -> Site:
         check_dropout(self, site)

@@ -8,7 +8,7 @@ its last layer:  [P_k; P_v] = tanh(E W_1 + b_1) W_2 + b_2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from jpeft.checks import BOOL, NUMBER, POSITIVE_INT
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, Rule
 from jpeft.core.method import Leaves, pad_left
 from jpeft.core.sites import Site
-from jpeft.methods.base import AttentionMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import AttentionMethod, normal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,10 @@ class PrefixTuning(AttentionMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
     per_site = ("init_std", "dtype")
     learning_rate: ClassVar[float] = 5e-3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        sizes = dict.fromkeys(("length", "hidden", "embedding"), POSITIVE_INT)
-        check_fields(self, {**sizes, "reparametrize": BOOL, "init_std": NUMBER})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "length": POSITIVE_INT, "hidden": POSITIVE_INT, "embedding": POSITIVE_INT,
+        "reparametrize": BOOL, "init_std": NUMBER,
+    }  # fmt: skip
 
     @property
     def identity_at_init(self) -> bool:

@@ -7,7 +7,7 @@ y = x W + s x Σ_j Λ_j A Γ_j B_j        A: [m, r] and B_j: [r, M], random, fro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import BOOL, NONZERO, POSITIVE_INT, RATE, or_none
+from jpeft.checks import BOOL, NONZERO, POSITIVE_INT, RATE, Rule, or_none
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, Generator
@@ -69,12 +69,10 @@ class RandLoRA(WeightMethod):
     non_trainable: ClassVar[frozenset[str]] = frozenset({"randlora_a", "randlora_b"})
     regenerated: ClassVar[frozenset[str]] = non_trainable
     per_site: ClassVar[tuple[str, ...]] = ("dropout", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {"rank": POSITIVE_INT, "alpha": or_none(NONZERO), "seed": SEED, "dropout": RATE, "parts": POSITIVE_INT}
-        check_fields(self, rules | dict.fromkeys(("save_projection", "sparse", "very_sparse"), BOOL))
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT, "alpha": or_none(NONZERO), "seed": SEED, "dropout": RATE,
+        "save_projection": BOOL, "sparse": BOOL, "very_sparse": BOOL,
+    }  # fmt: skip
 
     @property
     def scale(self) -> float:

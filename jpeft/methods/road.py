@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, Rule, is_size, one_of
+from jpeft.checks import Rule, is_size, one_of
 from jpeft.core.interchange import Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 
 _EVEN: Rule = (lambda value: is_size(value) and value % 2 == 0, "a positive even integer")
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # angles, and scales, for each output
@@ -48,11 +49,7 @@ class RoAd(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.00119"
     learning_rate: ClassVar[float] = 1e-3
     per_site: ClassVar[tuple[str, ...]] = ("variant", "group_size", "dtype", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_fields(self, {"variant": _VARIANT, "group_size": _EVEN, "parts": POSITIVE_INT})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {"variant": _VARIANT, "group_size": _EVEN}
 
     def prepare(self, site: Site) -> Site:
         site = super().prepare(site)

@@ -5,6 +5,7 @@ y = x (W + D) + b        D: zero but for r (in + out) trained entries, at positi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jpeft.checks import POSITIVE_INT, one_of, or_none
+from jpeft.checks import POSITIVE_INT, Rule, one_of, or_none
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear, widened
 from jpeft.core.sites import Site
 from jpeft.core.statistics import LowRank
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.torch_random import SEED, randperm
 
 _FEW = 8  # up to this number of tokens, as in decoding, adding each entry's product is less than a copy of the weight
@@ -55,14 +56,12 @@ class SHiRA(WeightMethod):
     learning_rate: ClassVar[float] = 3e-4
     non_trainable: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
     per_site: ClassVar[tuple[str, ...]] = ("rank", "mask", "seed", "dtype", "parts")
+    rules: ClassVar[Mapping[str, Rule]] = {"rank": POSITIVE_INT, "mask": one_of(_MASKS), "seed": or_none(SEED)}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {"rank": POSITIVE_INT, "mask": one_of(_MASKS), "seed": or_none(SEED), "parts": POSITIVE_INT}
-        check_fields(self, rules)
+        super().__post_init__()
         if self.seed is not None and self.mask != "random":
             raise ValueError(f"SHiRA: seed {self.seed} has no effect on mask={self.mask!r}; leave one of them out")
-        super().__post_init__()
 
     @property
     def regenerated(self) -> frozenset[str]:

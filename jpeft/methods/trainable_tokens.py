@@ -15,13 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, Rule, is_int
+from jpeft.checks import Rule, is_int
 from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import EMBEDDING, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import TargetError
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
+
+
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, str) or not len(value):
+        return False
+    return all(is_int(i) and i >= 0 for i in value) and len(set(value)) == len(value)
+
+
+_IDS: Rule = (_is_ids, "different token ids, one or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +58,13 @@ class TrainableTokens(WeightMethod):
     family: ClassVar[str] = "selective"
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"tokens_in": (None, "out"), "tokens_out": (None, "in")}
     per_site: ClassVar[tuple[str, ...]] = ("indices", "dtype", "parts")
+    rules: ClassVar[Mapping[str, Rule]] = {"indices": _IDS}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if isinstance(self.indices, (np.ndarray, jax.Array)):
             object.__setattr__(self, "indices", self.indices.tolist())
-        check_fields(self, {"parts": POSITIVE_INT, "indices": _IDS})
-        object.__setattr__(self, "indices", tuple(self.indices))
         super().__post_init__()
+        object.__setattr__(self, "indices", tuple(self.indices))
 
     @property
     def identity_at_init(self) -> bool:
@@ -120,13 +128,6 @@ class TrainableTokens(WeightMethod):
         return jnp.asarray(np.asarray(self.indices, np.int32))
 
 
-def _is_ids(value: Any) -> bool:
-    if isinstance(value, str) or not len(value):
-        return False
-    return all(is_int(i) and i >= 0 for i in value) and len(set(value)) == len(value)
-
-
-_IDS: Rule = (_is_ids, "different token ids, one or more")
 _NAME = "trainable_tokens_delta"
 TrainableTokens.hf = HFSpec(
     peft_type="TRAINABLE_TOKENS",

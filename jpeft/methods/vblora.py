@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import NUMBER, POSITIVE_INT, RATE
+from jpeft.checks import NUMBER, POSITIVE_INT, RATE, Rule
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor, Tensors
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name, normal
+from jpeft.methods.base import WeightMethod, normal
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.low_rank import low_rank
 
@@ -62,15 +62,16 @@ class VBLoRA(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.15179"
     learning_rate: ClassVar[float] = 1e-2
     per_site: ClassVar[tuple[str, ...]] = ("rank", "dropout", "parts")
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **dict.fromkeys(("rank", "num_vectors", "vector_length", "topk"), POSITIVE_INT),
+        **dict.fromkeys(("init_vector_bank_bound", "init_logits_std"), NUMBER),
+        "dropout": RATE,
+    }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        sizes = dict.fromkeys(("rank", "num_vectors", "vector_length", "topk", "parts"), POSITIVE_INT)
-        starts = dict.fromkeys(("init_vector_bank_bound", "init_logits_std"), NUMBER)
-        check_fields(self, {**sizes, **starts, "dropout": RATE})
+        super().__post_init__()
         if self.topk > self.num_vectors:
             raise ValueError(f"VBLoRA.topk is {self.topk}, more than the {self.num_vectors} vectors of the bank")
-        super().__post_init__()
 
     @property
     def identity_at_init(self) -> bool:

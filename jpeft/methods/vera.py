@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE
+from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, Rule
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 from jpeft.methods.families.dropout import check_dropout, dropout_field
 from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, Generator
@@ -61,12 +61,9 @@ class VeRA(WeightMethod):
     non_trainable: ClassVar[frozenset[str]] = frozenset({"vera_a", "vera_b"})
     regenerated: ClassVar[frozenset[str]] = non_trainable
     per_site: ClassVar[tuple[str, ...]] = ("d_initial", "dropout", "parts")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        rules = {"rank": POSITIVE_INT, "d_initial": NUMBER, "seed": SEED, "save_projection": BOOL, "dropout": RATE}
-        check_fields(self, {**rules, "parts": POSITIVE_INT})
-        super().__post_init__()
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rank": POSITIVE_INT, "d_initial": NUMBER, "seed": SEED, "save_projection": BOOL, "dropout": RATE
+    }  # fmt: skip
 
     def prepare(self, site: Site) -> Site:
         check_dropout(self, site)

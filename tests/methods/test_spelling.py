@@ -50,7 +50,7 @@ def test_a_foreign_or_misspelt_field_is_named(make, hint):
 def test_every_method_knows_huggingface_names_of_targets_and_of_its_own_fields(name):
     cls = METHODS[name]
     known = {"target_modules": "targets", "exclude_modules": "exclude"}
-    known |= {field.key: field.name for field in getattr(form(cls), "fields", ()) if field.name}
+    known |= {field.key: field.name for field in getattr(form(cls), "fields", ()) if field.name not in ("", field.key)}
     for theirs, ours in known.items():
         with pytest.raises(TypeError, match=f"{name} has no field {theirs!r}; it is called {ours!r}"):
             cls(**{theirs: 1})
@@ -92,5 +92,6 @@ def test_signatures_copies_and_pickles_are_those_of_any_dataclass(name):
     assert list(inspect.signature(cls).parameters) == [
         field.name for field in sorted(fields(cls), key=lambda f: f.kw_only)
     ]
-    method = cls("x") if name == "Train" else cls(**({"indices": (1,)} if name == "TrainableTokens" else {}))
+    required = {"Train": {"targets": "x"}, "TrainableTokens": {"indices": (1,)}, "ALoRA": {"invocation_tokens": (1,)}}
+    method = cls(**required.get(name, {}))
     assert copy.deepcopy(method) == method == pickle.loads(pickle.dumps(method))

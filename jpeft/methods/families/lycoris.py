@@ -27,7 +27,7 @@ class LyCORIS:
     family: ClassVar[str] = "low rank"
     per_site: ClassVar[tuple[str, ...]] = ("rank", "alpha", "effective_conv", "dtype", "parts")
     rules: ClassVar[Mapping[str, Rule]] = {
-        "rank": POSITIVE_INT, "alpha": or_none(NONZERO), "effective_conv": BOOL, "parts": POSITIVE_INT
+        "rank": POSITIVE_INT, "alpha": or_none(NONZERO), "effective_conv": BOOL
     }  # fmt: skip
 
     @property

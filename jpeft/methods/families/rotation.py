@@ -19,7 +19,7 @@ from jpeft.core.geometry.convolution import Patches
 from jpeft.core.interchange import Field, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
-from jpeft.methods.base import WeightMethod, check_fields, dtype_name
+from jpeft.methods.base import WeightMethod
 
 _FEATURES, _ROWS = "features_", "rows"
 # Also where a device multiplies float32 in lower precision: the products must stay orthogonal.
@@ -130,18 +130,15 @@ class BlockRotation(Rotation):
 
     default_size: ClassVar[int] = 32
     per_site: ClassVar[tuple[str, ...]] = ("block_size", "blocks", "dtype", "parts")
-    rules: ClassVar[Mapping[str, Rule]] = {}
+    rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("block_size", "blocks"), or_none(POSITIVE_INT))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        common = dict.fromkeys(("block_size", "blocks"), or_none(POSITIVE_INT))
-        check_fields(self, {"parts": POSITIVE_INT, **common, **self.rules})
+        super().__post_init__()
         if self.blocks is not None and self.block_size is not None:
             raise ValueError(
                 f"{self.name} takes block_size or blocks, since one gives the other; got block_size={self.block_size} "
                 f"and blocks={self.blocks}"
             )
-        super().__post_init__()
 
     def prepare(self, site: Site) -> Site:
         site, given = super().prepare(site), self.blocks or self.block_size or self.default_size
