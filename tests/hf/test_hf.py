@@ -310,7 +310,6 @@ def test_patterns_name_modules_exactly(values):
 
 FIELDS = {
     "use_bdlora": True,
-    "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 1]],
     "trainable_token_indices": [3],
     "target_parameters": ["experts.w"],  # which the model lacks
