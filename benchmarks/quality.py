@@ -246,7 +246,7 @@ class TorchTrainer:
             file = folder / "adapter_config.json"
             config = json.loads(file.read_text())
             if config["peft_type"] == "ADALORA":  # the budget of `jpeft.recipes.optimizer`
-                config |= {"init_r": config["r"], "target_r": 2 * config["r"] // 3, "total_step": job.steps}
+                config |= {"target_r": 2 * config["init_r"] // 3, "total_step": job.steps}
                 config |= {"tinit": job.steps // 10, "tfinal": 3 * job.steps // 10, "deltaT": 1}
                 file.write_text(json.dumps(config))
             return PeftModel.from_pretrained(model, folder, is_trainable=True)
@@ -257,11 +257,14 @@ class TorchTrainer:
     def step(self, batch: Any) -> float:
         torch = self.torch
         ids, mask, labels = (torch.tensor(x).long() for x in (batch.input_ids, batch.attention_mask, batch.labels))
-        loss = self.model(ids, mask, labels, torch.tensor(batch.weight)).loss
+        # PEFT adds AdaLoRA's own loss in the forward pass of this inner model, which a model without a task type skips.
+        allocate = getattr(getattr(self.model, "base_model", None), "update_and_allocate", None)
+        model = self.model.base_model if allocate else self.model
+        loss = model(ids, mask, labels, torch.tensor(batch.weight)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.leaves, 1.0)
         self.adam.step()
-        if allocate := getattr(getattr(self.model, "base_model", None), "update_and_allocate", None):
+        if allocate:
             allocate(self.done)
         self.adam.zero_grad()
         self.schedule.step()

@@ -115,6 +115,45 @@ def test_every_method_is_measured(scripts, tmp_path):
             assert "missing" in row or "torch" in row or not isinstance(form(METHODS[name]), HFSpec), name
 
 
+def unit_record(quality, method, side, hits):
+    unit = quality.Unit("reviews", side, method, 0, "quality", quality.BUDGETS["reviews"])
+    sizes = {"trained": 900, "head": 100, "disk_bytes": 2e6, "state_bytes": 2**20, "growth_bytes": 2**21}
+    score = {"accuracy": sum(map(int, hits)) / len(hits), "hits": hits}
+    return {**vars(unit), **sizes, **score, "lr": 5e-4, "machine": {}}
+
+
+def test_finished_runs_of_the_quality_benchmark_are_not_repeated(scripts, tmp_path, capsys, monkeypatch):
+    quality, file, out = scripts("quality"), tmp_path / "runs.jsonl", tmp_path / "out.json"
+    argv = ["--resume", str(file), "--json", str(out), "--tasks", "reviews", "--only", "LoRA", "--only", "PiSSA"]
+    other = unit_record(quality, "IA3", "jpeft", "11") | {"budget": {"steps": 1}}
+    file.write_text(json.dumps(unit_record(quality, "LoRA", "jpeft", "1110")) + "\n" + json.dumps(other) + "\n")
+    started = []
+
+    def run(command, **_):
+        unit = json.loads(command[-1])
+        started.append((unit["method"], unit["side"]))
+        record = json.dumps(unit_record(quality, unit["method"], unit["side"], "1100"))
+        return subprocess.CompletedProcess(command, unit["side"] == "torch", stdout=f"a line\n{record}\n")
+
+    monkeypatch.setattr(quality.subprocess, "run", run)
+    quality.main(argv)
+    assert started == [("PiSSA", "jpeft"), ("LoRA", "torch")]  # torch cannot train PiSSA's folder as PiSSA
+    done = [(each["method"], each["side"]) for each in json.loads(out.read_text())]
+    assert done == [("LoRA", "jpeft"), ("PiSSA", "jpeft")]  # neither what failed nor runs of another budget
+    told = capsys.readouterr()
+    assert "LoRA 0 quality: failed" in told.err
+    assert "| LoRA | 75.0% ± 25.0% |  | 0.0005 | 800 | 2.00 | 3 |  |" in told.out
+    quality.main(argv)
+    assert started[2:] == [("LoRA", "torch")]
+
+
+def test_the_notebook_on_choosing_a_method_shows_runs_of_the_benchmarks_budgets(scripts):
+    quality = scripts("quality")
+    records = json.loads((FOLDER.parent / "notebooks/data/quality.json").read_text())
+    assert {each["method"] for each in records} <= {*quality.METHODS, quality.BASE}
+    assert all(each["budget"] == quality.BUDGETS[each["task"]] for each in records)
+
+
 BARE = f"""
 import importlib.machinery, sys
 
