@@ -175,6 +175,7 @@ class Use:
     targets: Any = r".*/op(/.*)?"
     parts: int = 1
     via: str = "fused"
+    block: int = 4  # of a quantized base: it divides an axis of the weight; 0 where none can be quantized
 
     def input(self, dtype: Any) -> jax.Array:
         if self.vocabulary:
@@ -229,19 +230,26 @@ def _attention(dtype):
     )(x, mask=nn.make_causal_mask(x[..., 0], dtype=bool))
 
 
+def _on_tokens(dtype):
+    def run(x):
+        return _linear(nn.Dense, 6)(dtype)(nn.Embed(7, 4, dtype=dtype, param_dtype=dtype, name="table")(x))
+
+    return run
+
+
 _MASK = np.tril(np.ones((3, 4, 6)))
 
 USES: dict[str, Use] = {
     "dense": Use(_linear(nn.Dense, 6), (2, 3, 4)),
     "dense without bias": Use(_linear(nn.Dense, 6, use_bias=False), (3, 4)),
     "dense, one vector": Use(_linear(nn.Dense, 6), (4,)),
-    "dense_general": Use(_linear(nn.DenseGeneral, (2, 3)), (2, 3, 4)),
+    "dense_general": Use(_linear(nn.DenseGeneral, (2, 3)), (2, 3, 4), block=2),
     "dense_general, axes": Use(_linear(nn.DenseGeneral, 5, axis=(-2, -1)), (2, 3, 2, 4)),
-    "dense_general, first axes": Use(_linear(nn.DenseGeneral, (5, 2), axis=(1, 0)), (3, 4, 2)),
-    "dense_general, batch": Use(_linear(nn.DenseGeneral, (5, 2), axis=(-1,), batch_dims=(0,)), (3, 2, 4)),
+    "dense_general, first axes": Use(_linear(nn.DenseGeneral, (5, 2), axis=(1, 0)), (3, 4, 2), block=2),
+    "dense_general, batch": Use(_linear(nn.DenseGeneral, (5, 2), axis=(-1,), batch_dims=(0,)), (3, 2, 4), block=2),
     "dense_general, two batch": Use(_linear(nn.DenseGeneral, 5, axis=(2,), batch_dims=(0, 1)), (2, 3, 4, 2)),
-    "einsum": Use(_einsum("BTD,DNH->BTNH", (4, 2, 3)), (2, 3, 4)),
-    "einsum, many in": Use(_einsum("BTNH,NHD->BTD", (2, 3, 5)), (2, 3, 2, 3)),
+    "einsum": Use(_einsum("BTD,DNH->BTNH", (4, 2, 3)), (2, 3, 4), block=2),
+    "einsum, many in": Use(_einsum("BTNH,NHD->BTD", (2, 3, 5)), (2, 3, 2, 3), block=0),
     "einsum, stored outputs first": Use(_einsum("BTD,HND->BTNH", (3, 2, 4)), (2, 3, 4)),
     "einsum, batch": Use(_einsum("BTND,NDH->BTNH", (2, 4, 5)), (2, 3, 2, 4)),
     "einsum, experts": Use(_einsum("GTD,GDF->GTF", (3, 4, 5)), (3, 2, 4)),
@@ -250,7 +258,7 @@ USES: dict[str, Use] = {
     "conv 1-D": Use(_conv(6, (3,)), (2, 5, 4)),
     "conv 1-D causal": Use(_conv(6, (3,), padding="CAUSAL"), (2, 5, 4)),
     "conv 2-D strided": Use(_conv(6, (3, 2), strides=(2, 1)), (2, 5, 4, 4)),
-    "conv 2-D grouped": Use(_conv(6, (3, 3), feature_group_count=2), (2, 4, 4, 4)),
+    "conv 2-D grouped": Use(_conv(6, (3, 3), feature_group_count=2), (2, 4, 4, 4), block=2),
     "conv 2-D depthwise": Use(_conv(8, (3, 3), feature_group_count=4), (2, 4, 4, 4)),
     "conv 2-D dilated": Use(
         _conv(6, (3, 3), kernel_dilation=2, input_dilation=2, padding=((1, 1), (2, 1))), (2, 4, 4, 4)
@@ -265,19 +273,20 @@ USES: dict[str, Use] = {
     "conv transposed, kernel too": Use(
         _conv(6, (3,), kind=nn.ConvTranspose, strides=(2,), transpose_kernel=True), (2, 3, 4)
     ),
-    "embed": Use(_with(nn.Embed, 7, 6), (2, 3), vocabulary=7),
-    "embed, attend": Use(_attend, (2, 3, 6)),
-    "embed, tied by attend": Use(_tied, (2, 3), vocabulary=7),
-    "embed, tied by its table": Use(_transposed, (2, 3), vocabulary=7, via="box"),
+    "embed": Use(_with(nn.Embed, 7, 6), (2, 3), vocabulary=7, block=2),
+    "embed, attend": Use(_attend, (2, 3, 6), block=2),
+    "embed, tied by attend": Use(_tied, (2, 3), vocabulary=7, block=2),
+    "dense on tokens": Use(_on_tokens, (2, 3), vocabulary=7),
+    "embed, tied by its table": Use(_transposed, (2, 3), vocabulary=7, via="box", block=2),
     "fused qkv": Use(_linear(nn.Dense, 12), (2, 3, 4), parts=3),
-    "fused qkv, heads": Use(_linear(nn.DenseGeneral, (3, 2, 2)), (2, 3, 4), parts=3),
+    "fused qkv, heads": Use(_linear(nn.DenseGeneral, (3, 2, 2)), (2, 3, 4), parts=3, block=2),
     "attention": Use(_attention, (2, 3, 8), targets=r".*/op/(query|key|value|out)"),
     "raw": Use(lambda d: lambda x: GatedFFN(5, d, name="op")(x), (2, 3, 4)),
     "raw, in a loop": Use(lambda d: lambda x: InLoop(d, name="op")(x), (3, 2, 4), via="box"),
     "shared scope": Use(lambda d: lambda x: SharedScope(5, d, name="op")(x), (2, 3, 4)),
     "standardized": Use(_with(Standardized, 6), (2, 3, 4), via="box"),
-    "mapped variables": Use(_mapped, (2, 3, 4), via="merge"),
-    "weight norm": Use(_weight_norm, (2, 3, 4), via="merge"),
+    "mapped variables": Use(_mapped, (2, 3, 4), via="merge", block=0),
+    "weight norm": Use(_weight_norm, (2, 3, 4), via="merge", block=0),
     "product of its own": Use(_with(nn.Dense, 6, dot_general=_rounded), (2, 3, 4)),
     "product that rounds the weight": Use(_with(nn.Dense, 6, dot_general=_rounding), (2, 3, 4), via="box"),
     "named Einsum": Use(_normalized, (2, 3, 4), via="box"),
@@ -336,6 +345,7 @@ class Entry:
 
     make: Callable[[Use], jpeft.methods.Method]
     uses: tuple[str, ...] = tuple(USES)  # a method that changes weights is tried on all
+    quantized: bool = True  # whether it acts on a quantized base; codes have no gradient
 
 
 def _parts(use: Use) -> dict[str, Any]:
@@ -373,7 +383,8 @@ SMALL: dict[str, dict[str, Any]] = {
 def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
     """A method's default configuration, on the uses that its kind can act on."""
     if issubclass(cls, jpeft.methods.WeightMethod):
-        uses = tuple(USES) if cls.__name__ in _EVERYWHERE else _WEIGHTS
+        is_ours = cls.__module__.startswith("jpeft.")
+        uses = _WEIGHTS if is_ours and cls.__name__ not in _EVERYWHERE else tuple(USES)
         return Entry(lambda use: cls(**SMALL.get(cls.__name__, {}), **_parts(use)), uses)
     if issubclass(cls, jpeft.methods.OutputMethod):
         return Entry(lambda use: cls(targets=r".*/op"), (*_SOME, "raw", "embed"))
@@ -384,6 +395,8 @@ def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
 
 # Other configurations of methods that jpeft has, beside each one's default.
 VARIANTS: dict[str, Entry] = {
+    # It acts from one of these tokens on, which each row of the use has.
+    "ALoRA": Entry(lambda u: jpeft.methods.ALoRA(rank=2, invocation_tokens=(5,), **_parts(u)), ("dense on tokens",)),
     "LoRA": Entry(lambda u: jpeft.LoRA(rank=2, alpha=3, **_parts(u))),
     "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), _SOME),
     "LoRA pissa": Entry(
@@ -394,7 +407,7 @@ VARIANTS: dict[str, Entry] = {
     "DoRA": Entry(lambda u: jpeft.methods.DoRA(rank=2, alpha=3, **_parts(u))),
     "DoRA olora": Entry(lambda u: jpeft.methods.DoRA(rank=2, init_weights="olora", **_parts(u)), _SOME),
     "IA3 feedforward": Entry(lambda u: jpeft.IA3(feedforward=u.targets, **_parts(u))),
-    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), (*_SOME, "raw")),
+    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), (*_SOME, "raw"), quantized=False),
     # The default takes indices: the ids of the embedding uses have these two, and every weight has as many outputs.
     "TrainableTokens": Entry(lambda u: jpeft.methods.TrainableTokens(indices=(0, 1), **_parts(u))),
     "LoRA + TrainableTokens": Entry(

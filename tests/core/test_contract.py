@@ -1,34 +1,69 @@
 """The contract: what holds for every method on every use of a weight. The tables are in `tests.zoo`."""
 
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import pytest
 
 from jpeft.core import backend
 from tests import contract
-from tests.zoo import METHODS, MODES, USES
+from tests.zoo import METHODS, MODES, USES, Entry
 
-# Every use, in the first cell of one of these rows in turn; with --exhaustive, in its whole row: in every mode and
-# in both dtypes. Over all rows, every mode has had both dtypes.
+# Every way of use, with all methods that act on it, in the first cell of one of these rows in turn; with --exhaustive,
+# in its whole row. Over all rows, every mode has had both dtypes.
 ROWS = (
     (("plain", "float32"), ("scan", "bfloat16"), ("remat", "float32")),
     (("scan", "float32"), ("remat", "float32"), ("plain", "bfloat16")),
     (("remat", "bfloat16"), ("plain", "float32"), ("scan", "float32")),
 )
-LAW = [
+USED = [
     pytest.param(use, mode, dtype, id=f"{mode}-{dtype}-{use}", marks=[pytest.mark.exhaustive] if place else [])
     for number, use in enumerate(USES)
     for place, (mode, dtype) in enumerate(ROWS[number % len(ROWS)])
 ]
-# Every method, on the uses it names first, in one mode in turn; with --exhaustive, in every mode.
-EACH = [
-    pytest.param(
-        use, mode, method,
-        id=f"{use}-{mode}-{method}",
-        marks=[] if mode == list(MODES)[number % len(MODES)] else pytest.mark.exhaustive,
-    )
-    for number, (method, entry) in enumerate(METHODS.items())
-    for use, mode in zip(entry.uses[:3] * 3, MODES, strict=False)
-]  # fmt: skip
+
+# Every method, with every pair of (mode, dtype, base) once, on these uses in turn; with --exhaustive, in their product.
+DTYPES = ("float32", "bfloat16")
+BASES = (None, "int8", "nf4")
+PAIRS = [(mode, DTYPES[(i + j) % 2], base) for i, mode in enumerate(MODES) for j, base in enumerate(BASES)]
+CELLS = [*PAIRS, *(cell for cell in itertools.product(MODES, DTYPES, BASES) if cell not in PAIRS)]
+COMMON = (
+    "dense", "conv 2-D strided", "fused qkv", "einsum, experts", "embed, tied by attend", "raw, in a loop",
+)  # fmt: skip
+# What learns, in one of these each, two of three with a quantized base; with --exhaustive, in all.
+LEARNING = [(mode, base) for mode in MODES for base in BASES]
+
+
+def in_turn(cells: Sequence[Any], default: Callable[[str, Any], bool]) -> list[Any]:
+    """The methods that take a cell on the same use run in one program; ``default`` chooses by method and cell."""
+    programs: dict[Any, dict[str, Entry]] = {}
+    for name, entry in METHODS.items():
+        own = [use for use in entry.uses if USES[use].block]
+        for turn, cell in enumerate(cells):
+            at = (turn + turn // 3) % len(COMMON)  # so that a base is not always on the same of three uses
+            use = next((use for use in COMMON[at:] + COMMON[:at] if use in own), own[turn % len(own)])
+            if cell[-1] is None or entry.quantized:
+                programs.setdefault((default(name, cell), use, cell), {})[name] = entry
+    return [
+        pytest.param(
+            entries, use, *cell, id="-".join(map(str, (*cell, use))), marks=[] if usual else pytest.mark.exhaustive
+        )
+        for (usual, use, cell), entries in programs.items()
+    ]
+
+
+def pairs(method: str, cell: tuple[str, str, str | None]) -> bool:
+    """Whether a cell is of the pairs, and no use has it by default in the test above."""
+    mode, dtype, base = cell
+    uses = METHODS[method].uses
+    met = {ROWS[number % len(ROWS)][0] for number, use in enumerate(USES) if use in uses}
+    return cell in PAIRS and (base is not None or (mode, dtype) not in met)
+
+
+def learns(method: str, cell: tuple[str, str | None]) -> bool:
+    return cell == LEARNING[list(METHODS).index(method) % len(LEARNING)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +74,21 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize(("use", "mode", "dtype"), LAW)
+@pytest.mark.parametrize(("use", "mode", "dtype"), USED)
 def test_running_under_an_adapter_is_running_the_unmodified_model_on_the_merged_tree(use, mode, dtype, monkeypatch):
     if dtype == "bfloat16":  # in the layout of an accelerator
         monkeypatch.setattr(backend, "flatten_tokens", lambda: False)
-    contract.check_law(METHODS, use, mode, dtype)
+    contract.check_law({name: entry for name, entry in METHODS.items() if use in entry.uses}, use, mode, dtype)
 
 
-@pytest.mark.parametrize(("use", "mode", "method"), EACH)
-def test_a_fresh_adapter_changes_nothing_and_every_leaf_of_a_moved_one_learns(use, mode, method):
-    contract.check_learns(METHODS[method], use, mode)
+@pytest.mark.parametrize(("entries", "use", "mode", "dtype", "base"), in_turn(CELLS, pairs))
+def test_the_law_holds_for_every_mode_dtype_and_base(entries, use, mode, dtype, base):
+    contract.check_law(entries, use, mode, dtype, base)
+
+
+@pytest.mark.parametrize(("entries", "use", "mode", "base"), in_turn(LEARNING, learns))
+def test_a_fresh_adapter_changes_nothing_and_a_step_moves_every_leaf_that_trains(entries, use, mode, base):
+    contract.check_learns(entries, use, mode, base)
 
 
 @pytest.mark.parametrize("method", METHODS)
