@@ -36,7 +36,8 @@ class ALoRA(LoRA):
 
     A cache of keys and values of a prompt, made by the base, is then valid for the adapter too. The token ids are the
     first argument of the model's call that is an integer array ``[batch, length]``. In a call that continues a cache,
-    the ids before it are not known: it is refused, so generate without a cache.
+    the ids before it are not known: it is refused, so generate without a cache. Where several texts are packed in a
+    row, and the call's ``segment_ids`` tell them apart, each is activated by its own tokens.
 
     Attributes:
       invocation_tokens: the ids that activate the adapter, in order.
@@ -82,16 +83,25 @@ class ALoRA(LoRA):
                 f"{self.name}: a weight sees tokens {x.shape[:-1]}, the model's call has token ids {ids.shape}: they "
                 "must be the same tokens; exclude this weight"
             )
-        active = activated(ids, self.invocation_tokens).reshape(*x.shape[:-1], 1)
+        segments = base.context.get("segment_ids")
+        if segments is not None and jnp.shape(segments) != ids.shape:
+            raise ValueError(
+                f"{self.name}: segment_ids must be like the token ids, {ids.shape}, got {jnp.shape(segments)}"
+            )
+        active = activated(ids, self.invocation_tokens, segments).reshape(*x.shape[:-1], 1)
         update = (base.dropout(x, self.dropout) @ (self.scale * leaves["lora_a"])) @ leaves["lora_b"]
         return y + jnp.where(active, update, jnp.zeros_like(update)).astype(y.dtype)
 
 
-def activated(ids: Int[Array, "batch length"], tokens: Sequence[int]) -> Bool[Array, "batch length"]:
-    """Whether each token stands at or after the start of the last occurrence of ``tokens`` in its row.
+def activated(
+    ids: Int[Array, "batch length"], tokens: Sequence[int], segments: Int[Array, "batch length"] | None = None
+) -> Bool[Array, "batch length"]:
+    """Whether each token stands at or after the start of the last occurrence of ``tokens`` in its row or segment.
 
     >>> activated(jnp.array([[5, 7, 8, 1], [7, 1, 8, 2]]), (7, 8)).tolist()
     [[False, True, True, True], [False, False, False, False]]
+    >>> activated(jnp.array([[7, 1, 2, 7]]), (7,), jnp.array([[1, 1, 2, 2]])).tolist()
+    [[True, True, False, True]]
     """
     length, count = ids.shape[1], len(tokens)
     place = jnp.arange(length)
@@ -99,7 +109,14 @@ def activated(ids: Int[Array, "batch length"], tokens: Sequence[int]) -> Bool[Ar
         return jnp.zeros(ids.shape, bool)
     starts = length - count + 1
     found = jnp.stack([ids[:, i : i + starts] == token for i, token in enumerate(tokens)]).all(0)
-    last = jnp.where(found, place[:starts], -1).max(1, keepdims=True)
+    if segments is None:
+        last = jnp.where(found, place[:starts], -1).max(1, keepdims=True)
+    else:
+        part = jnp.cumsum(segments != jnp.roll(segments, 1, axis=1), axis=1)
+        found &= part[:, :starts] == part[:, count - 1 :]
+        at = jnp.where(found, place[:starts], -1)
+        latest = jax.vmap(lambda at, part: jax.ops.segment_max(at, part, num_segments=length + 1))(at, part[:, :starts])
+        last = jnp.take_along_axis(latest, part, axis=1)
     return (last >= 0) & (place >= last)
 
 

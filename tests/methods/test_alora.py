@@ -88,6 +88,31 @@ def test_the_start_is_that_of_a_search_by_hand():
     assert not activated(jnp.zeros((2, 1), jnp.int32), (0, 0)).any()
 
 
+def test_texts_packed_in_a_row_are_activated_each_by_its_own_tokens():
+    class Packed(nn.Module):
+        @nn.compact
+        def __call__(self, input_ids, segment_ids=None):
+            return nn.Dense(4, name="op")(nn.Embed(8, 6)(input_ids))
+
+    texts = ([1, 2, 4, 5], [3, 1, 2, 6, 1], [2, 7, 7])  # the last pair is of two texts
+    packed = jnp.array([[token for text in texts for token in text]])
+    segments = jnp.array([[1] * 4 + [2] * 5 + [3] * 3])
+    active = np.array([True] * 4 + [False] + [True] * 4 + [False] * 3)
+    model = Packed()
+    params = parameters(model, packed)
+    peft = ALoRA(rank=2, invocation_tokens=TOKENS, targets=["op"]).bind(model, params, packed)
+    adapter = numbers(jax.eval_shape(lambda: peft.init(jax.random.key(0), params)), 0.5)
+    before = model.apply({"params": params}, packed)
+
+    def changed(**kwargs):
+        return np.abs(peft.apply(params, adapter, packed, **kwargs) - before).max(-1)[0]
+
+    np.testing.assert_array_equal(changed(segment_ids=segments) > 1e-3, active)
+    np.testing.assert_array_equal(changed() > 1e-3, np.arange(12) >= 8)
+    with pytest.raises(ValueError, match=r"segment_ids must be like the token ids, \(1, 12\), got \(1, 1\)"):
+        changed(segment_ids=segments[:, :1])
+
+
 def test_a_row_without_invocation_gives_no_gradient():
     _, params, peft, adapter = setting()
     grads = jax.grad(lambda a: jnp.sin(peft.apply(params, a, IDS[2:])).sum())(adapter)
