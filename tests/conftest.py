@@ -25,6 +25,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run what is slow and exhaustive, as .ci/run does")
+    parser.addoption("--products", action="store_true", help="also the contract's whole products: an hour, not in CI")
     parser.addoption("--all-meshes", action="store_true", help="a step on every mesh of 8 devices: half an hour")
 
 
@@ -38,14 +39,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(config, items):
-    """Sorts the files. Without --exhaustive, what is marked so is deselected: each such family has a cheap
-    representative that runs."""
+    """Sorts the files. What is marked exhaustive or product is deselected without its flag: each such family has a
+    cheap representative that runs."""
     here = Path(__file__).parent
     rank = {here / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
-    if config.getoption("exhaustive"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    off = [name for name, flag in (("exhaustive", "exhaustive"), ("product", "products")) if not config.getoption(flag)]
+    left_out = [item for item in items if any(map(item.get_closest_marker, off))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

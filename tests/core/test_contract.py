@@ -11,7 +11,7 @@ from jpeft.core import backend
 from tests import contract
 from tests.zoo import METHODS, MODES, USES, Entry
 
-# Every way of use, with all methods that act on it, in the first cell of one of these rows in turn; with --exhaustive,
+# Every way of use, with all methods that act on it, in the first cell of one of these rows in turn; with --products,
 # in its whole row. Over all rows, every mode has had both dtypes.
 ROWS = (
     (("plain", "float32"), ("scan", "bfloat16"), ("remat", "float32")),
@@ -19,12 +19,12 @@ ROWS = (
     (("remat", "bfloat16"), ("plain", "float32"), ("scan", "float32")),
 )
 USED = [
-    pytest.param(use, mode, dtype, id=f"{mode}-{dtype}-{use}", marks=[pytest.mark.exhaustive] if place else [])
+    pytest.param(use, mode, dtype, id=f"{mode}-{dtype}-{use}", marks=[pytest.mark.product] if place else [])
     for number, use in enumerate(USES)
     for place, (mode, dtype) in enumerate(ROWS[number % len(ROWS)])
 ]
 
-# Every method, with every pair of (mode, dtype, base) once, on these uses in turn; with --exhaustive, in their product.
+# Every method, with every pair of (mode, dtype, base) once, on these uses in turn; with --products, in their product.
 DTYPES = ("float32", "bfloat16")
 BASES = (None, "int8", "nf4")
 PAIRS = [(mode, DTYPES[(i + j) % 2], base) for i, mode in enumerate(MODES) for j, base in enumerate(BASES)]
@@ -32,7 +32,7 @@ CELLS = [*PAIRS, *(cell for cell in itertools.product(MODES, DTYPES, BASES) if c
 COMMON = (
     "dense", "conv 2-D strided", "fused qkv", "einsum, experts", "embed, tied by attend", "raw, in a loop",
 )  # fmt: skip
-# What learns, in one of these each, two of three with a quantized base; with --exhaustive, in all.
+# What learns, in one of these each, two of three with a quantized base; with --products, in all.
 LEARNING = [(mode, base) for mode in MODES for base in BASES]
 
 
@@ -48,7 +48,7 @@ def in_turn(cells: Sequence[Any], default: Callable[[str, Any], bool]) -> list[A
                 programs.setdefault((default(name, cell), use, cell), {})[name] = entry
     return [
         pytest.param(
-            entries, use, *cell, id="-".join(map(str, (*cell, use))), marks=[] if usual else pytest.mark.exhaustive
+            entries, use, *cell, id="-".join(map(str, (*cell, use))), marks=[] if usual else pytest.mark.product
         )
         for (usual, use, cell), entries in programs.items()
     ]
