@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.fingerprint import difference
@@ -72,9 +73,12 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
     """Checks that there are statistics where a method's start depends on data, and that they are of this model.
 
     Raises:
-      ValueError: there are none, or of other sites, shapes, kinds or weights, by name.
+      ValueError: there are none, or none are needed; or they are of other sites, shapes, kinds or weights, by name.
     """
-    for action in (a for a in actions if a.method.observes is not None):
+    observing = [action for action in actions if action.method.observes is not None]
+    if statistics is not None and not observing:
+        raise ValueError("statistics are given, but nothing of this method starts from data; see init_weights or mask")
+    for action in observing:
         kind, site = action.method.observes, action.site
         if statistics is None:
             raise ValueError(
@@ -96,6 +100,8 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
             raise ValueError(
                 f"the {kind} of {site.name!r} has shape {shape}, expected {expected_shape}; it is of another model"
             )
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(statistics[site.name][kind])):
+            raise ValueError(f"the {kind} of {site.name!r} holds NaN or infinity; observe other batches")
         expected = getattr(statistics, "weights", {}).get(site.name)
         if expected is not None and difference({"w": expected}, {"w": base[site.weight_path]}):
             raise ValueError(f"the statistics were observed on another weight at {site.name!r}; observe this base")

@@ -27,6 +27,7 @@ from jpeft.methods.c3a import C3A as C3A
 from jpeft.methods.chain import Chain as Chain
 from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
+from jpeft.methods.eva import redistribute as redistribute
 from jpeft.methods.fourierft import FourierFT as FourierFT
 from jpeft.methods.gralora import GraLoRA as GraLoRA
 from jpeft.methods.hira import HiRA as HiRA

@@ -59,8 +59,10 @@ class ALoRA(LoRA):
     rules: ClassVar[Mapping[str, Rule]] = {"invocation_tokens": _IDS}
 
     def __post_init__(self) -> None:
+        if isinstance(self.invocation_tokens, np.ndarray | jax.Array):
+            object.__setattr__(self, "invocation_tokens", self.invocation_tokens.tolist())
         super().__post_init__()
-        object.__setattr__(self, "invocation_tokens", tuple(int(i) for i in self.invocation_tokens))
+        object.__setattr__(self, "invocation_tokens", tuple(self.invocation_tokens))
 
     def prepare(self, site: Site) -> Site:
         if site.via != FUSED or site.lookup or window(site) or site.batch:

@@ -42,31 +42,27 @@ class DoRA(LoRA):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.09353"
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {**LoRA.roles, "dora_m": ("out",)}
+    uncast: ClassVar[frozenset[str]] = frozenset({"dora_m"})  # in low precision m would lose what it learned
+
+    @property
+    def identity_at_init(self) -> bool:
+        """False for a dtype that may round the norms, and for "random"."""
+        return super().identity_at_init and jnp.dtype(self.dtype).itemsize >= 4
 
     def init(self, key: Key[Array, ""], site: Site, w: Any, statistics: Leaves | None = None) -> Leaves:
         leaves = super().init(key, site, w, statistics)
         m = self._norm(LoRA.expand(self, site, {}, leaves), w.astype(jnp.float32))
         return {**leaves, "dora_m": m.astype(self.dtype)}
 
-    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
-        # In two parts whose sum is exact: cast to a low precision as it is, m would lose what it learned.
-        m = leaves["dora_m"]
-        coarse = jax.lax.stop_gradient(jax.lax.reduce_precision(m, exponent_bits=8, mantissa_bits=7))
-        return {**super().expand(site, shared, leaves), "dora_m": coarse, "dora_m_rest": m - coarse}
-
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         y = low_rank(base, x, self.scale * leaves["lora_a"], leaves["lora_b"], self.dropout)
         b = jnp.zeros((), y.dtype) if base.bias is None else base.bias
-        return _scaled(y, self._magnitude(leaves), self._norm(leaves, base.weight), b)
+        m = leaves["dora_m"]
+        return _scaled(y, m.astype(widened(m.dtype)), self._norm(leaves, base.weight), b)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         changed, b = super().merge(leaves, w, b)
-        return changed * (self._magnitude(leaves) / self._norm(leaves, w)).astype(w.dtype), b
-
-    def _magnitude(self, leaves: Leaves) -> Float[Array, " out"]:
-        m, rest = leaves["dora_m"], leaves["dora_m_rest"]
-        wide = widened(m.dtype)
-        return m.astype(wide) + rest.astype(wide)
+        return changed * (leaves["dora_m"] / self._norm(leaves, w)).astype(w.dtype), b
 
     def _norm(self, leaves: Leaves, w: Float[Array, "in out"]) -> Float[Array, " out"]:
         """The norms of the columns of W + s A B: |w|² + 2 b · Aᵀ w + b · (Aᵀ A) b, in at least float32."""

@@ -7,6 +7,7 @@ y = x W + (x A) B        A: [in, r], B: [r, out]; each run of v entries along "i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,10 +85,15 @@ class VBLoRA(WeightMethod):
         if site.inputs % self.vector_length or site.outputs % self.vector_length:
             raise ValueError(
                 f"VBLoRA.vector_length is {self.vector_length}, which does not divide both sides of {site.name!r}: "
-                f"{site.inputs} inputs, {site.outputs} outputs; choose another length, or leave it out with "
+                f"{site.inputs} inputs, {site.outputs} outputs; {self._length(site)} does, or leave it out with "
                 f"exclude=[{site.name!r}]"
             )
         return site
+
+    def _length(self, site: Site) -> int:
+        """The largest length up to the one that was given that divides both sides."""
+        common = math.gcd(site.inputs, site.outputs)
+        return next(n for n in range(min(common, self.vector_length), 0, -1) if common % n == 0)
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         (key_a, key_b), v, n = jax.random.split(key), self.vector_length, self.num_vectors

@@ -31,6 +31,7 @@ from jpeft.errors import UserError
 from jpeft.hardware import utilization
 from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import save
+from jpeft.methods import from_dict
 from jpeft.methods.base import Method
 from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
@@ -160,7 +161,7 @@ def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporte
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, adapter=config.adapter))
     longer = config != Config(**record["config"])
     for name, words in UNCHANGED.items():
-        if name in record and job.record.get(name) != record[name] and not (longer and name == "steps"):
+        if name in record and _entry(job.record, name) != _entry(record, name) and not (longer and name == "steps"):
             raise UserError(f"{run}: cannot be resumed: {words} changed since it began")
     if longer and job.steps <= record["steps"]:
         raise UserError(
@@ -168,6 +169,17 @@ def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporte
             "become longer, and ends with its `epochs` or its `steps`, whichever comes first; give both"
         )
     return job
+
+
+def _entry(record: Mapping[str, Any], name: str) -> Any:
+    """An entry of a run's record; a method as it is read, since an earlier version may have had fewer fields."""
+    value: Any = record.get(name)
+    if name != "method":
+        return value
+    try:
+        return from_dict(value)
+    except (ValueError, TypeError):
+        return value
 
 
 def _copy_of_start(run: Path) -> str | None:

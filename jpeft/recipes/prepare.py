@@ -60,6 +60,9 @@ def build_method(config: Config) -> Method:
             )
         return Train(".*", **fields)
     task = tasks.find(config.task)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
+        raise UserError(f"`method` {config.method} needs {missing[0]}: give it in `settings`, as {missing[0]}=...")
     try:
         method = from_dict({"method": kind.__name__, **task.method_defaults(kind), **fields})
     except (ValueError, TypeError) as error:

@@ -58,8 +58,9 @@ def observe(
       columns: see ``widest``.
 
     Raises:
-      ValueError: no batches; a method that needs no data; a ``loss_fn`` that does not call the model or whose loss does
-        not depend on a site; a weight whose input is not seen, as that of an embedding table; infinite statistics.
+      ValueError: no batches; a method that needs no data; a ``loss_fn`` that does not call the model, or whose loss is
+        no floating scalar or does not depend on a site; a weight whose input is not seen, as that of an embedding
+        table; infinite statistics, or a gradient of zero.
 
     >>> import flax.linen as nn, jax.numpy as jnp, jpeft
     >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.arange(12.0).reshape(3, 4)
@@ -122,7 +123,13 @@ def _gradient(probes: Peft, loss_fn: LossFn, params: Tree, batch: Any, rng: jax.
     def loss(leaves: Tree) -> jax.Array:
         with bypassed(), probes.intercept():
             value = loss_fn({}, probes.overlay(params, leaves), batch, rng)
-        return value[0] if isinstance(value, tuple) else value
+        value = value[0] if isinstance(value, tuple) else value
+        if jnp.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"the loss that loss_fn returns must be a floating scalar, got {value.dtype} of shape {value.shape}: "
+                "take its mean"
+            )
+        return value.astype(jnp.float32)
 
     return jax.grad(loss)(zeros)
 
@@ -138,6 +145,8 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
             if float(divisor.min()) == 0:
                 raise ValueError(f"the loss does not depend on the output at {site.name!r}; observe another loss")
         value = action.method.read({name: x / divisor for name, x in own.items()}, site)
+        if kind == GRADIENT and not any(bool(x.any()) for x in own.values()):
+            raise ValueError(f"the gradient of the loss at {site.name!r} is zero; observe other batches or losses")
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(value)):
             raise ValueError(f"the {kind} at {site.name!r} is not finite; look at the loss of these batches")
         found.setdefault(site.name, {})[kind] = value

@@ -134,7 +134,7 @@ BAD = {
     "a number for a text": ("text: 5", "'text' must be a non-empty text, got 5; in quotes it is a text"),
     "an empty text": ("label: ''", "run.yaml: 'label' must be a non-empty text, got ''"),
     "a long value": (f"rank: {'x' * 9999}", "xxx…xxx"),
-    "a method": ("method: lorra", "run.yaml: 'method' must be one of bitfit, bottleneck, full, ia3, lora"),
+    "a method": ("method: lorra", "run.yaml: 'method' must be one of adalora, alora, beft, bitfit"),
     "a date": ("settings: {init: 2024-01-01}", "run.yaml: 'settings' must be fields by name"),
     "a mapping within itself": ("settings: &s {init: *s}", "run.yaml: 'settings' must be fields by name"),
     "of another task": (
@@ -179,7 +179,7 @@ SUGGESTIONS = {
     "finetune --LR 1": "unknown option --LR; did you mean '--lr'?",
     "finetune --task chatt": "--task must be one of classify, chat, got 'chatt'; did you mean 'chat'?",
     "finetune --quantize NF4": "got 'NF4'; did you mean 'nf4'?",
-    "finetune --method lorra": "trainabletokens, got 'lorra'; did you mean 'lora'?",
+    "finetune --method lorra": "got 'lorra'; did you mean 'lora'?",
     "finetune lrr=1e-3": "lrr=1e-3: no option is called 'lrr'; did you mean 'lr'?",
     "finetune packing=false": "no option is called 'packing'; did you mean 'packed'?",
     "finetune lr.x=1": "lr.x=1: 'lr' has no fields; expected lr=VALUE",

@@ -277,4 +277,4 @@ def test_a_weight_that_trains_may_have_a_low_rank_update_too(order):
 @pytest.mark.parametrize("use", ["conv 2-D grouped", "dense_general, batch", "einsum, experts"])
 def test_an_output_has_no_batch_axes_where_its_weight_has(use):
     method = jpeft.Bottleneck(size=2, targets=r".*/op")
-    contract.check_learns(Entry(lambda _: method, (use,)), use, "plain")
+    contract.check_learns({"Bottleneck": Entry(lambda _: method, (use,))}, use, "plain")
