@@ -52,23 +52,24 @@ class Method:
       overrides: fields by target pattern, e.g. ``{r".*/query": {"rank": 16}}``; the first pattern that matches applies.
         Of a weight that a scan stacks, ``{"layers": [0, 2]}`` are the layers to act on.
 
-    Class attributes that a subclass may set, the second to fourth also as properties of the configuration:
-      roles: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
-      non_trainable: names of the leaves, at a site or shared, that never train; they may be integers.
-      regenerated: names of the non-trainable leaves that `init` and `shared` give back bit for bit from the
-        configuration alone, whatever the key. `jpeft.save` leaves them out.
-      reads_context: whether `apply` reads the arguments of the model's own call, ``base.context``.
-      observes: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None for
-        a start that needs no data.
-      uncast: names of the leaves that ``apply`` gets as they are, or as `expand` gives them, not in the computation's
-        dtype.
-      penalty_reduction: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
-      per_site: names of the fields that ``overrides`` may set.
-      learning_rate: the peak learning rate of `jpeft finetune` where none is given.
-      rules: what its fields may be, by name: a predicate and its description, beside those of its base classes. A field
-        ``dtype`` is checked and becomes a name in any case.
-      family: the kind of method, and paper: its address; for the table of methods.
-      hf: its form in HuggingFace PEFT folders, see `jpeft.core.interchange`. Not inherited.
+    A subclass may set these class attributes; ``non_trainable``, ``regenerated`` and ``observes`` may be properties:
+
+    - ``roles``: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
+    - ``non_trainable``: names of the leaves, at a site or shared, that never train; they may be integers.
+    - ``regenerated``: names of the non-trainable leaves that `init` and `shared` give back bit for bit from the
+      configuration alone, whatever the key. `jpeft.save` leaves them out.
+    - ``uncast``: names of the leaves that `apply` gets as they are, or as `expand` gives them, not in the dtype of the
+      computation.
+    - ``reads_context``: whether `apply` reads the arguments of the model's own call, ``base.context``.
+    - ``observes``: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None
+      for a start that needs no data.
+    - ``penalty_reduction``: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
+    - ``per_site``: names of the fields that ``overrides`` may set.
+    - ``rules``: what its fields may be, by name: a predicate and its description, beside those of its base classes. A
+      field ``dtype`` is checked and becomes a name in any case.
+    - ``learning_rate``: the peak learning rate of `jpeft finetune` where none is given.
+    - ``family``, ``paper``: the kind of method, and its paper's address, for the table of methods.
+    - ``hf``: its form in HuggingFace PEFT folders, see `jpeft.core.interchange`. Not inherited.
     """
 
     targets: Targets = None
