@@ -54,7 +54,7 @@ class Method:
 
     A subclass may set these class attributes; ``non_trainable``, ``regenerated`` and ``observes`` may be properties:
 
-    - ``roles``: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like the weight.
+    - ``roles``: for each leaf, the roles of its axes ("in", "out" or None), for leaves that are sharded like weights.
     - ``non_trainable``: names of the leaves, at a site or shared, that never train; they may be integers.
     - ``regenerated``: names of the non-trainable leaves that `init` and `shared` give back bit for bit from the
       configuration alone, whatever the key. `jpeft.save` leaves them out.

@@ -391,7 +391,7 @@ def test_every_field_of_peft_is_known(name, tmp_path):
     """A field of a new version of PEFT must be classified before it is accepted, and its defaults are."""
     spec = OF_PEFT[name]
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[spec.peft_type]
-    own = {**spec.when, **dict.fromkeys(spec.given, [1]), **REQUIRED.get(spec.peft_type, {})}
+    own = {**spec.when, **{key: [1] for key in spec.given}, **REQUIRED.get(spec.peft_type, {})}
     kind(target_modules=["query"], **own).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     common = {f.name for f in fields(Config)} - {"method", "own", "parameters"} | PROVENANCE
