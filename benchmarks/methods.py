@@ -34,6 +34,7 @@ import optax
 from common import Variant, compiled_facts, cross_entropy, machine, markdown, measure, ratio
 
 import jpeft
+from jpeft.core.interchange import form
 from jpeft.core.tree import count
 from jpeft.methods import METHODS, Method
 from jpeft.models import loading
@@ -45,6 +46,7 @@ PACKAGES = ("jax", "flax", "optax")
 TORCH_PACKAGES = ("torch", "transformers", "peft")
 # Arguments of methods that need some.
 OPTIONS: dict[str, Mapping[str, Any]] = {
+    "ALoRA": {"invocation_tokens": (1,)},
     "TrainableTokens": {"indices": tuple(range(16)), "targets": r".*(embed_tokens|word_embeddings)"},
     "Train": {"targets": r".*[nN]orm.*"},
 }
@@ -173,6 +175,9 @@ class Steps:
         """jpeft's step of a method, and torch's if there is one."""
         step, peft, adapter = jax_step(self.work, self.model, self.params, configured(name))
         if self.base is None:
+            return [step]
+        if getattr(form(type(peft.method)), "task_type", "") and self.work.config["model_type"] == "bert":
+            step.facts["no_torch"] = "PEFT computes it in causal language models alone"
             return [step]
         try:
             jpeft.hf.save(self.scratch / name, peft, adapter, self.params)

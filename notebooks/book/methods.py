@@ -239,7 +239,7 @@ def code(cls: Any) -> list[str]:
     except (TypeError, ValueError):
         return []
     bind += "print(peft.summary())\n"
-    return [_SETUP, bind, _TRAIN, *([_MERGE] if merges(cls) == "yes" else [])]
+    return [_SETUP, bind, _TRAIN, *([_MERGE] if merges(cls) != "no" else [])]
 
 
 @functools.cache
