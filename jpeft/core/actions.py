@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +113,9 @@ def layer_mask(site: Site) -> np.ndarray:
 
     A leaf without an axis of its own could not be stacked along any but the first.
     """
-    sizes, layers = (*(n for _, n in site.stack), *site.batch), site.layers or ()
-    mask = np.zeros(sizes, bool)
-    mask[list(layers) if site.stack else ...] = bool(layers)
-    mask = mask[..., None]
+    mask = np.full((*(n for _, n in site.stack), *site.batch, 1), site.layers is None)
+    if site.layers:
+        mask[list(site.layers) if site.stack else ...] = True
     for i, (axis, _) in reversed(list(enumerate(site.stack))):
         mask = np.moveaxis(mask, i, axis + i if axis >= 0 else axis)
     return mask
@@ -172,14 +171,17 @@ def _neutral(dtype: Any) -> jax.Array:
     return jnp.asarray(0.01 if jnp.issubdtype(dtype, jnp.floating) else 0, dtype)
 
 
-def cast_leaves(leaves: Leaves, dtype: Any) -> dict[str, jax.Array]:
-    """The leaves, with floating ones cast to ``dtype``."""
-    return {k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in leaves.items()}
+def cast_leaves(leaves: Leaves, dtype: Any, uncast: Collection[str] = ()) -> dict[str, jax.Array]:
+    """The leaves, with floating ones cast to ``dtype``, but for those named ``uncast``."""
+    return {k: v if k in uncast or not _is_floating(v) else v.astype(dtype) for k, v in leaves.items()}
 
 
 def _wide(leaves: Leaves) -> dict[str, jax.Array]:
-    floating = {k for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    return {k: v.astype(widened(v.dtype)) if k in floating else v for k, v in leaves.items()}
+    return {k: v.astype(widened(v.dtype)) if _is_floating(v) else v for k, v in leaves.items()}
+
+
+def _is_floating(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def merge_matrix(

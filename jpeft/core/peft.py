@@ -249,9 +249,7 @@ class Peft:
         counts: dict[int, int] = {}
         for action in self.actions:
             if action.method.penalized:
-                own = {
-                    n: stack_first(meta.unbox(leaves[action.leaf_path(n)]), action.site.stack) for n in action.stored
-                }
+                own = {n: stack_first(meta.unbox(x), action.site.stack) for n, x in self.own(action, leaves).items()}
                 sizes = [n for _, n in action.site.stack] + list(action.site.batch)
                 on = own.pop(action.mask)[..., 0] if action.mask in own else True
                 terms = map_axes(lambda own, method=action.method: jnp.asarray(method.penalty(own)), len(sizes))(own)

@@ -41,7 +41,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, Mapping[str, Any]]):
-    """What `jpeft.observe` found at each site, by the site's name.
+    """The result of `jpeft.observe`: statistics at each site, by the site's name.
 
     At a site it is ``{"covariance": [..., in, in]}``, the mean of xᵀx over tokens, or ``{"gradient": [..., in, out]}``,
     the mean gradient of the loss with respect to the weight, in float32. The leading axes are those of the weight's
@@ -63,10 +63,6 @@ class Statistics(Mapping[str, Mapping[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.found)
-
-
-def _zeros(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.float32)
 
 
 def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | None, base: Mapping[Path, Any]) -> None:
@@ -95,7 +91,8 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
             raise ValueError(f"the statistics of {site.name!r} hold {held}, {action.method.name} needs {kind}")
         matrix = (site.inputs, site.inputs) if kind == COVARIANCE else (site.inputs, site.outputs)
         lead = tuple(n for _, n in site.stack) + site.batch
-        expected_shape = jax.eval_shape(lambda x, s=site: stack_back(x, s.stack), _zeros(lead + matrix)).shape
+        whole = jax.ShapeDtypeStruct(lead + matrix, np.float32)
+        expected_shape = jax.eval_shape(lambda x, s=site: stack_back(x, s.stack), whole).shape
         if (shape := np.shape(statistics[site.name][kind])) != expected_shape:
             raise ValueError(
                 f"the {kind} of {site.name!r} has shape {shape}, expected {expected_shape}; it is of another model"

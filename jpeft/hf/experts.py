@@ -31,7 +31,7 @@ _WRAPPED = "base_layer."
 
 @dataclass(frozen=True)
 class Experts:
-    """What is known of the parameters of a folder once their tensors are found.
+    """The parameters of a folder that hold experts, once their tensors are found.
 
     Attributes:
       named: the torch module that the configuration names, by parameter: where each expert is one, the first.
@@ -172,7 +172,7 @@ def _join(config: Config, file: TensorFile, name: str, site: Site, each: Sequenc
 
 
 def nesting(parameters: Sequence[str]) -> dict[str, str]:
-    """Where the tensors of parameters stand in a file: the beginning of their names. Inverse of `collect`.
+    """The beginning of the names of each parameter's tensors in a file. Inverse of `collect`.
 
     Args:
       parameters: their names, in the order of their declaration.

@@ -213,7 +213,7 @@ def _one_by_one(
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
       names: the names of torch's modules.

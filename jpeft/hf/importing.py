@@ -98,7 +98,7 @@ def load(
 
 
 def _parameter_owners(survey: Survey) -> set[Path]:
-    """Where a file may have tensors for stacks of experts: the module around one, and the modules of single experts."""
+    """The modules for which a file may have tensors of experts: those around a stack, and those of single experts."""
     stacks = [(tuple(s.name.split("/")), layout.as_stack(s)) for s in survey.weights]
     found = [(path, s.batch[0]) for path, s in stacks if is_stack(s)]
     return {path[:-1] for path, _ in found} | {

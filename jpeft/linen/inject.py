@@ -322,10 +322,7 @@ class _Active:
 
     def used(self, leaves: Leaves, dtype: Any) -> Leaves:
         """The leaves that ``apply`` takes, for one matrix, from its stored ones."""
-        used, kept = used_leaves(self.action, self.shared, leaves), self.action.method.uncast
-        return cast_leaves({n: x for n, x in used.items() if n not in kept}, dtype) | {
-            n: x for n, x in used.items() if n in kept
-        }
+        return cast_leaves(used_leaves(self.action, self.shared, leaves), dtype, self.action.method.uncast)
 
 
 def _read(module: nn.Module, action: Action, context: Mapping[str, Any]) -> _Active | None:

@@ -21,7 +21,7 @@ from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, H
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, normal
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.low_rank import low_rank
 
 _POSITIVE: Rule = (lambda value: is_number(value) and 0 < value < 2.0**128, "a positive number")
@@ -75,10 +75,6 @@ class AdaLoRA(WeightMethod):
     def scale(self) -> float:
         """s, the factor on the update."""
         return (self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5)
-
-    def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
-        return super().prepare(site)
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         key_a, key_b = jax.random.split(key)

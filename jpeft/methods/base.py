@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, shown
 from jpeft.core.method import Leaves, Linear, widened
-from jpeft.core.sites import Site, Survey
+from jpeft.core.sites import BOX, MERGE, Site, Survey
 from jpeft.core.targets import (
     ALL_LINEAR,
     Matched,
@@ -370,6 +370,11 @@ class WeightMethod(Method):
             raise ValueError(
                 f"{self.name}: the weight of {site.name!r} is {site.dtype}, and only a floating one can be changed; "
                 f"leave it out with exclude=[{site.name!r}]"
+            )
+        if self.input_dropout and site.via in (BOX, MERGE):
+            raise ValueError(
+                f"{self.name}: dropout acts on a module's input, but {site.name!r} is reached only as a weight (path "
+                f"taken: {site.via}); set overrides={{{site.name!r}: {{'dropout': 0.0}}}}"
             )
         return site.split(self.parts)
 

@@ -69,7 +69,7 @@ def _key(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _fields(method: LoRA, own: Any, rank: int) -> dict[str, Any]:
-    """What a site's method has of its own, with another rank and the same scale but for rsLoRA's root of the rank."""
+    """The fields of a site's own, with another rank and the same scale but for rsLoRA's root of the rank."""
     fields = {name: getattr(own, name) for name in method.per_site if getattr(own, name) != getattr(method, name)}
     alpha = {} if own.alpha is None else {"alpha": own.alpha * rank / own.rank}
     return {**fields, **alpha, "rank": rank}

@@ -23,7 +23,7 @@ from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import added
 
@@ -81,7 +81,6 @@ class GraLoRA(WeightMethod):
         return self.alpha / (self.rank + self.hybrid_rank)
 
     def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
         site = super().prepare(site)
         if site.inputs % self.blocks or site.outputs % self.blocks:
             raise ValueError(

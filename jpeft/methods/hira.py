@@ -21,7 +21,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, normal
 from jpeft.methods.families import kernels
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.kaiming import kaiming
 
 
@@ -51,10 +51,6 @@ class HiRA(WeightMethod):
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"hira_a": ("in", None), "hira_b": (None, "out")}
     per_site: ClassVar[tuple[str, ...]] = ("rank", "dropout", "dtype", "parts")
     rules: ClassVar[Mapping[str, Rule]] = {"rank": POSITIVE_INT, "dropout": RATE}
-
-    def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
-        return super().prepare(site)
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         shape_a, shape_b = (site.inputs, self.rank), (self.rank, site.outputs)

@@ -37,7 +37,7 @@ from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod
 from jpeft.methods.families import starts
-from jpeft.methods.families.dropout import check_dropout, dropout_field, write_dropout
+from jpeft.methods.families.dropout import dropout_field, write_dropout
 from jpeft.methods.families.low_rank import low_rank
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "mica", "eva", "corda", "lora_ga")
@@ -177,7 +177,6 @@ class LoRA(WeightMethod):
         return "pissa" if self.init_weights.startswith("pissa") else self.init_weights
 
     def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
         if site.lookup and (self.observes or self.freeze_a):
             field, plain = ("init_weights", "kaiming") if self.observes else ("freeze_a", False)
             raise ValueError(

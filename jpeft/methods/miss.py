@@ -24,7 +24,7 @@ from jpeft.core.interchange import Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.low_rank import added
 
 _LEAVES = {"miss": "miss_block", "mini": "miss_mini", "bat": "miss_bat"}
@@ -70,7 +70,6 @@ class MiSS(WeightMethod):
             raise ValueError(f"MiSS: variant 'bat' changes the weight and drops no inputs; got dropout={self.dropout}")
 
     def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
         site = super().prepare(site)
         sizes, r, m = f"{site.name!r} is {site.inputs} x {site.outputs}", self.rank, self.mini_rank
         if r > site.inputs:

@@ -21,7 +21,7 @@ from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, 
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, Generator
 
@@ -78,10 +78,6 @@ class RandLoRA(WeightMethod):
     def scale(self) -> float:
         """s, the factor on the update."""
         return 20.0 if self.alpha is None else self.alpha / self.rank
-
-    def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
-        return super().prepare(site)
 
     def _products(self, smaller: int) -> int:
         return math.ceil(smaller / self.rank)

@@ -22,7 +22,7 @@ from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, 
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod, normal
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.low_rank import low_rank
 
 
@@ -80,7 +80,6 @@ class VBLoRA(WeightMethod):
         return False
 
     def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
         site = super().prepare(site)
         if site.inputs % self.vector_length or site.outputs % self.vector_length:
             raise ValueError(

@@ -18,7 +18,7 @@ from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, 
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
 from jpeft.methods.base import WeightMethod
-from jpeft.methods.families.dropout import check_dropout, dropout_field
+from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.torch_random import SEED, Generator
 
@@ -64,10 +64,6 @@ class VeRA(WeightMethod):
     rules: ClassVar[Mapping[str, Rule]] = {
         "rank": POSITIVE_INT, "d_initial": NUMBER, "seed": SEED, "save_projection": BOOL, "dropout": RATE
     }  # fmt: skip
-
-    def prepare(self, site: Site) -> Site:
-        check_dropout(self, site)
-        return super().prepare(site)
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         d = jnp.full((self.rank,), self.d_initial, self.dtype)

@@ -39,7 +39,7 @@ def observe(
     widest: int = 4096,
     columns: int = 256,
 ) -> Statistics:
-    """What a method's start needs to know of data, for ``peft.init(key, params, statistics=...)``.
+    """Statistics of data from which a method starts, for ``peft.init(key, params, statistics=...)``.
 
     Nothing of the method runs: the statistics are those of the base. Tokens whose outputs have no gradient, such as
     padding, do not count as inputs.

@@ -1,4 +1,4 @@
-"""Dropout on the input of an update: where it can be, and its field in HuggingFace configurations."""
+"""The field of HuggingFace configurations for dropout on the input of an update."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ from typing import Any
 
 from jpeft.checks import RATE
 from jpeft.core.interchange import Field
-from jpeft.core.sites import BOX, FUSED, MERGE, Site
-
-
-def check_dropout(method: Any, site: Site) -> None:
-    """Raises a ValueError if a method drops entries of its input at a site that has none."""
-    if method.input_dropout and site.via in (BOX, MERGE):
-        raise ValueError(
-            f"{method.name}: dropout acts on a module's input, but {site.name!r} is reached only as a weight (path "
-            f"taken: {site.via}); set overrides={{{site.name!r}: {{'dropout': 0.0}}}}"
-        )
+from jpeft.core.sites import FUSED, Site
 
 
 def dropout_field(key: str) -> Field:

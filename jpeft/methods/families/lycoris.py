@@ -1,4 +1,4 @@
-"""What LoHa and LoKr have in common: the fields, and their form in HuggingFace PEFT."""
+"""The fields that LoHa and LoKr have in common, and their form in HuggingFace PEFT."""
 
 from __future__ import annotations
 

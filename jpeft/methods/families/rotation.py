@@ -38,7 +38,7 @@ class Rotation(WeightMethod):
         return site.outputs if site.lookup else site.inputs
 
     def rotation(self, site: Site, leaves: Leaves) -> Leaves:
-        """What `rotate` needs to know of R."""
+        """The factors of R that `rotate` takes."""
         raise TypeError(f"{self.name} does not define rotation")
 
     def rotate(self, factors: Leaves, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:

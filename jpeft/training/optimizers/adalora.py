@@ -89,16 +89,9 @@ def allocate_ranks(
     if not 0 < target < triples:
         mean = triples / matrices
         raise ValueError(f"target_rank must be positive and below the mean rank, {mean:g}, got {target_rank}")
-    if not 0 <= initial_steps < last <= total_steps:
-        raise ValueError(
-            "initial_steps and final_steps must leave the budget some of total_steps to fall, got "
-            f"{initial_steps} and {final_steps} of {total_steps}"
-        )
+    budgets = _budgets(total_steps, initial_steps, final_steps, triples, target)
     if interval < 1 or not 0 < beta1 < 1 or not 0 < beta2 < 1:
         raise ValueError(f"interval must be positive and betas in (0, 1), got {interval}, {beta1} and {beta2}")
-    # In Python's floats, as PEFT counts.
-    rest = [1 - max(step - initial_steps, 0) / (last - initial_steps) for step in range(last + 1)]
-    budgets = [int((triples - target) * share**3 + target) for share in rest]
     inner = optax.with_extra_args_support(inner)
 
     def zeros(params: Tree) -> Any:
@@ -152,6 +145,21 @@ def _open(tree: Tree) -> dict[Path, Any]:
 
 def _matrices(site: Site) -> jax.Array:
     """Whether the method acts on each matrix of a site, stacked in front."""
-    if site.layers is None:
-        return jnp.ones((*(n for _, n in site.stack), *site.batch), bool)
     return stack_first(jnp.asarray(layer_mask(site)), site.stack)[..., 0]
+
+
+def _budgets(total_steps: int, initial_steps: int, final_steps: int, triples: int, target: int) -> list[int]:
+    """The number of triples to keep after each step up to the last that the budget falls in.
+
+    Raises:
+      ValueError: the steps leave the budget no time to fall.
+    """
+    last = total_steps - final_steps
+    if not 0 <= initial_steps < last <= total_steps:
+        raise ValueError(
+            "initial_steps and final_steps must leave the budget some of total_steps to fall, got "
+            f"{initial_steps} and {final_steps} of {total_steps}"
+        )
+    # In Python's floats, as PEFT counts.
+    rest = [1 - max(step - initial_steps, 0) / (last - initial_steps) for step in range(last + 1)]
+    return [int((triples - target) * share**3 + target) for share in rest]
