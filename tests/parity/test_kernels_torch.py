@@ -11,6 +11,7 @@ import torch
 from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, PeftModel, get_peft_model
 
 import jpeft
+from tests.parity.moved import saved
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
 IMAGE = np.random.default_rng(0).normal(size=(2, 4, 5, 5)).astype(np.float32)
@@ -69,14 +70,7 @@ def test_kernels_from_torch_and_back(name, nets, tmp_path):
     net, model, params = nets
     config = copy.deepcopy(CASES[name])
     config.target_modules = config.target_modules or {"image", "point", "line"}
-    torch.manual_seed(1)
-    adapted = get_peft_model(copy.deepcopy(net), config)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p.add_(0.5 * torch.randn_like(p) * p.requires_grad)
-        want = adapted(torch.tensor(IMAGE)).numpy()
-        assert np.abs(want - net(torch.tensor(IMAGE)).numpy()).max() > 1e-2
-    adapted.save_pretrained(tmp_path / "torch")
+    want = saved(net, config, tmp_path / "torch", IMAGE)
 
     x = jnp.asarray(IMAGE.transpose(0, 2, 3, 1))
     peft, adapter = jpeft.hf.load(tmp_path / "torch", model, params, x)

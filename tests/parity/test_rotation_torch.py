@@ -11,6 +11,7 @@ import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, get_peft_model
 
 import jpeft
+from tests.parity.moved import saved
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
 IMAGE = np.random.default_rng(0).normal(size=(2, 4, 7, 7)).astype(np.float32)
@@ -44,19 +45,6 @@ def net():
     return net, Net(), params, jnp.asarray(IMAGE.transpose(0, 2, 3, 1))
 
 
-def saved(net, config, folder):
-    """The outputs of an adapter that is moved from its start in PEFT, and saved."""
-    torch.manual_seed(1)
-    adapted = get_peft_model(copy.deepcopy(net), config)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p.add_(0.5 * torch.randn_like(p) * p.requires_grad)
-        want = adapted(torch.tensor(IMAGE)).numpy()
-        assert np.abs(want - net(torch.tensor(IMAGE)).numpy()).max() > 1e-2
-    adapted.save_pretrained(folder)
-    return want
-
-
 BOTH = ["image", "point"]
 CASES = {
     "HRA": HRAConfig(r=4, target_modules=BOTH),
@@ -69,7 +57,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_from_torch_and_back(name, net, tmp_path):
     net, model, params, x = net
-    want = saved(net, CASES[name], tmp_path / "torch")
+    want = saved(net, CASES[name], tmp_path / "torch", IMAGE)
     peft, adapter = jpeft.hf.load(tmp_path / "torch", model, params, x)
     applied, merged = jax.jit(lambda p, a: (peft.apply(p, a, x), model.apply({"params": peft.merge(p, a)}, x)))(
         params, adapter
