@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any
 
@@ -44,10 +44,16 @@ def is_rate(value: Any) -> bool:
 
 
 POSITIVE_INT: Rule = (is_size, "a positive integer")
-NUMBER: Rule = (lambda value: is_number(value) and abs(value) < 2.0**128, "a finite number")  # also in float32
+NUMBER: Rule = (lambda value: is_number(value) and abs(float(value)) < 2.0**128, "a finite number")  # also in float32
 NONZERO: Rule = (lambda value: NUMBER[0](value) and value != 0, "a finite number other than 0")
 BOOL: Rule = (lambda value: isinstance(value, bool), "true or false")
 RATE: Rule = (is_rate, "a rate in [0, 1)")
+
+
+def is_ids(value: Any) -> bool:
+    """Whether a value is a sequence of token ids, one or more."""
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return is_sequence and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
 
 
 def one_of(names: Collection[str]) -> Rule:

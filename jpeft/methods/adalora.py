@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import POSITIVE_INT, RATE, Rule, is_number, or_none
+from jpeft.checks import NUMBER, POSITIVE_INT, RATE, Rule, or_none
 from jpeft.core.interchange import CONVOLUTION, FAN_IN_FAN_OUT, LINEAR, Field, HFSpec, Tensor, Tensors, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
@@ -24,8 +24,8 @@ from jpeft.methods.base import WeightMethod, normal
 from jpeft.methods.families.dropout import dropout_field
 from jpeft.methods.families.low_rank import low_rank
 
-_POSITIVE: Rule = (lambda value: is_number(value) and 0 < value < 2.0**128, "a positive number")
-_WEIGHT: Rule = (lambda value: is_number(value) and 0 <= value < 2.0**128, "a number that is not negative")
+_POSITIVE: Rule = (lambda value: NUMBER[0](value) and value > 0, "a positive number")
+_WEIGHT: Rule = (lambda value: NUMBER[0](value) and value >= 0, "a number that is not negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,9 @@ _IN_FILE = "base_model.model."
 
 
 def _are_masks(masks: Any) -> bool:
-    lists = [] if masks is None else masks.values()
+    if masks is None:
+        return True
+    lists = masks.values() if isinstance(masks, Mapping) else [None]
     return all(isinstance(mask, list) and all(isinstance(kept, bool) for kept in mask) for mask in lists)
 
 

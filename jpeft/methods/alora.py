@@ -16,18 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jpeft.checks import Rule, is_int
+from jpeft.checks import Rule, is_ids
 from jpeft.core.interchange import LINEAR, Field, HFSpec, window
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import FUSED, Site
 from jpeft.methods.lora import LoRA
 
-
-def _is_ids(value: Any) -> bool:
-    return not isinstance(value, str) and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
-
-
-_IDS: Rule = (_is_ids, "token ids, one or more")
+_IDS: Rule = (is_ids, "token ids, one or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import BOOL, Rule, is_positive_int
+from jpeft.checks import BOOL, Rule, is_int, is_positive_int
 from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import CONVOLUTION, LINEAR, Field, HFSpec, Tensor, window
 from jpeft.core.method import Leaves, Linear
@@ -29,7 +29,10 @@ from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import added
 from jpeft.methods.families.lycoris import DROPOUTS, FIELDS, LyCORIS
 
-_FACTOR: Rule = (lambda value: value == -1 or is_positive_int(value), "a positive integer, or -1 for the square root")
+_FACTOR: Rule = (
+    lambda value: is_positive_int(value) or (is_int(value) and value == -1),
+    "a positive integer, or -1 for the square root",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,10 @@ MiSS.hf = HFSpec(
             "init_weights",
             "variant",
             True,
-            (lambda v: isinstance(v, bool) or v in ("bat", "mini"), "true, false, 'bat' or 'mini'"),
+            (
+                lambda v: isinstance(v, bool) or (isinstance(v, str) and v in ("bat", "mini")),
+                "true, false, 'bat' or 'mini'",
+            ),
             read=_read_variant,
             write=_write_variant,
         ),

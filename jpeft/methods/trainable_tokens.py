@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import Rule, is_int
+from jpeft.checks import Rule, is_ids
 from jpeft.core.geometry.embedding import Lookup
 from jpeft.core.interchange import EMBEDDING, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
@@ -23,14 +23,7 @@ from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import TargetError
 from jpeft.methods.base import WeightMethod
 
-
-def _is_ids(value: Any) -> bool:
-    if isinstance(value, str) or not len(value):
-        return False
-    return all(is_int(i) and i >= 0 for i in value) and len(set(value)) == len(value)
-
-
-_IDS: Rule = (_is_ids, "different token ids, one or more")
+_IDS: Rule = (lambda value: is_ids(value) and len(set(value)) == len(value), "different token ids, one or more")
 
 
 @dataclass(frozen=True, kw_only=True)

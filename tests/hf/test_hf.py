@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import flax.linen as nn
@@ -447,6 +448,9 @@ def outcome(folder, params):
         return "refused"
     config = json.loads((folder / "adapter_config.json").read_text())
     change = expected_change(config, load_file(folder / "adapter_model.safetensors"))
+    if isinstance(peft.method, jpeft.methods.ALoRA):  # LoRA from the invocation on, which no weight holds
+        own = {f.name: getattr(peft.method, f.name) for f in fields_of(jpeft.LoRA)}
+        peft = jpeft.LoRA(**own).bind(Encoder(), params, IDS)
     try:
         merged = peft.merge(params, adapter)
     except MergeError:  # a scale beyond the range of float32

@@ -5,6 +5,7 @@ import inspect
 import pickle
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
 
 import jpeft
@@ -80,6 +81,22 @@ class Free(WeightMethod):
     def __init__(self, **kwargs):
         object.__setattr__(self, "width", kwargs.pop("d", 2))
         object.__setattr__(self, "overrides", {})
+
+
+VALUES = [
+    None, True, 0, -1, 3.5, float("nan"), 10**400, 1j, "", "query", b"x", [], [1], [None], [{}], (1, 1), {}, {"a": 1},
+    {"a": [1]}, {"default": [True]}, {1, 2}, range(3), object(), int, np.arange(3), np.ones((2, 2)), np.float32(2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rule_answers_for_a_value_of_any_type(name):
+    spec = form(METHODS[name])
+    of_huggingface = {f"hf.{f.key}": f.rule for f in getattr(spec, "fields", ()) if f.rule}
+    rules = {key: rule for cls in METHODS[name].__mro__ for key, rule in getattr(cls, "rules", {}).items()}
+    for field, (accepts, _) in (rules | of_huggingface).items():
+        for value in VALUES:
+            assert accepts(value) in (True, False), (field, value)
 
 
 def test_a_class_that_takes_any_name_keeps_to_itself_what_it_accepts():
