@@ -199,6 +199,8 @@ def _paragraph(text: str) -> str:
 
 def _facts(cls: Any) -> dict[str, str]:
     acts, via = _kind(cls)
+    if getattr(cls, "reads_context", False):  # which a weight that is reached otherwise has not
+        via = "`fused`"
     name, rate = _command_name(cls), cls.learning_rate
     return {
         "Acts on": acts,
