@@ -74,9 +74,8 @@ class TensorFile:
                 if original in shared and not np.array_equal(x, shared[original]):
                     raise AdapterError(f"{path}: {key!r} differs from {original!r}, of which it must be a copy")
                 continue
-            module, suffix = _split_beside(key.removeprefix(ROOT), config) or _split(
-                key.removeprefix(ROOT), _prefixes(spec)
-            )
+            name = key.removeprefix(ROOT)
+            module, suffix = _split_beside(name, config) or _split(name, spec.keys, _prefixes(spec))
             if named(ignore, module):
                 ignored.add(module)
             else:
@@ -177,7 +176,8 @@ def _adapter_name(key: str, spec: HFSpec) -> str | None:
 
 def _prefixes(spec: HFSpec) -> tuple[str, ...]:
     """The beginnings of a method's tensor names, e.g. ``("lora_",)``: also those of tensors it does not know."""
-    return tuple(sorted({key.partition("_")[0] + "_" for key in spec.keys}))
+    copies = {spec.copies.rstrip(".")} - {""}  # in full, since a norm may be called "ln_1"
+    return tuple(sorted({tensor.key.partition("_")[0] + "_" for tensor in spec.tensors} | copies))
 
 
 def _split_beside(name: str, config: Config) -> tuple[str, str] | None:
@@ -191,12 +191,15 @@ def _split_beside(name: str, config: Config) -> tuple[str, str] | None:
     return None
 
 
-def _split(name: str, prefixes: tuple[str, ...]) -> tuple[str, str]:
-    """A name as module and tensor: split before ``base_layer`` or a method's tensor, else before the last part.
+def _split(name: str, keys: Sequence[str], prefixes: tuple[str, ...]) -> tuple[str, str]:
+    """A name as module and tensor: split before one of the method's, ``base_layer`` or the last part.
 
-    >>> _split("a.b.lora_A.weight", ("lora_",))
-    ('a.b', 'lora_A.weight')
+    >>> _split("a.lora_b.lora_A.weight", ("lora_A.weight",), ("lora_",))
+    ('a.lora_b', 'lora_A.weight')
     """
+    for key in keys:
+        if name.endswith(f".{key}"):
+            return name.removesuffix(f".{key}"), key
     parts = name.split(".")
     starts = (i for i, p in enumerate(parts) if i and (p == "base_layer" or p.startswith(prefixes)))
     inner = next(starts, len(parts) - 1)

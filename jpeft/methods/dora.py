@@ -51,14 +51,14 @@ class DoRA(LoRA):
 
     def init(self, key: Key[Array, ""], site: Site, w: Any, statistics: Leaves | None = None) -> Leaves:
         leaves = super().init(key, site, w, statistics)
-        m = self._norm(LoRA.expand(self, site, {}, leaves), w.astype(jnp.float32))
+        m = self._norm(LoRA.expand(self, site, {}, leaves), w.astype(widened(w.dtype)))
         return {**leaves, "dora_m": m.astype(self.dtype)}
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         y = low_rank(base, x, self.scale * leaves["lora_a"], leaves["lora_b"], self.dropout)
         b = jnp.zeros((), y.dtype) if base.bias is None else base.bias
-        m = leaves["dora_m"]
-        return _scaled(y, m.astype(widened(m.dtype)), self._norm(leaves, base.weight), b)
+        norm = self._norm(leaves, base.weight)
+        return _scaled(y, leaves["dora_m"].astype(norm.dtype), norm, b)
 
     def merge(self, leaves: Leaves, w: Float[Array, "in out"], b: Any) -> tuple[Float[Array, "in out"], Any]:
         changed, b = super().merge(leaves, w, b)

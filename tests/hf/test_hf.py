@@ -693,6 +693,24 @@ def test_weight_without_a_torch_module(target, match, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+class Norms(nn.Module):
+    """Modules whose names begin as PEFT's tensors do: GPT-2's norms are ``ln_1`` and ``ln_f``."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.LayerNorm(name="ln_1")(nn.Embed(9, 6, name="words")(ids))
+        return nn.LayerNorm(name="ln_f")(nn.Dense(6, name="lora_out")(x))
+
+
+@pytest.mark.parametrize("method", [jpeft.Train(["ln_1", "ln_f"]), jpeft.LoRA(rank=2, targets=["lora_out"])])
+def test_modules_named_like_tensors(method, tmp_path):
+    params, peft, adapter = made(Norms(), method)
+    jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    again, read = jpeft.hf.load(tmp_path / "hf", Norms(), params, IDS)
+    assert [site.name for site in again.sites] == [site.name for site in peft.sites]
+    same(read, adapter)
+
+
 QUERY = jpeft.LoRA(rank=2, targets=["query"])
 NOT_HELD = {
     "one method, this chain has LoRA and IA3": jpeft.Chain(QUERY, jpeft.IA3(targets=["value"])),

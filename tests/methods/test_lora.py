@@ -78,6 +78,19 @@ def test_a_fresh_dora_has_the_norms_of_the_columns_which_bfloat16_does_not_round
     assert (before != after).any()
 
 
+def test_dora_of_a_float64_model_is_float64():
+    with jax.enable_x64(True):
+        for dtype, rtol in (("float64", 1e-14), ("float32", 1e-6)):
+            peft, params, x = bound(DoRA(rank=RANK, targets="layers_0", dtype=dtype))
+            params, x = jax.tree.map(lambda v: v.astype(jnp.float64), (params, x))
+            start = peft.init(jax.random.key(0), params)
+            norms = np.linalg.norm(params["layers_0"]["kernel"], axis=0)
+            np.testing.assert_allclose(start["layers_0"]["dora_m"], norms, rtol=rtol)
+        adapter = start | {"layers_0": start["layers_0"] | {"lora_b": jnp.full((RANK, OUT), 0.1, jnp.float32)}}
+        y, merged = jax.jit(lambda a: (peft.apply(params, a, x), peft.merge(params, a)))(adapter)
+        np.testing.assert_allclose(y, x @ merged["layers_0"]["kernel"] + params["layers_0"]["bias"], rtol=1e-12)
+
+
 def test_a_column_of_zeros_stays_finite():
     peft, params, x = bound(DoRA(rank=RANK, targets="layers_0"), bias=False)
     params = {"layers_0": {"kernel": params["layers_0"]["kernel"].at[:, 0].set(0)}}
