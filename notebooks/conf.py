@@ -15,6 +15,22 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # the extension `book`, and this c
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # pages print the same on every machine
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
+def optimize(level):
+    """How much LLVM optimizes for XLA, in processes that start or import jax after this.
+
+    Pages compile what runs once, and the optimizer takes half of that time. Notebooks train.
+    """
+    os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_backend_optimization_level={level}"
+
+
+def setup(app):
+    app.connect("source-read", lambda app, name, _: optimize(1 if app.env.doc2path(name).suffix == ".ipynb" else 0))
+
+
+optimize(0)
 
 project = "jpeft"
 author = "The jpeft authors"

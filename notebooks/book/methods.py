@@ -263,9 +263,19 @@ def outputs(cls: type) -> Iterator[tuple[str, str]]:
         yield cell, printed.getvalue()
 
 
+def checked(cls: type, cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The example's cells: a ValueError, and no book, if it does not train or its merged model computes otherwise."""
+    losses = [float(loss) for _, printed in cells for loss in re.findall(r"^loss (\S+)$", printed, re.M)]
+    if cells and not (len(losses) == 3 and losses[0] > losses[1] > losses[2]):
+        raise ValueError(f"the example of {cls.__name__}: expected three losses that fall, got {losses}")
+    if cells and merges(cls) != "no" and cells[-1][1] != "True\n":
+        raise ValueError(f"the example of {cls.__name__}: expected True of the merged model, got {cells[-1][1]!r}")
+    return cells
+
+
 def _example(cls: type) -> list[str]:
     lines = ["## Example\n"]
-    for cell, printed in outputs(cls):
+    for cell, printed in checked(cls, list(outputs(cls))):
         lines.append(f"```python\n{cell.rstrip()}\n```\n")
         if printed:
             lines.append(f"```text\n{printed.rstrip()}\n```\n")

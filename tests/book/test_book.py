@@ -133,14 +133,34 @@ def test_a_method_that_is_added_gets_its_page_and_its_row(shift, without_example
     assert "| `Shift` | Adds a vector to each row of a weight |  |  | weights | 20,736 | yes |  |" in methods.table()
 
 
-@pytest.mark.exhaustive
-def test_every_example_of_a_method_trains_and_merges(shift, monkeypatch):
+@pytest.mark.exhaustive  # its step compiles
+def test_an_example_trains_and_merges(shift, monkeypatch):
     monkeypatch.setattr(jpeft.methods, "Shift", shift, raising=False)
-    for name, cls in METHODS.items():
-        cells = list(methods.outputs(cls))
-        losses = [float(line.split()[1]) for _, text in cells for line in text.splitlines() if line.startswith("loss ")]
-        assert len(losses) == 3 and losses == sorted(losses, reverse=True), name
-        assert methods.merges(cls) == "no" or cells[-1][1] == "True\n", name
+    page = methods.page(shift)
+    assert "peft = method.bind(model, params, ids)" in page and "```text\nTrue\n```" in page
+
+
+@pytest.mark.exhaustive  # each is bound
+def test_every_method_has_an_example_which_the_build_runs():
+    assert [name for name, cls in METHODS.items() if not methods.code(cls)] == []
+
+
+FALLS, RISES = "loss 3.0\nloss 2.0\nloss 1.0\n", "loss 3.0\nloss 1.0\nloss 2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("printed", "error"),
+    [
+        ((RISES, "True\n"), "the example of LoRA: expected three losses that fall, got [3.0, 1.0, 2.0]"),
+        (("", "True\n"), "the example of LoRA: expected three losses that fall, got []"),
+        ((FALLS, "False\n"), "the example of LoRA: expected True of the merged model, got 'False\\n'"),
+        ((FALLS,), "the example of LoRA: expected True of the merged model, got 'loss 3.0"),
+    ],
+)
+def test_an_example_that_does_not_work_stops_the_build(printed, error, monkeypatch):
+    monkeypatch.setattr(methods, "outputs", lambda cls: [("", text) for text in printed])
+    with pytest.raises(ValueError, match=re.escape(error)):
+        methods.page(jpeft.LoRA)
 
 
 def test_the_readme_shows_the_table_of_methods():
