@@ -3,6 +3,7 @@
 `tests/core/test_contract.py` runs them for the methods that jpeft has; a method from outside can be held to them too.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 
 import jpeft
 from jpeft.binding import bind_survey, survey_model
-from jpeft.core.tree import flatten, like, unflatten
+from jpeft.core.tree import flatten, unflatten
 from tests.zoo import USES, Entry, Model, moved, parameters
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.04}
@@ -32,26 +33,31 @@ def differ(a: Any, b: Any) -> bool:
     return bool(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max() > 1e-3)
 
 
-def bound(entry: Entry, use: str, mode: str = "plain", dtype: str = "float32") -> tuple[Any, Any, Any, Any]:
-    """``(peft, model, params, x)`` of a method on a use."""
-    case = USES[use]
-    model, x = Model(case.op(jnp.dtype(dtype)), mode), case.input(jnp.dtype(dtype))
-    params = parameters(model, x)
-    return entry.make(case).bind(model, params, x), model, params, x
-
-
-def bound_together(
-    entries: Mapping[str, Entry], use: str, mode: str, dtype: str, scheme: str | None
-) -> tuple[dict[str, Any], Any, Any, Any]:
-    """``(pefts, model, params, x)`` of many methods on a use, whose base is quantized if a scheme is given."""
+@functools.cache
+def base(use: str, mode: str, dtype: str, scheme: str | None = None) -> tuple[Any, Any, Any, Any]:
+    """``(model, params, x, survey)`` of a use, whose weights are quantized if a scheme is given."""
     case = USES[use]
     model, x = Model(case.op(jnp.dtype(dtype)), mode), case.input(jnp.dtype(dtype))
     params = parameters(model, x)
     if scheme is not None:
         params = jpeft.quantize(params, scheme, model, x, block=case.block, targets=case.targets)
         assert jpeft.quantization.is_quantized(params)
-    survey = survey_model(model, params, (x,), {})
-    return {name: bind_survey(e.make(case), model, params, survey) for name, e in entries.items()}, model, params, x
+    return model, params, x, survey_model(model, params, (x,), {})
+
+
+def bound_together(
+    entries: Mapping[str, Entry], use: str, mode: str, dtype: str, scheme: str | None = None
+) -> tuple[dict[str, Any], Any, Any, Any]:
+    """``(pefts, model, params, x)`` of many methods on a use."""
+    model, params, x, survey = base(use, mode, dtype, scheme)
+    pefts = {name: bind_survey(entry.make(USES[use]), model, params, survey) for name, entry in entries.items()}
+    return pefts, model, params, x
+
+
+def bound(entry: Entry, use: str, mode: str = "plain", dtype: str = "float32") -> tuple[Any, Any, Any, Any]:
+    """``(peft, model, params, x)`` of a method on a use."""
+    pefts, *rest = bound_together({"": entry}, use, mode, dtype)
+    return pefts[""], *rest
 
 
 def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str, scheme: str | None = None) -> None:
@@ -85,10 +91,13 @@ def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str, sch
 
 
 def check_learns(entries: Mapping[str, Entry], use: str, mode: str, scheme: str | None = None) -> None:
-    """A fresh adapter changes nothing unless it says so; one step of SGD moves every leaf that trains, and no other."""
+    """A fresh adapter changes nothing unless it says so; one step of SGD moves every leaf that trains, and no other.
+
+    What a step returns is taken by the next one as it is: nothing is traced twice.
+    """
     pefts, model, params, x = bound_together(entries, use, mode, "float32", scheme)
     before = jax.tree.map(np.array, params)
-    tx = optax.sgd(1.0)
+    tx, traces = optax.sgd(1.0), []
 
     def learned(peft: jpeft.Peft, params: Any, adapter: Any) -> Any:
         def loss_fn(adapter: Any, params: Any, *_: Any) -> Any:
@@ -101,6 +110,7 @@ def check_learns(entries: Mapping[str, Entry], use: str, mode: str, scheme: str 
 
     @jax.jit
     def run(params: Any, adapters: Any) -> Any:
+        traces.append(None)
         fresh = {name: pefts[name].apply(params, own, x) for name, (own, _) in adapters.items()}
         return model.apply({"params": params}, x), fresh, {
             name: learned(pefts[name], params, own) for name, (_, own) in adapters.items()
@@ -108,6 +118,8 @@ def check_learns(entries: Mapping[str, Entry], use: str, mode: str, scheme: str 
 
     adapters = {name: (peft.init(jax.random.key(0), params), moved(peft, params)) for name, peft in pefts.items()}
     base, fresh, learned_all = run(params, adapters)
+    run(params, {name: (start, learned_all[name][0]) for name, (start, _) in adapters.items()})
+    assert len(traces) == 1
     for name, peft in pefts.items():
         (start, old), (new, y) = adapters[name], learned_all[name]
         if all(m.identity_at_init for m in peft.method.methods()):
@@ -133,40 +145,48 @@ def _check_moved(name: str, peft: jpeft.Peft, old: Mapping[Any, Any], new: Mappi
         assert np.abs(np.asarray(new[path]) - np.asarray(leaf)).max() > 1e-7 or no_gradient, (name, path)
 
 
-def check_stacks_and_saves(entry: Entry, folder: Path) -> None:
-    """Adapters stack under vmap, a step compiles once, and an adapter comes back from disk bit for bit."""
-    peft, model, params, x = bound(entry, entry.uses[0], "scan")
-    adapters = [moved(peft, params, seed=s) for s in range(3)]
-    traces = []
+def check_stacks(entries: Mapping[str, Entry], use: str) -> None:
+    """Stacked adapters under vmap give what each gives by itself, in a loop."""
+    pefts, _, params, x = bound_together(entries, use, "scan", "float32")
+    stacked, axes = {}, {}
+    for name, peft in pefts.items():
+        adapters = [flatten(moved(peft, params, seed=seed)) for seed in range(3)]
+        per_adapter = set(flatten(peft.axes(unflatten(adapters[0]))))  # the others are None, which is no leaf
+        assert set(adapters[0]) - per_adapter == peft.non_trainable_paths | set(peft.shared_paths), name
+        # What does not train is held once; what trains is each one's own, even where all sites share it.
+        once = peft.non_trainable_paths
+        stacked[name] = {p: x if p in once else jnp.stack([a[p] for a in adapters]) for p, x in adapters[0].items()}
+        axes[name] = peft.axes(unflatten(stacked[name]))
+        assert set(stacked[name]) - set(flatten(axes[name])) == once, name
+
+    def in_a_loop(peft: jpeft.Peft, params: Any, adapters: Any) -> Any:
+        once = peft.non_trainable_paths
+        held = {path: leaf for path, leaf in adapters.items() if path in once}
+        each = {path: leaf for path, leaf in adapters.items() if path not in once}
+        return jax.lax.map(lambda own: peft.apply(params, unflatten(held | own), x), each)
 
     @jax.jit
-    def step(params: Any, adapter: Any) -> Any:
-        traces.append(None)
-        trainable, frozen = jpeft.partition(adapter, peft.labels(adapter))
-        loss = lambda own: (peft.apply(params, jpeft.combine(own, frozen), x) ** 2).mean()  # noqa: E731
-        return jpeft.combine(jax.tree.map(lambda a, g: a - 0.1 * g, trainable, jax.grad(loss)(trainable)), frozen)
+    def run(params: Any, stacked: Any) -> Any:
+        return {
+            name: (
+                jax.vmap(peft.apply, in_axes=(None, axes[name], None))(params, unflatten(stacked[name]), x),
+                in_a_loop(peft, params, stacked[name]),
+            )
+            for name, peft in pefts.items()
+        }
 
-    jax.block_until_ready(step(params, step(params, adapters[0])))
-    assert len(traces) == 1
+    for name, (together, one_by_one) in run(params, stacked).items():
+        close(together, one_by_one, name=name)
 
-    one = jax.jit(peft.apply)
-    per_adapter = set(flatten(peft.axes(adapters[0])))  # the others are None, which is no leaf
-    assert set(flatten(adapters[0])) - per_adapter == peft.non_trainable_paths | set(peft.shared_paths)
-    # What does not train is held once; what trains is each one's own, even where all sites share it.
-    once = peft.non_trainable_paths
-    stacked = {
-        p: x if p in once else jnp.stack([flatten(a)[p] for a in adapters]) for p, x in flatten(adapters[0]).items()
-    }
-    stacked = like(unflatten(stacked), adapters[0])
-    axes = peft.axes(stacked)
-    assert set(flatten(adapters[0])) - set(flatten(axes)) == once
-    many = jax.jit(jax.vmap(peft.apply, in_axes=(None, axes, None)))(params, stacked, x)
-    close(many, jnp.stack([one(params, a, x) for a in adapters]))
 
-    jpeft.save(folder, peft, adapters[1], params)
+def check_saves(entry: Entry, folder: Path) -> None:
+    """An adapter comes back from disk bit for bit."""
+    peft, model, params, x = bound(entry, entry.uses[0], "scan")
+    adapter = moved(peft, params)
+    jpeft.save(folder, peft, adapter, params)
     again, loaded = jpeft.load(folder, model, params, x)
     assert again == peft and hash(again) == hash(peft)
-    jax.tree.map(np.testing.assert_array_equal, loaded, adapters[1])
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
 
 
 def check_trees(entry: Entry) -> None:

@@ -352,10 +352,10 @@ def _parts(use: Use) -> dict[str, Any]:
     return {"targets": use.targets, "parts": use.parts}
 
 
-_SOME = ("dense", "attention", "conv 2-D strided")
+SOME = ("dense", "attention", "conv 2-D strided")
 # A method that changes weights is tried on these: a bias, stacked matrices, parts, a convolution, a table that is used
 # in two ways, a weight that is reached only as a weight. The ways of use themselves are tried with the first methods.
-_WEIGHTS = (
+WEIGHTS = (
     "dense", "einsum, experts", "fused qkv", "conv 2-D strided", "embed, tied by attend", "raw, in a loop",
 )  # fmt: skip
 _EVERYWHERE = {"LoRA", "IA3", "TrainableTokens"}
@@ -384,13 +384,13 @@ def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
     """A method's default configuration, on the uses that its kind can act on."""
     if issubclass(cls, jpeft.methods.WeightMethod):
         is_ours = cls.__module__.startswith("jpeft.")
-        uses = _WEIGHTS if is_ours and cls.__name__ not in _EVERYWHERE else tuple(USES)
+        uses = WEIGHTS if is_ours and cls.__name__ not in _EVERYWHERE else tuple(USES)
         return Entry(lambda use: cls(**SMALL.get(cls.__name__, {}), **_parts(use)), uses)
     if issubclass(cls, jpeft.methods.OutputMethod):
-        return Entry(lambda use: cls(targets=r".*/op"), (*_SOME, "raw", "embed"))
+        return Entry(lambda use: cls(targets=r".*/op"), (*SOME, "raw", "embed"))
     if issubclass(cls, jpeft.methods.AttentionMethod):
         return Entry(lambda use: cls(), ("attention",))
-    return Entry(lambda use: cls(targets=r".*/op(/.*)?"), _SOME)
+    return Entry(lambda use: cls(targets=r".*/op(/.*)?"), SOME)
 
 
 # Other configurations of methods that jpeft has, beside each one's default.
@@ -398,16 +398,14 @@ VARIANTS: dict[str, Entry] = {
     # It acts from one of these tokens on, which each row of the use has.
     "ALoRA": Entry(lambda u: jpeft.methods.ALoRA(rank=2, invocation_tokens=(5,), **_parts(u)), ("dense on tokens",)),
     "LoRA": Entry(lambda u: jpeft.LoRA(rank=2, alpha=3, **_parts(u))),
-    "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), _SOME),
-    "LoRA pissa": Entry(
-        lambda u: jpeft.LoRA(rank=2, init_weights="pissa", rslora=True, **_parts(u)), (*_SOME, "embed")
-    ),
-    "LoRA mica": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="mica", **_parts(u)), _SOME),
-    "LoRA-FA": Entry(lambda u: jpeft.LoRA(rank=2, freeze_a=True, **_parts(u)), _SOME),
+    "LoRA random": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="random", rslora=True, **_parts(u)), SOME),
+    "LoRA pissa": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="pissa", rslora=True, **_parts(u)), (*SOME, "embed")),
+    "LoRA mica": Entry(lambda u: jpeft.LoRA(rank=2, init_weights="mica", **_parts(u)), SOME),
+    "LoRA-FA": Entry(lambda u: jpeft.LoRA(rank=2, freeze_a=True, **_parts(u)), SOME),
     "DoRA": Entry(lambda u: jpeft.methods.DoRA(rank=2, alpha=3, **_parts(u))),
-    "DoRA olora": Entry(lambda u: jpeft.methods.DoRA(rank=2, init_weights="olora", **_parts(u)), _SOME),
+    "DoRA olora": Entry(lambda u: jpeft.methods.DoRA(rank=2, init_weights="olora", **_parts(u)), SOME),
     "IA3 feedforward": Entry(lambda u: jpeft.IA3(feedforward=u.targets, **_parts(u))),
-    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), (*_SOME, "raw"), quantized=False),
+    "Train": Entry(lambda u: jpeft.Train(r".*/op(/.*)?"), (*SOME, "raw"), quantized=False),
     # The default takes indices: the ids of the embedding uses have these two, and every weight has as many outputs.
     "TrainableTokens": Entry(lambda u: jpeft.methods.TrainableTokens(indices=(0, 1), **_parts(u))),
     "LoRA + TrainableTokens": Entry(
@@ -417,45 +415,46 @@ VARIANTS: dict[str, Entry] = {
         ("embed, tied by attend", "embed", "embed, attend", "embed, tied by its table", "dense"),
     ),
     "LoRA + IA3": Entry(
-        lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u)))
+        lambda u: jpeft.Chain(jpeft.LoRA(rank=2, **_parts(u)), jpeft.IA3(feedforward=u.targets, **_parts(u))),
+        (*WEIGHTS, "attention", "raw", "mapped variables", "standardized"),
     ),
     "OFT exact, shared": Entry(
         lambda u: jpeft.methods.OFT(block_size=2, exact=True, share=True, coft=True, eps=0.2, **_parts(u)),
-        (*_SOME, "embed"),
+        (*SOME, "embed"),
     ),
-    "BOFT two factors": Entry(lambda u: jpeft.methods.BOFT(block_size=2, factors=2, **_parts(u)), _SOME),
-    "HRA orthogonal": Entry(lambda u: jpeft.methods.HRA(rank=3, orthogonal=True, **_parts(u)), (*_SOME, "embed")),
-    "LoHa, as one product": Entry(lambda u: jpeft.methods.LoHa(rank=1, **_parts(u)), (*_SOME, "fused qkv")),
+    "BOFT two factors": Entry(lambda u: jpeft.methods.BOFT(block_size=2, factors=2, **_parts(u)), SOME),
+    "HRA orthogonal": Entry(lambda u: jpeft.methods.HRA(rank=3, orthogonal=True, **_parts(u)), (*SOME, "embed")),
+    "LoHa, as one product": Entry(lambda u: jpeft.methods.LoHa(rank=1, **_parts(u)), (*SOME, "fused qkv")),
     "LoHa, split": Entry(
         lambda u: jpeft.methods.LoHa(rank=2, alpha=3, effective_conv=True, **_parts(u)), ("conv 2-D strided", "dense")
     ),
-    "LoKr, whole": Entry(lambda u: jpeft.methods.LoKr(rank=8, **_parts(u)), (*_SOME, "embed, tied by attend")),
+    "LoKr, whole": Entry(lambda u: jpeft.methods.LoKr(rank=8, **_parts(u)), (*SOME, "embed, tied by attend")),
     "LoKr, split": Entry(
         lambda u: jpeft.methods.LoKr(rank=1, decompose_both=True, effective_conv=True, **_parts(u)),
         ("conv 2-D strided", "dense"),
     ),
     "MiSS bat": Entry(
-        lambda u: jpeft.methods.MiSS(rank=2, variant="bat", **_parts(u)), (*_SOME, "fused qkv", "raw, in a loop")
+        lambda u: jpeft.methods.MiSS(rank=2, variant="bat", **_parts(u)), (*SOME, "fused qkv", "raw, in a loop")
     ),
     "MiSS mini": Entry(
-        lambda u: jpeft.methods.MiSS(rank=3, variant="mini", mini_rank=2, **_parts(u)), (*_SOME, "embed")
+        lambda u: jpeft.methods.MiSS(rank=3, variant="mini", mini_rank=2, **_parts(u)), (*SOME, "embed")
     ),
     "GraLoRA hybrid": Entry(
-        lambda u: jpeft.methods.GraLoRA(rank=2, hybrid_rank=1, alpha=3, **_parts(u)), (*_SOME, "fused qkv")
+        lambda u: jpeft.methods.GraLoRA(rank=2, hybrid_rank=1, alpha=3, **_parts(u)), (*SOME, "fused qkv")
     ),
-    "SHiRA seed": Entry(lambda u: jpeft.methods.SHiRA(rank=1, seed=3, **_parts(u)), (*_SOME, "fused qkv")),
-    "SHiRA magnitude": Entry(lambda u: jpeft.methods.SHiRA(rank=1, mask="magnitude", **_parts(u)), _SOME),
+    "SHiRA seed": Entry(lambda u: jpeft.methods.SHiRA(rank=1, seed=3, **_parts(u)), (*SOME, "fused qkv")),
+    "SHiRA magnitude": Entry(lambda u: jpeft.methods.SHiRA(rank=1, mask="magnitude", **_parts(u)), SOME),
     # An embedding's rows have no bias.
-    "BEFT": Entry(lambda u: jpeft.methods.BEFT(**_parts(u)), (*_SOME, "einsum, experts", "fused qkv")),
+    "BEFT": Entry(lambda u: jpeft.methods.BEFT(**_parts(u)), (*SOME, "einsum, experts", "fused qkv")),
     "BEFT without biases": Entry(lambda u: jpeft.methods.BEFT(**_parts(u)), ("dense without bias", "raw")),
     # Outputs in pairs.
     "RoAd": Entry(
         lambda u: jpeft.methods.RoAd(group_size=2, **_parts(u)),
-        (*_SOME, "dense_general, batch", "fused qkv", "embed, tied by attend", "raw, in a loop"),
+        (*SOME, "dense_general, batch", "fused qkv", "embed, tied by attend", "raw, in a loop"),
     ),
     "RandLoRA sparse": Entry(lambda u: jpeft.methods.RandLoRA(rank=4, sparse=True, **_parts(u)), ("dense",)),
-    "RoAd 4": Entry(lambda u: jpeft.methods.RoAd(variant="road_4", group_size=2, **_parts(u)), _SOME),
-    "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*_SOME, "raw", "embed")),
+    "RoAd 4": Entry(lambda u: jpeft.methods.RoAd(variant="road_4", group_size=2, **_parts(u)), SOME),
+    "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*SOME, "raw", "embed")),
     "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
     "PrefixTuning, MLP": Entry(
         lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3), ("attention",)
@@ -484,7 +483,8 @@ def parameters(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
 
 def moved(peft: jpeft.Peft, params: Any, scale: float = 0.3, seed: int = 1) -> Any:
     """An adapter away from its start, so that every leaf has an effect. What does not train is as it starts."""
-    shapes = jax.eval_shape(lambda: peft.init(jax.random.key(0), params))
+    # Of abstract parameters, which traces nothing.
+    shapes = peft.init(jax.random.key(0), jax.eval_shape(lambda: params))
     drawn, held = numbers(shapes, scale, seed), peft.non_trainable_paths
     fresh = flatten(peft.init(jax.random.key(0), params)) if held else {}
     return map_with_path(lambda path, x: fresh[path] if path in held else x, drawn)
