@@ -152,6 +152,7 @@ FALLS, RISES = "loss 3.0\nloss 2.0\nloss 1.0\n", "loss 3.0\nloss 1.0\nloss 2.0\n
     ("printed", "error"),
     [
         ((RISES, "True\n"), "the example of LoRA: expected three losses that fall, got [3.0, 1.0, 2.0]"),
+        (("loss 3.0\n" * 3,), "the example of LoRA: expected three losses that fall, got [3.0, 3.0, 3.0]"),
         (("", "True\n"), "the example of LoRA: expected three losses that fall, got []"),
         ((FALLS, "False\n"), "the example of LoRA: expected True of the merged model, got 'False\\n'"),
         ((FALLS,), "the example of LoRA: expected True of the merged model, got 'loss 3.0"),
