@@ -53,7 +53,7 @@ def test_adapters_of_poolers_and_heads(case, tmp_path):
     model, params = jpeft.models.load(tmp_path / "model")
     whole = model.clone(output=output)
     peft, adapter = jpeft.hf.load(tmp_path / "torch", whole, params, *INPUTS)
-    got = np.asarray(jax.jit(lambda p, a: peft.apply(p, a, *INPUTS))(params, adapter))
+    got = np.asarray(peft.apply(params, adapter, *INPUTS))
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert np.abs(run(whole, params) - want).max() > 1e-2
 
@@ -73,6 +73,6 @@ def test_adapters_of_models_without_the_parts(config, tmp_path):
     want = in_torch(adapted(bare, tmp_path / "torch", config), "last_hidden_state")
     model, params = jpeft.models.load(tmp_path / "model")
     peft, adapter = jpeft.hf.load(tmp_path / "torch", model, params, *INPUTS)
-    got = np.asarray(jax.jit(lambda p, a: peft.apply(p, a, *INPUTS))(params, adapter))
+    got = np.asarray(peft.apply(params, adapter, *INPUTS))
     np.testing.assert_allclose(got[0], want[0], atol=1e-4)
     assert not {"pooler", "classifier"} & adapter.keys()
