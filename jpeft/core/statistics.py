@@ -69,6 +69,7 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
     """Checks that there are statistics where a method's start depends on data, and that they are of this model.
 
     Raises:
+      TypeError: they are something else.
       ValueError: there are none, or none are needed; or they are of other sites, shapes, kinds or weights, by name.
     """
     observing = [action for action in actions if action.method.observes is not None]
@@ -80,6 +81,11 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
             raise ValueError(
                 f"{action.method.name} at {site.name!r} starts from data; give init what was observed: "
                 "peft.init(key, params, statistics=jpeft.observe(method, model, params, loss_fn, batches))"
+            )
+        if not isinstance(statistics, Mapping) or not all(isinstance(own, Mapping) for own in statistics.values()):
+            raise TypeError(
+                "statistics must be those that jpeft.observe returned, a mapping of a mapping for each site, got a "
+                f"{type(statistics).__name__}"
             )
         if site.name not in statistics:
             raise ValueError(

@@ -158,12 +158,14 @@ def _no_match(entry: str, candidates: Sequence[Any], what: str, others: list[str
     names = [site.name for site in candidates]
     if not names:
         return f"{what}: {field} {entry!r} matches nothing; the model has nothing that {what} can act on"
+    candidates_hint = f"; candidates: {', '.join(names[:8])}"
     if field == "target" and entry != ALL_LINEAR:
         unusable = _first_match(entry, (o for o in others if o not in names))
         if unusable is not None:
-            return f"{what} cannot act on {unusable!r}, which target {entry!r} names{nearest(entry, names)}"
+            hint = nearest(entry, names) or candidates_hint
+            return f"{what} cannot act on {unusable!r}, which target {entry!r} names{hint}"
     first_option = re.sub(r"[.*()\\^$?+]", "", entry.split("|")[0])
-    hint = nearest(first_option, names) or f"; candidates: {', '.join(names[:8])}"
+    hint = nearest(first_option, names) or candidates_hint
     if any(matches_entry(entry, name) for name in names):  # a name alone, as one would write it in a list
         hint = f"; a string is a regular expression for whole paths: for names, give [{entry!r}]{hint}"
     return f"{what}: {field} {entry!r} matches nothing{hint}"

@@ -40,6 +40,8 @@ def check_site(site: Site, spec: HFSpec) -> Site:
 
 def _problem(site: Site, spec: HFSpec) -> str:
     geometry, kind = site.geometry, kind_of(site)
+    if any("." in part or "/" in part for part in site.path):
+        return "has a '.' or '/' within the name of a module, which separates modules in torch"
     if site.named and not spec.parameters:
         return "is a parameter of no linear module"
     if site.stack:

@@ -72,7 +72,7 @@ def test_every_form(targets, exclude, expected):
     (["query", "valeu"], None, r"'valeu' matches nothing; nearest: .*attention/value"),
     (["uery"], None, "'uery' matches nothing; nearest: .*query"),
     ("layer_0", None, "cannot act on 'layer_0', which target 'layer_0' names"),
-    (["norm"], None, "cannot act on 'layer_0/norm'"),
+    (["norm"], None, "cannot act on 'layer_0/norm', which target 'norm' names; candidates: "),
     (r".*/norm/scale", None, "cannot act on 'layer_0/norm/scale'"),
     ("((", None, r"'\(\(' is not a regular expression"),
     (lambda path, site: False, None, "matches nothing"),

@@ -730,6 +730,19 @@ NOT_HELD = {
 }
 
 
+class Dotted(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        return nn.Dense(6, name="to.out")(nn.Embed(9, 6)(ids))
+
+
+def test_a_name_that_torch_cannot_have(tmp_path):
+    params, peft, adapter = made(Dotted(), jpeft.LoRA(rank=2, targets=["to.out"]))
+    with pytest.raises(ValueError, match=r"'to\.out' has no counterpart .*: it has a '\.' or '/' within the name"):
+        jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("match", NOT_HELD)
 def test_method_that_peft_cannot_hold(match, tmp_path):
     params, peft, adapter = made(Encoder(), NOT_HELD[match])

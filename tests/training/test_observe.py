@@ -149,6 +149,9 @@ def test_what_cannot_be_observed_is_told():
         peft.init(jax.random.key(0), params)
     with pytest.raises(ValueError, match=f"the statistics lack '{name}'"):
         peft.init(jax.random.key(0), params, statistics={"other": {}})
+    for junk in ({name: 3}, [found]):
+        with pytest.raises(TypeError, match=r"statistics must be those that jpeft\.observe returned"):
+            peft.init(jax.random.key(0), params, statistics=junk)
     with pytest.raises(ValueError, match="hold covariance, FromGradient needs gradient"):
         FromGradient(targets=targets).bind(model, params, x).init(jax.random.key(0), params, statistics=found)
     with pytest.raises(ValueError, match=r"has shape \(3, 3\), expected \(4, 4\); it is of another model"):
