@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Key
 
-from jpeft.checks import NUMBER, POSITIVE_INT, Rule
+from jpeft.checks import NONZERO, POSITIVE_INT, Rule
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
@@ -55,7 +55,7 @@ class FourierFT(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.03003"
     learning_rate: ClassVar[float] = 3e-2
     per_site: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "seed", "dtype", "parts")
-    rules: ClassVar[Mapping[str, Rule]] = {"n_frequency": POSITIVE_INT, "scaling": NUMBER, "seed": SEED}
+    rules: ClassVar[Mapping[str, Rule]] = {"n_frequency": POSITIVE_INT, "scaling": NONZERO, "seed": SEED}
 
     def prepare(self, site: Site) -> Site:
         site = super().prepare(site)
@@ -121,7 +121,7 @@ FourierFT.hf = HFSpec(
     tensors=(Tensor("fourierft_spectrum", "fourierft_spectrum"),),
     fields=(
         Field("n_frequency", "n_frequency", 1000, POSITIVE_INT, pattern="n_frequency_pattern"),
-        Field("scaling", "scaling", 150.0, NUMBER),
+        Field("scaling", "scaling", 150.0, NONZERO),
         Field("random_loc_seed", "seed", 777, SEED),
         FAN_IN_FAN_OUT,
     ),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, Rule
+from jpeft.checks import BOOL, NONZERO, POSITIVE_INT, RATE, Rule
 from jpeft.core.interchange import FAN_IN_FAN_OUT, Field, HFSpec, SharedTensor, Tensor
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.sites import Site
@@ -32,7 +32,7 @@ class VeRA(WeightMethod):
 
     Attributes:
       rank: r. It may be higher than a LoRA's, since each costs one parameter at a weight.
-      d_initial: the start of all entries of d.
+      d_initial: the start of all entries of d; not zero, as b starts at zero and nothing would have a gradient.
       seed: of the projections (PEFT's ``projection_prng_key``).
       save_projection: whether folders of PEFT hold the projections, rather than leave it to torch to draw them again.
         jpeft's own folders do without them.
@@ -62,7 +62,7 @@ class VeRA(WeightMethod):
     regenerated: ClassVar[frozenset[str]] = non_trainable
     per_site: ClassVar[tuple[str, ...]] = ("d_initial", "dropout", "parts")
     rules: ClassVar[Mapping[str, Rule]] = {
-        "rank": POSITIVE_INT, "d_initial": NUMBER, "seed": SEED, "save_projection": BOOL, "dropout": RATE
+        "rank": POSITIVE_INT, "d_initial": NONZERO, "seed": SEED, "save_projection": BOOL, "dropout": RATE
     }  # fmt: skip
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
@@ -108,7 +108,7 @@ VeRA.hf = HFSpec(
     ),
     fields=(
         Field("r", "rank", 256, POSITIVE_INT),
-        Field("d_initial", "d_initial", 0.1, NUMBER),
+        Field("d_initial", "d_initial", 0.1, NONZERO),
         Field("projection_prng_key", "seed", 0, SEED),
         Field("save_projection", "save_projection", True, BOOL),
         dropout_field("vera_dropout"),

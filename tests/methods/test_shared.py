@@ -206,6 +206,7 @@ def test_triples_that_a_folder_left_out_do_not_count():
 @pytest.mark.parametrize("make, expected", [
     (lambda: VeRA(rank=0), "VeRA.rank must be a positive integer, got 0"),
     (lambda: VeRA(seed=0.5), "VeRA.seed must be an integer of 64 bits, got 0.5"),
+    (lambda: VeRA(d_initial=0), "VeRA.d_initial must be a finite number other than 0, got 0"),
     (lambda: VeRA(dropout=1), "VeRA.dropout must be a rate in [0, 1), got 1"),
     (lambda: VeRA(overrides={"up": {"rank": 2}}), "sets 'rank', which cannot differ per site"),
     (lambda: VBLoRA(topk=5, num_vectors=4), "VBLoRA.topk is 5, more than the 4 vectors of the bank"),

@@ -303,6 +303,7 @@ def test_positions_may_be_floats_as_peft_writes_them_on_windows(tmp_path):
         (lambda: FourierFT(n_frequency=0), "FourierFT.n_frequency must be a positive integer"),
         (lambda: FourierFT(seed=0.5), "FourierFT.seed must be an integer"),
         (lambda: FourierFT(scaling=float("nan")), "FourierFT.scaling must be a finite number"),
+        (lambda: FourierFT(scaling=0), "FourierFT.scaling must be a finite number other than 0"),
         (lambda: SHiRA(mask="largest"), "SHiRA.mask must be one of random, magnitude, gradient, snip"),
         (lambda: SHiRA(mask="magnitude", seed=3), "seed 3 has no effect on mask='magnitude'"),
         (lambda: RoAd(variant="road_3"), "RoAd.variant must be one of road_1, road_2, road_4"),
