@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,7 +134,8 @@ class TensorFile:
 
 def _common_dtype(every: Iterable[np.ndarray]) -> str:
     found = {x.dtype.name for x in every if jnp.issubdtype(x.dtype, jnp.floating)}
-    return found.pop() if len(found) == 1 and found <= {"float32", "bfloat16", "float16"} else "float32"
+    usual = {"float32", "bfloat16", "float16"} | ({"float64"} if jax.config.jax_enable_x64 else set())
+    return found.pop() if len(found) == 1 and found <= usual else "float32"
 
 
 def _without_adapter_name(path: Path, tensors: dict[str, np.ndarray], spec: HFSpec) -> dict[str, np.ndarray]:

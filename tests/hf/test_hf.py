@@ -730,6 +730,13 @@ NOT_HELD = {
 }
 
 
+def test_float64_stays_where_it_is_enabled(tmp_path):
+    with jax.enable_x64(True):
+        params, peft, adapter = made(Encoder(), jpeft.LoRA(rank=2, targets=["query"], dtype="float64"))
+        jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+        same(jpeft.hf.load(tmp_path / "hf", Encoder(), params, IDS)[1], adapter)
+
+
 class Dotted(nn.Module):
     @nn.compact
     def __call__(self, ids):
