@@ -87,7 +87,11 @@ def load(
     folder = Folder(config, file, names, at, tuple(ignore), check_layout(experts))
     matched = match(folder, _without_absent_parts(model, folder, each))
     tied = tied_names(model, names)
-    peft = bind_survey(_method(folder, stacked(folder, matched, survey), survey, tied), model, params, survey)
+    method = _method(folder, stacked(folder, matched, survey), survey, tied)
+    try:
+        peft = bind_survey(method, model, params, survey)
+    except ValueError as error:  # a size in the configuration does not suit a weight
+        raise AdapterError(f"{as_path(path)}: {error}") from error
     leaves = _leaves(peft, folder, matched.adapted)
     _check_rest(folder, survey, {s.path for s in (*matched.copied, *matched.biases, *matched.saved)}, base)
     with np.errstate(over="ignore"):  # what float64 holds and a narrower dtype does not is infinite then
@@ -259,7 +263,7 @@ def _site_leaves(
     for tensor in tensors:
         shape, dtype = shapes[tensor.leaf]
         expected = tensor.to_torch(_abstract(shape), site).shape
-        why = f"which a {method.__name__} there needs"
+        why = f"which {method.__name__} needs there"
         floating = jnp.issubdtype(dtype, jnp.floating)
         x = file.take(module, wrapper + tensor.key, expected, why, floating=floating)
         out[tensor.leaf] = tensor.to_tree(x, site)
@@ -286,7 +290,7 @@ def _shared_leaves(peft: Peft, folder: Folder) -> dict[Path, np.ndarray]:
             out[path] = np.asarray(drawn[path])
             continue
         expected = tensor.to_torch(_abstract(shape)).shape
-        x = folder.file.take_shared(tensor.key, expected, f"which a {folder.config.method.__name__} needs")
+        x = folder.file.take_shared(tensor.key, expected, f"which {folder.config.method.__name__} needs")
         out[path] = tensor.to_tree(x)
     return out
 

@@ -49,7 +49,7 @@ def _problem(site: Site, spec: HFSpec) -> str:
         return f"is stacked over {sizes} layers, each a torch module of its own; use the model without scan"
     if isinstance(geometry, Convolution) and (geometry.groups > 1 or geometry.transposed):
         return "is a grouped or transposed convolution, whose adapter in PEFT is another function"
-    if site.lookup and site.via == MERGE:
+    if site.lookup and site.via == MERGE and not spec.ties:
         return "is an embedding that the model also uses elsewhere, as a tied head: PEFT leaves that as it was"
     if kind == PARAMETER and spec.parameters:
         if not is_stack(site) and (site.batch or len(site.stored) != 2):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.fingerprint import difference, fingerprint
@@ -301,6 +302,7 @@ def _finish(
             run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat, check_lock)
             state = _train(run, fresh, state, start)
             on_all_hosts(lambda: _check_converged(run))
+            on_all_hosts(lambda: _check_moved(run, fresh, state.adapter))
             check_lock()
             adapter, step = _chosen_adapter(run, state)
             save(folder / "adapter", job.peft, adapter, job.params)
@@ -427,6 +429,19 @@ def _check_converged(run: _Run) -> None:
             f"{run.folder}: training diverged: the loss is not finite, and {skipped:g} of {total} steps were skipped "
             "for that; start another with a lower `lr`"
         )
+
+
+def _check_moved(run: _Run, fresh: Any, adapter: Any) -> None:
+    """Raises a UserError if a method's leaves are all as before training: it had no gradient in any step."""
+    before, after, peft = flatten(fresh), flatten(adapter), run.job.peft
+    for member, method in enumerate(peft.method.methods()):
+        own = {a.leaf_path(name) for a in peft.actions if a.member == member for name in a.stored}
+        pairs = [jax.tree.leaves((before[path], after[path])) for path in own - peft.non_trainable_paths]
+        if pairs and all(bool(jnp.array_equal(old, new)) for old, new in pairs):
+            raise UserError(
+                f"{run.folder}: nothing of {method.name} trained: its gradient was zero in every step; what it acts "
+                "on, such as invocation tokens or rows of an embedding, does not occur in the training data"
+            )
 
 
 def _chosen_adapter(run: _Run, state: Any) -> tuple[Any, int]:

@@ -214,8 +214,8 @@ class Step:
             factor = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, trainable)
-        # Both. Sorted, since XLA fuses a sort into nothing: for CPUs it would repeat the sum of all terms of the loss in
-        # the program of each leaf, which makes AdaLoRA's step 3 times slower to compile.
+        # Both. Sorted, since XLA fuses a sort into nothing: for CPUs it would repeat the sum of all terms of the loss
+        # in the program of each leaf, which makes AdaLoRA's step 3 times slower to compile.
         finite = jnp.sort(jnp.stack([jnp.isfinite(total), jnp.isfinite(norm)]))[0]
         adapter = combine(optax.apply_updates(trainable, updates), frozen)
         state = TrainState(

@@ -348,6 +348,12 @@ def test_a_diverged_run_has_no_result(capsys):
     assert not Path("run/adapter").exists()
 
 
+def test_a_run_in_which_a_method_did_not_train_has_no_result(capsys):
+    said = failure(capsys, *job("run", "--method", "alora", "--epochs", "1"), "--set", "invocation_tokens=[99]")
+    assert "run: nothing of ALoRA trained" in said and "invocation tokens" in said
+    assert not Path("run/adapter").exists()
+
+
 def test_out_of_memory_leaves_the_name_free(capsys, monkeypatch):
     def large(*args):
         raise MemoryError("Unable to allocate 59.6 GiB")

@@ -737,6 +737,29 @@ def test_float64_stays_where_it_is_enabled(tmp_path):
         same(jpeft.hf.load(tmp_path / "hf", Encoder(), params, IDS)[1], adapter)
 
 
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        words = nn.Embed(9, 6, name="words")
+        x = nn.Dense(6, name="query")(words(ids))
+        return x @ words.variables["params"]["embedding"].T
+
+
+def test_tokens_of_a_table_that_a_head_shares(tmp_path):
+    tokens = jpeft.methods.TrainableTokens(indices=[1, 3], targets=["words"])
+    params, peft, adapter = made(Tied(), jpeft.Chain(QUERY, tokens))  # PEFT ties the head, too
+    jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    same(jpeft.hf.load(tmp_path / "hf", Tied(), params, IDS)[1], adapter)
+
+
+def test_a_size_in_the_configuration_that_does_not_divide(tmp_path):
+    params, peft, adapter = made(Encoder(), jpeft.methods.C3A(block_size=2, targets=["query"]))
+    jpeft.hf.save(tmp_path / "hf", peft, adapter, params)
+    edit(tmp_path / "hf", block_size=4)
+    with pytest.raises(AdapterError, match=r"/hf: C3A.*'layer/0/query'.*6"):
+        jpeft.hf.load(tmp_path / "hf", Encoder(), params, IDS)
+
+
 class Dotted(nn.Module):
     @nn.compact
     def __call__(self, ids):

@@ -154,7 +154,7 @@ def test_copies_of_shared_tensors_are_ignored(params, tmp_path, monkeypatch):
             lambda t: t.update({"base_model.model.up.vera_order": np.full(3, 0.5, "f")}),
             r"up\.vera_order' is float32, expected integers",
         ),
-        (lambda t: t.pop("base_model.vera_A"), "lacks 'base_model.vera_A', which a Copied needs"),
+        (lambda t: t.pop("base_model.vera_A"), "lacks 'base_model.vera_A', which Copied needs"),
     ):
         save_file(original, tmp_path / "adapter_model.safetensors")
         edit(tmp_path, change)
