@@ -139,7 +139,7 @@ def _predicates(targets: Targets) -> list[tuple[Any, Predicate]]:
     is_list = isinstance(targets, Iterable) and not isinstance(targets, Mapping)
     if not is_list or not all(isinstance(entry, str) for entry in targets):
         raise TargetError(
-            f"targets must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable "
+            f"a target must be a regular expression, a list of paths, {ALL_LINEAR!r} or a callable "
             f"(path, site) -> bool; got {targets!r}"
         )
     return [(entry, _entry_predicate(entry)) for entry in targets]

@@ -131,7 +131,10 @@ class Method:
                         f"{self.name}: overrides[{pattern!r}] sets {field!r}, which cannot differ per site; per-site "
                         f"fields: {', '.join(self.per_site) or 'none'}"
                     )
-            self._replaced(dict(fields))  # checks the values
+            try:
+                self._replaced(dict(fields))  # checks the values
+            except ValueError as error:
+                raise ValueError(f"{self.name}: overrides[{pattern!r}]: {error}") from error
 
     # --- what a subclass may define -----------------------------------------------------------------------------
 

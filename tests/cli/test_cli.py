@@ -354,6 +354,11 @@ def test_a_run_in_which_a_method_did_not_train_has_no_result(capsys):
     assert not Path("run/adapter").exists()
 
 
+def test_a_weight_that_cannot_be_quantized(capsys):
+    said = failure(capsys, *job("run", "--quantize", "int8"))
+    assert "--quantize int8: " in said and "divides neither of its last two axes" in said
+
+
 def test_out_of_memory_leaves_the_name_free(capsys, monkeypatch):
     def large(*args):
         raise MemoryError("Unable to allocate 59.6 GiB")

@@ -79,8 +79,8 @@ def test_every_form(targets, exclude, expected):
     ("query", None, r"'query' matches nothing; a string is a regular .*: for names, give \['query'\]; nearest"),
     ([], None, "LoRA has no targets"),
     ("", None, "LoRA has no targets"),
-    (["query", 3], None, "targets must be a regular expression, a list of paths"),
-    (3, None, "targets must be a regular expression, a list of paths"),
+    (["query", 3], None, "a target must be a regular expression, a list of paths"),
+    (3, None, "a target must be a regular expression, a list of paths"),
     ("all-linear", ["qeury"], r"exclude 'qeury' matches nothing; nearest: .*query"),
     (["query"], r".*/query", "leaves nothing of targets"),
 ], ids=lambda v: getattr(v, "__name__", str(v)))  # fmt: skip
@@ -119,7 +119,7 @@ def test_overrides_hold_for_the_first_pattern_that_matches():
         jpeft.LoRA(overrides={"nope": {"rank": 3}}).bind(MODEL, PARAMS, IDS)
     with pytest.raises(ValueError, match="sets 'targets', which cannot differ per site; per-site fields: rank"):
         jpeft.LoRA(overrides={"up": {"targets": "x"}})
-    with pytest.raises(ValueError, match=r"LoRA.rank must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match=r"overrides\['up'\]: LoRA.rank must be a positive integer, got 0"):
         jpeft.LoRA(overrides={"up": {"rank": 0}})
 
 

@@ -20,7 +20,7 @@ from jpeft.core.peft import Peft
 from jpeft.core.placement import AnyMesh
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten, unflatten
-from jpeft.errors import UserError
+from jpeft.errors import ModelError, UserError
 from jpeft.files import file_sha256
 from jpeft.methods.base import Method
 from jpeft.models.dtypes import SOURCE, narrows, stored_dtypes
@@ -297,6 +297,19 @@ class Merging:
         {'dtype': 'source', 'safe': True}
         """
         return {"dtype": self.dtype or SOURCE, "safe": not self.force}
+
+
+@contextlib.contextmanager
+def quantizing(scheme: str) -> Iterator[None]:
+    """Around the loading of a model: a weight that cannot be quantized raises a UserError that names the option."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except ValueError as error:  # or one that does not fit on the mesh
+        if scheme == "none" or "does not divide over" in str(error):
+            raise
+        raise UserError(f"`quantize` {scheme}: {error}") from error
 
 
 def merge(peft: Peft, params: Any, adapter: Any, how: Merging, requantize: bool = False) -> Any:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jpeft.core.placement import AnyMesh, replicated
 from jpeft.core.quantized import Quantized
 from jpeft.core.tree import flatten
-from jpeft.errors import ModelError, UserError
+from jpeft.errors import UserError
 from jpeft.files import write_atomically
 from jpeft.methods.base import Method
 from jpeft.models.axes import logical_names, logical_shardings
@@ -43,7 +43,7 @@ from jpeft.recipes.assets import resolve_conversations, resolve_model
 from jpeft.recipes.config import Config, Setup, read_chat_template
 from jpeft.recipes.start import begin
 from jpeft.recipes.tasks import base
-from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, place_batches
+from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, place_batches, quantizing
 from jpeft.recipes.vocabulary import reshape, with_rows
 from jpeft.serving.text_generator import Settings, TextGenerator
 from jpeft.storage import as_path, check_writable
@@ -84,16 +84,10 @@ def load_base(
     quantized = is_quantized(path)
     shardings = None if mesh is None else lambda model: logical_shardings(model, mesh)
     quantize_as = None if scheme == "none" or quantized else scheme
-    try:
+    with quantizing(scheme):
         model, params = load_model(
             path, param_dtype=jnp.dtype(dtype), quantize=quantize_as, shardings=shardings, remat=remat
         )
-    except ModelError:
-        raise
-    except ValueError as error:  # a weight that cannot be quantized; else one that does not fit on the mesh
-        if scheme == "none" or "does not divide over" in str(error):
-            raise
-        raise UserError(f"`quantize` {scheme}: {error}") from error
     if quantized and scheme not in ("none", *(schemes := schemes_of(params))):
         raise UserError(f"`quantize` {scheme}: {path} is quantized already; give `quantize` {min(schemes)}")
     return model, params

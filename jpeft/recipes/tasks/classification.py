@@ -48,7 +48,7 @@ from jpeft.recipes.assets import DataSource, resolve_data, resolve_model
 from jpeft.recipes.config import Config, Setup
 from jpeft.recipes.start import begin
 from jpeft.recipes.tasks import base
-from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids
+from jpeft.recipes.tasks.base import AbstractModel, Job, Merging, Reporter, abstract_ids, quantizing
 from jpeft.recipes.vocabulary import reshape, with_rows
 from jpeft.storage import absolute, as_path, check_writable
 from jpeft.text import labeled, reading
@@ -104,9 +104,10 @@ def load_classifier(
         say(f"{folder}: its head has {found} labels, the data {num_labels}: the head is a new one")
     options = {} if fits or found is None else {"pooler": False, "head": False}
     quantize = None if scheme == "none" else {"scheme": scheme, **({"exclude": r".*classifier(/.*)?"} if fits else {})}
-    encoder, params = load_model(
-        folder, param_dtype=jnp.dtype(dtype), quantize=quantize, shardings=shardings, **options
-    )
+    with quantizing(scheme):
+        encoder, params = load_model(
+            folder, param_dtype=jnp.dtype(dtype), quantize=quantize, shardings=shardings, **options
+        )
     if fits:
         return with_own_head(encoder, params)
     states = _abstract_states(encoder, params)
