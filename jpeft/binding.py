@@ -20,7 +20,7 @@ from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Leaves, Method, slugs
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, unreadable
-from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey, stack_back
+from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.statistics import COVARIANCE
 from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables
 
@@ -162,7 +162,7 @@ def _observed(method: Method, site: Site) -> Leaves | None:
         return None
     matrix = (site.inputs, site.inputs if method.observes == COVARIANCE else site.outputs)
     lead = (*(n for _, n in site.stack), *site.batch)
-    return {method.observes: stack_back(jnp.zeros((*lead, *matrix)), site.stack)}
+    return {method.observes: jnp.zeros((*lead, *matrix))}
 
 
 def _merges(action: Action, shared: Leaves, stored: Leaves) -> bool:

@@ -131,7 +131,7 @@ def init_leaves(
       site: the site.
       key: a PRNG key.
       w: the base weight (for a "leaf" site, the leaf) as it is stored; None for a site without one.
-      statistics: what was observed at the site, stacked as its leaves are.
+      statistics: what was observed at the site, with the axes of its stack in front.
     """
     if site.kind == "leaf":
         return dict(method.init(key, site, w))
@@ -142,7 +142,7 @@ def init_leaves(
         w = map_axes(site.geometry.view, len(site.stack))(stack_first(w, site.stack))
     else:
         w = None
-    found = None if statistics is None else jax.tree.map(lambda x: stack_first(x, site.stack), dict(statistics))
+    found = None if statistics is None else dict(statistics)
 
     def init(key: jax.Array, w: Any, found: Leaves | None) -> dict[str, Any]:
         return dict(method.init(key, site, w) if method.observes is None else method.init(key, site, w, found))

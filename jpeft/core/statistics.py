@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.fingerprint import difference
-from jpeft.core.sites import stack_back
 from jpeft.core.tree import Path, nearest
 
 COVARIANCE, GRADIENT = "covariance", "gradient"
@@ -45,7 +44,8 @@ class Statistics(Mapping[str, Mapping[str, Any]]):
 
     At a site it is ``{"covariance": [..., in, in]}``, the mean of xᵀx over tokens, or ``{"gradient": [..., in, out]}``,
     the mean gradient of the loss with respect to the weight, in float32. The leading axes are those of the weight's
-    stack (where the model stacks it) and batch (experts, heads). Of a wide weight it may be a `LowRank`.
+    stack (scanned layers, wherever the model stacks them) and batch (experts, heads). Of a wide weight it may be a
+    `LowRank`.
 
     Attributes:
       found: the statistics.
@@ -97,11 +97,9 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
             raise ValueError(f"the statistics of {site.name!r} hold {held}, {action.method.name} needs {kind}")
         matrix = (site.inputs, site.inputs) if kind == COVARIANCE else (site.inputs, site.outputs)
         lead = tuple(n for _, n in site.stack) + site.batch
-        whole = jax.ShapeDtypeStruct(lead + matrix, np.float32)
-        expected_shape = jax.eval_shape(lambda x, s=site: stack_back(x, s.stack), whole).shape
-        if (shape := np.shape(statistics[site.name][kind])) != expected_shape:
+        if (shape := np.shape(statistics[site.name][kind])) != lead + matrix:
             raise ValueError(
-                f"the {kind} of {site.name!r} has shape {shape}, expected {expected_shape}; it is of another model"
+                f"the {kind} of {site.name!r} has shape {shape}, expected {lead + matrix}; it is of another model"
             )
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(statistics[site.name][kind])):
             raise ValueError(f"the {kind} of {site.name!r} holds NaN or infinity; observe other batches")

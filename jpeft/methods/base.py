@@ -244,15 +244,14 @@ class Method:
         targets = self.default_targets() if self.targets is None else self.targets
         chosen = select(self.candidates(survey), targets, self.exclude, what=self.name, others=survey.names)
         for pattern in self.overrides:
-            if not any(_override_matches(pattern, site) for site in chosen):
+            if not any(override_matches(pattern, site) for site in chosen):
                 names = ", ".join(s.name for s in chosen[:8])
                 raise TargetError(f"{self.name}: overrides pattern {pattern!r} matches none of its sites: {names}")
         return [self._on_layers(self.at(s).prepare(s), s) for s in chosen]
 
     def _on_layers(self, prepared: Site, site: Site) -> Site:
         """A site as the method sees it, with the layers that the overrides give."""
-        fields = next((f for pattern, f in self.overrides.items() if _override_matches(pattern, site)), {})
-        if (layers := fields.get(LAYERS)) is None:
+        if (layers := self.fields_at(site).get(LAYERS)) is None:
             return prepared
         count = site.stack[0][1] if site.stack and site.kind == "weight" else 0
         if max(layers) >= count:
@@ -272,16 +271,17 @@ class Method:
         found = count_matches(candidates, targets, "targets")
         if self.targets is None:
             found = [entry._replace(entry=f"{entry.entry} (the default)") for entry in found]
-        applied = [next((p for p in self.overrides if _override_matches(p, site)), None) for site in sites]
+        applied = [next((p for p in self.overrides if override_matches(p, site)), None) for site in sites]
         overridden = [Matched("overrides", repr(pattern), applied.count(pattern)) for pattern in self.overrides]
         return found + count_matches(candidates, self.exclude, "exclude") + overridden
 
     def at(self, site: Site) -> Method:
         """The method with the overrides for a site applied."""
-        for pattern, fields in self.overrides.items():
-            if _override_matches(pattern, site):
-                return self._replaced(dict(fields))
-        return self if not self.overrides else self._replaced({})
+        return self if not self.overrides else self._replaced(dict(self.fields_at(site)))
+
+    def fields_at(self, site: Site) -> Mapping[str, Any]:
+        """What the overrides set at a site, the layers among it."""
+        return next((fields for pattern, fields in self.overrides.items() if override_matches(pattern, site)), {})
 
     def _replaced(self, fields: dict[str, Any]) -> Any:
         fields = {name: value for name, value in fields.items() if name != LAYERS}
@@ -346,7 +346,8 @@ def _check_layers(name: str, pattern: str, layers: Any) -> None:
         raise ValueError(f"{name}: overrides[{pattern!r}] sets layers, which must be indices, got {shown(layers)}")
 
 
-def _override_matches(pattern: str, site: Site) -> bool:
+def override_matches(pattern: str, site: Site) -> bool:
+    """Whether a pattern of ``overrides`` means a site."""
     return any(compile_pattern(pattern).fullmatch(n) or matches_entry(pattern, n) for n in site.names)
 
 

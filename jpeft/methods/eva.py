@@ -13,7 +13,9 @@ import numpy as np
 
 from jpeft.checks import is_number
 from jpeft.core.sites import Site
+from jpeft.core.statistics import LowRank
 from jpeft.core.targets import Targets, matches_entry
+from jpeft.methods.base import LAYERS, override_matches
 from jpeft.methods.lora import LoRA
 
 
@@ -22,7 +24,8 @@ def redistribute(method: LoRA, statistics: Mapping[str, Mapping[str, Any]], rho:
 
     All sites' directions compete by the part of their inputs' variance that they explain; the best get the ranks. A
     site has at most ``rho`` times its rank, and is excluded where it gets none. Where a model stacks layers, those of a
-    site have one rank, by their mean. The scales stay what they are.
+    site that it acts on have one rank, by their mean. The scales stay what they are. Sketched statistics tell the main
+    directions, and so the ranks, as well.
 
     Args:
       method: a LoRA, mostly with ``init_weights="eva"``.
@@ -41,25 +44,47 @@ def redistribute(method: LoRA, statistics: Mapping[str, Mapping[str, Any]], rho:
         raise ValueError(f"rho must be a number of at least 1, got {rho!r}")
     own: dict[str, Any] = {}
     candidates: list[tuple[float, str, int]] = []
+    layers: dict[str, tuple[int, ...]] = {}
     budget = 0
     for name, found in statistics.items():
         if "covariance" not in found:
             raise ValueError(f"the statistics of {name!r} hold {', '.join(found)}, ranks depend on the covariance")
-        own[name] = method.at(Site(tuple(name.split("/")), "weight"))
-        covariance = np.asarray(found["covariance"], np.float64)
-        variances = np.linalg.eigvalsh(covariance)[..., ::-1]
+        site = Site(tuple(name.split("/")), "weight")
+        own[name] = method.at(site)
+        variances = _variances(found["covariance"])
+        if (chosen := method.fields_at(site).get(LAYERS)) is not None:
+            layers[name] = chosen
+            variances = variances[list(chosen)]
         explained = (variances / variances.sum(-1, keepdims=True)).reshape(-1, variances.shape[-1])
         budget += own[name].rank * len(explained)
         best = explained.mean(0)[: round(own[name].rank * rho)]
         candidates += [(float(part), name, len(explained)) for part in best]
     ranks = dict.fromkeys(own, 0)
-    for _, name, layers in sorted(candidates, key=lambda c: -c[0]):
-        if layers <= budget:
-            ranks[name], budget = ranks[name] + 1, budget - layers
-    overrides = {_key(name, own): _fields(method, own[name], n) for name, n in ranks.items() if n}
+    for _, name, matrices in sorted(candidates, key=lambda c: -c[0]):
+        if matrices <= budget:
+            ranks[name], budget = ranks[name] + 1, budget - matrices
+    overrides = {
+        _key(name, own): _fields(method, own[name], n) | ({LAYERS: layers[name]} if name in layers else {})
+        for name, n in ranks.items()
+        if n
+    }
     without = _excluding(method.exclude, [name for name, n in ranks.items() if not n])
-    others = {pattern: fields for pattern, fields in method.overrides.items() if pattern not in overrides}
+    left_out = [pattern for pattern in method.overrides if _only(pattern, ranks)]
+    others = {p: fields for p, fields in method.overrides.items() if p not in overrides and p not in left_out}
     return dataclasses.replace(method, overrides={**overrides, **others}, exclude=without)
+
+
+def _variances(covariance: Any) -> np.ndarray:
+    """The variances of inputs along their main directions, the largest first."""
+    if isinstance(covariance, LowRank):  # F Fᵀ
+        return np.linalg.svd(np.asarray(covariance.left, np.float64), compute_uv=False) ** 2
+    return np.linalg.eigvalsh(np.asarray(covariance, np.float64))[..., ::-1]
+
+
+def _only(pattern: str, ranks: Mapping[str, int]) -> bool:
+    """Whether a pattern matches sites without rank, and no others."""
+    matched = [n for name, n in ranks.items() if override_matches(pattern, Site(tuple(name.split("/")), "weight"))]
+    return bool(matched) and not any(matched)
 
 
 def _key(name: str, names: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -20,7 +20,7 @@ from jpeft.core.fingerprint import fingerprint
 from jpeft.core.frontend import bypassed
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.peft import Peft
-from jpeft.core.sites import BOX, MERGE, Site, Survey, map_axes, stack_back, stack_first
+from jpeft.core.sites import BOX, MERGE, Site, Survey, map_axes, stack_first
 from jpeft.core.statistics import COVARIANCE, GRADIENT, LowRank, Statistics
 from jpeft.core.tree import Tree, flatten, split_variables
 from jpeft.methods.base import Method, WeightMethod
@@ -100,7 +100,8 @@ def _probes(method: Method, model: Any, params: Tree, loss: Any, batch: Any, ske
         for site in member.sites(survey):
             if (kind := member.at(site).observes) is not None:
                 _check_site(member.name, kind, site)
-                sites.setdefault((kind, sketch(site)), {})[site.name] = site
+                # Probes see all layers of a stack, also those that the method does not act on.
+                sites.setdefault((kind, sketch(site)), {})[site.name] = replace(site, layers=None)
     if not sites:
         raise ValueError(f"{method.name} starts without data: there is nothing to observe for its init_weights")
     members = [_PROBES[kind](chosen=tuple(own.values()), columns=n) for (kind, n), own in sites.items()]
@@ -138,10 +139,11 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
     leaves = flatten(total)
     found: dict[str, dict[str, Any]] = {}
     for action in probes.actions:
-        own, site, kind = probes.own(action, leaves), action.site, action.method.kind
+        site, kind = action.site, action.method.kind
+        own = {name: stack_first(x, site.stack) for name, x in probes.own(action, leaves).items()}
         divisor = count
         if kind == COVARIANCE:
-            divisor = stack_back(stack_first(own.pop("probe_tokens"), site.stack)[..., None], site.stack)
+            divisor = own.pop("probe_tokens")[..., None]
             if float(divisor.min()) == 0:
                 raise ValueError(f"the loss does not depend on the output at {site.name!r}; observe another loss")
         value = action.method.read({name: x / divisor for name, x in own.items()}, site)
@@ -181,7 +183,7 @@ class _Probe(WeightMethod):
         return []
 
     def read(self, leaves: Leaves, site: Site) -> Any:
-        """The statistic from the leaves' gradients, stacked as they are."""
+        """The statistic from the leaves' gradients, whose stacked axes are in front."""
         (value,) = leaves.values()
         return value
 
@@ -241,15 +243,8 @@ _PROBES: dict[str, Any] = {COVARIANCE: _Covariance, GRADIENT: _WeightGradient}
 
 
 def _mapped(fn: Callable[[Any], Any], site: Site) -> Callable[[Any], Any]:
-    """A function of one matrix's leaves, for leaves as they are stored."""
-
-    @jax.jit
-    def run(leaves: Any) -> Any:
-        first = jax.tree.map(lambda x: stack_first(x, site.stack), leaves)
-        out = map_axes(fn, len(site.stack) + len(site.batch))(first)
-        return jax.tree.map(lambda x: stack_back(x, site.stack), out)
-
-    return run
+    """A function of one matrix's leaves, for those of all of a site's matrices."""
+    return jax.jit(map_axes(fn, len(site.stack) + len(site.batch)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,6 +9,7 @@ import pytest
 import jpeft
 from jpeft.core import backend
 from jpeft.core.quantized import dequantize_leaf
+from jpeft.core.statistics import LowRank
 from jpeft.methods import DoRA
 from jpeft.methods.eva import redistribute
 from tests.zoo import moved
@@ -218,6 +219,14 @@ def test_ranks_of_stacked_layers_cost_all_of_them_and_a_site_without_rank_is_lef
         jpeft.LoRA(rank=1, exclude=["head"]), {"a": {"covariance": flat[:2, :2]}, "b": {"covariance": np.eye(50)}}, 2
     )
     assert none.exclude == "(?:.*/)?head|b" and dict(none.overrides["a"]) == {"rank": 2}
+    only = jpeft.LoRA(rank=1, overrides={"query": {"layers": [1]}, "b": {"dropout": 0.1}})
+    stack = LowRank(np.sqrt(np.stack([flat, spread])), np.sqrt(np.stack([flat, spread])))  # sketched, and of two layers
+    seen = {"layers/query": {"covariance": stack}, "b": {"covariance": np.eye(50)}}
+    layer = redistribute(only, seen)  # the first of the two does not count
+    assert {k: dict(f) for k, f in layer.overrides.items()} == {
+        "layers/query": {"rank": 2, "layers": (1,)}, "query": {"layers": (1,)}
+    }  # fmt: skip
+    assert layer.exclude == "b"
     with pytest.raises(ValueError, match=r"rho must be a number of at least 1, got 0\.5"):
         redistribute(method, seen, 0.5)
     with pytest.raises(ValueError, match="hold gradient, ranks depend on the covariance"):

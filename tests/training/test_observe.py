@@ -101,6 +101,41 @@ def test_a_covariance_is_that_of_the_inputs_in_float32(dtype):
     close(found, np.einsum("lni,lnj->lij", rows, rows) / rows.shape[1])
 
 
+@pytest.mark.parametrize("kind", [FromInputs, FromGradient])
+def test_layers_that_the_method_does_not_act_on_and_stacks_along_another_axis(kind):
+    """The statistics are those of all layers, in front, and a start takes those of its own layer."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(4, name="op")(x)) + x, None
+
+    class Stack(nn.Module):
+        axis: int
+
+        @nn.compact
+        def __call__(self, x):
+            kind = nn.scan(Layer, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
+            return kind(name="layers")(x, None)[0]
+
+    def observed(model, params, **fields):
+        method = kind(targets=["op"], **fields)
+        found = jpeft.observe(
+            method, model, params, lambda a, p, b, r: ((model.apply({"params": p}, b) ** 2).mean(), {}), [x]
+        )
+        return method, found
+
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    params = parameters(Stack(0), x)
+    _, want = observed(Stack(0), params)
+    moved = jax.tree.map(lambda w: jnp.moveaxis(w, 0, 1), params)
+    method, found = observed(Stack(1), moved, overrides={"op": {"layers": [0, 2]}})
+    statistic = found["layers/op"][method.observes]
+    close(statistic, want["layers/op"][method.observes])
+    adapter = method.bind(Stack(1), moved, x).init(jax.random.key(0), moved, statistics=found)
+    close(jnp.moveaxis(adapter["layers"]["op"][method.observes], 1, 0), statistic)
+
+
 def test_padding_does_not_count():
     from jpeft.models.bert import Bert, BertConfig
 
