@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jpeft.core.fingerprint import difference
 from jpeft.core.tree import Path, nearest
@@ -38,6 +39,7 @@ class LowRank:
         return self.left @ self.right
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, Mapping[str, Any]]):
     """The result of `jpeft.observe`: statistics at each site, by the site's name.
@@ -64,6 +66,19 @@ class Statistics(Mapping[str, Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self.found)
 
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The statistics are leaves, so that ``peft.init`` may be jitted."""
+        return ({name: dict(own) for name, own in self.found.items()},), tuple(self.weights.items())
+
+    @classmethod
+    def tree_unflatten(cls, weights: Any, found: Any) -> Statistics:
+        return cls(*found, dict(weights))
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether a leaf's values are not known, under `jax.jit`."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
 
 def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | None, base: Mapping[Path, Any]) -> None:
     """Checks that there are statistics where a method's start depends on data, and that they are of this model.
@@ -71,6 +86,7 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
     Raises:
       TypeError: they are something else.
       ValueError: there are none, or none are needed; or they are of other sites, shapes, kinds or weights, by name.
+        Values that are traced are not looked at.
     """
     observing = [action for action in actions if action.method.observes is not None]
     if statistics is not None and not observing:
@@ -101,8 +117,10 @@ def check_statistics(actions: Sequence[Any], statistics: Mapping[str, Any] | Non
             raise ValueError(
                 f"the {kind} of {site.name!r} has shape {shape}, expected {lead + matrix}; it is of another model"
             )
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(statistics[site.name][kind])):
+        found = statistics[site.name][kind]
+        if not is_traced(found) and not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found)):
             raise ValueError(f"the {kind} of {site.name!r} holds NaN or infinity; observe other batches")
         expected = getattr(statistics, "weights", {}).get(site.name)
-        if expected is not None and difference({"w": expected}, {"w": base[site.weight_path]}):
+        weight = base[site.weight_path]
+        if expected is not None and not is_traced(weight) and difference({"w": expected}, {"w": weight}):
             raise ValueError(f"the statistics were observed on another weight at {site.name!r}; observe this base")

@@ -21,7 +21,7 @@ from jpeft.core.frontend import bypassed
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.peft import Peft
 from jpeft.core.sites import BOX, MERGE, Site, Survey, map_axes, stack_first
-from jpeft.core.statistics import COVARIANCE, GRADIENT, LowRank, Statistics
+from jpeft.core.statistics import COVARIANCE, GRADIENT, LowRank, Statistics, is_traced
 from jpeft.core.tree import Tree, flatten, split_variables
 from jpeft.methods.base import Method, WeightMethod
 from jpeft.methods.chain import Chain
@@ -42,7 +42,8 @@ def observe(
     """Statistics of data from which a method starts, for ``peft.init(key, params, statistics=...)``.
 
     Nothing of the method runs: the statistics are those of the base. Tokens whose outputs have no gradient, such as
-    padding, do not count as inputs.
+    padding, do not count as inputs. It compiles its step itself; inside of a `jax.jit` of yours, what it raises about
+    values is not raised.
 
     Args:
       method: the method, such as ``jpeft.LoRA(init_weights="eva")``.
@@ -144,16 +145,18 @@ def _statistics(probes: Peft, total: Tree, count: int, base: Mapping[Any, Any]) 
         divisor = count
         if kind == COVARIANCE:
             divisor = own.pop("probe_tokens")[..., None]
-            if float(divisor.min()) == 0:
+            if not is_traced(divisor) and float(divisor.min()) == 0:
                 raise ValueError(f"the loss does not depend on the output at {site.name!r}; observe another loss")
         value = action.method.read({name: x / divisor for name, x in own.items()}, site)
-        if kind == GRADIENT and not any(bool(x.any()) for x in own.values()):
+        known = not is_traced(own)
+        if known and kind == GRADIENT and not any(bool(x.any()) for x in own.values()):
             raise ValueError(f"the gradient of the loss at {site.name!r} is zero; observe other batches or losses")
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(value)):
+        if known and not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(value)):
             raise ValueError(f"the {kind} at {site.name!r} is not finite; look at the loss of these batches")
         found.setdefault(site.name, {})[kind] = value
-    weights = {a.site.name: fingerprint({"w": base[a.site.weight_path]})["w"] for a in probes.actions}
-    return Statistics(found, weights)
+    weights = {a.site.name: base[a.site.weight_path] for a in probes.actions}
+    known = {name: fingerprint({"w": w})["w"] for name, w in weights.items() if not is_traced(w)}
+    return Statistics(found, known)
 
 
 # --- the probes -------------------------------------------------------------------------------------------------------

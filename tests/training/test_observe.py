@@ -132,7 +132,10 @@ def test_layers_that_the_method_does_not_act_on_and_stacks_along_another_axis(ki
     method, found = observed(Stack(1), moved, overrides={"op": {"layers": [0, 2]}})
     statistic = found["layers/op"][method.observes]
     close(statistic, want["layers/op"][method.observes])
-    adapter = method.bind(Stack(1), moved, x).init(jax.random.key(0), moved, statistics=found)
+    peft = method.bind(Stack(1), moved, x)
+    adapter = peft.init(jax.random.key(0), moved, statistics=found)
+    jitted = jax.jit(lambda params: peft.init(jax.random.key(0), params, statistics=observed(Stack(1), params)[1]))
+    close(jitted(moved)["layers"]["op"][method.observes], adapter["layers"]["op"][method.observes])
     close(jnp.moveaxis(adapter["layers"]["op"][method.observes], 1, 0), statistic)
 
 
