@@ -216,8 +216,9 @@ class Peft:
         """The ``in_axes`` of an adapter for `jax.vmap`: None for leaves that are shared or do not train, else 0.
 
         Args:
-          adapter: an adapter, or several stacked. Leaves that are stacked have 0 in any case: positions that differ
-            between adapters, or a network that all sites of one adapter share.
+          adapter: an adapter, or several stacked. Leaves that are stacked have 0 in any case, and those that differ
+            between adapters must be: positions or factors from different keys, or what all sites of one adapter share
+            and trains.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft
         >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.ones((1, 4))
