@@ -52,8 +52,9 @@ RATE: Rule = (is_rate, "a rate in [0, 1)")
 
 def is_ids(value: Any) -> bool:
     """Whether a value is a sequence of token ids, one or more."""
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return is_sequence and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return False
+    return len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
 
 
 def one_of(names: Collection[str]) -> Rule:

@@ -72,7 +72,7 @@ class Statistics(Mapping[str, Mapping[str, Any]]):
 
     @classmethod
     def tree_unflatten(cls, weights: Any, found: Any) -> Statistics:
-        return cls(*found, dict(weights))
+        return cls(found[0], dict(weights))
 
 
 def is_traced(tree: Any) -> bool:

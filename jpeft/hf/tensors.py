@@ -134,7 +134,7 @@ class TensorFile:
 
 def _common_dtype(every: Iterable[np.ndarray]) -> str:
     found = {x.dtype.name for x in every if jnp.issubdtype(x.dtype, jnp.floating)}
-    usual = {"float32", "bfloat16", "float16"} | ({"float64"} if jax.config.jax_enable_x64 else set())
+    usual = {"float32", "bfloat16", "float16", jax.dtypes.canonicalize_dtype("float64").name}
     return found.pop() if len(found) == 1 and found <= usual else "float32"
 
 
