@@ -178,6 +178,9 @@ class Config:
             object.__setattr__(self, "steps", _DEMONSTRATION_STEPS)
         options.fill(self, self.task)
         options.check(self)
+        if self.dropout is None and "dropout" in self.settings:  # it also decides whether anything is dropped at all
+            options.options(type(self))["dropout"].check(dropout := self.settings["dropout"])
+            object.__setattr__(self, "dropout", dropout)
         for name, entry in options.options(type(self)).items():
             unused = entry.by_task.get(self.task, entry.default)
             if entry.tasks and self.task not in entry.tasks and getattr(self, name) != unused:

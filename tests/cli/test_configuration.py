@@ -17,6 +17,7 @@ from jpeft.errors import UserError
 from jpeft.recipes.config import Config
 from jpeft.recipes.config_file import read_config_file
 from jpeft.recipes.options import TRAINING, option, options
+from jpeft.recipes.prepare import build_method
 from tests.cli.runs import failure, job, trained
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
@@ -86,6 +87,11 @@ def test_a_resumed_run_is_compared_with_what_was_typed_or_is_in_the_file(stopped
     )
     assert main(["finetune", "--resume", str(stopped), "--config", str(finished / "config.json")]) == 0
     assert trained(stopped) == trained(finished)
+
+
+def test_dropout_among_the_fields_of_the_method_is_the_option():
+    config = Config(settings={"dropout": 0.5})
+    assert config.dropout == build_method(config).methods()[0].dropout == 0.5
 
 
 def test_settings_of_a_file_and_of_flags_are_both_given(tmp_path):
