@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jpeft.core import fingerprint
-from jpeft.core.actions import Action, init_leaves
+from jpeft.core.actions import Action, init_leaves, layer_mask
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import map_axes, stack_back, stack_first
@@ -39,8 +39,9 @@ def loftq(
 ) -> tuple[Any, Any]:
     """A quantized base Q and a LoRA adapter with Q + s A B close to the original weights W.
 
-    Each iteration quantizes W - s A B to Q, then sets A and B to the best approximation of W - Q of their rank. The
-    adapter is valid for this base alone; the base's fingerprint enforces it.
+    Each iteration quantizes W - s A B to Q, then sets A and B to the best approximation of W - Q of their rank. In
+    layers of a stack that the method does not act on, Q is W rounded. The adapter is valid for this base alone; the
+    base's fingerprint enforces it.
 
     Args:
       peft: LoRA bound to the model and ``params``. It is valid for the quantized base too.
@@ -73,7 +74,7 @@ def loftq(
         path = action.site.weight_path
         if action.site.kind != "weight" or not isinstance(base.get(path), Quantized):
             continue
-        if not isinstance(action.method, LoRA) or path in done:
+        if not isinstance(action.method, LoRA) or not action.mergeable or path in done:
             given = "two methods" if path in done else action.method.name
             raise ValueError(f"LoftQ needs exactly one LoRA at each quantized weight; {join(path)!r} has {given}")
         done.add(path)
@@ -108,12 +109,15 @@ def _fit(action: Action, w: Any, box: Quantized, iterations: int) -> tuple[Quant
         return stack_back(map_axes(geom.unview, depth)(m), site.stack)
 
     rank, wide = method.rank, w.astype(jnp.float32)
+    acts = stack_first(jnp.asarray(layer_mask(site), jnp.float32), site.stack)[
+        ..., None
+    ]  # in other layers, A and B stay zero
     rest, a, b = wide, None, None
     for _ in range(iterations):
         box = requantize_leaf(box, rest.astype(box.dtype))
         u, s, vt = jnp.linalg.svd(view(wide - box.unbox().astype(jnp.float32)), full_matrices=False)
         root = jnp.sqrt(s[..., :rank])
-        a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+        a, b = acts * u[..., :rank] * root[..., None, :], acts * root[..., None] * vt[..., :rank, :]
         if (lacking := rank - root.shape[-1]) > 0:  # the matrix has a smaller rank
             none = [(0, 0)] * (a.ndim - 2)
             a, b = jnp.pad(a, [*none, (0, 0), (0, lacking)]), jnp.pad(b, [*none, (0, lacking), (0, 0)])

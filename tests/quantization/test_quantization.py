@@ -676,6 +676,21 @@ def test_a_loftq_adapter_fits_its_own_base_only(tmp_path):
             jpeft.load(tmp_path / "a", model, other, IDS)
 
 
+def test_loftq_rounds_the_layers_that_lora_does_not_act_on():
+    model, params = decoder()
+    method = jpeft.LoRA(rank=8, targets=["q_proj"], overrides={"q_proj": {"layers": [1]}})
+    base, adapter = jpeft.loftq(
+        method.bind(model, params, IDS), params, jax.random.key(0), targets=["q_proj"], iterations=2
+    )
+    at = ("model", "layers", "self_attn", "q_proj")
+    rounded, fitted = (jpeft.core.tree.flatten(jpeft.dequantize(tree))[*at, "kernel"] for tree in (quantized(), base))
+    np.testing.assert_array_equal(fitted[0], rounded[0])
+    assert np.abs(np.asarray(fitted[1] - rounded[1])).max() > 0
+    leaves = jpeft.core.tree.flatten(adapter)
+    for name in ("lora_a", "lora_b"):
+        assert not leaves[*at, name][0].any() and leaves[*at, name][1].any()
+
+
 def test_loftq_of_full_rank_is_exact():
     params = {"params": {"kernel": np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)}}["params"]
     model, x = nn.Dense(32, use_bias=False), jnp.ones((2, 64))
@@ -689,5 +704,8 @@ def test_mistakes_with_loftq_raise():
     peft = jpeft.IA3(targets=["q_proj"]).bind(model, params, IDS)
     with pytest.raises(ValueError, match=r"needs exactly one LoRA at each quantized weight; .*q_proj/kernel' has IA3"):
         jpeft.loftq(peft, params, jax.random.key(0))
+    activated = jpeft.methods.ALoRA(rank=2, invocation_tokens=(3,), targets=["q_proj"]).bind(model, params, IDS)
+    with pytest.raises(ValueError, match=r"q_proj/kernel' has ALoRA"):
+        jpeft.loftq(activated, params, jax.random.key(0))
     with pytest.raises(ValueError, match="iterations must be a whole number, at least 1, got 0"):
         jpeft.loftq(peft, params, jax.random.key(0), iterations=0)
