@@ -1,18 +1,21 @@
 """A local server of Google Cloud Storage's protocol, for `gs://` paths in tests: gcsfs and tensorstore talk to it.
 
 It is `gcp-storage-emulator`, which keeps objects in memory, and what it lacks: the condition `ifGenerationMatch=0` (an
-object is created only if there is none of its name), a bucket that may not be written, and uploads in two parts whose
-bytes are kept as they are. It answers one request after the other, so that the condition holds.
+object is created only if there is none of its name), the generation of what is read (without it tensorstore cannot
+write the object again), a bucket that may not be written, and uploads in two parts whose bytes are kept as they are. It
+answers one request after the other, so that the condition holds.
 
     python tests/object_store.py 19400      # serves gs://bucket and gs://read-only until it is killed
 """
 
+import contextlib
 import json
 import re
 import sys
 import threading
 from functools import partial
 from http import server
+from urllib.parse import unquote
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets, objects
@@ -54,6 +57,14 @@ class Handler(RequestHandler):
         except NotFound:
             return self.answer(404, {})
         self.answer(200, found)
+
+    def end_headers(self):
+        found = re.search(r"/b/([^/]+)/o/([^?]+).*alt=media", self.path)
+        if self.command == "GET" and found:
+            with contextlib.suppress(NotFound):
+                held = self.storage.get_file_obj(found[1], unquote(found[2]))
+                self.send_header("x-goog-generation", held["generation"])
+        super().end_headers()
 
     def answer(self, status, value):
         body = json.dumps(value).encode()
