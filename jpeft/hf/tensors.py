@@ -198,10 +198,15 @@ def _split(name: str, keys: Sequence[str], prefixes: tuple[str, ...]) -> tuple[s
 
     >>> _split("a.lora_b.lora_A.weight", ("lora_A.weight",), ("lora_",))
     ('a.lora_b', 'lora_A.weight')
+    >>> _split("experts.base_layer.lora_A.weight", ("lora_A.weight",), ("lora_",))
+    ('experts', 'base_layer.lora_A.weight')
     """
     for key in keys:
         if name.endswith(f".{key}"):
-            return name.removesuffix(f".{key}"), key
+            module = name.removesuffix(f".{key}")
+            while module.endswith(".base_layer"):  # PEFT wraps a module once for each of its parameters
+                module = module.removesuffix(".base_layer")
+            return module, name.removeprefix(f"{module}.")
     parts = name.split(".")
     starts = (i for i, p in enumerate(parts) if i and (p == "base_layer" or p.startswith(prefixes)))
     inner = next(starts, len(parts) - 1)
