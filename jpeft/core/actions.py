@@ -108,14 +108,20 @@ def mask_name(method: Any) -> str:
     return f"{method.slug}_layers"
 
 
+def acts_on(site: Site) -> np.ndarray:
+    """Whether a method acts on each matrix of a site, with the stacked axes in front."""
+    mask = np.full((*(n for _, n in site.stack), *site.batch), site.layers is None)
+    if site.layers:
+        mask[list(site.layers) if site.stack else ...] = True
+    return mask
+
+
 def layer_mask(site: Site) -> np.ndarray:
     """Whether a method acts on each matrix of a site: ``[1]`` for each, stacked as the site's leaves are.
 
     A leaf without an axis of its own could not be stacked along any but the first.
     """
-    mask = np.full((*(n for _, n in site.stack), *site.batch, 1), site.layers is None)
-    if site.layers:
-        mask[list(site.layers) if site.stack else ...] = True
+    mask = acts_on(site)[..., None]
     for i, (axis, _) in reversed(list(enumerate(site.stack))):
         mask = np.moveaxis(mask, i, axis + i if axis >= 0 else axis)
     return mask

@@ -280,7 +280,7 @@ class Method:
         return self if not self.overrides else self._replaced(dict(self.fields_at(site)))
 
     def fields_at(self, site: Site) -> Mapping[str, Any]:
-        """What the overrides set at a site, the layers among it."""
+        """The fields that the overrides set at a site, the layers among them."""
         return next((fields for pattern, fields in self.overrides.items() if override_matches(pattern, site)), {})
 
     def _replaced(self, fields: dict[str, Any]) -> Any:

@@ -49,7 +49,7 @@ def redistribute(method: LoRA, statistics: Mapping[str, Mapping[str, Any]], rho:
     for name, found in statistics.items():
         if "covariance" not in found:
             raise ValueError(f"the statistics of {name!r} hold {', '.join(found)}, ranks depend on the covariance")
-        site = Site(tuple(name.split("/")), "weight")
+        site = _site(name)
         own[name] = method.at(site)
         variances = _variances(found["covariance"])
         if (chosen := method.fields_at(site).get(LAYERS)) is not None:
@@ -74,6 +74,10 @@ def redistribute(method: LoRA, statistics: Mapping[str, Mapping[str, Any]], rho:
     return dataclasses.replace(method, overrides={**overrides, **others}, exclude=without)
 
 
+def _site(name: str) -> Site:
+    return Site(tuple(name.split("/")), "weight")
+
+
 def _variances(covariance: Any) -> np.ndarray:
     """The variances of inputs along their main directions, the largest first."""
     if isinstance(covariance, LowRank):  # F Fᵀ
@@ -83,7 +87,7 @@ def _variances(covariance: Any) -> np.ndarray:
 
 def _only(pattern: str, ranks: Mapping[str, int]) -> bool:
     """Whether a pattern matches sites without rank, and no others."""
-    matched = [n for name, n in ranks.items() if override_matches(pattern, Site(tuple(name.split("/")), "weight"))]
+    matched = [n for name, n in ranks.items() if override_matches(pattern, _site(name))]
     return bool(matched) and not any(matched)
 
 

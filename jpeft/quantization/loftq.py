@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jpeft.core import fingerprint
-from jpeft.core.actions import Action, init_leaves, layer_mask
+from jpeft.core.actions import Action, acts_on, init_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import map_axes, stack_back, stack_first
@@ -109,9 +109,7 @@ def _fit(action: Action, w: Any, box: Quantized, iterations: int) -> tuple[Quant
         return stack_back(map_axes(geom.unview, depth)(m), site.stack)
 
     rank, wide = method.rank, w.astype(jnp.float32)
-    acts = stack_first(jnp.asarray(layer_mask(site), jnp.float32), site.stack)[
-        ..., None
-    ]  # in other layers, A and B stay zero
+    acts = jnp.asarray(acts_on(site), jnp.float32)[..., None, None]  # in other layers, A and B stay zero
     rest, a, b = wide, None, None
     for _ in range(iterations):
         box = requantize_leaf(box, rest.astype(box.dtype))

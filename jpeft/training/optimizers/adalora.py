@@ -18,9 +18,9 @@ import optax
 from flax.core import meta
 from jaxtyping import Array, Int
 
-from jpeft.core.actions import layer_mask
+from jpeft.core.actions import acts_on
 from jpeft.core.peft import Peft
-from jpeft.core.sites import Site, stack_back, stack_first
+from jpeft.core.sites import stack_back, stack_first
 from jpeft.core.tree import Path, Tree, box_as, flatten, map_with_path
 from jpeft.methods.adalora import AdaLoRA
 
@@ -81,7 +81,7 @@ def allocate_ranks(
         raise ValueError("allocate_ranks needs an AdaLoRA in the bound method; this adapter has none")
     own = {action: tuple(action.leaf_path(name) for name in _LEAVES) for action in actions}
     paths = {path for three in own.values() for path in three}
-    there = {action: _matrices(action.site) for action in actions}
+    there = {action: acts_on(action.site) for action in actions}
     counts = {action: int(mask.sum()) for action, mask in there.items()}
     triples, matrices = sum(n * action.method.rank for action, n in counts.items()), sum(counts.values())
     stored = sum(mask.size * action.method.rank for action, mask in there.items())
@@ -141,11 +141,6 @@ def allocate_ranks(
 
 def _open(tree: Tree) -> dict[Path, Any]:
     return {path: meta.unbox(leaf) for path, leaf in flatten(tree).items()}
-
-
-def _matrices(site: Site) -> jax.Array:
-    """Whether the method acts on each matrix of a site, stacked in front."""
-    return stack_first(jnp.asarray(layer_mask(site)), site.stack)[..., 0]
 
 
 def _budgets(total_steps: int, initial_steps: int, final_steps: int, triples: int, target: int) -> list[int]:
