@@ -144,7 +144,7 @@ MiSS.hf = HFSpec(
             "variant",
             True,
             (
-                lambda v: isinstance(v, bool) or (isinstance(v, str) and v in ("bat", "mini")),
+                lambda v: isinstance(v, bool) or one_of(("bat", "mini"))[0](v),
                 "true, false, 'bat' or 'mini'",
             ),
             read=_read_variant,
