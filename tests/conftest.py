@@ -61,6 +61,14 @@ def registries():
         table.update(before)
 
 
+@pytest.fixture
+def quick_compiles():
+    """Programs of tiny models are compiled without XLA's optimizations, which cost more than they give."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def store():
     """A server for `gs://` paths, which this process and those that it starts use from now on."""

@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import pytest
 
 from jpeft.core import backend
 from tests import contract
 from tests.zoo import METHODS, MODES, SOME, USES, WEIGHTS, Entry
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # Every way of use, with all methods that act on it, in the first cell of one of these rows in turn; with --products,
 # in its whole row. Over all rows, every mode has had both dtypes. The ways that most methods are tried on go first, so
@@ -68,14 +69,6 @@ def pairs(method: str, cell: tuple[str, str, str | None]) -> bool:
 def learns(method: str, cell: tuple[str, str | None]) -> bool:
     own = [cell for cell in LEARNING if cell[-1] is None or METHODS[method].quantized]
     return cell == own[list(METHODS).index(method) % len(own)]
-
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    """These models are tiny: XLA's optimizations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(("use", "mode", "dtype"), USED)

@@ -287,6 +287,7 @@ def on_one_device(kind, method, scheme):
     return kind, base, *trained(kind, METHODS[method], base, batch)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.filterwarnings("ignore:no weight is sharded over the mesh's axis")  # Foreign names no axes
 @pytest.mark.parametrize("kind, method, scheme, dims", CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_step_on_a_mesh_equals_that_on_one_device(kind, method, scheme, dims, request):
