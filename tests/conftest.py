@@ -61,12 +61,15 @@ def registries():
         table.update(before)
 
 
-@pytest.fixture
-def quick_compiles():
+def _quick_compiles():
     """Programs of tiny models are compiled without XLA's optimizations, which cost more than they give."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick_compiles = pytest.fixture(_quick_compiles)
+quick_compiles_of_module = pytest.fixture(_quick_compiles, scope="module")  # also of what a module's fixtures compile
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,7 @@ from tests import contract
 from tests.contract import close, differ
 from tests.zoo import LAYERS, METHODS, USES, Entry, moved, numbers, parameters
 
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    """These models are tiny: XLA's optimizations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def bound(use: str, mode: str, method: str):

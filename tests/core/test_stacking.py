@@ -24,12 +24,7 @@ IDS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 MASK = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast_compilation():
-    """Most of the time goes into compiling programs that run once, so they need not be optimized."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles_of_module")
 
 
 def tiny(model_type="qwen2", **fields):

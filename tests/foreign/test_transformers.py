@@ -157,12 +157,10 @@ METHODS = {
 
 
 @pytest.fixture(autouse=True)
-def _as_transformers_runs():
-    """Standard promotion, because transformers adds integers to booleans; and fast compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def _as_transformers_runs(quick_compiles):
+    """Standard promotion, because transformers adds integers to booleans."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,9 @@ def numbers(shape, seed):
 
 
 @pytest.fixture(autouse=True)
-def cpu(monkeypatch):
-    """The forms of the CPU backend, compiled without optimizations: these models are tiny."""
+def cpu(monkeypatch, quick_compiles):
+    """The forms of the CPU backend."""
     monkeypatch.setattr(backend, "flatten_tokens", lambda: True)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def bound(tokens, dense=None, method=None):

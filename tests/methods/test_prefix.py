@@ -13,12 +13,7 @@ from tests.zoo import moved, parameters
 LENGTH = 3
 
 
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    """These models are tiny: XLA's optimizations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def attention(query, key, value, prefix_key, prefix_value, mask):

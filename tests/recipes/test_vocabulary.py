@@ -22,7 +22,7 @@ from jpeft.recipes.prepare import prepare
 from jpeft.recipes.tasks import chat, classification
 from tests.folders import VOCABULARY, byte_tokenizer, write_bert, write_llama
 
-pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion", "quick_compiles_of_module")
 SIZE = VOCABULARY + 3  # `<new0>` to `<new5>` begin at 257
 
 
@@ -40,13 +40,6 @@ def tie(folder):
     files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
     shutil.rmtree(folder)
     models.save(folder, tied, {"model": params["model"]}, extra_files=files)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

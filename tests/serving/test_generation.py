@@ -36,12 +36,7 @@ IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    """Compiling takes most of the time; the programs need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles_of_module")
 
 
 def filled(shapes, seed=0):
