@@ -47,6 +47,7 @@ def find_peak(module: Module) -> Peak:
 
 
 def argument_buffers(module: Module) -> list[Buffer]:
+    """Buffers of the arguments that lie in the device's memory."""
     return [_buffer(module, p, leaf) for p in module.entry.parameters for leaf in p.leaves if leaf.hbm]
 
 
