@@ -8,6 +8,7 @@ from . import io as io
 from . import linen as linen
 from . import methods as methods
 from . import models as models
+from . import nnx as nnx
 from . import parallel as parallel
 from . import planning as planning
 from . import quantization as quantization
@@ -15,6 +16,8 @@ from . import recipes as recipes
 from . import serving as serving
 from . import text as text
 from . import training as training
+from .core.attention import register_attention as register_attention
+from .core.geometry.registry import register_geometry as register_geometry
 from .core.peft import Peft as Peft
 from .core.targets import TargetError as TargetError
 from .core.tree import combine as combine
@@ -22,7 +25,6 @@ from .core.tree import masked as masked
 from .core.tree import partition as partition
 from .io import load as load
 from .io import save as save
-from .linen.registry import register_geometry as register_geometry
 from .methods.adalora import AdaLoRA as AdaLoRA
 from .methods.bitfit import BitFit as BitFit
 from .methods.bottleneck import Bottleneck as Bottleneck

@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 
 MOVED = {
-    "attention": "jpeft.linen.attention",
+    "attention": "jpeft.core.attention",
     "backend": "jpeft.core.backend",
     "checkpoint": "jpeft.training.checkpoint",
     "fingerprint": "jpeft.core.fingerprint",

@@ -22,27 +22,14 @@ from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, unreadable
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.statistics import COVARIANCE
-from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables
+from jpeft.core.tree import Path, Tree, flatten, join, peek
+from jpeft.frontends import arguments, front_end
 
 
-def bind(method: Method, model: Any, params: Tree, /, *inputs: Any, **kwargs: Any) -> Peft:
+def bind(method: Method, model: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
     """See `jpeft.methods.base.Method.bind`."""
-    return bind_survey(method, model, params, survey_model(model, params, inputs, kwargs))
-
-
-def front_end(model: Any) -> FrontEnd:
-    """The front end that accepts a model.
-
-    Raises:
-      TypeError: no front end accepts ``model``.
-    """
-    # Imported late, so that `jpeft.methods` does not import a module system.
-    from jpeft.linen.frontend import LINEN
-
-    if LINEN.accepts(model):
-        return LINEN
-    hint = "; bind its .module" if LINEN.accepts(getattr(model, "module", None)) else ""
-    raise TypeError(f"model must be {LINEN.accepted}, got {type(model).__name__}{hint}")
+    found, params, inputs = arguments(model, inputs, "bind(model, params, *inputs)")
+    return bind_survey(method, model, params, found.survey(model, params, inputs, kwargs), found)
 
 
 def survey_model(model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
@@ -55,14 +42,22 @@ def survey_model(model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapp
     return front_end(model).survey(model, params, inputs, kwargs)
 
 
-def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Peft:
+def bind_survey(method: Method, model: Any, params: Tree, survey: Survey, frontend: FrontEnd | None = None) -> Peft:
     """The other half of `bind`, for a model that was surveyed before.
+
+    Args:
+      method: the method.
+      model: the model.
+      params: its parameters.
+      survey: its sites.
+      frontend: its front end, if that is known.
 
     Raises:
       TargetError: a target matches nothing.
       ValueError: the method cannot act on a site, or a leaf's path is taken.
     """
-    base = flatten(split_variables(params)[0])
+    frontend = front_end(model) if frontend is None else frontend
+    base = flatten(frontend.tree(params))
     structure: dict[Path, tuple[tuple[int, ...], str]] = {}
     actions: list[Action] = []
     shared_paths: list[Path] = []
@@ -92,10 +87,10 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey) -> Pef
             _claim(structure, {action.leaf_path(n): x for n, x in stored.items()}, base, member, site.kind == "leaf")
             actions.append(action)
     size = sum(math.prod(np.shape(peek(x))) for x in base.values())
-    return Peft(
-        model=model,
+    return frontend.bound(
+        model=frontend.kept(model),
         method=method,
-        frontend=front_end(model),
+        frontend=frontend,
         actions=tuple(actions),
         structure=tuple(sorted(structure.items())),
         shared_paths=tuple(shared_paths),

@@ -23,14 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from jpeft.binding import bind_survey
 from jpeft.checks import shown
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.loaded import check_loaded
-from jpeft.core.peft import Peft, split_variables
+from jpeft.core.peft import Peft
 from jpeft.core.targets import TargetError
 from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
 from jpeft.files import file_sha256, read_json, read_safetensors, serialize, sync_folder, write_atomically
+from jpeft.frontends import arguments
 from jpeft.grown import depends_on, new_leaves, with_sites
 from jpeft.methods import Chain, from_dict
 from jpeft.parallel.hosts import is_main_process, on_all_hosts, on_host
@@ -60,7 +62,7 @@ def save(path: str | os.PathLike[str], peft: Peft, adapter: Tree, params: Tree) 
     """
     peft.check_order(params, adapter, "jpeft.save(path, peft, adapter, params)")
     leaves = peft.check(adapter)
-    tree, _ = split_variables(params)
+    tree = peft.frontend.tree(params)
     _check_base(peft, flatten(tree))
     tensors = {join(p): np.asarray(on_host(meta.unbox(x))) for p, x in leaves.items()}
     for place, leaf in peft.regenerated(flatten(tree)).items():
@@ -121,15 +123,14 @@ def _finish_killed_save(folder: FilePath) -> None:
         move(found, folder / TENSORS)
 
 
-def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, **kwargs: Any) -> tuple[Peft, Any]:
+def load(path: str | os.PathLike[str], model: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Peft, Any]:
     """Reads an adapter from a folder and binds its method to a model. Inverse of `save`.
 
     Args:
       path: the folder.
       model: the model, as for ``method.bind``.
-      params: its base weights.
-      *inputs: as for ``model.apply``.
-      **kwargs: as for ``model.apply``.
+      *inputs: as for ``method.bind``: the base weights of a Linen module, and what the model is called with.
+      **kwargs: as for ``method.bind``.
 
     A base may have more leaves than the one that it was trained on, such as a pooler that an earlier version did not
     read, if the model's output does not depend on them. Where "all-linear" takes other weights in this version than in
@@ -152,16 +153,18 @@ def load(path: str | os.PathLike[str], model: Any, params: Tree, *inputs: Any, *
         method = from_dict(config["method"])
     except (ValueError, TypeError) as e:
         raise AdapterError(f"{folder / CONFIG}: {e}") from e
-    tree, _ = split_variables(params)
+    frontend, params, inputs = arguments(model, inputs, "jpeft.load(path, model, params, *inputs)")
+    tree = frontend.tree(params)
     new = new_leaves(config["base"], tree)
     if (found := difference(config["base"], tree)) and not new:
         raise AdapterError(f"{folder} was trained on another base: {found}")
-    peft = method.bind(model, params, *inputs, **kwargs)
+    survey = frontend.survey(model, params, inputs, kwargs)
+    peft = bind_survey(method, model, params, survey, frontend)
     names = [site.name for site in peft.sites]
     if names != config["sites"]:
         with contextlib.suppress(TargetError):
             method = with_sites(method, peft, config["sites"])
-            peft = method.bind(model, params, *inputs, **kwargs)
+            peft = bind_survey(method, model, params, survey, frontend)
             names = [site.name for site in peft.sites]
     if new and depends_on(peft, params, new, inputs, kwargs):
         raise AdapterError(f"{folder} was trained on another base: {found}")

@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jpeft.linen import attention, registry
+from jpeft.core import attention
+from jpeft.core.geometry import registry
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def registries():
     """Lets a test register geometries and attentions, and forgets them afterwards."""
-    tables = registry.REGISTRY, attention._REGISTRY
+    tables = registry.REGISTERED, attention.REGISTERED
     saved = [dict(table) for table in tables]
     yield
     for table, before in zip(tables, saved, strict=True):

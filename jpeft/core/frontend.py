@@ -1,7 +1,7 @@
 """The interface of a front end, which runs the models of one module system.
 
 `jpeft.core` knows trees and sites, but no modules. A front end finds the sites of a model and runs the model under an
-adapter; `jpeft.binding` picks the front end that accepts a model.
+adapter; `jpeft.frontends` picks the front end for a model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,30 @@ class FrontEnd(Protocol):
     @property
     def accepted(self) -> str: ...
 
-    def accepts(self, model: Any) -> bool:
-        """Whether ``model`` is a module of this module system."""
+    @property
+    def holds_params(self) -> bool:
+        """Whether a model has its parameters, so that `bind` takes none beside it."""
+        ...
+
+    @property
+    def bound(self) -> type[Any]:
+        """The class of a `Peft` that is bound through it."""
+        ...
+
+    def kept(self, model: Any) -> Any:
+        """What a `Peft` keeps of a model, without its arrays."""
+        ...
+
+    def tree(self, params: Any) -> Any:
+        """Parameters as nested mappings, without other state of the model.
+
+        Raises:
+          TypeError: they are none.
+        """
+        ...
+
+    def like(self, tree: Any, params: Any) -> Any:
+        """Nested mappings in the form of ``params``."""
         ...
 
     def survey(self, model: Any, params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import zlib
@@ -39,7 +40,6 @@ from jpeft.core.tree import (
     map_with_path,
     nearest,
     peek,
-    split_variables,
     unflatten,
 )
 
@@ -144,7 +144,7 @@ class Peft:
         Raises:
           ValueError: a start depends on data and there are no statistics, or they are of another model.
         """
-        tree, _ = split_variables(params)
+        tree = self.frontend.tree(params)
         base = flatten(tree)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
             shapes = {p: jax.ShapeDtypeStruct(s, jnp.dtype(d)) for p, (s, d) in self.structure}
@@ -210,6 +210,7 @@ class Peft:
           tree: the full tree, the adapter alone, or the base.
         """
         trainable = {p for p, _ in self.structure} - self.non_trainable_paths
+        tree = self.frontend.tree(tree) if self.frontend.holds_params else tree
         return map_with_path(lambda p, _: TRAINABLE if p in trainable else FROZEN, tree)
 
     def axes(self, adapter: Tree) -> Any:
@@ -285,6 +286,8 @@ class Peft:
         """
         own = dict(self.structure)
         weight = next((site.weight_path for site in self.weights if site.weight_path not in own), None)
+        with contextlib.suppress(TypeError):  # told below
+            params = self.frontend.tree(params)
         check_order(own, weight, params, adapter, call)
 
     def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False, safe: bool = True) -> Any:
@@ -315,8 +318,7 @@ class Peft:
                     f"{action.method.name} at {action.site.name!r} cannot be merged: no weight there can hold what it "
                     "does; use peft.apply or peft.module"
                 )
-        tree, _ = split_variables(params)
-        base = flatten(tree)
+        base = flatten(self.frontend.tree(params))
         out = self.replaced(dict(base), leaves := self.check(adapter))
         flags = {a.site.path: is_finite(out[a.site.path]) for a in self.actions if safe and a.site.kind == "leaf"}
         found = False
@@ -339,7 +341,7 @@ class Peft:
         check(flags)
         if requantize and not found:
             raise ValueError("requantize=True, but no weight that the adapter changes is quantized")
-        return like(unflatten(out), tree)
+        return self.frontend.like(unflatten(out), params)
 
     def own(self, action: Action, leaves: Mapping[Path, Any]) -> dict[str, Any]:
         """The leaves of one action as they are stored, by name, of an adapter's leaves by path."""

@@ -154,6 +154,18 @@ class Survey:
     boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
 
 
+def without_stack(stored: tuple[int, ...], stack: Stack) -> tuple[int, ...]:
+    """The shape of one layer of a stored leaf.
+
+    >>> without_stack((4, 12, 3), ((1, 12),))
+    (4, 3)
+    """
+    rest = list(stored)
+    for axis, _ in stack:
+        rest.pop(axis)
+    return tuple(rest)
+
+
 def stack_first(x: Any, stack: Stack) -> jax.Array:
     """A stored leaf with its stacked axes in front, outermost first. Inverse of `stack_back`."""
     for i, (axis, _) in enumerate(stack):

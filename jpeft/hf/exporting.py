@@ -19,7 +19,7 @@ from jpeft.core.actions import Action
 from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, PARAMETER, Field, HFSpec, form, is_stack, role
 from jpeft.core.peft import Peft
 from jpeft.core.sites import Site
-from jpeft.core.tree import Path, Tree, flatten, join, peek, split_variables, unflatten
+from jpeft.core.tree import Path, Tree, flatten, join, peek, unflatten
 from jpeft.files import new_folder, write_atomically, write_safetensors
 from jpeft.hf import layout
 from jpeft.hf.config import CONFIG, TASK_HEADS, TENSORS, patterns
@@ -84,7 +84,7 @@ def save(
     name, spec, beside = _specs(peft)
     task_type = task_type or spec.task_type or None
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
-    peft, leaves, base = _one_by_one(peft, leaves, flatten(split_variables(params)[0]))
+    peft, leaves, base = _one_by_one(peft, leaves, flatten(peft.frontend.tree(params)))
     peft, leaves = _in_their_form(peft, leaves)
     names = of_model(peft.model) if prefix is None else Names.of(prefix)
     weights = [a for a in peft.actions if a.site.kind == "weight"]

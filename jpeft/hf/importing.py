@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.binding import bind_survey, survey_model
+from jpeft.binding import bind_survey
 from jpeft.core import stacking
 from jpeft.core.actions import Action, layer_mask
 from jpeft.core.geometry.base import Parts
@@ -22,8 +22,9 @@ from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import matches_entry
-from jpeft.core.tree import Path, Tree, flatten, join, like, nearest, peek, split_variables, unflatten
+from jpeft.core.tree import Path, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
+from jpeft.frontends import arguments
 from jpeft.hf import layout
 from jpeft.hf.config import CONFIG, named, read_config
 from jpeft.hf.experts import check_layout
@@ -40,7 +41,7 @@ from jpeft.storage import as_path
 def load(
     path: str | PathLike[str],
     model: Any,
-    params: Tree,
+    /,
     *inputs: Any,
     prefix: Prefix | None = None,
     ignore: Sequence[str] = (),
@@ -55,7 +56,7 @@ def load(
 
     Args:
       path: the folder.
-      model, params, *inputs, **kwargs: as for ``method.bind``.
+      model, *inputs, **kwargs: as for ``method.bind``; a Linen module's parameters are the first of the inputs.
       prefix: as in `save`; found from the names in the file if it is not given.
       ignore: torch modules to leave out because the model lacks them, whole names or suffixes at a ".", e.g.
         ``["pooler.dense"]``.
@@ -78,9 +79,10 @@ def load(
     config = read_config(as_path(path) / CONFIG, METHODS.values())
     file = TensorFile.read(as_path(path), config, ignore)
     merge_heads(model, config, file)
-    tree, _ = split_variables(params)
+    frontend, params, inputs = arguments(model, inputs, "jpeft.hf.load(path, model, params, *inputs)")
+    tree = frontend.tree(params)
     base = flatten(tree)
-    survey, at = survey_model(model, params, inputs, kwargs), stacking.stacked_at(model)
+    survey, at = frontend.survey(model, params, inputs, kwargs), stacking.stacked_at(model)
     each = stacking.unroll_survey(survey, at)  # unstacked layers, as the file has them
     owners = {s.path[:-1] for s in each.leaves} | _parameter_owners(each)
     names = find(as_path(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
@@ -89,7 +91,7 @@ def load(
     tied = tied_names(model, names)
     method = _method(folder, stacked(folder, matched, survey), survey, tied)
     try:
-        peft = bind_survey(method, model, params, survey)
+        peft = bind_survey(method, model, params, survey, frontend)
     except ValueError as error:  # a size in the configuration does not suit a weight
         raise AdapterError(f"{as_path(path)}: {error}") from error
     leaves = _leaves(peft, folder, matched.adapted)

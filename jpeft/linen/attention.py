@@ -1,34 +1,16 @@
-"""Attention hooks: they run an attention module with changed keys, values and mask, after any position encoding.
-
-Keys and values are ``[..., length, heads, head_dim]``. The mask is boolean and broadcasts to
-``[..., heads, query_length, length]``, or is None.
-"""
+"""The attention of Flax Linen, whose keys, values and mask methods change; see `jpeft.core.attention`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from jpeft.core import attention
+from jpeft.core.attention import Extend, Hook
 from jpeft.core.method import pad_left
-
-# (key, value, mask) -> changed (key, value, mask)
-Extend = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
-# (next_fun, args, kwargs, module, extend) -> output
-Hook = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], nn.Module, Extend], Any]
-
-
-def attend_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend: Extend) -> Any:
-    """The hook for a method ``attend(query, key, value, mask, ...)``, as jpeft's own models have it."""
-    query, key, value, *rest = args
-    mask = kwargs.get("mask", rest[0] if rest else None)
-    key, value, mask = extend(key, value, mask)
-    if "mask" in kwargs:
-        return next_fun(query, key, value, *rest, **{**kwargs, "mask": mask})
-    return next_fun(query, key, value, mask, *rest[1:], **kwargs)
 
 
 def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend: Extend) -> Any:
@@ -53,26 +35,11 @@ def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, 
         object.__setattr__(module, "attention_fn", inner)
 
 
-_REGISTRY: dict[str, tuple[str, Hook]] = {
+ATTENTIONS: dict[str, tuple[str, Hook]] = {
     f"{nn.MultiHeadDotProductAttention.__module__}.MultiHeadDotProductAttention": ("__call__", attention_fn_hook),
 }
 
 
-def register_attention(owner: type | str, method: str = "attend", hook: Hook = attend_hook) -> None:
-    """Registers an attention module, so that prefix tuning finds its keys and values.
-
-    Args:
-      owner: the attention module's class, or its name.
-      method: name of the method that computes the attention.
-      hook: runs that method with changed keys and values. The default is for ``attend(query, key, value, mask, ...)``.
-
-    >>> register_attention("MyAttention")
-    """
-    name = owner if isinstance(owner, str) else f"{owner.__module__}.{owner.__qualname__}"
-    _REGISTRY[name] = (method, hook)
-
-
 def find(owner: str, method: str) -> Hook | None:
-    """The hook for a method of ``owner`` (see `registry.owner_of`), or None."""
-    entry = _REGISTRY.get(owner) or _REGISTRY.get(owner.rsplit(".", 1)[-1])
-    return entry[1] if entry and entry[0] == method else None
+    """The hook for a method of the class ``owner``, registered or one of `ATTENTIONS`."""
+    return attention.find(owner, method, ATTENTIONS)

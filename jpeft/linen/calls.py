@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core.geometry import Traced
+from jpeft.core.geometry import Traced, TracedTable
 from jpeft.core.peft import Peft
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.tree import Tree, is_array, join
@@ -120,9 +120,11 @@ def _same_use(bound: Site, now: Site) -> bool:
         return False
     if bound.via == BOX:
         return True
+    whole = getattr(bound.geometry, "inner", bound.geometry)
+    if now.via == FUSED and isinstance(now.geometry, TracedTable):
+        return whole is not None and set(now.geometry.calls) <= set(whole.calls)
     if now.via != FUSED or not isinstance(now.geometry, Traced):
         return now.via == FUSED
-    whole = getattr(bound.geometry, "inner", bound.geometry)
     if not isinstance(whole, Traced) or (whole.atoms, whole.roles) != (now.geometry.atoms, now.geometry.roles):
         return False
     return set(now.geometry.calls) <= set(whole.calls)

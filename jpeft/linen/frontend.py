@@ -34,6 +34,28 @@ class LinenFrontEnd:
         """Whether ``model`` is a Linen module."""
         return isinstance(model, nn.Module)
 
+    @property
+    def holds_params(self) -> bool:
+        """A Linen module has no parameters of its own."""
+        return False
+
+    @property
+    def bound(self) -> type[Peft]:
+        """See `FrontEnd.bound`."""
+        return Peft
+
+    def kept(self, model: Any) -> Any:
+        """The module, which has no arrays."""
+        return model
+
+    def tree(self, params: Any) -> Tree:
+        """The parameters, without other collections."""
+        return split_variables(params)[0]
+
+    def like(self, tree: Tree, params: Any) -> Any:
+        """A tree in the container type of ``params``."""
+        return like(tree, split_variables(params)[0])
+
     def survey(self, model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:
         """The candidate sites of a model, found in one abstract ``model.apply``."""
         tree, others = split_variables(params)

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Shaped
 
+from jpeft.core.attention import register_attention
 from jpeft.core.geometry.base import Call
 from jpeft.core.geometry.contraction import Contraction
-from jpeft.linen.attention import register_attention
-from jpeft.linen.registry import register_geometry
+from jpeft.core.geometry.registry import register_geometry
 from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
 
 Flat = Float[Array, "tokens hidden"]

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jpeft.linen.attention import register_attention
+from jpeft.core.attention import register_attention
 from jpeft.models import ops
 from jpeft.models.kv_cache import write_layer
 from jpeft.models.remat import LAYER_INPUT, remat_policy

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jpeft.core.placement import AnyMesh, automatic, axes_of, num_shards, place, trimmed
 from jpeft.core.quantized import Quantized, shardings_like
 from jpeft.core.tree import Path, Tree, flatten, join, like, peek, unflatten
+from jpeft.frontends import as_tree
 from jpeft.parallel.mesh import SEQUENCE_AXIS
 
 Rules = Sequence[tuple[str, Any]]
@@ -48,9 +49,10 @@ def shard(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tre
     >>> shard({"dense": {"kernel": np.ones((8, 4))}}, mesh)["dense"]["kernel"].sharding.spec
     P('fsdp',)
     """
+    params, restore = as_tree(params)
     shardings = flatten(param_shardings(params, mesh, rules, names=names))
     leaves = {path: jax.tree.map(place, leaf, shardings[path]) for path, leaf in flatten(params).items()}
-    return like(unflatten(leaves), params)
+    return restore(like(unflatten(leaves), params))
 
 
 def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tree | None = None) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 from jpeft.core.quantized import Quantized, check_scheme, dequantize_leaf, quantize_leaf
 from jpeft.core.targets import ALL_LINEAR, TargetError, Targets, matches, select
 from jpeft.core.tree import Path, Tree, flatten, join, like, map_with_path, split_variables
+from jpeft.frontends import as_tree
 from jpeft.quantization.weights import Weight, describe_left, surveyed_weights, weights_of
 
 
@@ -77,6 +78,7 @@ def quantize(
     (4.13, 'float32')
     """
     check_scheme(scheme, block)
+    params, restore = as_tree(params)
     tree, _ = split_variables(params)
     if model is None:
         if inputs or kwargs:
@@ -95,7 +97,7 @@ def quantize(
             raise ValueError(f"cannot quantize {join(path)!r}: it {error}; exclude= skips it") from None
 
     new = map_with_path(replace, tree)
-    return new if tree is params else like({**params, "params": new}, params)
+    return restore(new if tree is params else like({**params, "params": new}, params))
 
 
 def dequantize(params: Tree) -> Any:
@@ -110,7 +112,8 @@ def dequantize(params: Tree) -> Any:
     def replace(_: Path, leaf: Any) -> Any:
         return leaf.replace_boxed(dequantize_leaf(leaf)) if isinstance(leaf, Quantized) else leaf
 
-    return map_with_path(replace, params)
+    params, restore = as_tree(params)
+    return restore(map_with_path(replace, params))
 
 
 def is_quantized(params: Tree) -> bool:
@@ -120,7 +123,7 @@ def is_quantized(params: Tree) -> bool:
     >>> is_quantized({"dense": {"kernel": jnp.ones((64, 64))}})
     False
     """
-    return any(isinstance(leaf, Quantized) for leaf in flatten(params).values())
+    return any(isinstance(leaf, Quantized) for leaf in flatten(as_tree(params)[0]).values())
 
 
 def unquantized(params: Tree) -> list[str]:
@@ -132,7 +135,7 @@ def unquantized(params: Tree) -> list[str]:
     >>> unquantized(quantize({"dense": {"kernel": jnp.ones((64, 64))}, "embed": {"embedding": jnp.ones((9, 64))}}))
     ['embed/embedding']
     """
-    weights = weights_of(split_variables(params)[0])
+    weights = weights_of(split_variables(as_tree(params)[0])[0])
     return [weight.name for weight in weights if weight.is_matrix and not isinstance(weight.leaf, Quantized)]
 
 

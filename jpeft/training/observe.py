@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
-from jpeft.binding import bind_survey, front_end, survey_model
+from jpeft.binding import bind_survey, survey_model
 from jpeft.core.fingerprint import fingerprint
 from jpeft.core.frontend import bypassed
 from jpeft.core.method import Leaves, Linear
 from jpeft.core.peft import Peft
 from jpeft.core.sites import BOX, MERGE, Site, Survey, map_axes, stack_first
 from jpeft.core.statistics import COVARIANCE, GRADIENT, LowRank, Statistics, is_traced
-from jpeft.core.tree import Tree, flatten, split_variables
+from jpeft.core.tree import Tree, flatten
+from jpeft.frontends import front_end
 from jpeft.methods.base import Method, WeightMethod
 from jpeft.methods.chain import Chain
 from jpeft.training.step import LossFn
@@ -88,7 +89,7 @@ def observe(
     for count, batch in enumerate(batches, 2):
         own = step(params, batch, jax.random.fold_in(rng, count - 1))
         total = jax.tree.map(jnp.add, total, own)
-    return _statistics(probes, total, count, flatten(split_variables(params)[0]))
+    return _statistics(probes, total, count, flatten(probes.frontend.tree(params)))
 
 
 def _probes(method: Method, model: Any, params: Tree, loss: Any, batch: Any, sketch: Callable[[Site], int]) -> Peft:

@@ -51,7 +51,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "jpeft.text.batching",
         "jpeft.text.scoring",
     ),
-    "Geometries": ("jpeft.core.geometry", "jpeft.linen.registry"),
+    "Geometries": ("jpeft.core.geometry", "jpeft.core.geometry.registry"),
     "Runs from Python": (
         "jpeft.recipes.config",
         "jpeft.recipes.prepare",

@@ -882,7 +882,7 @@ def test_a_call_of_another_form_than_was_bound_is_an_error_and_not_a_wrong_numbe
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"model must be a flax\.linen Module, got dict"):
+    with pytest.raises(TypeError, match=r"model must be a flax\.linen Module or a flax\.nnx Module, got dict"):
         LORA.bind({}, {}, X)
 
     @dataclasses.dataclass

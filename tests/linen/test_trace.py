@@ -199,7 +199,7 @@ CASES: dict[str, tuple[nn.Module, dict[str, str]]] = {
     "scan -1": (Scanned(-1), {"op/w": "fused"}),
     "passed on": (Takes(), {"gives/w": "box", "w": "fused"}),
     "learned queries": (Queries(), {"queries": "box", "k": "fused", "q": "fused"}),
-    "raw table": (Table(), {"table": "box"}),
+    "raw table": (Table(), {"table": "fused"}),
     "transposing Einsum": (Transposing(), {"op": "fused"}),
 }  # fmt: skip
 

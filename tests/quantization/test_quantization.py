@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jpeft
+from jpeft.core import injection
 from jpeft.core.fingerprint import difference, fingerprint
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized, block_axis, dequantize_leaf, quantize_array
 from jpeft.core.schemes import NF4, SCHEMES
 from jpeft.core.stacking import unstack
-from jpeft.linen import inject
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.quantization.tree import is_quantized
 from tests.zoo import moved
@@ -389,7 +389,7 @@ def test_a_step_never_holds_the_weights_of_more_than_a_layer(monkeypatch, model,
     over_float, over_codes = temporaries(peft, params, adapter, ids), temporaries(peft, base, adapter, ids)
     assert over_codes - over_float < layer
     # Without recomputation in the backward pass, all layers would be held.
-    monkeypatch.setattr(inject, "_recomputed", lambda run, own: run())
+    monkeypatch.setattr(injection, "_recomputed", lambda call, run: run())
     assert temporaries(peft, base, adapter, ids) - over_float > 6 * layer
 
 

@@ -12,6 +12,7 @@ ENTER = "enter"  # a call begins; the array is one of the module's own parameter
 INPUT = "input"  # the array is the input that the call's geometry reads
 OUTPUT = "output"  # the array is the call's (first) output
 EXIT = "exit"  # the call ends
+SCOPE = "scope"  # the array is a parameter below a module; the name is the paths of both
 
 mark_p = Primitive("jpeft_mark")
 
@@ -21,9 +22,9 @@ def mark(x: Any, kind: str, call: int, name: Hashable = None) -> None:
 
     Args:
       x: the array.
-      kind: ``ENTER``, ``INPUT``, ``OUTPUT`` or ``EXIT``.
-      call: number of the call.
-      name: for ``ENTER``, the name of the parameter.
+      kind: ``ENTER``, ``INPUT``, ``OUTPUT``, ``EXIT`` or ``SCOPE``.
+      call: number of the call; for ``SCOPE``, any.
+      name: for ``ENTER``, the name of the parameter; for ``SCOPE``, the module's path and the parameter's.
     """
     mark_p.bind(x, kind=kind, call=call, name=name, batched=())
 

@@ -8,21 +8,22 @@ from typing import Any
 from jax.extend.core import Literal
 
 from jpeft.core.dataflow.steps import product, step
-from jpeft.core.dataflow.views import DOT, Product, View
+from jpeft.core.dataflow.views import DOT, LOOKUP, Product, View
 from jpeft.core.dataflow.walk import INLINED, open_jaxpr
 
-# The output in place of a dot: a function of the weight's name, the equation, the product and both operands.
+# The output in place of a dot or a lookup: a function of the name of the weight, the equation, the product, the other
+# operand and the weight.
 Change = Callable[[str, Any, Product, Any, Any], Any]
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str], change: Change) -> list[Any]:
-    """The outputs of a jaxpr without inputs, with ``change`` in place of every dot that a weight reaches as a view.
+    """The outputs of a jaxpr without inputs, with ``change`` in place of every product that a weight reaches as a view.
 
     Args:
       jaxpr: the jaxpr.
       consts: the values of its constants.
       weights: the variables that are weights, with the name of each.
-      change: computes the output of a dot.
+      change: computes the output of a product.
 
     Raises:
       ValueError: a weight is used in another way; the message names it.
@@ -56,7 +57,7 @@ def _used(eqn: Any, values: list[Any], known: Any, views: dict[Any, Any], change
         views.update({var: (name, v) for var, v in zip(eqn.outvars, made, strict=True)})
         return bind(eqn, values)
     found = product(eqn, index, view)
-    if found.kind != DOT or len(known) != 1:
+    if found.kind not in (DOT, LOOKUP) or len(known) != 1:
         raise ValueError(f"this call uses {name!r} in {eqn.primitive.name!r}, not in a product")
     return [change(name, eqn, found, values[1 - index], values[index])]
 

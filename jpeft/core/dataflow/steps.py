@@ -60,18 +60,24 @@ def product(eqn: Any, operand: int, weight: View) -> Product:
         return Product(DOT, weight, operand, *pairs)
     if name == "conv_general_dilated" and operand == 1:
         return Product(CONVOLUTION, weight, operand)
-    if name == "gather" and operand == 0 and _takes_rows(p["slice_sizes"], weight):
+    if name == "gather" and operand == 0 and _takes_rows(eqn, weight):
         return Product(LOOKUP, weight, operand)
     return Product(OTHER, weight, operand)
 
 
-def _takes_rows(slice_sizes: Sequence[int], weight: View) -> bool:
-    """Whether a gather picks one place of the weight's first axis, and all of the others."""
-    for axis, size in zip(weight.axes, slice_sizes, strict=True):
-        is_row = any(atom.source == "w" and atom.axis == 0 for atom in axis)
-        if size != 1 if is_row else size not in (1, _size(axis)):
-            return False
-    return True
+def _takes_rows(eqn: Any, weight: View) -> bool:
+    """Whether a gather picks one place of the weight's first axis, and all of the others, which come last."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    rows = [i for i, axis in enumerate(weight.axes) if any(a.source == "w" and a.axis == 0 for a in axis)]
+    if rows and not tuple(numbers.start_index_map) == tuple(numbers.collapsed_slice_dims) == tuple(rows):
+        return False
+    last = eqn.outvars[0].aval.ndim - len(numbers.offset_dims)
+    if any(place < last for place in numbers.offset_dims):
+        return False
+    return all(
+        size == 1 if i in rows else size in (1, _size(axis))
+        for i, (axis, size) in enumerate(zip(weight.axes, sizes, strict=True))
+    )
 
 
 def _size(axis: Axis) -> int:

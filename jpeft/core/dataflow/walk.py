@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jax.extend.core import Literal
+from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.marks import mark_p
 from jpeft.core.dataflow.steps import product, step
-from jpeft.core.dataflow.views import DOT, OTHER, VMAPPED, Atom, Product, Use, View
+from jpeft.core.dataflow.views import DOT, OTHER, VMAPPED, Atom, Axis, Product, Use, View
 from jpeft.core.tree import Path
 
 # Calls whose jaxpr runs as if its equations stood in place of the call.
@@ -29,11 +30,14 @@ class Flow:
       uses: the uses of each parameter.
       transformed: scopes that see another value of a parameter than the stored one (`nn.map_variables`).
       returned: the calls whose output is an output of the model that nothing else consumes.
+      slices: for each module, the axes that scans and vmaps around its calls took off its parameters, outermost first,
+        each as one of the axes that were left by then.
     """
 
     uses: dict[Path, list[Use]] = field(default_factory=dict)
     transformed: set[Path] = field(default_factory=set)
     returned: set[int] = field(default_factory=set)
+    slices: dict[Path, tuple[int, ...]] = field(default_factory=dict)
 
 
 def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Path]) -> Flow:
@@ -60,11 +64,13 @@ class _Weight:
       path: the parameter's path.
       view: the view.
       calls: the calls of its module that all steps of the view lie in; None before the first step.
+      sliced: the axes that scans took off, outermost first.
     """
 
     path: Path
     view: View
     calls: tuple[int, ...] | None = None
+    sliced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,18 @@ class _Frame:
         self.weights: dict[Any, _Weight] = {}
         self.data: dict[Any, _Data] = {}
         self._consumers: dict[Any, list[Any]] | None = None
+        self.wanted = [True] * len(jaxpr.outvars)  # whether an output of the model depends on an output
+        if outer is not None and len(eqn.outvars) == len(jaxpr.outvars):
+            self.wanted = [v in outer.live for v in eqn.outvars]
+        self.live = _live(jaxpr, self.wanted)
+        self.passed = {} if outer is None else _passed(eqn, jaxpr)
 
     def consumers(self, var: Any) -> list[Any]:
-        """The equations that use a variable, without marks."""
+        """The equations that use a variable, without marks and without those that no output depends on."""
         if self._consumers is None:
             self._consumers = {}
             for eqn in self.jaxpr.eqns:
-                if eqn.primitive is not mark_p:
+                if eqn.primitive is not mark_p and _is_live(eqn, self.live):
                     for v in _variables(eqn.invars):
                         self._consumers.setdefault(v, []).append(eqn)
         return self._consumers.get(var, [])
@@ -137,10 +148,12 @@ class _Walker:
         for eqn in frame.jaxpr.eqns:
             if eqn.primitive is mark_p:
                 self.mark(frame, eqn)
-            else:
+            elif _is_live(eqn, frame.live):
                 self.equation(frame, eqn)
-        for var in _variables(frame.jaxpr.outvars):
-            if var in frame.weights and (frame.outer is None or frame.eqn.primitive.name not in INLINED):
+        if frame.outer is not None and frame.eqn.primitive.name in INLINED:
+            return
+        for i, (var, wanted) in enumerate(zip(frame.jaxpr.outvars, frame.wanted, strict=True)):
+            if wanted and i not in frame.passed and _is_in(var, frame.weights):
                 self.use(frame, frame.weights[var], Product(OTHER, frame.weights[var].view), None)
 
     # --- marks ---
@@ -151,6 +164,10 @@ class _Walker:
             if (call, self.level) not in self.open:
                 self.open.append((call, self.level))
             self.enter(frame, var, self.scopes[call], eqn.params["name"], dims)
+        elif kind == marks.SCOPE:
+            scope, path = eqn.params["name"]
+            if (weight := frame.weights.get(var)) is not None and weight.path == path:
+                self.slice(scope, weight, _unbatched(var.aval.shape, dims, "w"))
         elif kind == marks.INPUT:
             frame.data[var] = _Data(_unbatched(var.aval.shape, dims, "x"), call)
         elif kind == marks.OUTPUT:
@@ -169,7 +186,15 @@ class _Walker:
         if stored is None or stored.path != path or not _is_whole(stored.view, view):
             self.flow.transformed.add(scope)
         else:
-            frame.weights[var] = _Weight(path, view)
+            frame.weights[var] = _Weight(path, view, sliced=stored.sliced)
+            self.slice(scope, stored, view)
+
+    def slice(self, scope: Path, weight: _Weight, seen: View) -> None:
+        """Records what was taken off a parameter that is one of a module, or lies below it, as the module sees it."""
+        pairs = zip(weight.view.axes, seen.axes, strict=True)
+        vmapped = [atom.axis for axis, own in pairs if _is_vmapped(own) for atom in axis]
+        axes = _relative((*weight.sliced, *vmapped))
+        self.flow.slices[scope] = max(axes, self.flow.slices.get(scope, ()), key=len)
 
     # --- equations ---
 
@@ -211,7 +236,7 @@ class _Walker:
         if len(seen) == len(views):
             calls = self.calls_of(weight)
             for var, view in zip(eqn.outvars, seen, strict=True):
-                frame.weights[var] = _Weight(weight.path, view, calls)
+                frame.weights[var] = dataclasses.replace(weight, view=view, calls=calls)
             return
         found = product(eqn, index, weight.view)
         use = self.use(frame, weight, found, eqn.invars[1 - index] if found.kind == DOT else None)
@@ -265,7 +290,9 @@ class _Walker:
             if outer in frame.weights:
                 weight = frame.weights[outer]
                 if scanned is not None and i is not None and i >= scanned:
-                    weight = dataclasses.replace(weight, view=View(weight.view.axes[1:], weight.view.fixed))
+                    first, *axes = weight.view.axes
+                    sliced = (*weight.sliced, *(atom.axis for atom in first[:1]))
+                    weight = dataclasses.replace(weight, view=View(tuple(axes), weight.view.fixed), sliced=sliced)
                 if inlined:
                     inner.weights[var] = weight
                 elif _is_stored(weight.view):
@@ -279,12 +306,40 @@ class _Walker:
         if not inlined:
             self.level -= 1
             del self.open[opened:]
+            for output, operand in inner.passed.items():
+                if _is_in(eqn.invars[operand], frame.weights):
+                    frame.weights[eqn.outvars[output]] = frame.weights[eqn.invars[operand]]
             return
         for outer, var in zip(eqn.outvars, jaxpr.outvars, strict=True):
             if _is_in(var, inner.weights):
                 frame.weights[outer] = inner.weights[var]
             if _is_in(var, inner.data):
                 frame.data[outer] = inner.data[var]
+
+
+def _live(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
+    """The variables of a jaxpr that those of its outputs depend on that are ``wanted``."""
+    live = {v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted and not isinstance(v, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive is not mark_p and _is_live(eqn, live):
+            live.update(_variables(eqn.invars))
+    return live
+
+
+def _passed(eqn: Any, jaxpr: Any) -> dict[int, int]:
+    """The outputs of a call that are operands as they are, with the operand: functions of states return all of them."""
+    name, inputs = eqn.primitive.name, {v: k for k, v in enumerate(jaxpr.invars)}
+    same = {i: inputs[v] for i, v in enumerate(jaxpr.outvars) if not isinstance(v, Literal) and v in inputs}
+    if name in INLINED or not same:
+        return {}
+    if name == "scan":
+        first, carries = _scanned(eqn)
+        return {i: k for i, k in same.items() if (k >= first if i >= carries else k == first - carries + i)}
+    return same if is_call(name) and len(jaxpr.invars) == len(eqn.invars) else {}
+
+
+def _is_live(eqn: Any, live: set[Any]) -> bool:
+    return bool(eqn.effects) or any(v in live for v in eqn.outvars)
 
 
 def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
@@ -324,6 +379,19 @@ def _is_stored(view: View) -> bool:
     return whole and not view.fixed and not view.flipped
 
 
+def _is_vmapped(axis: Axis) -> bool:
+    return any(atom.source == VMAPPED for atom in axis)
+
+
+def _relative(axes: Sequence[int]) -> tuple[int, ...]:
+    """Axes that are taken off one after the other, each as one of those that are left by then.
+
+    >>> _relative((1, 0, 2))
+    (1, 0, 0)
+    """
+    return tuple(axis - sum(other < axis for other in axes[:i]) for i, axis in enumerate(axes))
+
+
 def _is_whole(stored: View, seen: View) -> bool:
     """Whether a module sees a stored parameter without stacked axes, in the order in which it is stored."""
     if not _is_stored(stored) or stored.shape != seen.shape:
@@ -339,9 +407,18 @@ def _num_scanned(eqn: Any) -> int | None:
     """For a scan, the index of the first operand that is sliced."""
     if eqn.primitive.name != "scan":
         return None
-    # From the ranks, because the parameters that tell it differ between versions of JAX.
-    pairs = zip(eqn.params["jaxpr"].jaxpr.invars, eqn.invars, strict=True)
-    return sum(own.aval.ndim == outer.aval.ndim for own, outer in pairs)
+    return _scanned(eqn)[0]
+
+
+def _scanned(eqn: Any) -> tuple[int, int]:
+    """The index of the first operand that a scan slices, and the number of its carries.
+
+    From the ranks, because the parameters that tell it differ between versions of JAX: a carry has the same rank
+    outside, what is sliced or returned by a step has an axis more.
+    """
+    jaxpr = eqn.params["jaxpr"].jaxpr
+    first = sum(own.aval.ndim == outer.aval.ndim for own, outer in zip(jaxpr.invars, eqn.invars, strict=True))
+    return first, sum(own.aval.ndim == outer.aval.ndim for own, outer in zip(jaxpr.outvars, eqn.outvars, strict=True))
 
 
 def _jaxprs(eqn: Any) -> Iterator[tuple[Any, Sequence[int | None]]]:
@@ -357,10 +434,7 @@ def _jaxprs(eqn: Any) -> Iterator[tuple[Any, Sequence[int | None]]]:
         yield p["cond_jaxpr"].jaxpr, [*range(cond), *carry]
         yield p["body_jaxpr"].jaxpr, [*range(cond, cond + body), *carry]
     elif name == "scan":
-        jaxpr, last = p["jaxpr"].jaxpr, _num_scanned(eqn)
-        assert last is not None
-        # A carry has the same rank outside; what a step returns has an axis more.
-        carries = sum(v.aval.ndim == o.aval.ndim for v, o in zip(jaxpr.outvars, eqn.outvars, strict=True))
+        jaxpr, (last, carries) = p["jaxpr"].jaxpr, _scanned(eqn)
         yield jaxpr, [None if last - carries <= i < last else i for i in range(n)]
     elif name == "cond":
         for branch in p["branches"]:
@@ -381,3 +455,17 @@ def open_jaxpr(value: Any) -> Any:
     """The jaxpr of a parameter of an equation, or None if that is not one."""
     value = getattr(value, "jaxpr", value) if hasattr(value, "consts") else value
     return value if hasattr(value, "eqns") and hasattr(value, "invars") else None
+
+
+def primitives(jaxpr: Any) -> list[str]:
+    """The names of all primitives that the outputs of a jaxpr depend on, in their order."""
+
+    def names(jaxpr: Any) -> Iterator[str]:
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for value in eqn.params.values():
+                for part in value if isinstance(value, (tuple, list)) else (value,):
+                    if (inner := open_jaxpr(part)) is not None:
+                        yield from names(inner)
+
+    return list(names(pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]))

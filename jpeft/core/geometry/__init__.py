@@ -3,8 +3,9 @@
 A geometry views the weight as ``[batch..., in, out]``, the module's input as ``[batch..., tokens..., in]`` and its
 output as ``[batch..., tokens..., out]``, so that a method is written once, for one matrix. A weight used in an einsum
 is a `Contraction`, a convolution kernel a `Convolution`, an embedding table an `Embedding`, a parameter that a trace
-shows to reach a product is `Traced`, and any other parameter is `Raw`. `jpeft.register_geometry` adds a geometry for
-other modules. A call's geometry is believed only if it explains what the trace of the call shows.
+shows to reach a product is `Traced` or, if it is looked up, a `TracedTable`, and any other parameter is `Raw`.
+`jpeft.register_geometry` adds a geometry for other modules. A call's geometry is believed only if it explains what the
+trace of the call shows.
 """
 
 from jpeft.core.geometry.base import Call as Call
@@ -16,5 +17,6 @@ from jpeft.core.geometry.convolution import Convolution as Convolution
 from jpeft.core.geometry.convolution import Patches as Patches
 from jpeft.core.geometry.embedding import Embedding as Embedding
 from jpeft.core.geometry.embedding import Lookup as Lookup
+from jpeft.core.geometry.embedding import TracedTable as TracedTable
 from jpeft.core.geometry.embedding import attend as attend
 from jpeft.core.geometry.traced import Traced as Traced

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.dataflow.views import DOT, LOOKUP, Use
+from jpeft.core.dataflow.views import DOT, LOOKUP, Use, View
 from jpeft.core.geometry.base import Call, Geometry
 
 
@@ -84,6 +84,35 @@ class Embedding(Geometry):
 
     def output(self, call: Call, y: jax.Array) -> jax.Array:
         return y
+
+
+@dataclass(frozen=True)
+class TracedTable(Embedding):
+    """A table that was seen to be looked up in calls of its module, and used transposed: both are changed as it runs.
+
+    Attributes:
+      shape: shape of the table in its scope.
+      calls: names of the calls, such as "module.Class.encode".
+    """
+
+    shape: tuple[int, ...] = ()
+    calls: tuple[str, ...] = ()  # type: ignore[assignment]
+
+
+def traced_table(leaf: str, shape: tuple[int, ...], uses: Sequence[Use], calls: Iterable[str]) -> TracedTable | None:
+    """The geometry of a weight with these uses; None if they are not lookups of rows, and products with all rows."""
+    found = [use.product for use in uses]
+    if len(shape) != 2 or 0 in shape or LOOKUP not in {product.kind for product in found}:
+        return None
+    whole = View.of(shape)
+    for product in found:
+        if product.kind == LOOKUP and product.weight == whole:
+            continue
+        rows = [product.weight.axes[i] for i in product.free]
+        is_transposed = product.weight in (whole, whole.transpose((1, 0))) and rows == [whole.axes[0]]
+        if product.kind != DOT or product.batch or not is_transposed:
+            return None
+    return TracedTable(leaf, None, shape=shape, calls=tuple(dict.fromkeys(calls)))
 
 
 def attend(view: Callable[[Any], jax.Array], query: jax.Array, vocabulary: int) -> jax.Array:

@@ -1,0 +1,59 @@
+"""Attention hooks: they run an attention module with changed keys, values and mask, after any position encoding.
+
+Keys and values are ``[..., length, heads, head_dim]``. The mask is boolean and broadcasts to
+``[..., heads, query_length, length]``, or is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+# (key, value, mask) -> changed (key, value, mask)
+Extend = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+# (next_fun, args, kwargs, module, extend) -> output
+Hook = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any, Extend], Any]
+
+
+def attend_hook(next_fun: Any, args: Any, kwargs: Any, module: Any, extend: Extend) -> Any:
+    """The hook for a method ``attend(query, key, value, mask, ...)``, as jpeft's own models have it."""
+    query, key, value, *rest = args
+    mask = kwargs.get("mask", rest[0] if rest else None)
+    key, value, mask = extend(key, value, mask)
+    if "mask" in kwargs:
+        return next_fun(query, key, value, *rest, **{**kwargs, "mask": mask})
+    return next_fun(query, key, value, mask, *rest[1:], **kwargs)
+
+
+# The method of a class that computes an attention, and its hook, by the class's full or bare name.
+REGISTERED: dict[str, tuple[str, Hook]] = {}
+
+
+def register_attention(owner: type | str, method: str = "attend", hook: Hook = attend_hook) -> None:
+    """Registers an attention module, so that prefix tuning finds its keys and values.
+
+    Args:
+      owner: the attention module's class, or its name.
+      method: name of the method that computes the attention.
+      hook: runs that method with changed keys and values. The default is for ``attend(query, key, value, mask, ...)``.
+
+    >>> register_attention("MyAttention")
+    """
+    name = owner if isinstance(owner, str) else f"{owner.__module__}.{owner.__qualname__}"
+    REGISTERED[name] = (method, hook)
+
+
+def find(owner: str, method: str, attentions: Mapping[str, tuple[str, Hook]]) -> Hook | None:
+    """The hook for a method of ``owner`` (see `jpeft.core.signatures.owner_of`), or None.
+
+    Args:
+      owner: the class that defines the method.
+      method: the method's name.
+      attentions: those that a front end knows; what `register_attention` adds comes before them.
+    """
+    for name in (owner, owner.rsplit(".", 1)[-1]):
+        if entry := REGISTERED.get(name) or attentions.get(name):
+            return entry[1] if entry[0] == method else None
+    return None

@@ -1,0 +1,337 @@
+"""The calls of a model's own modules under methods: the same for every front end, which intercepts the calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core.dataflow.replace import Change, bind
+from jpeft.core.dataflow.views import LOOKUP, Product
+from jpeft.core.geometry import Call, Geometry, Parts, TracedTable
+from jpeft.core.operation import (
+    Active,
+    ChangedOperation,
+    Operation,
+    change_attend,
+    change_output,
+    extend,
+    no_dropout,
+    whole_geometry,
+    with_item,
+)
+from jpeft.core.quantized import Quantized
+from jpeft.core.sites import Site
+
+# rate -> the dropout of an adapter's input in this call
+Dropout = Callable[[float], Callable[[Any, float], Any]]
+# The parts of a module's own attention: see `jpeft.core.attention`.
+Hook = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ModuleCall(ABC):
+    """A call of a module's method that a front end has intercepted.
+
+    Attributes:
+      next_fun: runs the method.
+      args: its positional arguments, with those that were given by name and have a position.
+      kwargs: its other arguments.
+      module: the module.
+      method: the method's name.
+      owner: full name of the class that defines the method.
+    """
+
+    next_fun: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    module: Any
+    method: str
+    owner: str
+
+    @property
+    def name(self) -> str:
+        """Full name of the method."""
+        return f"{self.owner}.{self.method}"
+
+    def run(self) -> Any:
+        """Runs the original method."""
+        return self.next_fun(*self.args, **self.kwargs)
+
+    def run_on(self, argument: int, x: Any) -> Any:
+        """Runs the original method with another positional argument."""
+        return self.next_fun(*with_item(self.args, argument, x), **self.kwargs)
+
+    # --- what a front end defines ---
+
+    @property
+    @abstractmethod
+    def is_quantized(self) -> bool:
+        """Whether the module reads a parameter of its own that is quantized."""
+
+    @abstractmethod
+    def stored(self, name: str) -> Any:
+        """A parameter as it is stored, with its shape and dtype."""
+
+    @abstractmethod
+    def codes(self, name: str) -> Quantized | None:
+        """A quantized parameter inside `with_products`, where the module reads it as an array; None if it is none."""
+
+    @abstractmethod
+    def value(self, name: str) -> jax.Array | None:
+        """A parameter as the module reads it, dequantized; None if the module has none of that name."""
+
+    @abstractmethod
+    def without(self, adapter_leaves: Collection[str]) -> Call:
+        """The call as a geometry sees it: a geometry finds its weight among the module's own parameters."""
+
+    @property
+    @abstractmethod
+    def factory(self) -> Callable[[Call], Geometry | None] | None:
+        """The registered geometry of the method."""
+
+    @property
+    @abstractmethod
+    def hook(self) -> Hook | None:
+        """The registered attention of the method."""
+
+    @abstractmethod
+    def is_plain(self, geometry: Geometry) -> bool:
+        """Whether the module is one of Flax's own linear layers with the default product."""
+
+    @abstractmethod
+    def with_products(self, sites: Mapping[str, Site], run: Callable[[Any], Any], change: Change) -> Any:
+        """The outputs of ``run(call)``, with ``change`` in place of every product that a weight of ``sites`` reaches.
+
+        ``call`` is this call, or the same of a copy of the module.
+        """
+
+
+def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Dropout, is_inner: bool = False) -> Any:
+    """The outputs of a call under actions on its weight, its attention or its output.
+
+    Args:
+      call: the call.
+      actions: the actions on the module.
+      dropout: the dropout in this call.
+      is_inner: whether the call runs inside another of the same module, as a subclass's does that calls its parent's:
+        then the output is not the module's.
+    """
+    on = {kind: [a for a in actions if a.site.kind == kind] for kind in ("weight", "attention", "output")}
+    weight = [a for a in on["weight"] if not whole_geometry(a.site).calls]
+    if products := [a for a in on["weight"] if call.name in whole_geometry(a.site).calls]:
+        y = _with_changed_products(call, products, weight, dropout)
+    elif weight and call.factory:
+        y = _with_changed_weight(call, weight, dropout)
+    elif on["attention"] and (hook := call.hook):
+        y = hook(call.next_fun, call.args, call.kwargs, call.module, functools.partial(extend, on["attention"]))
+    else:
+        y = unchanged(call)
+    if call.method == "__call__" and not is_inner:
+        for active in on["output"]:
+            y = change_output(active, y)
+    return y
+
+
+def unchanged(call: ModuleCall) -> Any:
+    """The outputs of a call that no method changes."""
+    return _recomputed(call, call.run) if call.factory else call.run()
+
+
+def _recomputed(call: ModuleCall, run: Callable[[], Any]) -> Any:
+    """The outputs of a linear layer's call; the backward pass dequantizes a quantized weight again.
+
+    Nothing else is computed twice: the layer's output is not needed to differentiate it, only its input is kept.
+    """
+    return jax.checkpoint(run)() if call.is_quantized else run()
+
+
+def _with_changed_weight(call: ModuleCall, actions: Sequence[Active], dropout: Dropout) -> Any:
+    """The outputs of a call whose weight the actions change one after the other."""
+    added = {active.action.leaf_path(n)[-1] for active in actions for n in active.action.stored}
+    seen = call.without(added)
+    found = call.factory(seen) if call.factory is not None else None
+    # Other methods of the module may use another of its weights.
+    actions = [active for active in actions if found is None or active.site.leaf == found.leaf]
+    if not actions:
+        return _recomputed(call, call.run)
+    site = actions[0].site
+    geometry = _check_geometry(site, found, call.name)
+    operation = _operation(call, seen, site, geometry)
+    for active in actions:
+        operation = dataclasses.replace(operation, dropout=dropout(active.action.method.input_dropout))
+        change = change_attend if call.method == "attend" else ChangedOperation
+        operation = operation.then(active, change(active, operation))
+    return _recomputed(call, lambda: operation.run(call.args[geometry.argument]))
+
+
+def _operation(call: ModuleCall, seen: Call, site: Site, geometry: Geometry) -> Operation:
+    """The module's own operation."""
+    x, like = call.args[geometry.argument], jnp.zeros((), call.stored(site.leaf).dtype)
+    if hasattr(call.module, "dtype"):
+        is_index = site.lookup and call.method == "__call__"
+        dtype = _computed_in(*([] if is_index else [x]), like, dtype=call.module.dtype)
+    else:
+        dtype = _computed_in(x, like)
+    bias = call.value(geometry.bias) if geometry.bias is not None else None
+
+    def weight() -> jax.Array:  # read where it is used, and again where it is recomputed
+        w = call.value(site.leaf)
+        assert w is not None
+        return w
+
+    return Operation(
+        call=seen,
+        run=functools.partial(call.run_on, geometry.argument),
+        weight=weight,
+        bias=lambda: bias,
+        dtype=dtype,
+        plain=call.is_plain(geometry),
+        dropout=no_dropout,
+    )
+
+
+def _computed_in(*arrays: Any, dtype: Any = None) -> Any:
+    """The dtype that a layer of Flax computes in: ``dtype`` or, if that is None, the floating one of its operands."""
+    if dtype is not None:
+        return dtype
+    found = jnp.result_type(*arrays)
+    return found if jnp.issubdtype(found, jnp.inexact) else jnp.promote_types(jnp.float32, found)
+
+
+def _check_geometry(site: Site, found: Any, what: str) -> Any:
+    """The geometry of a call, if it is the one that the site was bound with.
+
+    Raises:
+      ValueError: the call has another geometry, or none.
+    """
+    bound = whole_geometry(site)
+    if found is None:
+        raise ValueError(
+            f"{site.name!r} was bound as {bound}, but {what} is called in a form that no geometry explains; bind with "
+            "inputs of the same form"
+        )
+    if found != bound:
+        raise ValueError(
+            f"{site.name!r} was bound as {bound}, but this call uses its weight as {found}; "
+            "bind with inputs of the same form"
+        )
+    return found
+
+
+# --- products inside of a module's call -------------------------------------------------------------------------------
+
+
+def _with_changed_products(
+    call: ModuleCall, products: Sequence[Active], weight: Sequence[Active], dropout: Dropout
+) -> Any:
+    """The outputs of a call in which the actions change products of the module's parameters.
+
+    Args:
+      call: the call.
+      products: the actions on products.
+      weight: other actions on a weight of the module.
+      dropout: the dropout in this call.
+    """
+
+    def run(call: ModuleCall) -> Any:
+        return _with_changed_weight(call, weight, dropout) if weight and call.factory else call.run()
+
+    changes: dict[str, list[Active]] = {}
+    for active in products:
+        # A scan around the module passes here too, with the weights of all layers.
+        if np.shape(call.stored(active.site.leaf)) == whole_geometry(active.site).shape:
+            changes.setdefault(active.site.leaf, []).append(active)
+
+    def change(name: str, eqn: Any, found: Product, x: Any, w: Any) -> Any:
+        is_table = isinstance(whole_geometry(changes[name][0].site), TracedTable)
+        changed = _changed_use_of_table if is_table else _changed_product
+        return changed(call, changes[name], dropout, eqn, found, x, w)
+
+    if not changes:
+        return run(call)
+    return call.with_products({name: own[0].site for name, own in changes.items()}, run, change)
+
+
+def _changed_product(
+    call: ModuleCall, actions: Sequence[Active], dropout: Dropout, eqn: Any, found: Product, x: Any, w: Any
+) -> Any:
+    """The output of a product whose weight the actions change one after the other."""
+    whole, out = whole_geometry(actions[0].site), eqn.outvars[0].aval
+    geometry, operand, output = whole.contraction(found, x.shape)
+    raw, codes = x.reshape(operand), call.codes(whole.leaf)
+
+    def weight() -> jax.Array:
+        return whole.weight_of(call.value(whole.leaf), found)
+
+    def multiply(z: Any, w: Any) -> jax.Array:
+        if geometry.takes_operand:  # tokens may be flattened
+            dims = (((z.ndim - 1,), (found.contracted[0][0],)), ((), ()))
+            return jax.lax.dot_general_p.bind(z, w, **{**eqn.params, "dimension_numbers": dims})
+        operands = (z.reshape(x.shape), w)[:: 1 if found.operand else -1]
+        return jax.lax.dot_general_p.bind(*operands, **eqn.params).reshape(output)
+
+    def run(z: Any) -> jax.Array:
+        if codes is None:
+            return multiply(z, w)
+
+        def dequantized(z: Any, codes: Quantized) -> jax.Array:
+            part = whole.weight_of(codes.unbox(), found)
+            return multiply(z, whole.arranged(part, found).astype(w.dtype))
+
+        return jax.checkpoint(dequantized)(z, codes)  # the backward pass dequantizes again
+
+    no_call = Call(call.module, call.method, (raw,), {}, {})
+    plain = eqn.params["precision"] is None and codes is None
+    operation = Operation(no_call, run, weight, lambda: None, x.dtype, plain, no_dropout)
+    for active in actions:
+        action = active.action
+        parts = action.site.geometry.parts if isinstance(action.site.geometry, Parts) else 1
+        own = dataclasses.replace(action, site=dataclasses.replace(action.site, geometry=geometry.split(parts)))
+        index, sizes, depth = whole.index(found), own.site.batch, len(action.site.batch)
+        taken = {n: leaf[index].reshape(*sizes, *leaf.shape[depth:]) for n, leaf in active.leaves.items()}
+        part = Active(own, taken, active.shared, active.context)
+        operation = dataclasses.replace(operation, dropout=dropout(action.method.input_dropout))
+        operation = operation.then(part, ChangedOperation(part, operation))
+    return operation.run(raw).astype(out.dtype).reshape(out.shape)
+
+
+def _changed_use_of_table(
+    call: ModuleCall, actions: Sequence[Active], dropout: Dropout, eqn: Any, found: Product, x: Any, w: Any
+) -> Any:
+    """The output of a lookup in a table, or of a product with all of its rows, which the actions change in order."""
+    leaf, out, codes = actions[0].site.leaf, eqn.outvars[0].aval, call.codes(actions[0].site.leaf)
+
+    def weight() -> jax.Array:
+        table = call.value(leaf)
+        assert table is not None
+        return table
+
+    def looked_up(codes: Quantized | None = None) -> jax.Array:
+        return bind(eqn, [w if codes is None else codes.unbox().astype(w.dtype), x])[0]
+
+    def run(ids: Any) -> jax.Array:  # the backward pass dequantizes again
+        return looked_up() if codes is None else jax.checkpoint(looked_up)(codes)
+
+    def not_run(query: Any) -> jax.Array:
+        raise AssertionError("a product with all rows is computed from the changed rows")
+
+    is_lookup = found.kind == LOOKUP
+    raw = x[..., 0] if is_lookup else jnp.moveaxis(x, found.contracted[0][1], -1)
+    no_call = Call(call.module, call.method, (raw,), {}, {})
+    operation = Operation(no_call, run if is_lookup else not_run, weight, lambda: None, w.dtype, False, no_dropout)
+    for active in actions:
+        operation = dataclasses.replace(operation, dropout=dropout(active.action.method.input_dropout))
+        change = ChangedOperation if is_lookup else change_attend
+        operation = operation.then(active, change(active, operation))
+    y = operation.run(raw)
+    if not is_lookup and found.operand == 0:
+        y = jnp.moveaxis(y, -1, 0)
+    return y.astype(out.dtype).reshape(out.shape)

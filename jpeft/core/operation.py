@@ -1,0 +1,246 @@
+"""The operation at a site, changed by one method after the other: the same in every module system."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core import backend
+from jpeft.core.actions import Action, cast_leaves, merge_layer, merge_matrix, used_leaves
+from jpeft.core.geometry import Call, Lookup, Parts, Patches, attend
+from jpeft.core.method import Leaves
+from jpeft.core.sites import Site, map_axes
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """An action in a call: its leaves as they are stored, those that its sites share, and the model's arguments."""
+
+    action: Action
+    leaves: Leaves
+    shared: Leaves
+    context: Mapping[str, Any]
+
+    @property
+    def site(self) -> Site:
+        return self.action.site
+
+    def used(self, leaves: Leaves, dtype: Any) -> Leaves:
+        """The leaves that ``apply`` takes, for one matrix, from its stored ones."""
+        return cast_leaves(used_leaves(self.action, self.shared, leaves), dtype, self.action.method.uncast)
+
+
+def whole_geometry(site: Site) -> Any:
+    """The geometry of the whole weight, where a method splits it into parts."""
+    return site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
+
+
+def extend(actions: Sequence[Active], key: jax.Array, value: jax.Array, mask: Any) -> Any:
+    """An attention's keys, values and mask, changed by each action in turn."""
+    for active in actions:
+        leaves = active.used(active.leaves, key.dtype)
+        key, value, mask = active.action.method.apply(leaves, key, value, mask)
+    return key, value, mask
+
+
+def change_output(active: Active, y: Any) -> Any:
+    """A module's output, or the first element of a tuple, changed by one action."""
+    first = y[0] if isinstance(y, tuple) else y
+    tokens = first.reshape(-1, first.shape[-1]) if backend.flatten_tokens() else first
+    leaves = active.used(active.leaves, first.dtype)
+    changed = active.action.method.apply(leaves, tokens).reshape(first.shape)
+    if not isinstance(y, tuple):
+        return changed
+    return type(y)(changed, *y[1:]) if hasattr(y, "_fields") else (changed, *y[1:])
+
+
+# --- calls of linear layers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The operation at a site, as the next method finds it: the module's own, changed by the methods so far.
+
+    Attributes:
+      call: the call as geometries see it.
+      run: computes the output from an input, both in the module's own layout.
+      weight: computes the weight as it is stored.
+      bias: computes the bias as it is stored.
+      dtype: dtype of the computation.
+      plain: see `jpeft.core.method.Linear.plain`.
+      dropout: the dropout of the next method's input.
+    """
+
+    call: Call
+    run: Callable[[Any], Any]
+    weight: Callable[[], jax.Array]
+    bias: Callable[[], jax.Array | None]
+    dtype: Any
+    plain: bool
+    dropout: Callable[[Any, float], Any]
+
+    def then(self, active: Active, run: Callable[[Any], Any]) -> Operation:
+        """The operation after one more action, which computes its output by ``run``."""
+
+        def merged() -> tuple[jax.Array, jax.Array | None]:
+            return merge_layer([active.action], [active.shared], [active.leaves], self.weight(), self.bias())
+
+        bias = (lambda: merged()[1]) if active.action.changes_bias else self.bias
+        return dataclasses.replace(self, run=run, weight=lambda: merged()[0], bias=bias, plain=False)
+
+
+class _Linear:
+    """The original operation, as a weight method sees it: see `jpeft.core.method.Linear`."""
+
+    def __init__(
+        self, call: Callable[[Any], jax.Array], merged: Callable[[Any], jax.Array],
+        weight: Any, bias: Any, dropout: Any, context: Mapping[str, Any], plain: bool = False,
+    ):  # fmt: skip
+        self._call, self._weight, self._bias = call, weight, bias
+        self.merged, self.dropout, self.context, self.plain = merged, dropout, context, plain
+
+    def __call__(self, x: Any) -> jax.Array:
+        return self._call(x)
+
+    @property
+    def weight(self) -> jax.Array:
+        return self._weight()
+
+    @property
+    def bias(self) -> jax.Array | None:
+        return self._bias()
+
+
+class ChangedOperation:
+    """An operation changed by one action: a function of the input in the module's own layout."""
+
+    def __init__(self, active: Active, operation: Operation):
+        self.active, self.operation = active, operation
+        self.geometry: Any = active.site.geometry
+
+    def __call__(self, raw: Any) -> Any:
+        geometry, call = self.geometry, self.operation.call
+        call = dataclasses.replace(call, args=with_item(call.args, geometry.argument, raw))
+        x = geometry.operand(call, self.operation.dtype)
+        y = self._batched(call, raw, x) if geometry.batch else self._single(call, raw, x)
+        return geometry.output(call, y)
+
+    def weight(self) -> jax.Array:
+        return self.geometry.view(self.operation.weight().astype(self.operation.dtype))
+
+    def bias(self) -> jax.Array | None:
+        b = self.operation.bias()
+        return None if b is None else self.geometry.view_bias(b.astype(self.operation.dtype))
+
+    def _single(self, call: Call, raw: Any, x: Any) -> jax.Array:
+        """The output ``[tokens..., out]`` of a weight that is one matrix."""
+        geometry, operation = self.geometry, self.operation
+
+        def original(z: Any) -> jax.Array:
+            if geometry.takes_operand:
+                return operation.run(z)
+            if z is x:
+                return geometry.result(call, operation.run(raw))
+            restored = geometry.restore(call, z)
+            if restored is not None:
+                return geometry.result(call, operation.run(restored))
+            return _affine(z, self.weight(), self.bias())
+
+        return self._applied(self.active.leaves, original, self.weight, self.bias, x, operation.plain)
+
+    def _batched(self, call: Call, raw: Any, x: Any) -> jax.Array:
+        """The output ``[batch..., tokens..., out]`` of several matrices: the method is mapped over them.
+
+        The module is called once, outside of the map.
+        """
+        geometry = self.geometry
+        y0 = geometry.result(call, self.operation.run(raw))
+
+        def one(leaves: Leaves, x: Any, y0: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
+            def original(z: Any) -> jax.Array:
+                return y0 if z is x else _affine(z, w, b)
+
+            return self._applied(leaves, original, lambda: w, lambda: b, x)
+
+        # The parts of a fused weight share their input; experts and groups each have their own.
+        shared = isinstance(geometry, Parts)
+        mapped = jax.vmap(one, in_axes=(0, None, 0, 0, 0)) if shared else one
+        mapped = map_axes(mapped, len(geometry.batch) - shared)
+        return mapped(self.active.leaves, x, y0, self.weight(), self.bias())
+
+    def _applied(self, leaves: Leaves, original: Any, weight: Any, bias: Any, x: Any, plain: bool = False) -> jax.Array:
+        """The method's output for one matrix.
+
+        Args:
+          leaves: its leaves as they are stored.
+          original: the operation without it.
+          weight: computes the weight.
+          bias: computes the bias.
+          x: the input.
+          plain: see `jpeft.core.method.Linear.plain`.
+        """
+        dtype, action = self.operation.dtype, self.active.action
+        merged = functools.partial(_merged_product, self.active, leaves, weight, bias, dtype)
+        base = _Linear(original, merged, weight, bias, self.operation.dropout, self.active.context, plain)
+        return action.apply(self.active.used(leaves, dtype), leaves, base, x)
+
+
+def _merged_product(active: Active, leaves: Leaves, weight: Any, bias: Any, dtype: Any, z: Any) -> jax.Array:
+    """See `jpeft.core.method.Linear.merged`."""
+
+    @jax.checkpoint
+    def product(leaves: Leaves, w: jax.Array, b: jax.Array | None) -> jax.Array:
+        w, b = merge_matrix(active.action, active.shared, leaves, w, b)
+        return _affine(z, w.astype(dtype), None if b is None else b.astype(dtype))
+
+    return product(leaves, weight(), bias())
+
+
+def change_attend(active: Active, operation: Operation) -> Callable[[Any], Any]:
+    """`nn.Embed.attend` changed by one action: the changed lookup, transposed."""
+    leaves, dtype = active.used(active.leaves, operation.dtype), operation.dtype
+
+    def weight() -> jax.Array:
+        return operation.weight().astype(dtype)
+
+    merged = functools.partial(_merged_product, active, active.leaves, weight, lambda: None, dtype)
+    base = _Linear(lambda z: z @ weight(), merged, weight, lambda: None, no_dropout, active.context)
+
+    def run(query: Any) -> Any:
+        lookup = functools.partial(active.action.apply, leaves, active.leaves, base)
+        return attend(lookup, query.astype(dtype), active.site.inputs)
+
+    return run
+
+
+def _affine(x: Any, w: jax.Array, b: jax.Array | None) -> jax.Array:
+    y = x @ w
+    return y if b is None else y + b
+
+
+def with_item(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+    return (*items[:index], item, *items[index + 1 :])
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def no_dropout(x: Any, rate: float) -> Any:
+    return x
+
+
+def dropped(key: jax.Array, deterministic: Any, x: Any, rate: float) -> Any:
+    """``x`` with entries dropped at a rate and the rest scaled up; token ids are not dropped."""
+    if rate == 0.0 or isinstance(x, Lookup):
+        return x
+    if isinstance(x, Patches):
+        return x.map(lambda image: dropped(key, deterministic, image, rate))
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    y = jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+    return jnp.where(deterministic, x, y) if isinstance(deterministic, jax.Array) else y
