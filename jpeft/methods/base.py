@@ -287,14 +287,15 @@ class Method:
         fields = {name: value for name, value in fields.items() if name != LAYERS}
         return dataclasses.replace(self, **{**fields, "overrides": FrozenDict()})
 
-    def bind(self, model: Any, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
+    def bind(self, model: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
         """Finds the method's sites in a model by one abstract call, and returns the bound `Peft`.
 
         Args:
-          model: a module that a front end accepts, such as any Linen module; it is not changed.
-          params: its parameters, or all its variables ``{"params": ..., "batch_stats": ...}``; may be abstract.
-          *inputs: as for ``model.apply``; arrays may be ``jax.ShapeDtypeStruct``.
-          **kwargs: as for ``model.apply``.
+          model: a Linen or NNX module; it is not changed.
+          *inputs: for a Linen module, its parameters or all its variables ``{"params": ..., "batch_stats": ...}``, and
+            then what the model is called with, as for ``model.apply``. An NNX module has its parameters: only what it
+            is called with. Arrays may be ``jax.ShapeDtypeStruct``.
+          **kwargs: as for ``model.apply``; for an NNX module, as for its call, and ``method``, another method's name.
 
         Raises:
           TargetError: a target matches nothing.
@@ -309,7 +310,39 @@ class Method:
         """
         from jpeft.binding import bind
 
-        return bind(self, model, params, *inputs, **kwargs)
+        return bind(self, model, *inputs, **kwargs)
+
+    def bind_function(self, fn: Any, params: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
+        """Binds the method to a plain function of parameters: an Equinox module, a Haiku transform, one of your own.
+
+        Its weights are merged before it runs, which costs a product of the size of each, and `summary` says so. Targets
+        match the paths of the parameters.
+
+        Args:
+          fn: ``fn(params, *inputs)``.
+          params: any pytree of arrays.
+          *inputs: what the function is called with; arrays may be ``jax.ShapeDtypeStruct``. A trace then shows which
+            axes of a weight are its inputs. Without inputs, they are the last but one.
+          **kwargs: as for the call.
+
+        Raises:
+          TargetError: a target matches nothing.
+          ValueError: the method cannot be merged, or cannot act on a weight.
+
+        >>> import jax, jax.numpy as jnp, jpeft
+        >>> def fn(params, x):
+        ...     return jnp.tanh(x @ params["w"].T) @ params["v"]
+        >>> params, x = {"w": jnp.ones((8, 4)), "v": jnp.ones((8, 2))}, jnp.ones((3, 4))
+        >>> peft = jpeft.LoRA(rank=2, targets="w").bind_function(fn, params, x)
+        >>> adapter = peft.init(jax.random.key(0), params)
+        >>> peft.apply(params, adapter, x).shape, peft.sites[0].inputs
+        ((3, 2), 4)
+        """
+        from jpeft.binding import bind_survey
+        from jpeft.function import FunctionFrontEnd
+
+        frontend = FunctionFrontEnd()
+        return bind_survey(self, fn, params, frontend.survey(fn, params, inputs, kwargs), frontend)
 
     def methods(self) -> tuple[Method, ...]:
         """The members of a chain; for another method, the method itself."""

@@ -1,0 +1,70 @@
+"""The stateful form: a module with a trainable adapter in it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from flax import nnx
+
+from jpeft.binding import bind
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
+from jpeft.core.tree import Tree
+from jpeft.frontends import front_end
+from jpeft.nnx.module import Plain, adapted_module
+from jpeft.nnx.peft import NnxPeft
+
+
+def attach(
+    model: nnx.Module,
+    method: Method | NnxPeft,
+    /,
+    *inputs: Any,
+    rngs: nnx.Rngs,
+    adapter: Tree | None = None,
+    statistics: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, NnxPeft]:
+    """A copy of a model with a trainable adapter in it, and the bound method.
+
+    The copy is of subclasses of the model's own classes, with the model's paths and attributes, over the same arrays;
+    the model itself stays as it was. Leaves that train are `AdapterParam`s, frozen ones are not; the base's parameters
+    keep their types. Leave the base out of what you donate: its arrays are the model's.
+
+    Dropout of the adapter follows ``train()`` and ``eval()``.
+
+    Args:
+      model: the model.
+      method: the method, or a Peft of this model, which needs no inputs.
+      *inputs: what the model is called with; arrays may be ``jax.ShapeDtypeStruct``.
+      rngs: ``rngs.params()`` is the key of a fresh adapter, ``rngs.dropout()`` that of its dropout.
+      adapter: an adapter in place of a fresh one.
+      statistics: see `Peft.init`.
+      **kwargs: as for the call.
+
+    Raises:
+      ValueError: the model holds an adapter already, or the method cannot act on it.
+
+    >>> import jax.numpy as jnp, jpeft, optax
+    >>> from flax import nnx
+    >>> model, x = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 4))
+    >>> model = nnx.Sequential(model)
+    >>> tuned, peft = jpeft.nnx.attach(model, jpeft.LoRA(rank=2, targets=r".*"), x, rngs=nnx.Rngs(1))
+    >>> optimizer = nnx.Optimizer(tuned, optax.adam(1e-3), wrt=jpeft.nnx.AdapterParam)
+    >>> def loss(model, x):
+    ...     return (model(x) ** 2).mean()
+    >>> trained = nnx.DiffState(0, jpeft.nnx.AdapterParam)
+    >>> grads = nnx.grad(loss, argnums=trained)(tuned, x)
+    >>> _ = optimizer.update(tuned, grads)
+    >>> sorted(peft.adapter(tuned)["layers"]["0"])
+    ['lora_a', 'lora_b']
+    """
+    peft = method if isinstance(method, Peft) else bind(method, model, *inputs, **kwargs)
+    if not isinstance(peft, NnxPeft):
+        raise TypeError(f"this Peft is bound to a {type(peft.model).__name__}, not to a flax.nnx Module")
+    if front_end(model).kept(model) != peft.model:
+        raise ValueError(f"this Peft is bound to another model than this {type(model).__name__}: bind the method again")
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    if adapter is None:
+        adapter = peft.init(rngs.params(), params, statistics)
+    return adapted_module(peft, cast(Plain, peft.frontend), params, adapter, rest=rest, rngs=rngs), peft

@@ -1,0 +1,64 @@
+"""The attention of Flax NNX, whose keys, values and mask methods change; see `jpeft.core.attention`."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jpeft.core import attention
+from jpeft.core.attention import Extend, Hook
+from jpeft.core.geometry.registry import full_name
+from jpeft.core.method import pad_left
+
+ATTENTION_FN = "attention_fn"
+
+_replaced: contextvars.ContextVar[tuple[tuple[Any, Callable[..., Any]], ...]] = contextvars.ContextVar(
+    "replaced", default=()
+)
+
+
+@contextlib.contextmanager
+def _replacing(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    token = _replaced.set((*_replaced.get(), (module, function)))
+    try:
+        yield
+    finally:
+        _replaced.reset(token)
+
+
+def read_attention_fn(module: Any) -> Any:
+    """A module's ``attention_fn`` or, in a call that changes keys and values, the function that takes its place."""
+    found = [function for other, function in _replaced.get() if other is module]
+    return found[-1] if found else vars(module)[ATTENTION_FN]
+
+
+def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: Any, extend: Extend) -> Any:
+    """The hook for ``nnx.MultiHeadAttention``: replaces its ``attention_fn`` during the call."""
+    inner = vars(module)[ATTENTION_FN]
+
+    @functools.wraps(inner)
+    def wrapped(query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any, **kw: Any) -> Any:
+        length = key.shape[-3]
+        key, value, mask = extend(key, value, kw.get("mask"))
+        if "mask" in kw:
+            kw["mask"] = mask
+        if kw.get("bias") is not None:
+            kw["bias"] = pad_left(kw["bias"], key.shape[-3] - length, length, 0)
+        return inner(query, key, value, *rest, **kw)
+
+    with _replacing(module, wrapped):
+        return next_fun(*args, **kwargs)
+
+
+ATTENTIONS: dict[str, tuple[str, Hook]] = {full_name(nnx.MultiHeadAttention): ("__call__", attention_fn_hook)}
+
+
+def find(owner: str, method: str) -> Hook | None:
+    """The hook for a method of the class ``owner``, registered or one of `ATTENTIONS`."""
+    return attention.find(owner, method, ATTENTIONS)

@@ -1,0 +1,49 @@
+"""The PRNG keys of an adapter's dropout, which lie in the modules of the copy of a model."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core.operation import dropped, no_dropout
+from jpeft.core.sites import Site, stack_back
+from jpeft.nnx.state import modules, raw
+
+KEY = "jpeft_dropout"  # the attribute of a module that holds the data of its key
+RNGS = "jpeft_rngs"  # the attribute of the root from which the keys of each call are drawn
+
+
+def key_data(key: Any, site: Site) -> jax.Array:
+    """The data of the keys of one site, stacked as its leaves are."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    key = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
+    bits = jax.random.bits(key, (*(n for _, n in site.stack), 2), jnp.uint32)
+    return stack_back(bits, site.stack)
+
+
+def draw(root: Any, site_of: Callable[[Any], Site]) -> None:
+    """Draws new keys for the modules that train, from the root's generator."""
+    rngs = vars(root).get(RNGS)
+    training = list(_training(root)) if rngs is not None else []
+    if rngs is not None and training:
+        key = rngs.dropout()
+        for module in training:
+            vars(module)[KEY].set_raw_value(key_data(key, site_of(module)))
+
+
+def _training(root: Any) -> Iterator[Any]:
+    return (m for _, m in modules(root) if KEY in vars(m) and vars(m).get("deterministic") is not True)
+
+
+def dropout(module: Any, rate: float) -> Callable[[Any, float], Any]:
+    """The dropout of an adapter's input: off without a key, and in a module that is set to evaluate."""
+    key = vars(module).get(KEY)
+    if rate == 0.0 or key is None or vars(module).get("deterministic") is True:
+        return no_dropout
+    return functools.partial(dropped, jax.random.wrap_key_data(raw(key), impl="threefry2x32"), False)

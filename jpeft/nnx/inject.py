@@ -1,0 +1,319 @@
+"""Applies adapters inside the calls of the modules of a copy of an NNX model, which hold the adapter's leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jpeft.core.actions import Action, merge_layer, merge_stored
+from jpeft.core.dataflow.replace import Change, evaluate
+from jpeft.core.geometry import Call, Contraction, Geometry
+from jpeft.core.injection import ModuleCall, run_call, unchanged
+from jpeft.core.method import Leaves
+from jpeft.core.operation import Active
+from jpeft.core.quantized import Quantized, dequantize_leaf
+from jpeft.core.signatures import by_position, owner_of, signature_of
+from jpeft.core.sites import Site, without_stack
+from jpeft.core.tree import split_arrays
+from jpeft.nnx import attention, layers
+from jpeft.nnx.adapted import original
+from jpeft.nnx.dropout import draw, dropout
+from jpeft.nnx.state import copied, raw, variables
+from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
+
+CHANGES = "jpeft"  # the attribute of a module that holds its `Changes`
+
+
+class Token:
+    """The identity of one copy of a model, under which its modules find what belongs to the call of the whole model.
+
+    It also keeps ``nnx.jit`` from using a trace again that has captured something of another call.
+    """
+
+
+@dataclass(frozen=True)
+class Read:
+    """A parameter whose reading is changed.
+
+    Attributes:
+      leaf: the parameter's name in this module.
+      weight: name of the weight here, for a weight that is merged as it is read.
+      bias: name of the bias beside it, or None.
+      actions: the actions that merge into the two; none for a weight that is only dequantized or cast.
+      dtype: the dtype in which it is read, for one that trains in another.
+    """
+
+    leaf: str
+    weight: str = ""
+    bias: str | None = None
+    actions: tuple[Action, ...] = ()
+    dtype: Any = None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is changed in a module: a static attribute, and so part of the graphdef and of the key of every cache.
+
+    Attributes:
+      actions: the actions on the module's calls.
+      reads: the parameters whose reading is changed.
+      token: of the copy, if something here belongs to the call of the whole model.
+      added: names of the attributes that were added to the module.
+    """
+
+    actions: tuple[Action, ...] = ()
+    reads: tuple[Read, ...] = ()
+    token: Token | None = None
+    added: tuple[str, ...] = ()
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether anything here is an adapter's: a quantized weight is dequantized without one."""
+        return bool(self.actions or self.added or any(how.actions or how.dtype is not None for how in self.reads))
+
+    def read(self, name: str) -> Read | None:
+        """How a parameter is read, if that is changed."""
+        return next((read for read in self.reads if read.leaf == name), None)
+
+
+# --- the call of the whole model --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Root:
+    """What the call of the whole model needs: a static attribute of the root beside its `Changes`.
+
+    Attributes:
+      shared: names of the root's attributes that hold leaves which sites share, with the key and the leaf's name.
+      reads_context: whether a method reads the model's arguments.
+    """
+
+    shared: tuple[tuple[str, str, str], ...] = ()
+    reads_context: bool = False
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What modules find while the model runs."""
+
+    shared: Mapping[str, Leaves] = field(default_factory=lambda: MappingProxyType({}))
+    context: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+ROOT = "jpeft_root"
+
+_running: contextvars.ContextVar[Mapping[Any, _Running]] = contextvars.ContextVar(
+    "running", default=MappingProxyType({})
+)
+
+
+@contextlib.contextmanager
+def _run_root(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[None]:
+    """A context in which the model's modules find leaves that sites share, and the arguments of the model's call."""
+    root: Root | None = vars(module).get(ROOT)
+    changes: Changes = vars(module)[CHANGES]
+    if root is None or changes.token in _running.get():
+        yield
+        return
+    shared: dict[str, dict[str, Any]] = {}
+    for attribute, slug, name in root.shared:
+        shared.setdefault(slug, {})[name] = raw(vars(module)[attribute])
+    context = _context_of(module, function, args, kwargs) if root.reads_context else {}
+    draw(module, lambda own: next(a.site for a in vars(own)[CHANGES].actions if a.method.input_dropout))
+    token = _running.set({**_running.get(), changes.token: _Running(shared, context)})
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def _context_of(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Mapping[str, Any]:
+    """The arguments of the model's call by name, and whether it keeps keys and values of earlier calls."""
+    found = dict(kwargs)
+    if (signature := signature_of(function)) is not None:
+        with contextlib.suppress(TypeError):
+            found = {**signature.bind(*args, **kwargs).arguments, **kwargs}
+    held = (value for name, value in found.items() if "cache" in name or "past_key_values" in name)
+    has_cache = any(isinstance(v, nnx.Cache) for _, v in nnx.to_flat_state(nnx.state(module, nnx.Cache)))
+    return {**found, "cached": has_cache or any(value is not None and value is not False for value in held)}
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _NnxCall(ModuleCall):
+    """A call of a module of the copy, which holds its parameters and the adapter's leaves as attributes."""
+
+    @property
+    def changes(self) -> Changes:
+        return vars(self.module)[CHANGES]
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(isinstance(raw(v), Quantized) for v in variables(self.module).values())
+
+    def stored(self, name: str) -> Any:
+        return raw(vars(self.module)[name])
+
+    def codes(self, name: str) -> Quantized | None:
+        found = self.stored(name)
+        return found if isinstance(found, Quantized) else None
+
+    def value(self, name: str) -> jax.Array | None:
+        return _plain_value(self.module, name)
+
+    def without(self, adapter_leaves: Collection[str]) -> Call:
+        shapes = {n: np.shape(raw(v)) for n, v in variables(self.module).items() if _is_base(v, self.changes, n)}
+        return layers.make_call(self.module, self.method, self.args, self.kwargs, shapes)
+
+    @property
+    def factory(self) -> Any:
+        return layers.find(self.owner, self.method)
+
+    @property
+    def hook(self) -> Any:
+        return attention.find(self.owner, self.method)
+
+    def is_plain(self, geometry: Geometry) -> bool:
+        own = vars(self.module)
+        is_default = own.get("dot_general") in (None, jax.lax.dot_general) and all(
+            own.get(name) is None for name in ("dot_general_cls", "precision", "preferred_element_type")
+        )
+        is_linear = self.owner.startswith("flax.nnx.") and isinstance(geometry, Contraction)
+        is_sharded = len(self.args) > 1 and self.args[1] is not None and not isinstance(self.args[1], str)
+        return is_linear and is_default and not is_sharded
+
+    def with_products(self, sites: Mapping[str, Site], run: Callable[[Any], Any], change: Change) -> Any:
+        values = {name: jnp.asarray(self.value(name)) for name in sites}
+        return _Rewritten(self, run, values)(change)
+
+
+class _Rewritten:
+    """A call as a function from nothing to arrays, on a copy of the module and of its arguments.
+
+    What it changes in their Variables is changed in the originals afterwards.
+    """
+
+    def __init__(self, call: _NnxCall, run: Callable[[Any], Any], values: Mapping[str, Any]):
+        self.call, self.run, self.values, self.tag = call, run, values, object()
+        self.restore: Callable[[list[Any]], Any] = list
+
+    def __call__(self, change: Change) -> Any:
+        call = self.call
+        with nnx.update_context(self.tag):
+            with nnx.split_context(self.tag) as context:
+                graphdef, state = context.split((call.module, call.args, call.kwargs))
+            closed = jax.make_jaxpr(functools.partial(self._traced, graphdef, state))()
+            names = {id(value): name for name, value in self.values.items()}
+            pairs = zip(closed.jaxpr.constvars, closed.consts, strict=True)
+            weights = {v: names[id(c)] for v, c in pairs if id(c) in names}
+            graphdef, state = self.restore(evaluate(closed.jaxpr, closed.consts, weights, change))
+            with nnx.merge_context(self.tag, inner=False) as context:
+                return context.merge(graphdef, state)[-1]
+
+    def _traced(self, graphdef: Any, state: Any) -> list[Any]:
+        with nnx.merge_context(self.tag, inner=True) as context:
+            module, args, kwargs = context.merge(graphdef, copied(state))
+        held = vars(module)
+        own = {name: held[name] for name in self.values}
+        held.update({name: own[name].replace(value) for name, value in self.values.items()})
+        method = getattr(original(type(module)), self.call.method)
+        copy = dataclasses.replace(
+            self.call, module=module, next_fun=functools.partial(method, module), args=args, kwargs=kwargs
+        )
+        y = self.run(copy)
+        held.update(own)
+        with nnx.split_context(self.tag) as context:
+            out = context.split((module, args, kwargs, y))
+        arrays, self.restore = split_arrays(out)
+        return arrays
+
+
+def run(module: Any, function: Callable[..., Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a method of a module under the actions on it."""
+    changes: Changes = vars(module)[CHANGES]
+    plain = getattr(original(type(module)), method)
+    with _run_root(module, function, args, kwargs):
+        args, kwargs = by_position(plain, module, args, kwargs)
+        call = _NnxCall(function, args, kwargs, module, method, owner_of(plain))
+        if not changes.actions:
+            return unchanged(call)
+        active = [_active(module, action) for action in changes.actions]
+        return run_call(call, active, functools.partial(dropout, module))
+
+
+def _active(module: Any, action: Action) -> Active:
+    held, found = vars(module), _found(module, action)
+    leaves = {name: raw(held[action.leaf_path(name)[-1]]) for name in action.stored}
+    return Active(action, leaves, found.shared.get(action.shared, {}), found.context)
+
+
+def _found(module: Any, action: Action) -> _Running:
+    """What belongs to the call of the whole model.
+
+    Raises:
+      ValueError: the model does not run.
+    """
+    if not action.needs_call:
+        return _Running()
+    token = vars(module)[CHANGES].token
+    if token not in _running.get():
+        what = "leaves that all sites share" if action.shared else "the arguments of the model's call"
+        raise ValueError(
+            f"{action.method.name} at {action.site.name!r} needs {what}: call the whole model, not a module of it"
+        )
+    return _running.get()[token]
+
+
+# --- reads ------------------------------------------------------------------------------------------------------------
+
+
+def read(module: Any, name: str) -> Any:
+    """What a module reads as an attribute whose reading is changed: for a Variable, another with the changed value."""
+    if name == attention.ATTENTION_FN:
+        return attention.read_attention_fn(module)
+    variable = vars(module)[name]
+    how = vars(module)[CHANGES].read(name)
+    return variable.replace(_merged(module, how) if how is not None and how.actions else _plain_value(module, name))
+
+
+def _merged(module: Any, how: Read) -> jax.Array:
+    """A weight or bias as the actions merge into it: of one layer, or of all where the model reads the whole stack."""
+    weight, bias = _plain_value(module, how.weight), _plain_value(module, how.bias) if how.bias else None
+    active = [_active(module, action) for action in how.actions]
+    shared, leaves = [a.shared for a in active], [a.leaves for a in active]
+    site = how.actions[0].site
+    is_layer = np.shape(weight) == without_stack(site.stored, site.stack)
+    pair = (merge_layer if is_layer else merge_stored)(how.actions, shared, leaves, weight, bias)
+    merged = pair[0] if how.leaf == how.weight else pair[1]
+    assert merged is not None
+    return merged
+
+
+def _plain_value(module: Any, name: str) -> Any:
+    """A parameter without the actions' changes: dequantized, and in the dtype that the model reads."""
+    variable = vars(module).get(name)
+    if variable is None:
+        return None
+    value, how = dequantize_leaf(raw(variable)), vars(module)[CHANGES].read(name)
+    return value if how is None or how.dtype is None or value is None else value.astype(how.dtype)
+
+
+def _is_base(variable: nnx.Variable, changes: Changes, name: str) -> bool:
+    """Whether a Variable is a parameter of the model, not a leaf of an adapter."""
+    if isinstance(variable, AdapterParam):  # one that takes the place of a parameter trains in it
+        how = changes.read(name)
+        return how is not None and how.dtype is not None
+    return isinstance(variable, nnx.Param) and not isinstance(variable, (FrozenAdapterParam, DropoutKey))

@@ -1,0 +1,40 @@
+"""A method bound to an NNX model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from jpeft.core.peft import Peft
+from jpeft.core.tree import unflatten
+from jpeft.nnx.module import adapter_variables, without_adapter
+
+
+@dataclass(frozen=True, eq=False)
+class NnxPeft(Peft):
+    """A method bound to an NNX model. ``params`` are a ``nnx.State``, nested mappings or a module, everywhere.
+
+    `Peft.apply` also takes ``rest`` (state that is no parameter, by default as it was when the method was bound),
+    ``mutable`` (True returns ``(y, rest)``), ``rngs`` (a key for the adapter's dropout, or ``{"dropout": key}``) and
+    ``method``.
+    """
+
+    def adapter(self, model: nnx.Module) -> dict[str, Any]:
+        """The adapter in a module that `attach` or `module` made: the small tree that is saved.
+
+        Raises:
+          ValueError: the module holds no adapter of this Peft.
+        """
+        return unflatten({path: v.get_raw_value() for path, v in adapter_variables(self, model).items()})
+
+    def detach(self, model: nnx.Module) -> nnx.Module:
+        """A new module of the model's own classes, over the same arrays, without the adapter.
+
+        Leaves of the base that the adapter replaced are those of the adapter.
+
+        Raises:
+          ValueError: the module holds no adapter of this Peft.
+        """
+        return without_adapter(self, model)

@@ -1,0 +1,189 @@
+"""The candidate sites of an NNX model, found in one abstract call.
+
+The call runs on a copy of the model whose modules watch themselves: they mark in the trace where each call begins and
+ends. `jpeft.core.dataflow` then shows what becomes of every parameter, and which axes scans and vmaps take off it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.interpreters import partial_eval as pe
+
+from jpeft.core.dataflow import marks
+from jpeft.core.dataflow.walk import primitives, walk
+from jpeft.core.signatures import by_position, owner_of
+from jpeft.core.sites import Survey
+from jpeft.core.survey import LeafRecord, Record
+from jpeft.core.tree import Path, flatten, split_arrays
+from jpeft.nnx import attention, layers
+from jpeft.nnx.adapted import methods_of, original, subclass
+from jpeft.nnx.state import copied, modules, raw, to_state, to_tree, variables
+
+WATCH = "jpeft_watch"
+TRIAL = "jpeft_trial_"  # prefix of the arrays that a property returns while it is tried whether the model reads those
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Where a module lies, and the record that it writes: a static attribute, and so part of the key of every cache.
+
+    Attributes:
+      path: the module's path.
+      record: the record of this abstract call; compared by identity.
+    """
+
+    path: Path
+    record: Record
+
+
+def survey(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], method: str) -> Survey:
+    """The candidate sites of a model, found by an abstract call of its method.
+
+    Raises:
+      Exception: whatever the model raises for these inputs.
+    """
+    call = _AbstractCall(model, inputs, dict(kwargs), method)
+    record, plain = call.trace()
+    record.flow = walk(plain, list(record.leaves), {number: c.path for number, c in record.calls.items()})
+    record.scopes = {path: _whole_stack(record, path, axes) for path, axes in record.flow.slices.items()}
+    return record.survey(boxable=functools.partial(_boxable, call, plain))
+
+
+def _whole_stack(record: Record, path: Path, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that were sliced off a module's parameters, with those of size one, which a trace does not show."""
+    for leaf, seen in record.shapes.items():
+        if leaf[:-1] == path:
+            stored = list(record.leaves[leaf].shape)
+            for axis in axes:
+                stored.pop(axis)
+            while len(stored) > len(seen) and 1 in stored:
+                axes = (*axes, stored.index(1))
+                stored.remove(1)
+            break
+    return axes
+
+
+class _AbstractCall:
+    """An abstract call of a copy of a model."""
+
+    def __init__(self, model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], method: str):
+        self.graphdef, self.params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.args, self.kwargs, self.method = args, kwargs, method
+        self.leaves = flatten(to_tree(self.params))
+
+    def trace(self, hidden: Collection[Path] = ()) -> tuple[Record, Any]:
+        """The record of the call, and its jaxpr, marked. Its first inputs are the parameters.
+
+        Args:
+          hidden: parameters that the modules read through properties. The jaxpr's last inputs are the arrays that lie
+            in their place, which only a function of the state can reach.
+        """
+        record = Record({p: LeafRecord(np.shape(x), str(x.dtype)) for p, x in self.leaves.items()})
+        arrays, restore = split_arrays((self.args, self.kwargs))
+        paths = list(hidden)
+
+        def run(values: list[Any], others: Any, arrays: list[Any], inner: list[Any]) -> list[Any]:
+            args, kwargs = restore(arrays)
+            given = dict(zip(self.leaves, values, strict=True))
+            behind = dict(zip(paths, inner, strict=True))
+            model = nnx.merge(self.graphdef, to_state(self.params, {**given, **behind}), copied(others))
+            _watch_all(model, record, {path: given[path] for path in behind})
+            out = getattr(model, self.method)(*args, **kwargs)
+            moved = nnx.state(model, nnx.Not(nnx.Param))
+            return [x for x in jax.tree.leaves((out, moved, args, kwargs)) if isinstance(x, jax.Array)]
+
+        shapes = {p: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for p, x in self.leaves.items()}
+        inputs = list(shapes.values()), self.rest, arrays, [shapes[p] for p in paths]
+        return record, jax.make_jaxpr(run)(*inputs).jaxpr
+
+
+def _watch_all(model: nnx.Module, record: Record, read: Mapping[Path, Any]) -> None:
+    """Makes the modules of a model watch themselves.
+
+    Args:
+      model: the model.
+      record: what they write.
+      read: for parameters that are read through a property, the values that it returns.
+    """
+    holders = {id(variable): x for path, x in read.items() for variable in _at(model, path)}
+    for path, module in modules(model):
+        own = {name: holders[id(v)] for name, v in variables(module).items() if id(v) in holders}
+        for name, value in own.items():
+            setattr(module, TRIAL + name, nnx.Param(value))
+        setattr(module, WATCH, nnx.static(_Watch(path, record)))
+        cls = type(module)
+        attributes = list(own)
+        if attention.ATTENTION_FN in vars(module):
+            attributes.append(attention.ATTENTION_FN)
+        module.__class__ = subclass(cls, _watched, tuple(methods_of(cls)), _read, tuple(attributes))
+
+
+def _at(model: nnx.Module, path: Path) -> list[nnx.Variable]:
+    return [v for own, m in modules(model) if own == path[:-1] for n, v in variables(m).items() if n == path[-1]]
+
+
+def _read(module: Any, name: str) -> Any:
+    if name == attention.ATTENTION_FN:
+        return attention.read_attention_fn(module)
+    held = vars(module)
+    return held[name].replace(raw(held[TRIAL + name])) if TRIAL + name in held else held[name]
+
+
+def _watched(module: Any, run: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a method, and records the call."""
+    watch: _Watch = vars(module)[WATCH]
+    path, record, cls = watch.path, watch.record, original(type(module))
+    plain = getattr(cls, method)
+    owner = owner_of(plain)
+    args, kwargs = by_position(plain, module, args, kwargs)
+    own = {n: raw(v) for n, v in variables(module).items() if (*path, n) in record.leaves}
+    number = None
+    if own:
+        shapes = {n: np.shape(x) for n, x in own.items()}
+        call = layers.make_call(module, method, args, kwargs, shapes)
+        number = record.enter(path, owner, call, layers.find(owner, method), own)
+    else:
+        _mark_scope(module, path, record)
+    if (hook := attention.find(owner, method)) is not None:
+        y = hook(run, args, kwargs, module, record.heads_recorder(path))
+    else:
+        y = run(*args, **kwargs)
+    if method == "__call__":
+        record.ran(path, module, y)
+    if number is not None:
+        record.leave(number, y, own)
+    return y
+
+
+def _mark_scope(module: Any, path: Path, record: Record) -> None:
+    """Marks a parameter below a module without parameters of its own, which shows how the module is stacked."""
+    for _, below in nnx.iter_modules(module):
+        watch = vars(below).get(WATCH)
+        if watch is None:
+            continue
+        for name, variable in variables(below).items():
+            if (leaf := (*watch.path, name)) in record.leaves:
+                marks.mark(raw(variable), marks.SCOPE, -1, (path, leaf))
+                return
+
+
+def _boxable(call: _AbstractCall, plain: Any, paths: Collection[Path]) -> set[Path]:
+    """Those of some parameters that the model reads as attributes of its modules only."""
+    found = set(paths)
+    if not found:
+        return set()
+    try:
+        _, jaxpr = call.trace(list(paths))
+    except Exception:  # whatever a model raises that does not expect properties
+        return set()
+    if primitives(jaxpr) != primitives(plain):
+        return set()
+    _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return {path for path, is_used in zip(paths, used[-len(found) :], strict=True) if not is_used}
