@@ -65,6 +65,18 @@ def as_tree(params: Any) -> tuple[Tree, Callable[[Tree], Any]]:
     return to_tree(params), lambda tree: readable(like(tree, params)) if is_module else like(tree, params)
 
 
+def axis_names(params: Any) -> Tree | None:
+    """The names of the axes of parameters by path, from the metadata of NNX's Variables; None where there are none.
+
+    Linen's are in boxes around the arrays.
+    """
+    if (nnx := sys.modules.get("flax.nnx")) is None or as_tree(params)[0] is params:
+        return None
+    from jpeft.nnx.state import axis_names
+
+    return axis_names(nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params)
+
+
 def _holds_variables(params: Any, kind: type) -> bool:
     if isinstance(params, Mapping):
         return any(_holds_variables(child, kind) for child in params.values())

@@ -80,6 +80,10 @@ class FunctionFrontEnd:
         """The function from parameters, an adapter and inputs to outputs."""
         return peft.apply
 
+    def shift_embedding(self, shift: Any, found: list[Any]) -> AbstractContextManager[None]:
+        """A context that changes nothing: no embedding of a plain function is known."""
+        return _nothing()
+
 
 @contextlib.contextmanager
 def _nothing() -> Iterator[None]:

@@ -68,7 +68,9 @@ def _without(member: Method, names: Collection[str]) -> Method:
 def depends_on(peft: Peft, variables: Tree, leaves: Mapping[Path, Any], inputs: Sequence[Any], kwargs: Any) -> bool:
     """Whether the output of a Peft depends on some leaves of the base."""
     arrays, restore = split_arrays((tuple(inputs), dict(kwargs)))
-    params, others = split_variables(variables)
+    params, others = peft.frontend.tree(variables), {}
+    if not peft.frontend.holds_params:
+        params, others = split_variables(variables)
     rest = {path: leaf for path, leaf in flatten(params).items() if path not in leaves}
 
     def run(new: Any, rest: Any, adapter: Any, arrays: Sequence[Any]) -> Any:

@@ -1,6 +1,7 @@
 """Checks that every method must pass, for every way in which a module uses a weight. They take an entry of `tests.zoo`.
 
 `tests/core/test_contract.py` runs them for the methods that jpeft has; a method from outside can be held to them too.
+A front end is "linen" or "nnx".
 """
 
 import functools
@@ -16,6 +17,7 @@ import optax
 import jpeft
 from jpeft.binding import bind_survey, survey_model
 from jpeft.core.tree import flatten, unflatten
+from tests.nnx import twins
 from tests.zoo import USES, Entry, Model, moved, parameters
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.04}
@@ -34,39 +36,70 @@ def differ(a: Any, b: Any) -> bool:
 
 
 @functools.cache
-def base(use: str, mode: str, dtype: str, scheme: str | None = None) -> tuple[Any, Any, Any, Any]:
+def base(
+    use: str, mode: str, dtype: str, scheme: str | None = None, frontend: str = "linen"
+) -> tuple[Any, Any, Any, Any]:
     """``(model, params, x, survey)`` of a use, whose weights are quantized if a scheme is given."""
     case = USES[use]
-    model, x = Model(case.op(jnp.dtype(dtype)), mode), case.input(jnp.dtype(dtype))
+    x = case.input(jnp.dtype(dtype))
+    model: Any = Model(case.op(jnp.dtype(dtype)), "scan" if "scan" in mode else mode)
     params = parameters(model, x)
+    if frontend == "nnx":
+        model = twins.twin(use, mode, jnp.dtype(dtype), params)
     if scheme is not None:
         params = jpeft.quantize(params, scheme, model, x, block=case.block, targets=case.targets)
         assert jpeft.quantization.is_quantized(params)
     return model, params, x, survey_model(model, params, (x,), {})
 
 
+def unmodified(model: Any, params: Any, x: Any) -> Any:
+    """The output of a model without jpeft. Only Linen's layers read quantized weights, which are boxes to them."""
+    return (
+        model.apply({"params": params}, x)
+        if isinstance(model, Model)
+        else twins.run(model, jpeft.dequantize(params), x)
+    )
+
+
+def arguments(model: Any, params: Any, x: Any) -> tuple[Any, ...]:
+    """What `jpeft.load` and ``method.bind`` take after the model."""
+    return (params, x) if isinstance(model, Model) else (x,)
+
+
 def bound_together(
-    entries: Mapping[str, Entry], use: str, mode: str, dtype: str, scheme: str | None = None
+    entries: Mapping[str, Entry],
+    use: str,
+    mode: str,
+    dtype: str,
+    scheme: str | None = None,
+    frontend: str = "linen",
 ) -> tuple[dict[str, Any], Any, Any, Any]:
     """``(pefts, model, params, x)`` of many methods on a use."""
-    model, params, x, survey = base(use, mode, dtype, scheme)
+    model, params, x, survey = base(use, mode, dtype, scheme, frontend)
     pefts = {name: bind_survey(entry.make(USES[use]), model, params, survey) for name, entry in entries.items()}
     return pefts, model, params, x
 
 
-def bound(entry: Entry, use: str, mode: str = "plain", dtype: str = "float32") -> tuple[Any, Any, Any, Any]:
+def bound(entry: Entry, use: str, mode: str = "plain", frontend: str = "linen") -> tuple[Any, Any, Any, Any]:
     """``(peft, model, params, x)`` of a method on a use."""
-    pefts, *rest = bound_together({"": entry}, use, mode, dtype)
+    pefts, *rest = bound_together({"": entry}, use, mode, "float32", None, frontend)
     return pefts[""], *rest
 
 
-def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str, scheme: str | None = None) -> None:
+def check_law(
+    entries: Mapping[str, Entry],
+    use: str,
+    mode: str,
+    dtype: str,
+    scheme: str | None = None,
+    frontend: str = "linen",
+) -> None:
     """Running under an adapter equals running the unmodified model on the merged tree of the dequantized base.
 
     What cannot be merged equals itself over the dequantized base. One program for all methods: compiling is what takes
     the time.
     """
-    pefts, model, params, x = bound_together(entries, use, mode, dtype, scheme)
+    pefts, model, params, x = bound_together(entries, use, mode, dtype, scheme, frontend)
     for peft in pefts.values():
         assert {s.via for s in peft.sites if s.kind == "weight"} <= {USES[use].via}
 
@@ -76,7 +109,7 @@ def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str, sch
         applied = {name: pefts[name].apply(params, own, x) for name, own in adapters.items()}
         merged = {n: pefts[n].merge(plain, own) for n, own in adapters.items() if pefts[n].mergeable}
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), plain, *merged.values())
-        base, *outputs = jax.vmap(lambda p: model.apply({"params": p}, x))(stacked)
+        base, *outputs = jax.vmap(lambda p: unmodified(model, p, x))(stacked)
         others = {n: pefts[n].apply(plain, own, x) for n, own in adapters.items() if not pefts[n].mergeable}
         return base, applied, {**dict(zip(merged, outputs, strict=True)), **others}
 
@@ -90,12 +123,14 @@ def check_law(entries: Mapping[str, Entry], use: str, mode: str, dtype: str, sch
         assert differ(got, base), name
 
 
-def check_learns(entries: Mapping[str, Entry], use: str, mode: str, scheme: str | None = None) -> None:
+def check_learns(
+    entries: Mapping[str, Entry], use: str, mode: str, scheme: str | None = None, frontend: str = "linen"
+) -> None:
     """A fresh adapter changes nothing unless it says so; one step of SGD moves every leaf that trains, and no other.
 
     What a step returns is taken by the next one as it is: nothing is traced twice.
     """
-    pefts, model, params, x = bound_together(entries, use, mode, "float32", scheme)
+    pefts, model, params, x = bound_together(entries, use, mode, "float32", scheme, frontend)
     before = jax.tree.map(np.array, params)
     tx, traces = optax.sgd(1.0), []
 
@@ -112,7 +147,7 @@ def check_learns(entries: Mapping[str, Entry], use: str, mode: str, scheme: str 
     def run(params: Any, adapters: Any) -> Any:
         traces.append(None)
         fresh = {name: pefts[name].apply(params, own, x) for name, (own, _) in adapters.items()}
-        return model.apply({"params": params}, x), fresh, {
+        return unmodified(model, params, x), fresh, {
             name: learned(pefts[name], params, own) for name, (_, own) in adapters.items()
         }  # fmt: skip
 
@@ -145,9 +180,9 @@ def _check_moved(name: str, peft: jpeft.Peft, old: Mapping[Any, Any], new: Mappi
         assert np.abs(np.asarray(new[path]) - np.asarray(leaf)).max() > 1e-7 or no_gradient, (name, path)
 
 
-def check_stacks(entries: Mapping[str, Entry], use: str) -> None:
+def check_stacks(entries: Mapping[str, Entry], use: str, frontend: str = "linen") -> None:
     """Stacked adapters under vmap give what each gives by itself, in a loop."""
-    pefts, _, params, x = bound_together(entries, use, "scan", "float32")
+    pefts, _, params, x = bound_together(entries, use, "scan", "float32", None, frontend)
     stacked, axes = {}, {}
     for name, peft in pefts.items():
         adapters = [flatten(moved(peft, params, seed=seed)) for seed in range(3)]
@@ -179,19 +214,19 @@ def check_stacks(entries: Mapping[str, Entry], use: str) -> None:
         close(together, one_by_one, name=name)
 
 
-def check_saves(entry: Entry, folder: Path) -> None:
+def check_saves(entry: Entry, folder: Path, frontend: str = "linen") -> None:
     """An adapter comes back from disk bit for bit."""
-    peft, model, params, x = bound(entry, entry.uses[0], "scan")
+    peft, model, params, x = bound(entry, entry.uses[0], "scan", frontend)
     adapter = moved(peft, params)
     jpeft.save(folder, peft, adapter, params)
-    again, loaded = jpeft.load(folder, model, params, x)
+    again, loaded = jpeft.load(folder, model, *arguments(model, params, x))
     assert again == peft and hash(again) == hash(peft)
     jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
 
 
-def check_trees(entry: Entry) -> None:
+def check_trees(entry: Entry, frontend: str = "linen") -> None:
     """Labels, partition and split agree about which leaves train, and the configuration is its own JSON."""
-    peft, _, params, _ = bound(entry, entry.uses[0], "scan")
+    peft, _, params, _ = bound(entry, entry.uses[0], "scan", frontend)
     adapter = moved(peft, params)
     full = jpeft.combine(params, adapter)
 
@@ -214,11 +249,12 @@ def check_trees(entry: Entry) -> None:
     assert all(site.name in peft.summary(expand=True) for site in peft.sites)
 
 
-def check_abstract(entry: Entry) -> None:
+def check_abstract(entry: Entry, frontend: str = "linen") -> None:
     """Abstract parameters give an equal Peft, and an abstract adapter of the same shapes."""
-    peft, model, params, x = bound(entry, entry.uses[0], "scan")
+    peft, model, params, x = bound(entry, entry.uses[0], "scan", frontend)
     shapes = jax.eval_shape(lambda: params)
-    abstract = entry.make(USES[entry.uses[0]]).bind(model, shapes, jax.eval_shape(lambda: x))
+    model = model if isinstance(model, Model) else twins.abstract(model)
+    abstract = entry.make(USES[entry.uses[0]]).bind(model, *arguments(model, shapes, jax.eval_shape(lambda: x)))
     assert abstract == peft
     adapter = abstract.init(jax.random.key(0), shapes)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(adapter))

@@ -142,11 +142,11 @@ def _normalized(dtype):
     return lambda x: Einsum((4, 6), name="op")("...i,io->...o", x)
 
 
-def _rounded(x, w, *args, **kwargs):
+def rounded(x, w, *args, **kwargs):
     return 3 * jax.lax.dot_general(jnp.round(x * 8) / 8, w, *args, **kwargs)
 
 
-def _rounding(x, w, *args, **kwargs):
+def rounding(x, w, *args, **kwargs):
     return jax.lax.dot_general(x, jnp.round(w * 64) / 64, *args, **kwargs)
 
 
@@ -237,7 +237,7 @@ def _on_tokens(dtype):
     return run
 
 
-_MASK = np.tril(np.ones((3, 4, 6)))
+MASK = np.tril(np.ones((3, 4, 6)))
 
 USES: dict[str, Use] = {
     "dense": Use(_linear(nn.Dense, 6), (2, 3, 4)),
@@ -267,7 +267,7 @@ USES: dict[str, Use] = {
     "conv 2-D padded, no batch": Use(_conv(6, (3, 3), padding=1), (4, 4, 4)),
     "conv 2-D, batches": Use(_conv(6, (2, 2)), (2, 3, 4, 4, 4)),
     "conv 3-D valid": Use(_conv(5, (2, 2, 2), padding="VALID"), (2, 3, 3, 3, 4)),
-    "conv masked": Use(lambda d: _conv(6, (3,), mask=_MASK.astype(d))(d), (2, 5, 4), via="box"),
+    "conv masked": Use(lambda d: _conv(6, (3,), mask=MASK.astype(d))(d), (2, 5, 4), via="box"),
     "conv local": Use(_conv(6, (3,), kind=nn.ConvLocal), (2, 5, 4), targets=r".*/op/kernel"),
     "conv transposed": Use(_conv(6, (3, 3), kind=nn.ConvTranspose, strides=(2, 2)), (2, 3, 3, 4)),
     "conv transposed, kernel too": Use(
@@ -287,8 +287,8 @@ USES: dict[str, Use] = {
     "standardized": Use(_with(Standardized, 6), (2, 3, 4), via="box"),
     "mapped variables": Use(_mapped, (2, 3, 4), via="merge", block=0),
     "weight norm": Use(_weight_norm, (2, 3, 4), via="merge", block=0),
-    "product of its own": Use(_with(nn.Dense, 6, dot_general=_rounded), (2, 3, 4)),
-    "product that rounds the weight": Use(_with(nn.Dense, 6, dot_general=_rounding), (2, 3, 4), via="box"),
+    "product of its own": Use(_with(nn.Dense, 6, dot_general=rounded), (2, 3, 4)),
+    "product that rounds the weight": Use(_with(nn.Dense, 6, dot_general=rounding), (2, 3, 4), via="box"),
     "named Einsum": Use(_normalized, (2, 3, 4), via="box"),
     "FlaxConv1D": Use(lambda d: lambda x: FlaxConv1D(6, d, name="op")(x), (2, 3, 4)),
     "Gemma Einsum": Use(lambda d: lambda x: Einsum((2, 4, 3), d, name="op")("BTD,NDH->BTNH", x), (2, 3, 4)),

@@ -83,6 +83,15 @@ class FrontEnd(Protocol):
         """A module whose parameters are the base's and the adapter's combined. See `Peft.module`."""
         ...
 
+    def shift_embedding(self, shift: Any, found: list[Any]) -> AbstractContextManager[None]:
+        """A context in which models that run `bypassed` have ``shift`` added to the output of their first embedding.
+
+        Args:
+          shift: an array like that output; None adds nothing.
+          found: gets the output's shape and dtype, once. It stays empty if a model embeds nothing.
+        """
+        ...
+
 
 _bypassed: contextvars.ContextVar[bool] = contextvars.ContextVar("bypassed", default=False)
 

@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from jpeft.core.tree import Tree, flatten, peek
+from jpeft.frontends import as_tree
 
 
 def peak_flops(kind: str) -> float | None:
@@ -43,7 +44,7 @@ def peft_flops(peft: Any, params: Tree, adapter: Tree, *, tokens: int, length: i
 
     >>> peft_flops(peft, params, adapter, tokens=4096, length=512)  # doctest: +SKIP
     """
-    base = flatten(params)
+    base = flatten(as_tree(params)[0])
     weights = {path: peek(leaf).size for path, leaf in flatten(adapter).items() if _is_multiplied(path, peek(leaf))}
     new = sum(size for path, size in weights.items() if path not in base)
     replaced = sum(size for path, size in weights.items() if path in base)
@@ -64,7 +65,7 @@ def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: i
     12 per position and unit of attention width in every layer.
 
     Args:
-      model: a Linen module; its `.config` or `.encoder.config` describes attention and a tied output head.
+      model: the model, or None; its `.config` or `.encoder.config` describes attention and a tied output head.
       params: the base, concrete or abstract. Embedding tables do not count, unless the output head is tied to one.
       tokens: tokens in the batch, padding included.
       length: tokens in a row.
@@ -76,7 +77,8 @@ def step_flops(model: Any, params: Tree, *, tokens: int, length: int, trained: i
     """
     config: Any = getattr(getattr(model, "encoder", model), "config", None)
     tied = hasattr(config, "head_dim") and config.tie_word_embeddings  # a decoder's
-    weights = sum(peek(leaf).size for path, leaf in flatten(params).items() if _is_multiplied(path, peek(leaf), tied))
+    leaves = flatten(as_tree(params)[0])
+    weights = sum(peek(leaf).size for path, leaf in leaves.items() if _is_multiplied(path, peek(leaf), tied))
     attention = 0
     if config is not None and hasattr(config, "num_hidden_layers"):
         width = config.num_attention_heads * getattr(

@@ -18,6 +18,7 @@ from jpeft.core.tree import Tree, flatten, like, split_variables, unflatten
 from jpeft.linen import inject
 from jpeft.linen.box import Changed, overlay
 from jpeft.linen.calls import called, check_form, form_of
+from jpeft.linen.embedding_shift import shift_embedding
 from jpeft.linen.module import PeftModule
 from jpeft.linen.survey import survey
 
@@ -91,6 +92,10 @@ class LinenFrontEnd:
     def module(self, peft: Peft) -> PeftModule:
         """See `Peft.module`."""
         return PeftModule(peft)
+
+    def shift_embedding(self, shift: Any, found: list[Any]) -> AbstractContextManager[None]:
+        """See `jpeft.linen.embedding_shift`."""
+        return shift_embedding(shift, found)
 
 
 LINEN = LinenFrontEnd()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jpeft.checks import shown
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.sites import Survey
-from jpeft.core.tree import Tree, combine, flatten, is_array
-from jpeft.nnx.module import adapted_module, holds_adapter, of_own_classes, readable
+from jpeft.core.tree import Path, Tree, combine, flatten, is_array, join
+from jpeft.nnx import checks
+from jpeft.nnx.embedding_shift import shift_embedding, with_shift
+from jpeft.nnx.module import adapted_module, check_plain, of_own_classes, readable
 from jpeft.nnx.peft import NnxPeft
-from jpeft.nnx.state import copied, like, to_state, to_tree
+from jpeft.nnx.state import by_path, copied, like, modules, to_state, to_tree
 from jpeft.nnx.survey import survey
 
 # The adapter that `intercept` puts into the models that run.
@@ -57,20 +61,45 @@ class NnxFrontEnd:
         """The front end for a model, which it does not keep.
 
         Raises:
-          ValueError: the model holds an adapter already.
+          ValueError: the model holds an adapter already, or a Param that is no array.
         """
-        if holds_adapter(model):
-            raise ValueError(
-                f"this {type(model).__name__} holds an adapter already; take it out with peft.detach(model), or bind a "
-                "Chain of both methods"
-            )
+        check_plain(model)
         graphdef, params, rest = nnx.split(of_own_classes(model), nnx.Param, ...)
+        checks.check_parameters(params)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params)
         return cls(graphdef, abstract, rest)
 
+    @functools.cached_property
+    def shapes(self) -> dict[Path, tuple[int, ...]]:
+        """The shapes of the model's parameters."""
+        return {path: x.shape for path, x in by_path(self.state).items() if x is not None}
+
+    @functools.cached_property
+    def classes(self) -> dict[Path, type]:
+        """The classes of the model's modules."""
+        model = nnx.merge(self.graphdef, self.state, copied(self.rest))
+        return {path: type(module) for path, module in modules(model)}
+
+    def now(self, model: nnx.Module) -> NnxFrontEnd:
+        """The front end for a model in place of the one that was bound: it runs with its own flags and other state.
+
+        Raises:
+          ValueError: its modules or parameters are not those that were bound, or it holds an adapter.
+        """
+        found = NnxFrontEnd.of(model)
+        checks.check_classes(found.classes, self.classes)
+        checks.check_leaves(flatten(to_tree(model)), self.shapes)
+        return found
+
     def tree(self, params: Any) -> Tree:
-        """Parameters as nested dicts of arrays."""
-        return to_tree(params)
+        """Parameters as nested dicts of arrays.
+
+        Raises:
+          ValueError: an array was deleted.
+        """
+        tree = to_tree(params)
+        checks.check_usable(by_path(tree))
+        return tree
 
     def like(self, tree: Tree, params: Any) -> Any:
         """Nested dicts of arrays in the form of ``params``: a new module, a state, or mappings."""
@@ -84,9 +113,10 @@ class NnxFrontEnd:
         """The candidate sites of a model, found in one abstract call."""
         own = dict(kwargs)
         _check_inputs(model, inputs)
-        for name in ("rest", "mutable", "rngs"):
+        method = checks.method_name(model, own.pop("method", "__call__"))
+        for name in ("rest", "mutable") if checks.takes_rngs(type(model), method) else ("rest", "mutable", "rngs"):
             own.pop(name, None)
-        return survey(of_own_classes(model), inputs, own, own.pop("method", "__call__"))
+        return survey(of_own_classes(model), inputs, own, method)
 
     def called(self, model: Any, run: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs and keyword arguments of the first call of the model in ``run(*args)``, abstract."""
@@ -107,25 +137,54 @@ class NnxFrontEnd:
         method = own.pop("method", "__call__")
         if _looking.get():
             raise _Found(*jax.tree.map(_abstract, (inputs, dict(kwargs))))
-        key = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
-        if is_bypassed():
-            found = _intercepted.get()
-            model = self._intercepted(found[-1], params, rest) if found else self.plain(params, rest)
-        else:
-            model = adapted_module(peft, self, params, adapter, rest=rest, dropout=key)
-        y = getattr(model, method)(*inputs, **own)
-        if mutable is False:
-            return y
-        return y, nnx.state(model, nnx.Not(nnx.Param))
+        if not isinstance(mutable, bool):
+            raise TypeError(f"mutable must be True, to return (y, rest), or False, got {shown(mutable)}")
+        if rngs is not None and checks.takes_rngs(self.classes[()], method):
+            own["rngs"] = rngs
+        model = self._adapted(peft, params, adapter, rest, checks.dropout_key(peft, rngs))
+        method = checks.method_name(model, method)
+        try:
+            y = getattr(model, method)(*inputs, **own)
+        except Exception as error:
+            if (path := checks.abstract_path(model)) is None:
+                raise
+            raise ValueError(
+                f"the call fails, and {join(path)!r} is an abstract array, as in the model that was bound: give values "
+                "as rest=nnx.state(model, nnx.Not(nnx.Param))"
+            ) from error
+        return (y, nnx.state(model, nnx.Not(nnx.Param))) if mutable else y
 
     def plain(self, params: Any, rest: Any = None) -> Any:
-        """The model without an adapter, over these parameters."""
-        state = to_state(self.state, flatten(to_tree(params)))
-        return nnx.merge(self.graphdef, state, copied(self.rest if rest is None else rest))
+        """The model without an adapter, over these parameters, and other state that is ``rest`` or lies with them.
 
-    def _intercepted(self, peft: Peft, full: Any, rest: Any) -> Any:
-        params, adapter = peft.split(to_tree(full))
-        return adapted_module(peft, self, params, adapter, rest=rest)
+        Raises:
+          TypeError: ``rest`` is no state.
+          ValueError: a leaf is missing, or ``rest`` has one that is no other state of the model.
+        """
+        leaves = flatten(to_tree(params))
+        if rest is None:
+            return nnx.merge(self.graphdef, to_state(self.state, leaves), to_state(self.rest, leaves, partial=True))
+        rest = nnx.state(rest, nnx.Not(nnx.Param)) if isinstance(rest, nnx.Module) else rest
+        if not isinstance(rest, Mapping):
+            raise TypeError(f"rest must be other state, as nnx.state(model, nnx.Not(nnx.Param)), got {shown(rest)}")
+        others = by_path(rest)
+        checks.check_rest(others, by_path(self.rest))
+        return nnx.merge(self.graphdef, to_state(self.state, leaves), to_state(self.rest, others))
+
+    def _adapted(self, peft: Peft, params: Any, adapter: Tree, rest: Any, dropout: Any) -> Any:
+        """The model with an adapter in it; where adapters are bypassed, with that of `intercept`, or with none.
+
+        A module that is given as ``params`` runs as it is now.
+        """
+        model = self.now(params) if isinstance(params, nnx.Module) else self
+        if not is_bypassed():
+            others = {*by_path(model.rest), *(path for path, _ in peft.structure)}
+            checks.check_leaves(flatten(to_tree(params)), self.shapes, others)
+            return adapted_module(peft, model, params, adapter, rest=rest, dropout=dropout)
+        if found := _intercepted.get():
+            params, adapter = found[-1].split(to_tree(params))
+            return adapted_module(found[-1], model, params, adapter, rest=rest)
+        return readable(with_shift(model.plain(params, rest)))
 
     def overlay(self, peft: Peft, params: Any, adapter: Tree) -> Any:
         """See `Peft.overlay`."""
@@ -147,9 +206,13 @@ class NnxFrontEnd:
               rest: the other state; by default, as it was when the method was bound.
               dropout: a PRNG key for the adapter's own dropout; without one it is off.
             """
-            return adapted_module(peft, self, params, adapter, rest=rest, dropout=dropout)
+            return self._adapted(peft, params, adapter, rest, dropout)
 
         return module
+
+    def shift_embedding(self, shift: Any, found: list[Any]) -> AbstractContextManager[None]:
+        """See `jpeft.nnx.embedding_shift`."""
+        return shift_embedding(shift, found)
 
 
 @contextlib.contextmanager
@@ -171,9 +234,10 @@ def _check_inputs(model: nnx.Module, inputs: tuple[Any, ...]) -> None:
     Raises:
       TypeError: it is.
     """
-    if not inputs or not isinstance(inputs[0], Mapping) or isinstance(inputs[0], nnx.Module):
+    if not inputs or not isinstance(inputs[0], Mapping | nnx.Module):
         return
     given, own = set(flatten(to_tree(inputs[0]))), set(flatten(to_tree(model)))
-    if isinstance(inputs[0], nnx.State) or "params" in inputs[0] or (given and given <= own):
+    is_state = isinstance(inputs[0], nnx.State) or inputs[0] is model
+    if is_state or (isinstance(inputs[0], Mapping) and "params" in inputs[0]) or (given and given <= own):
         name = type(model).__name__
         raise TypeError(f"{name} is a flax.nnx Module, which has its parameters: bind(model, *inputs), without params")

@@ -32,8 +32,8 @@ def _linear_general(call: Call) -> Geometry | None:
     x, stored = call.args[0], call.shapes.get("kernel")
     if stored is None:
         return None
-    axis = tuple(a % x.ndim for a in module.axis)
-    dims = tuple(a % x.ndim for a in module.batch_axis)
+    axis = tuple(sorted(a % x.ndim for a in module.axis))
+    dims = tuple(sorted(a % x.ndim for a in module.batch_axis))
     xs = string.ascii_lowercase[: x.ndim]
     outs = string.ascii_uppercase[: len(stored) - len(axis) - len(dims)]
     if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # the last axes: inputs of any rank

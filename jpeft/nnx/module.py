@@ -18,7 +18,7 @@ from jpeft.nnx import attention
 from jpeft.nnx.adapted import methods_of, original, subclass
 from jpeft.nnx.dropout import KEY, RNGS, key_data
 from jpeft.nnx.inject import CHANGES, ROOT, Changes, Read, Root, Token, read, run
-from jpeft.nnx.state import copied, modules, raw, to_tree, variables
+from jpeft.nnx.state import become, copied, modules, put, raw, remove, sharding_names, to_tree, variables
 from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
 
 
@@ -121,7 +121,7 @@ class _Builder:
         module = self.modules[path]
         if name in vars(module):
             raise ValueError(f"{join((*path, name))!r} is an attribute of the model, which an adapter needs")
-        setattr(module, name, value)
+        put(module, name, value)
         self.added.setdefault(path, []).append(name)
 
     def hold(self, action: Action) -> None:
@@ -210,12 +210,12 @@ class _Builder:
             )
             added = tuple(self.added.get(path, ()))
             own = Changes(tuple(actions), tuple(reads), token if uses_token else None, added)
-            setattr(module, CHANGES, nnx.static(own))
+            put(module, CHANGES, nnx.static(own))
             attributes = [r.leaf for r in reads]
             if any(a.site.kind == "attention" for a in actions) and attention.ATTENTION_FN in vars(module):
                 attributes.append(attention.ATTENTION_FN)
             cls = original(type(module))
-            module.__class__ = subclass(cls, run, tuple(methods_of(cls)), read, tuple(dict.fromkeys(attributes)))
+            become(module, subclass(cls, run, tuple(methods_of(cls)), read, tuple(dict.fromkeys(attributes))))
 
 
 def _metadata(action: Action, name: str, module: Any) -> dict[str, Any]:
@@ -223,27 +223,38 @@ def _metadata(action: Action, name: str, module: Any) -> dict[str, Any]:
     site, roles = action.site, action.method.roles.get(name)
     if site.kind != "weight" or roles is None:
         return {}
-    variable = vars(module)[site.leaf]
-    names = variable.get_metadata("out_sharding", None) or variable.get_metadata("sharding", None)
-    if names is None:
+    if (names := sharding_names(vars(module)[site.leaf])) is None:
         return {}
-    return {"out_sharding": derive_entries(site, roles, tuple(names)), "eager_sharding": False}
+    return {"out_sharding": derive_entries(site, roles, names), "eager_sharding": False}
 
 
 def readable(model: Any) -> Any:
-    """A model whose quantized weights are dequantized as its modules read them; itself, changed, if it has some."""
+    """A model whose quantized weights are dequantized as its modules read them; itself, changed, if it has some.
+
+    Raises:
+      ValueError: the model holds an adapter.
+    """
+    check_plain(model)
     for _, module in list(modules(model)):
         reads = tuple(Read(name) for name, v in variables(module).items() if isinstance(raw(v), Quantized))
         if reads and CHANGES not in vars(module):
-            setattr(module, CHANGES, nnx.static(Changes(reads=reads)))
+            put(module, CHANGES, nnx.static(Changes(reads=reads)))
             cls, names = type(module), tuple(how.leaf for how in reads)
-            module.__class__ = subclass(cls, run, tuple(methods_of(cls)), read, names)
+            become(module, subclass(cls, run, tuple(methods_of(cls)), read, names))
     return model
 
 
-def holds_adapter(model: Any) -> bool:
-    """Whether a module of the model has an adapter in it."""
-    return any(own.holds_adapter for _, m in modules(model) if (own := vars(m).get(CHANGES)) is not None)
+def check_plain(model: Any) -> None:
+    """Checks that no module of a model has an adapter in it.
+
+    Raises:
+      ValueError: one has.
+    """
+    if any(own.holds_adapter for _, m in modules(model) if (own := vars(m).get(CHANGES)) is not None):
+        raise ValueError(
+            f"this {type(model).__name__} holds an adapter already; take it out with peft.detach(model), or bind a "
+            "Chain of both methods"
+        )
 
 
 def of_own_classes(model: Any) -> Any:
@@ -252,8 +263,8 @@ def of_own_classes(model: Any) -> Any:
     copy = nnx.merge(graphdef, copied(state))
     for _, module in list(modules(copy)):
         if CHANGES in vars(module):
-            module.__class__ = original(type(module))
-            delattr(module, CHANGES)
+            become(module, original(type(module)))
+            remove(module, CHANGES)
     return copy
 
 
@@ -303,7 +314,7 @@ def without_adapter(peft: Peft, model: Any) -> Any:
                 kind = types.get((*path, how.leaf), nnx.Param)
                 metadata = {k: v for k, v in old.get_metadata().items() if k not in ("hijax", "ref")}
                 vars(module)[how.leaf] = kind(value, **metadata)
-        module.__class__ = original(type(module))
+        become(module, original(type(module)))
         for name in (*changes.added, CHANGES):
-            delattr(module, name)
+            remove(module, name)
     return readable(plain)

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jpeft.core.placement import AnyMesh, automatic, axes_of, num_shards, place, trimmed
 from jpeft.core.quantized import Quantized, shardings_like
 from jpeft.core.tree import Path, Tree, flatten, join, like, peek, unflatten
-from jpeft.frontends import as_tree
+from jpeft.frontends import as_tree, axis_names
 from jpeft.parallel.mesh import SEQUENCE_AXIS
 
 Rules = Sequence[tuple[str, Any]]
@@ -49,6 +49,7 @@ def shard(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, names: Tre
     >>> shard({"dense": {"kernel": np.ones((8, 4))}}, mesh)["dense"]["kernel"].sharding.spec
     P('fsdp',)
     """
+    names = axis_names(params) if names is None else names
     params, restore = as_tree(params)
     shardings = flatten(param_shardings(params, mesh, rules, names=names))
     leaves = {path: jax.tree.map(place, leaf, shardings[path]) for path, leaf in flatten(params).items()}
@@ -60,18 +61,18 @@ def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, 
 
     A rule is a pair. With a ``PartitionSpec`` it applies to the leaves whose whole path its regular expression matches:
     ``(".*/query/kernel", P("fsdp", "tensor"))``. Otherwise it maps a logical axis to a mesh axis, a tuple of mesh axes
-    or None: ``("embed", "fsdp")``. Rules for paths go before rules for names, earlier rules before later ones. A leaf
-    that no rule matches is replicated.
+    or None: ``("embed", "fsdp")``. A name without a rule that is an axis of the mesh is that axis. Rules for paths go
+    before rules for names, earlier rules before later ones. A leaf that no rule matches is replicated.
 
     Args:
       params: the base tree, concrete or abstract. The codes and scales of a quantized weight are sharded like it.
       mesh: a mesh with any axes.
       rules: None: `LOGICAL_RULES` if axes have logical names, otherwise the longer side of each matrix over "fsdp".
       names: logical axis names by leaf, as from ``nn.get_partition_spec`` or `jpeft.models.logical_names`, for leaves
-        that are not in boxes with names.
+        that are not in boxes with names. Variables of NNX have theirs in their metadata, ``out_sharding``.
 
     Returns:
-      A tree like ``params``, boxes and quantized leaves included.
+      A tree like ``params``, boxes and quantized leaves included; of an NNX module, nested dicts.
 
     Raises:
       ValueError: a rule or name that matches nothing, a mesh axis that does not exist, an axis that does not divide.
@@ -85,7 +86,9 @@ def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, 
     >>> param_shardings({"dense": {"kernel": np.ones((8, 4)), "bias": np.ones(4)}}, mesh, rules)["dense"]["kernel"].spec
     P(None, 'tensor')
     """
-    mesh, leaves = automatic(mesh), flatten(params)
+    names = axis_names(params) if names is None else names
+    tree, restore = as_tree(params)
+    mesh, leaves = automatic(mesh), flatten(tree)
     for path, leaf in leaves.items():
         if not hasattr(peek(leaf), "shape"):
             raise TypeError(f"{join(path)} is a {type(leaf).__name__}, expected an array")
@@ -97,14 +100,15 @@ def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, 
         shape = peek(leaf).shape
         spec = next((spec for pattern, spec in by_path if pattern.fullmatch(join(path))), None)
         if spec is None and known[path]:
-            spec = _spec_from_names(path, known[path], by_name)
+            spec = _spec_from_names(path, known[path], by_name, mesh)
         if spec is None:
             spec = _longer_side(shape, mesh) if unnamed else PartitionSpec()
         specs[path] = _checked(path, shape, spec, mesh)
     if rules is None:
         _warn_of_idle_axes(mesh, specs.values())
     out = {path: _in_boxes(leaf, NamedSharding(mesh, specs[path])) for path, leaf in leaves.items()}
-    return like(unflatten(out), params)
+    shardings = like(unflatten(out), tree)
+    return restore(shardings) if isinstance(params, Mapping) else shardings
 
 
 def _given_names(names: Tree | None, leaves: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
@@ -184,10 +188,11 @@ def _compiled(pattern: str, leaves: Mapping[Path, Any]) -> re.Pattern[str]:
     return compiled
 
 
-def _spec_from_names(path: Path, names: tuple[Any, ...], rules: list[tuple[str, Any]]) -> PartitionSpec:
+def _spec_from_names(path: Path, names: tuple[Any, ...], rules: list[tuple[str, Any]], mesh: AnyMesh) -> PartitionSpec:
     """The spec of named axes, as Flax's ``logical_to_mesh_axes`` gives it.
 
-    A rule applies if its name has no rule yet and none of its mesh axes shards another axis of the leaf.
+    A rule applies if its name has no rule yet and none of its mesh axes shards another axis of the leaf. A name that no
+    rule has and that is an axis of the mesh is that axis.
     """
     logical = [name for name in names if isinstance(name, str)]
     if len(set(logical)) < len(logical):
@@ -198,6 +203,8 @@ def _spec_from_names(path: Path, names: tuple[Any, ...], rules: list[tuple[str, 
         if name in logical and name not in entries and not used & axes_of(target):
             entries[name] = target
             used |= axes_of(target)
+    taken = used | {name for name, _ in rules}
+    entries |= {name: name for name in logical if name in mesh.axis_names and name not in taken}
     return PartitionSpec(*(entries.get(name) if isinstance(name, str) else name for name in names))
 
 

@@ -17,7 +17,6 @@ from jpeft.core.peft import adapter_shardings
 from jpeft.core.placement import AnyMesh, place
 from jpeft.core.tree import flatten, like, named_sharding, unflatten
 from jpeft.errors import PlanError
-from jpeft.linen.embedding_shift import shift_embedding
 from jpeft.parallel.batches import batch_shardings, constrained, layout_of
 from jpeft.parallel.rules import param_shardings
 from jpeft.training.step import Step, TrainState, cast_floating, with_shardings
@@ -196,7 +195,7 @@ def _embedding_output(step: Step, state: Any, params: Any, batch: Any) -> tuple[
 def _base_loss(step: Step, state: Any, found: list[Any], shift: Any, params: Any, batch: Any) -> Any:
     """The loss without an adapter, with `shift` added to the embeddings' output."""
     adapter = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.adapter)  # never read
-    with bypassed(), shift_embedding(shift, found):
+    with bypassed(), step.peft.frontend.shift_embedding(shift, found):
         params = cast_floating(params, step.compute_dtype)
         return step.loss_fn(adapter, params, batch, jax.random.key(0))[0].astype(jnp.float32)
 

@@ -20,6 +20,7 @@ from jpeft.core.quantized import Quantized, requantize_leaf
 from jpeft.core.sites import map_axes, stack_back, stack_first
 from jpeft.core.targets import Targets
 from jpeft.core.tree import Tree, flatten, join, like, split_variables, unflatten
+from jpeft.frontends import as_tree
 from jpeft.methods.families.starts import RANDOM
 from jpeft.methods.lora import LoRA
 from jpeft.quantization.tree import quantize
@@ -66,6 +67,7 @@ def loftq(
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number, at least 1, got {iterations!r}")
     _check_starts(peft)
+    params, restore = as_tree(params)
     own, _ = split_variables(params)
     quantized = quantize(own, scheme, peft, block=block, double=double, targets=targets, exclude=exclude)
     base, full, adapter = flatten(quantized), flatten(meta.unbox(own)), flatten(meta.unbox(peft.init(key, params)))
@@ -83,7 +85,7 @@ def loftq(
     new = like(unflatten(base), own)
     laid = peft.place_like_base(adapter, base)
     base_tree = new if own is params else like({**params, "params": new}, params)
-    return base_tree, like(unflatten(laid), own)
+    return restore(base_tree), like(unflatten(laid), own)
 
 
 def _check_starts(peft: Peft) -> None:

@@ -6,21 +6,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import jpeft
-from jpeft.binding import bind_survey
-from jpeft.frontends import front_end
 from tests.contract import TOLERANCE, bound_together, close
-from tests.nnx.twins import MODES, TWINS, twin
+from tests.nnx.twins import MODES, TWINS
 from tests.zoo import METHODS, USES, moved
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-DTYPES = ("float32", "bfloat16")
-# Each use in one cell of modes and dtypes in turn; the exhaustive rest is the others.
-CELLS = [(mode, dtype, scheme) for mode in MODES for dtype in DTYPES for scheme in (None, "nf4")]
+# That the law holds on every use is in `tests/core/test_contract.py`. These have one cell each; with --products, all.
+USUAL = ("dense", "embed, tied by attend")
+OTHERS = ("fused qkv", "einsum, experts", "conv 2-D strided", "raw, in a loop", "attention")
+CELLS = [(mode, dtype, scheme) for scheme in (None, "nf4") for dtype in ("float32", "bfloat16") for mode in MODES]
+
+
+def _marks(use, turn):
+    own = (*USUAL, *OTHERS)
+    if use not in own or turn != own.index(use) % len(MODES):
+        return pytest.mark.product
+    return [] if use in USUAL else pytest.mark.exhaustive
+
+
 ROWS = [
-    pytest.param(use, *cell, marks=[] if (i - j) % len(CELLS) == 0 else pytest.mark.exhaustive)
-    for i, use in enumerate(TWINS)
-    for j, cell in enumerate(CELLS)
+    pytest.param(use, *cell, marks=_marks(use, turn))
+    for use in TWINS
+    for turn, cell in enumerate(CELLS)
     if cell[2] is None or USES[use].block
 ]
 
@@ -32,15 +39,10 @@ def test_outputs_and_gradients_are_those_of_the_linen_twin(use, mode, dtype, sch
     if use == "attention":  # nnx.MultiHeadAttention masks in float32
         request.getfixturevalue("standard_promotion")
     theirs, _, params, x = bound_together(entries, use, kind, dtype, scheme)
-    plain = jpeft.dequantize(params)
-    model = twin(use, mode, jnp.dtype(dtype), plain)
-    frontend = front_end(model)
-    survey = frontend.survey(model, model, (x,), {})
-    ours = {name: bind_survey(entry.make(USES[use]), model, model, survey, frontend) for name, entry in entries.items()}
+    ours, *_ = bound_together(entries, use, mode, dtype, scheme, "nnx")
     adapters = {name: moved(peft, params) for name, peft in theirs.items()}
     for name, peft in ours.items():
         assert dict(peft.structure) == dict(theirs[name].structure), name
-        assert {s.via for s in peft.sites if s.kind == "weight"} <= {USES[use].via}, name
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(linen, params, adapters):

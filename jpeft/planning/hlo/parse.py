@@ -373,7 +373,7 @@ def read_module(text: str) -> Module:
 
 _LIBRARIES = re.compile(r"(?:site|dist)-packages/(?:jax|jaxlib|flax|optax)/")
 # Packages of jpeft that a model's own calls pass through.
-_ENGINE = re.compile(r"/jpeft/(?:core|linen|methods|parallel|planning|quantization|training)/(?:\w+/)*\w+\.py:")
+_ENGINE = re.compile(r"/jpeft/(?:core|linen|nnx|methods|parallel|planning|quantization|training)/(?:\w+/)*\w+\.py:")
 
 
 def source_line(stack: Sequence[str]) -> str:
