@@ -143,7 +143,10 @@ class _Forward:
     @classmethod
     def of(cls, model: Any, peft: Peft | None, adapter: Any) -> _Forward:
         if not isinstance(model, Decoder):
-            raise TypeError(f"model must be a decoder of jpeft.models, got {type(model).__name__}")
+            raise TypeError(
+                f"model must be a decoder of jpeft.models, got {type(model).__name__}; another decoder has its own "
+                "sampler, which takes peft.module(params, adapter)"
+            )
         if (peft is None) != (adapter is None):
             raise GenerationError("peft and adapter must be given together")
         if peft is not None and peft.model != model:
