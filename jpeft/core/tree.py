@@ -119,6 +119,15 @@ def is_array(x: Any) -> bool:
     )
 
 
+def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array or a number, as JAX takes it: numpy's 64 bits are 32 unless they are enabled.
+
+    >>> abstract_array(np.arange(3))
+    ShapeDtypeStruct(shape=(3,), dtype=int32)
+    """
+    return jax.eval_shape(lambda x: x, x)
+
+
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     """The arrays of any pytree, and the function that puts others in their places.
 

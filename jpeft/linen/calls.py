@@ -8,13 +8,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.geometry import Traced, TracedTable
 from jpeft.core.peft import Peft
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
-from jpeft.core.tree import Tree, is_array, join
+from jpeft.core.tree import Tree, abstract_array, is_array, join
 from jpeft.linen.survey import survey
 
 
@@ -52,7 +51,7 @@ def called(model: nn.Module, run: Callable[..., Any], *args: Any) -> tuple[tuple
 
 
 def _abstract(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) if is_array(x) else x
+    return abstract_array(x) if is_array(x) else x
 
 
 def form_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft.core.placement import AnyMesh, automatic, num_shards, place, trimmed
-from jpeft.core.tree import named_sharding
+from jpeft.core.tree import abstract_array, named_sharding
 from jpeft.linen.activations import map_outputs
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
 
@@ -64,7 +64,7 @@ def shard_batch(batch: Any, mesh: AnyMesh, rows: int | None = None) -> Any:
     """
     if rows is None:
         return jax.tree.map(place, batch, batch_shardings(batch, mesh))
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    whole = jax.tree.map(lambda x: abstract_array(x).update(shape=(rows, *x.shape[1:])), batch)
 
     def assemble(local: Any, sharding: NamedSharding, whole: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, local, whole.shape)

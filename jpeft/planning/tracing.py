@@ -15,7 +15,7 @@ from jpeft.core.backend import compiling_for
 from jpeft.core.frontend import bypassed
 from jpeft.core.peft import adapter_shardings
 from jpeft.core.placement import AnyMesh, place
-from jpeft.core.tree import flatten, like, named_sharding, unflatten
+from jpeft.core.tree import abstract_array, flatten, like, named_sharding, unflatten
 from jpeft.errors import PlanError
 from jpeft.parallel.batches import batch_shardings, constrained, layout_of
 from jpeft.parallel.rules import param_shardings
@@ -44,7 +44,7 @@ def abstract(tree: Any, mesh: AnyMesh) -> Any:
     def one(path: Any, x: Any) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(x)
         if sharding is None:
-            return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x))
+            return abstract_array(x)
         names = {n for entry in sharding.spec for n in ((entry,) if isinstance(entry, str) else entry or ())}
         if missing := sorted(names - set(mesh.axis_names)):
             raise PlanError(
