@@ -79,7 +79,7 @@ def bind_survey(method: Method, model: Any, params: Tree, survey: Survey, fronte
                 )
             own, placeless = member.at(site), replace(site, path=())
             if (own, placeless) not in shapes:
-                weight = peek(base[site.weight_path]) if site.stored else None
+                weight = peek(base[site.weight_path]) if site.stored or site.kind == "leaf" else None
                 stored = _leaf_shapes(own, site, weight)
                 shapes[own, placeless] = stored, _merges(Action(own, site, tuple(stored), i), shared, stored)
             stored, with_bias = shapes[own, placeless]

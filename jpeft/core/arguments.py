@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax.core import meta
 
@@ -25,9 +26,11 @@ def check_order(own: Shapes, weight: Path | None, params: Tree, adapter: Tree, c
 
     Raises:
       TypeError: one of the two is no tree.
-      ValueError: they are other trees.
+      ValueError: they are other trees, or abstract.
     """
     first = next(iter(own), None)
+    for what, tree in (("params", params), ("adapter", adapter)):
+        _check_values(tree, what, call)
     if isinstance(params, Mapping) and isinstance(adapter, Mapping):
         params = params["params"] if isinstance(params.get("params"), Mapping) else params
         usual = _has(params, weight) and _has(adapter, first) and not (weight and _has(adapter, weight))
@@ -42,6 +45,16 @@ def check_order(own: Shapes, weight: Path | None, params: Tree, adapter: Tree, c
         raise TypeError(
             f"{call}: adapter must be a tree, as from peft.init, got {_shown(adapter)}; was {left_out} left out?"
         )
+
+
+def _check_values(tree: Tree, what: str, call: str) -> None:
+    leaves = flatten(tree) if isinstance(tree, Mapping) else {}
+    for path, leaf in leaves.items():
+        if isinstance(meta.unbox(leaf), jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{call}: {what} have an abstract array at {join(path)!r}; give arrays, or trace the call with "
+                "jax.eval_shape"
+            )
 
 
 def _mistaken(own: Shapes, weight: Path | None, params: Tree, adapter: Tree) -> str | None:

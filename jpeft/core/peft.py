@@ -152,7 +152,7 @@ class Peft:
         check_statistics(self.actions, statistics, base)
         leaves = self.init_shared(key)
         for action in self.actions:
-            w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
+            w = _base_leaf(base, action.site)
             own = self.init_action(action, key, w, statistics)
             leaves |= {action.leaf_path(n): x for n, x in own.items()}
         return like(unflatten(self.place_like_base(leaves, base)), tree)
@@ -186,7 +186,7 @@ class Peft:
             if action.mask in action.stored:
                 out[action.leaf_path(action.mask)] = layer_mask(action.site)
             if held := action.method.regenerated & set(action.stored):
-                w = _base_leaf(base, action.site.weight_path) if action.site.stored else None
+                w = _base_leaf(base, action.site)
                 if isinstance(peek(w), jax.ShapeDtypeStruct):
                     w = jnp.zeros(peek(w).shape, peek(w).dtype)
                 own = self.init_action(action, key, w)
@@ -368,12 +368,12 @@ class Peft:
         for action in self.actions:
             if action.site.kind == "leaf":
                 path = action.site.path
-                _base_leaf(base, path)
+                _base_leaf(base, action.site)
                 # The adapter's copy may be wider (float32 for bfloat16); the model needs the base's dtype.
                 value, dtype = meta.unbox(leaves[path]), peek(base[path]).dtype
                 base[path] = meta.replace_boxed(leaves[path], value.astype(dtype))
-            elif action.site.stored:
-                _base_leaf(base, action.site.weight_path)
+            else:
+                _base_leaf(base, action.site)
         return base
 
     def by_owner(self) -> dict[Path, tuple[Action, ...]]:
@@ -465,11 +465,21 @@ class Peft:
         return summary(rows, members, shared, frozen, self.base_size, self.left_alone, expand)
 
 
-def _base_leaf(base: Mapping[Path, Any], path: Path) -> Any:
+def _base_leaf(base: Mapping[Path, Any], site: Site) -> Any:
+    """The base's leaf at a site; None for a site without a weight.
+
+    Raises:
+      ValueError: it is missing, or has another shape.
+    """
+    if not site.stored and site.kind != "leaf":
+        return None
+    path = site.weight_path
     if path not in base:
         raise ValueError(
             f"params lack {join(path)!r}, which this Peft was bound to{nearest(join(path), map(join, base))}"
         )
+    if (found := np.shape(peek(base[path]))) != site.stored:
+        raise ValueError(f"params have {join(path)!r} of shape {found}, and this Peft was bound to {site.stored}")
     return base[path]
 
 

@@ -6,8 +6,10 @@ A graphdef records the class and the static attributes of each module. So ``nnx.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,12 +46,37 @@ def subclass(cls: type, run: Run, methods: tuple[str, ...], read: Read, attribut
         "__doc__": cls.__doc__,
         "__reduce__": _reduce,
         "_graph_node_set_key": _set_key,
+        "_pytree__is_pytree": cls._pytree__is_pytree,  # type: ignore[attr-defined]
+        "_pytree__nodes": cls._pytree__nodes,  # type: ignore[attr-defined]
     }
-    try:
-        new = type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)  # type: ignore[attr-defined]
-    except TypeError:  # the class has an __init_subclass__ of its own, without that argument
-        new = type(cls)(cls.__name__, (cls,), body)
+    # Past a metaclass's __new__: neither that nor __init_subclass__ is to see a class that the user did not write.
+    new = ABCMeta.__new__(_metaclass(type(cls)), cls.__name__, (cls,), body)
     _ORIGINAL[new] = cls, (run, methods, read, attributes)
+    return new
+
+
+class _Unseen:
+    """Keeps a class from the ``__init_subclass__`` of the user's classes, which may want arguments or keep a registry.
+
+    It stands in the order of resolution alone. As a base, it could give the class another layout than the user's, and a
+    module could not get it.
+    """
+
+    def __init_subclass__(cls: Any) -> None:
+        register = inspect.getattr_static(nnx.Pytree, "__init_subclass__").__func__
+        register(cls, pytree=cls._pytree__is_pytree)
+
+
+@functools.cache
+def _metaclass(kind: type) -> Any:
+    """A metaclass like another, whose classes are pickled by what they were made from."""
+
+    def mro(cls: type) -> list[type]:
+        first, *rest = type.mro(cls)
+        return [first, _Unseen, *rest]
+
+    new = type(kind.__name__, (kind,), {"__module__": kind.__module__, "mro": mro})
+    copyreg.pickle(new, lambda cls: (subclass, (_ORIGINAL[cls][0], *_ORIGINAL[cls][1])))  # type: ignore[arg-type]
     return new
 
 

@@ -10,8 +10,8 @@ from jpeft.binding import bind
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.tree import Tree
-from jpeft.frontends import front_end
-from jpeft.nnx.module import Plain, adapted_module
+from jpeft.nnx.frontend import NnxFrontEnd
+from jpeft.nnx.module import adapted_module
 from jpeft.nnx.peft import NnxPeft
 
 
@@ -59,12 +59,14 @@ def attach(
     >>> sorted(peft.adapter(tuned)["layers"]["0"])
     ['lora_a', 'lora_b']
     """
+    if not isinstance(model, nnx.Module) or not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"attach takes a nnx.Module and rngs=nnx.Rngs(...), got a {type(model).__name__} and a {type(rngs).__name__}"
+        )
     peft = method if isinstance(method, Peft) else bind(method, model, *inputs, **kwargs)
     if not isinstance(peft, NnxPeft):
         raise TypeError(f"this Peft is bound to a {type(peft.model).__name__}, not to a flax.nnx Module")
-    if front_end(model).kept(model) != peft.model:
-        raise ValueError(f"this Peft is bound to another model than this {type(model).__name__}: bind the method again")
-    _, params, rest = nnx.split(model, nnx.Param, ...)
-    if adapter is None:
-        adapter = peft.init(rngs.params(), params, statistics)
-    return adapted_module(peft, cast(Plain, peft.frontend), params, adapter, rest=rest, rngs=rngs), peft
+    now = cast(NnxFrontEnd, peft.frontend).now(model)
+    params = peft.frontend.tree(model)
+    adapter = peft.init(rngs.params(), params, statistics) if adapter is None else adapter
+    return adapted_module(peft, now, params, adapter, rngs=rngs), peft

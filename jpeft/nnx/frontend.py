@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +18,7 @@ from jpeft.checks import shown
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.sites import Survey
-from jpeft.core.tree import Path, Tree, combine, flatten, is_array, join
+from jpeft.core.tree import Path, Tree, abstract_array, combine, flatten, is_array, join
 from jpeft.nnx import checks
 from jpeft.nnx.embedding_shift import shift_embedding, with_shift
 from jpeft.nnx.module import adapted_module, check_plain, of_own_classes, readable
@@ -225,7 +224,7 @@ def _intercepting(peft: Peft) -> Iterator[None]:
 
 
 def _abstract(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) if is_array(x) else x
+    return abstract_array(x) if is_array(x) else x
 
 
 def _check_inputs(model: nnx.Module, inputs: tuple[Any, ...]) -> None:

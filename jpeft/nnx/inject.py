@@ -21,7 +21,7 @@ from jpeft.core.dataflow.replace import Change, evaluate
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
 from jpeft.core.method import Leaves
-from jpeft.core.operation import Active
+from jpeft.core.operation import Active, whole_geometry
 from jpeft.core.quantized import Quantized, dequantize_leaf
 from jpeft.core.signatures import by_position, owner_of, signature_of
 from jpeft.core.sites import Site, without_stack
@@ -32,7 +32,7 @@ from jpeft.nnx.dropout import draw, dropout
 from jpeft.nnx.state import copied, raw, variables
 from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
 
-CHANGES = "jpeft"  # the attribute of a module that holds its `Changes`
+CHANGES = "jpeft_changes"  # the attribute of a module that holds its `Changes`
 
 
 class Token:
@@ -52,6 +52,8 @@ class Read:
       bias: name of the bias beside it, or None.
       actions: the actions that merge into the two; none for a weight that is only dequantized or cast.
       dtype: the dtype in which it is read, for one that trains in another.
+      fused: whether the actions change calls of the module. It is merged where the model reads it outside of these,
+        as in a method that it was not bound with.
     """
 
     leaf: str
@@ -59,9 +61,10 @@ class Read:
     bias: str | None = None
     actions: tuple[Action, ...] = ()
     dtype: Any = None
+    fused: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Changes:
     """What is changed in a module: a static attribute, and so part of the graphdef and of the key of every cache.
 
@@ -76,6 +79,9 @@ class Changes:
     reads: tuple[Read, ...] = ()
     token: Token | None = None
     added: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<{', '.join(dict.fromkeys(action.method.name for action in self.actions)) or 'changed'}>"
 
     @property
     def holds_adapter(self) -> bool:
@@ -241,6 +247,34 @@ class _Rewritten:
         return arrays
 
 
+# The calls of modules that run, and the weights that the actions change in each.
+_calls: contextvars.ContextVar[tuple[tuple[Changes, Collection[str]], ...]] = contextvars.ContextVar(
+    "calls", default=()
+)
+
+
+@contextlib.contextmanager
+def _calling(changes: Changes, call: _NnxCall) -> Iterator[None]:
+    """A context in which the module reads the weights that the actions change in its call as they are."""
+    weights = {
+        action.site.leaf
+        for action in changes.actions
+        if action.site.kind == "weight"
+        and (call.name in calls if (calls := whole_geometry(action.site).calls) else call.factory is not None)
+    }
+    token = _calls.set((*_calls.get(), (changes, weights)))
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+
+
+def _is_outside(changes: Changes, how: Read) -> bool:
+    """Whether the model runs, and reads a weight outside of the calls that change it."""
+    running = _calls.get()
+    return bool(running) and not any(how.weight in weights and own == changes for own, weights in running)
+
+
 def run(module: Any, function: Callable[..., Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a method of a module under the actions on it."""
     changes: Changes = vars(module)[CHANGES]
@@ -248,10 +282,11 @@ def run(module: Any, function: Callable[..., Any], method: str, args: tuple[Any,
     with _run_root(module, function, args, kwargs):
         args, kwargs = by_position(plain, module, args, kwargs)
         call = _NnxCall(function, args, kwargs, module, method, owner_of(plain))
-        if not changes.actions:
-            return unchanged(call)
-        active = [_active(module, action) for action in changes.actions]
-        return run_call(call, active, functools.partial(dropout, module))
+        with _calling(changes, call):
+            if not changes.actions:
+                return unchanged(call)
+            active = [_active(module, action) for action in changes.actions]
+            return run_call(call, active, functools.partial(dropout, module))
 
 
 def _active(module: Any, action: Action) -> Active:
@@ -284,9 +319,11 @@ def read(module: Any, name: str) -> Any:
     """What a module reads as an attribute whose reading is changed: for a Variable, another with the changed value."""
     if name == attention.ATTENTION_FN:
         return attention.read_attention_fn(module)
-    variable = vars(module)[name]
-    how = vars(module)[CHANGES].read(name)
-    return variable.replace(_merged(module, how) if how is not None and how.actions else _plain_value(module, name))
+    variable, changes = vars(module)[name], vars(module)[CHANGES]
+    how = changes.read(name)
+    is_merged = how is not None and how.actions and (not how.fused or _is_outside(changes, how))
+    value = _merged(module, how) if is_merged else _plain_value(module, name)
+    return variable if value is raw(variable) else variable.replace(value)
 
 
 def _merged(module: Any, how: Read) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jpeft.core.actions import Action, by_weight, merge_stored
@@ -96,6 +97,7 @@ class _Builder:
                 self.hold(action)
         for path, actions in by_weight(peft.actions, (BOX,)).items():
             self.box(path, actions)
+        self.guard()
         self.quantized()
         has_dropout = [a for a in peft.actions if a.method.input_dropout]
         if dropout is not None or rngs is not None:
@@ -170,6 +172,19 @@ class _Builder:
             for name in names.values():
                 self.reads.setdefault(own, []).append(Read(name, weight, beside, tuple(actions)))
 
+    def guard(self) -> None:
+        """Has weights that actions change in calls merged where the model reads them outside of these."""
+        for path, actions in self.actions.items():
+            known = {how.leaf for how in self.reads.get(path, ())}
+            for leaf in dict.fromkeys(a.site.leaf for a in actions if a.site.kind == "weight"):
+                own = tuple(a for a in actions if a.site.kind == "weight" and a.site.leaf == leaf)
+                if leaf in known or not all(a.mergeable for a in own):
+                    continue
+                bias = own[0].site.bias_path
+                names = [leaf, *([bias[-1]] if bias and any(a.changes_bias for a in own) else [])]
+                reads = [Read(name, leaf, bias[-1] if bias else None, own, fused=True) for name in names]
+                self.reads.setdefault(path, []).extend(reads)
+
     def quantized(self) -> None:
         """Has quantized weights dequantized as they are read."""
         for path, module in self.modules.items():
@@ -202,7 +217,7 @@ class _Builder:
 
     def change(self, token: Token | None, needs_root: bool) -> None:
         """Gives the modules their classes, and what these need."""
-        changed = {*self.actions, *self.reads, *self.added} | ({()} if needs_root else set())
+        changed = {*self.actions, *self.reads, *self.added, ()}  # the root, so that its modules find that it runs
         for path in changed:
             module, actions, reads = self.modules[path], self.actions.get(path, ()), self.reads.get(path, ())
             uses_token = (
@@ -277,7 +292,7 @@ def adapter_variables(peft: Peft, model: Any) -> dict[Path, nnx.Variable]:
     Raises:
       ValueError: the module holds no adapter of this Peft.
     """
-    held = dict(modules(model))
+    held, shapes = dict(modules(model)), {path: shape for path, (shape, _) in peft.structure}
     out: dict[Path, nnx.Variable] = {}
     places: dict[Path, tuple[Path, str]] = {p: ((), f"jpeft_{p[0]}_{p[1]}") for p in peft.shared_paths}
     for action in peft.actions:
@@ -287,10 +302,12 @@ def adapter_variables(peft: Peft, model: Any) -> dict[Path, nnx.Variable]:
     for path, (owner, name) in places.items():
         module = held.get(owner)
         variable = vars(module).get(name) if module is not None else None
-        if not isinstance(variable, (AdapterParam, FrozenAdapterParam)):
+        shape = shapes[path]
+        fits = isinstance(variable, (AdapterParam, FrozenAdapterParam))
+        if not fits or np.shape(raw(variable))[-len(shape) :] != shape:  # several that are stacked have an axis more
             raise ValueError(
-                f"this {type(model).__name__} has no leaf {join(path)!r} of {peft.method.name}; give a module that "
-                "jpeft.nnx.attach made with this Peft"
+                f"this {type(model).__name__} has no leaf {join(path)!r} of {peft.method.name} with shape {shape}; give "
+                "a module that jpeft.nnx.attach made with this Peft"
             )
         out[path] = variable
     return out

@@ -16,9 +16,16 @@ from jpeft.nnx.module import adapter_variables, without_adapter
 class NnxPeft(Peft):
     """A method bound to an NNX model. ``params`` are a ``nnx.State``, nested mappings or a module, everywhere.
 
-    `Peft.apply` also takes ``rest`` (state that is no parameter, by default as it was when the method was bound),
-    ``mutable`` (True returns ``(y, rest)``), ``rngs`` (a key for the adapter's dropout, or ``{"dropout": key}``) and
-    ``method``.
+    `Peft.apply` runs a state or mappings in the model as it was when the method was bound. A module runs as it is now:
+    in the mode of its ``train()`` or ``eval()``, with its own other state. It must have the modules and parameters that
+    were bound, and is never changed. `Peft.apply` also takes
+
+    - ``rest``: state that is no parameter, ``nnx.state(model, nnx.Not(nnx.Param))``. By default it is that of a module,
+      or what lies beside the parameters, or as it was when the method was bound.
+    - ``mutable``: True returns ``(y, rest)``.
+    - ``rngs``: a ``nnx.Rngs``, a key, or ``{"dropout": key}`` for the adapter's dropout. A model whose method has an
+      argument ``rngs`` gets it too.
+    - ``method``: the name of the model's method.
     """
 
     def adapter(self, model: nnx.Module) -> dict[str, Any]:
