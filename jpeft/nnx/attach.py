@@ -60,9 +60,8 @@ def attach(
     ['lora_a', 'lora_b']
     """
     if not isinstance(model, nnx.Module) or not isinstance(rngs, nnx.Rngs):
-        raise TypeError(
-            f"attach takes a nnx.Module and rngs=nnx.Rngs(...), got a {type(model).__name__} and a {type(rngs).__name__}"
-        )
+        given = f"a {type(model).__name__} and a {type(rngs).__name__}"
+        raise TypeError(f"attach takes a nnx.Module and rngs=nnx.Rngs(...), got {given}")
     peft = method if isinstance(method, Peft) else bind(method, model, *inputs, **kwargs)
     if not isinstance(peft, NnxPeft):
         raise TypeError(f"this Peft is bound to a {type(peft.model).__name__}, not to a flax.nnx Module")

@@ -19,7 +19,7 @@ from jpeft.nnx import attention
 from jpeft.nnx.adapted import methods_of, original, subclass
 from jpeft.nnx.dropout import KEY, RNGS, key_data
 from jpeft.nnx.inject import CHANGES, ROOT, Changes, Read, Root, Token, read, run
-from jpeft.nnx.state import become, copied, modules, put, raw, remove, sharding_names, to_tree, variables
+from jpeft.nnx.state import become, copied, is_opaque, modules, put, raw, remove, sharding_names, to_tree, variables
 from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
 
 
@@ -217,7 +217,9 @@ class _Builder:
 
     def change(self, token: Token | None, needs_root: bool) -> None:
         """Gives the modules their classes, and what these need."""
-        changed = {*self.actions, *self.reads, *self.added, ()}  # the root, so that its modules find that it runs
+        changed = {*self.actions, *self.reads, *self.added}
+        if not is_opaque(self.model):  # so that its modules find that it runs
+            changed.add(())
         for path in changed:
             module, actions, reads = self.modules[path], self.actions.get(path, ()), self.reads.get(path, ())
             uses_token = (
@@ -306,8 +308,8 @@ def adapter_variables(peft: Peft, model: Any) -> dict[Path, nnx.Variable]:
         fits = isinstance(variable, (AdapterParam, FrozenAdapterParam))
         if not fits or np.shape(raw(variable))[-len(shape) :] != shape:  # several that are stacked have an axis more
             raise ValueError(
-                f"this {type(model).__name__} has no leaf {join(path)!r} of {peft.method.name} with shape {shape}; give "
-                "a module that jpeft.nnx.attach made with this Peft"
+                f"this {type(model).__name__} has no leaf {join(path)!r} of {peft.method.name} with shape {shape}; "
+                "give a module that jpeft.nnx.attach made with this Peft"
             )
         out[path] = variable
     return out

@@ -115,6 +115,11 @@ def modules(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
     yield from sorted(found, key=lambda pair: len(pair[0]))
 
 
+def is_opaque(module: nnx.Module) -> bool:
+    """Whether a module takes no attributes: it gives all of its own to a Linen module. Its weights can be merged."""
+    return isinstance(module, nnx.bridge.ToNNX)
+
+
 def variables(module: nnx.Module) -> dict[str, nnx.Variable]:
     """The Variables that are attributes of a module, by name, behind any property of its class."""
     return {name: value for name, value in vars(module).items() if isinstance(value, nnx.Variable)}

@@ -24,7 +24,7 @@ from jpeft.core.survey import LeafRecord, Record
 from jpeft.core.tree import Path, flatten, split_arrays
 from jpeft.nnx import attention, layers
 from jpeft.nnx.adapted import methods_of, original, subclass
-from jpeft.nnx.state import become, copied, modules, put, raw, to_state, to_tree, variables
+from jpeft.nnx.state import become, copied, is_opaque, modules, put, raw, to_state, to_tree, variables
 
 WATCH = "jpeft_watch"
 TRIAL = "jpeft_trial_"  # prefix of the arrays that a property returns while it is tried whether the model reads those
@@ -114,7 +114,7 @@ def _watch_all(model: nnx.Module, record: Record, read: Mapping[Path, Any]) -> N
     """
     holders = {id(variable): x for path, x in read.items() for variable in _at(model, path)}
     for path, module in modules(model):
-        if isinstance(module, nnx.bridge.ToNNX):  # gives all its attributes to a Linen module
+        if is_opaque(module):
             continue
         own = {name: holders[id(v)] for name, v in variables(module).items() if id(v) in holders}
         for name, value in own.items():
