@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "jpeft.hf",
         "jpeft.core.interchange",
     ),
+    "NNX": ("jpeft.nnx", "jpeft.qwix"),
     "Training": (
         "jpeft.training.step",
         "jpeft.training.observe",
@@ -73,8 +74,8 @@ _ONLY = {
     "jpeft.core.method": ("Linear",),
 }
 _INTRODUCTION = """\
-Every public name, from its docstring. `import jpeft` gives what is listed first, and `jpeft.hf`, `jpeft.models` and
-`jpeft.methods`; the other modules are imported by name. Everything else in the package may change."""
+Every public name, from its docstring. `import jpeft` gives what is listed first, and `jpeft.hf`, `jpeft.models`,
+`jpeft.methods` and `jpeft.nnx`; the other modules are imported by name. Everything else in the package may change."""
 
 
 def top_level() -> dict[str, Any]:

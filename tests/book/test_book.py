@@ -69,7 +69,7 @@ def test_every_public_name_of_the_package_has_its_page():
         assert documented(f"jpeft.{name}") == [f"reference/api/jpeft.{name}.rst"], name
 
 
-PACKAGES = ("hf", "models", "methods", "planning", "quantization", "core.geometry")
+PACKAGES = ("hf", "models", "methods", "nnx", "planning", "quantization", "core.geometry")
 
 
 @pytest.mark.parametrize("package", [f"jpeft.{name}" for name in PACKAGES])
