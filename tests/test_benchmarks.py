@@ -1,5 +1,5 @@
 """`benchmarks/gpu.py` on a CPU: its cases, limits and tables, and the whole script with jax, flax and optax alone; and
-`benchmarks/methods.py` on tiny models."""
+`benchmarks/methods.py` and `benchmarks/nnx.py` on tiny models."""
 
 import importlib
 import json
@@ -119,6 +119,28 @@ def test_every_method_is_measured(scripts, tmp_path):
         for name, row in rows.items():
             in_torch = name in specs and not (name in causal and model == "encoder")
             assert "missing" in row or "torch" in row or not in_torch, name
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of qwix and tunix
+@pytest.mark.parametrize("model", ["own", pytest.param("tunix", marks=pytest.mark.exhaustive)])
+def test_steps_of_nnx_models_compute_the_same(scripts, tmp_path, capsys, model):
+    pytest.importorskip("qwix")
+    file = tmp_path / "nnx.json"
+    with jax.numpy_dtype_promotion("standard"):  # for optax, qwix and tunix
+        scripts("nnx").main(["--tiny", "--rounds", "1", "--models", model, "--json", str(file)])
+    rows = json.loads(file.read_text())["models"][model]
+    assert list(rows) == ["full", "functional", "attached", "qwix", *(["wrappers"] if model == "own" else [])]
+    losses = {name: row["loss"] for name, row in rows.items()}
+    base, theirs = losses.pop("full"), losses["qwix"]
+    assert abs(base - theirs) > 1e-3  # the adapter changes the model, and is the same in all
+    assert losses == {name: pytest.approx(theirs, abs=1e-5) for name in losses}
+    ours = rows["functional"]
+    assert rows["attached"]["relative"]["flops"] == pytest.approx(ours["relative"]["flops"], rel=1e-3)
+    assert ours["relative"]["flops"] < rows["qwix"]["relative"]["flops"] == 1 < rows["full"]["relative"]["flops"]
+    head, _, _, functional, *_ = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    row = dict(zip(map(str.strip, head), map(str.strip, functional), strict=True))
+    assert row["temporaries MiB"] == f"{ours['temporary_bytes'] / 2**20:.1f}" and float(row["set up s"]) > 0
 
 
 def unit_record(quality, method, side, hits):
