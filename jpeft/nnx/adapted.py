@@ -10,7 +10,7 @@ import copyreg
 import functools
 import inspect
 from abc import ABCMeta
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import nnx
@@ -82,15 +82,11 @@ def _metaclass(kind: type) -> Any:
 
 def _reduce(self: Any) -> Any:
     cls, key = _ORIGINAL[type(self)]
-    return _empty, (cls, *key), dict(vars(self)), None, None, _restore
+    return _empty, (cls, *key), self.__getstate__()
 
 
 def _empty(cls: type, *key: Any) -> Any:
     return object.__new__(subclass(cls, *key))
-
-
-def _restore(module: Any, attributes: Mapping[str, Any]) -> None:
-    vars(module).update(attributes)
 
 
 def _set_key(self: Any, key: Any, value: Any) -> None:

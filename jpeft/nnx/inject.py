@@ -81,7 +81,8 @@ class Changes:
     added: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<{', '.join(dict.fromkeys(action.method.name for action in self.actions)) or 'changed'}>"
+        actions = (*self.actions, *(action for how in self.reads for action in how.actions))
+        return f"<{', '.join(dict.fromkeys(action.method.name for action in actions)) or 'changed'}>"
 
     @property
     def holds_adapter(self) -> bool:

@@ -51,7 +51,7 @@ def survey(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     call = _AbstractCall(model, inputs, dict(kwargs), method)
     record, plain = call.trace()
-    record.flow = walk(plain, list(record.leaves), {number: c.path for number, c in record.calls.items()})
+    record.flow = walk(plain, list(record.leaves), {number: c.path for number, c in record.calls.items()}, indexed=True)
     record.scopes = {path: _whole_stack(record, path, axes) for path, axes in record.flow.slices.items()}
     return record.survey(boxable=functools.partial(_boxable, call, plain))
 
