@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from jpeft.core.tree import Path, Tree, flatten, is_array, join, nearest
+from jpeft.core.tree import Path, Tree, flatten, is_array, join, nearest, peek
 
 Shapes = Mapping[Path, tuple[tuple[int, ...], str]]  # shape and dtype of each leaf
 
@@ -50,7 +50,7 @@ def check_order(own: Shapes, weight: Path | None, params: Tree, adapter: Tree, c
 def _check_values(tree: Tree, what: str, call: str) -> None:
     leaves = flatten(tree) if isinstance(tree, Mapping) else {}
     for path, leaf in leaves.items():
-        if isinstance(meta.unbox(leaf), jax.ShapeDtypeStruct):
+        if isinstance(peek(leaf), jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{call}: {what} have an abstract array at {join(path)!r}; give arrays, or trace the call with "
                 "jax.eval_shape"

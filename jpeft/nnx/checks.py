@@ -142,8 +142,8 @@ def dropout_key(peft: Peft, rngs: Any) -> Any:
     """
     if isinstance(rngs, nnx.Rngs):
         return rngs.dropout() if any(action.method.input_dropout for action in peft.actions) else None
-    key = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
-    typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if key is not None and not typed and not (is_array(key) and key.dtype == jnp.uint32 and np.ndim(key) == 1):
+    key: Any = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
+    is_typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key is not None and not is_typed and not (is_array(key) and key.dtype == jnp.uint32 and np.ndim(key) == 1):
         raise TypeError(f"rngs must be a nnx.Rngs, a PRNG key or {{'dropout': key}}, got {shown(rngs)}")
     return key

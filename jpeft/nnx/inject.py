@@ -322,8 +322,9 @@ def read(module: Any, name: str) -> Any:
         return attention.read_attention_fn(module)
     variable, changes = vars(module)[name], vars(module)[CHANGES]
     how = changes.read(name)
-    is_merged = how is not None and how.actions and (not how.fused or _is_outside(changes, how))
-    value = _merged(module, how) if is_merged else _plain_value(module, name)
+    if how is not None and how.actions and (not how.fused or _is_outside(changes, how)):
+        return variable.replace(_merged(module, how))
+    value = _plain_value(module, name)
     return variable if value is raw(variable) else variable.replace(value)
 
 
