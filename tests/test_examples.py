@@ -82,6 +82,8 @@ def test_the_quickstart_of_the_readme_ends_with_merged_equal_to_unmerged(tmp_pat
     assert "assert_allclose(merged, peft.apply(" in code.strip().splitlines()[-1]
     exec(code, scope)
     assert int(scope["state"].step) == 100 and float(scope["metrics"]["loss"]) < 0.1
+    assert isinstance(scope["peft"], jpeft.nnx.NnxPeft)  # the half for NNX, which takes one step
+    assert abs(scope["merged"] - scope["net"](scope["x"])).max() > 1e-3
     assert not any(tmp_path.iterdir())
 
 
