@@ -26,7 +26,8 @@ def front_end(model: Any) -> FrontEnd:
 
     if LINEN.accepts(model):
         return LINEN
-    hint = "; bind its .module" if LINEN.accepts(getattr(model, "module", None)) else ""
+    hint = "; a function of parameters takes method.bind_function(fn, params, *inputs)" if callable(model) else ""
+    hint = "; bind its .module" if LINEN.accepts(getattr(model, "module", None)) else hint
     raise TypeError(f"model must be {LINEN.accepted} or a flax.nnx Module, got {type(model).__name__}{hint}")
 
 
