@@ -103,7 +103,7 @@ def test_functions_of_any_pytree(method):
     close(y, fn(merged, x).sum(), 1e-5)
     assert differ(y, fn(layers, x).sum())
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-    with pytest.raises(TypeError, match="got function; a function of parameters takes method.bind_function"):
+    with pytest.raises(TypeError, match=r"got function; a function of parameters takes method\.bind_function"):
         METHODS[method].bind(fn, layers, x)
     again = METHODS[method].bind_function(fn, layers)  # without inputs, weights are as they are stored
     assert method == "BitFit" or {s.inputs for s in again.sites} == {8, 3}
