@@ -39,7 +39,8 @@ def export(peft: Peft, adapter: Tree, like: Tree) -> dict[str, Any]:
         of the weight in an einsum, and two in any other product.
 
     Returns:
-      Nested dicts with ``<weight>_lora_a`` and ``<weight>_lora_b`` in the shapes of ``like``.
+      Nested dicts with ``<weight>_lora_a`` and ``<weight>_lora_b`` in the shapes of ``like``, and with its keys:
+      ``nnx.update(model, tree)`` takes them.
 
     Raises:
       ValueError: another method, a start that is carried, a weight that ``like`` has no factors for, or has them in
@@ -60,7 +61,15 @@ def export(peft: Peft, adapter: Tree, like: Tree) -> dict[str, Any]:
                 has = f"has it in shape {theirs[place]}" if place in theirs else "lacks it"
                 raise ValueError(f"{join(place)!r} has shape {x.shape} here; like {has}")
             out[place] = _reshaped(x, theirs[place], action.site)
-    return unflatten(out)
+    return _keyed_like(unflatten(out), like)
+
+
+def _keyed_like(tree: Any, like: Any) -> Any:
+    """Nested dicts with the keys of ``like``, which are numbers for the modules of a list."""
+    if not isinstance(tree, dict) or not isinstance(like, Mapping):
+        return tree
+    own = {str(key): key for key in like}
+    return {own[name]: _keyed_like(child, like[own[name]]) for name, child in tree.items()}
 
 
 def _reshaped(x: jax.Array, shape: tuple[int, ...], site: Site) -> jax.Array:
