@@ -190,7 +190,10 @@ def _weight_site(record: Record, path: Path) -> Site | None:
     calls = [_name_of(record, use) for use in uses]
     geometry = registered or traced(name, shape, uses, calls) or traced_table(name, shape, uses, calls)
     if geometry is None or any(use.call is None for use in uses) or owner in record.flow.transformed:
-        geometry = record.declared.get(path) or (Raw(leaf=name, shape=shape) if len(shape) >= 2 and uses else None)
+        declared = record.declared.get(path)
+        if record.shapes.get(path, shape) != shape:  # its module sees another array, which tells nothing of this one
+            declared, shape, stack = None, leaf.shape, ()
+        geometry = declared or (Raw(leaf=name, shape=shape) if len(shape) >= 2 and uses else None)
         if geometry is None:
             return None
         via = MERGE if owner in record.flow.transformed else BOX

@@ -66,8 +66,8 @@ def _merge(peft: Peft, base: dict[Path, Any], leaves: Mapping[Path, Any], statef
         site = actions[0].site
         if stateful:
             raise ValueError(
-                f"{join(path)!r} is read through no attribute of its module, so that its change cannot be computed as "
-                f"it is read; use peft.apply, or leave it out with exclude=[{site.name!r}]"
+                f"{join(path)!r} is not read as it is, as an attribute of its module, so that its change cannot be "
+                f"computed where it is read; use peft.apply, or leave it out with exclude=[{site.name!r}]"
             )
         if isinstance(base[path], Quantized):
             raise ValueError(unreadable(path, base[path]))

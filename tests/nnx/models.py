@@ -104,6 +104,10 @@ class Attention(nnx.Module):
         return self.attn(x, mask=nnx.make_causal_mask(x[..., 0]))
 
 
+# Functions of stacked weights after which it cannot be told which layer is where.
+OPAQUE = {"rolled": lambda w: jnp.roll(w, 1, 0), "scaled": lambda w: w * 1.5, "every second": lambda w: w[::2]}
+
+
 class Stack(nnx.Module):
     """Layers in a list, or stacked and run by a scan."""
 
@@ -150,8 +154,29 @@ class Stack(nnx.Module):
         def step(x, states):
             return nnx.merge(graphdef, *states)(x), None
 
+        states, count = (params, rest), jax.tree.leaves(params)[0].shape[0]
+
+        def layer(i):
+            return jax.tree.map(lambda x: x[i], states)
+
+        if self.how == "indexed, loop":
+            for i in range(count):
+                x, _ = step(x, layer(i))
+            return x
+        if self.how == "indexed, fori_loop":
+            return jax.lax.fori_loop(0, count, lambda i, x: step(x, layer(i))[0], x)
+        if self.how == "indexed, lax.scan":
+            return jax.lax.scan(lambda x, i: step(x, layer(i)), x, jnp.arange(count))[0]
+        if self.how == "indexed, in two parts":
+            x, _ = jax.lax.scan(step, x, layer(slice(1)))
+            return jax.lax.scan(step, x, layer(slice(1, None)))[0]
+        if self.how == "indexed, in another order":
+            states = layer(jnp.array([2, 0, 1]))
+        if self.how in OPAQUE:
+            params = jax.tree.map(OPAQUE[self.how], params)
+            return jax.lax.scan(lambda x, params: step(x, (params, layer(0)[1])), x, params)[0]
         step = jax.checkpoint(step) if "remat" in self.how else step
-        return jax.lax.scan(step, x, (params, rest))[0]
+        return jax.lax.scan(step, x, states)[0]
 
 
 def rngs(seed=0):
@@ -181,7 +206,8 @@ LAYERS = {
 BOXED = {"a shared Variable": (lambda: Tied(rngs()), TOKENS)}
 HOW = (
     "loop", "loop, transforms", "nnx.scan", "nnx.scan, remat", "nnx.scan, axes", "lax.scan", "lax.scan, remat",
-    "lax.scan, axis 1",
+    "lax.scan, axis 1", "indexed, loop", "indexed, fori_loop", "indexed, lax.scan", "indexed, in two parts",
+    "indexed, in another order",
 )  # fmt: skip
 STACKS = {how: (lambda how=how: Stack(rngs(), how), X) for how in HOW}
 # As many layers as the layers are wide: shapes alone do not tell which axis is which.

@@ -71,6 +71,21 @@ def test_functional_stateful_and_merged_are_one_model(name):
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
+@pytest.mark.parametrize("how", models.OPAQUE)
+def test_weights_that_are_changed_before_their_layers_run_are_merged(how):
+    model = Stack(rngs(), how)
+    peft, params = LORA.bind(model, X), nnx.state(model, nnx.Param)
+    assert {(site.via, site.stored[0]) for site in peft.sites} == {("merge", 3)}
+    adapter = moved(peft, params)
+    y = jax.jit(peft.apply)(params, adapter, X)
+    close(y, peft.merge(model, adapter)(X))
+    assert differ(y, model(X))
+    with pytest.raises(
+        ValueError, match=r"'layers/down' is not read as it is.*; use peft\.apply, or leave it out with exclude"
+    ):
+        jpeft.nnx.attach(model, peft, rngs=rngs())
+
+
 METHODS = {
     "Bottleneck": jpeft.Bottleneck(targets=r".*layers/up", reduction=4),
     "BitFit": jpeft.BitFit(),

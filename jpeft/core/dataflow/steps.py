@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,6 +40,41 @@ def step(eqn: Any, view: View) -> tuple[View | None, ...]:
     if name == "rev":
         return (View(view.axes, view.fixed, True),)
     return (None,) * len(eqn.outvars)
+
+
+def taken(eqn: Any, view: View) -> tuple[View, tuple[int, ...]] | None:
+    """The output of an equation that takes one or more places of one axis of a stored array, and all of the others.
+
+    The places are not told apart: the axis becomes one of so many places, of one atom even if that is a single place.
+
+    Returns:
+      The view and, if the axis is gone, the axis of the stored array that it was; None for any other equation.
+    """
+    name, p, shape = eqn.primitive.name, eqn.params, view.shape
+    if name == "slice" and (p["strides"] is None or set(p["strides"]) == {1}):
+        sizes = [stop - start for start, stop in zip(p["start_indices"], p["limit_indices"], strict=True)]
+    elif name in ("dynamic_slice", "gather"):
+        sizes = list(p["slice_sizes"])
+    else:
+        return None
+    changed = [i for i, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
+    if len(changed) != 1 or len(atoms := view.axes[changed[0]]) != 1:
+        return None
+    (place,), atom = changed, atoms[0]
+    axes = list(view.axes)
+    if name != "gather":
+        axes[place] = (replace(atom, size=sizes[place]),)
+        return replace(view, axes=tuple(axes)), ()
+    numbers, out = p["dimension_numbers"], eqn.outvars[0].aval.shape
+    if not tuple(numbers.start_index_map) == tuple(numbers.collapsed_slice_dims) == (place,) or sizes[place] != 1:
+        return None
+    axes.pop(place)
+    batch = [i for i in range(len(out)) if i not in numbers.offset_dims]
+    if len(batch) > 1:
+        return None
+    for i in batch:
+        axes.insert(i, (replace(atom, size=out[i]),))
+    return replace(view, axes=tuple(axes)), () if batch else (atom.axis,)
 
 
 def _split(view: View, sizes: Sequence[int], axis: int) -> tuple[View | None, ...]:

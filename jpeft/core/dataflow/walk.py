@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.marks import mark_p
-from jpeft.core.dataflow.steps import product, step
+from jpeft.core.dataflow.steps import product, step, taken
 from jpeft.core.dataflow.views import DOT, OTHER, VMAPPED, Atom, Axis, Product, Use, View
 from jpeft.core.tree import Path
 
@@ -30,8 +30,8 @@ class Flow:
       uses: the uses of each parameter.
       transformed: scopes that see another value of a parameter than the stored one (`nn.map_variables`).
       returned: the calls whose output is an output of the model that nothing else consumes.
-      slices: for each module, the axes that scans and vmaps around its calls took off its parameters, outermost first,
-        each as one of the axes that were left by then.
+      slices: for each module, the axes that scans, vmaps and indices around its calls took off its parameters,
+        outermost first, each as one of the axes that were left by then.
     """
 
     uses: dict[Path, list[Use]] = field(default_factory=dict)
@@ -40,17 +40,20 @@ class Flow:
     slices: dict[Path, tuple[int, ...]] = field(default_factory=dict)
 
 
-def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Path]) -> Flow:
+def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Path], *, indexed: bool = False) -> Flow:
     """The uses of parameters.
 
     Args:
       jaxpr: a jaxpr whose first inputs are the parameters.
       paths: path of each parameter.
       scopes: the path of the module of each call that `marks` bracket, by number.
+      indexed: whether a parameter of which the module sees one place along an axis is a stack, as if a scan had taken
+        the axis off. Otherwise it is another function of the parameter.
     """
-    walker = _Walker(scopes)
+    walker = _Walker(scopes, indexed)
     frame = _Frame(jaxpr, None, None)
     for path, var in zip(paths, jaxpr.invars, strict=False):
+        walker.stored[path] = var.aval.shape
         frame.weights[var] = _Weight(path, View.of(var.aval.shape))
     walker.run(frame)
     return walker.flow
@@ -64,7 +67,7 @@ class _Weight:
       path: the parameter's path.
       view: the view.
       calls: the calls of its module that all steps of the view lie in; None before the first step.
-      sliced: the axes that scans took off, outermost first.
+      sliced: the axes that scans and indices took off, outermost first.
     """
 
     path: Path
@@ -133,8 +136,9 @@ class _Frame:
 
 
 class _Walker:
-    def __init__(self, scopes: Mapping[int, Path]):
-        self.scopes, self.flow = scopes, Flow()
+    def __init__(self, scopes: Mapping[int, Path], indexed: bool):
+        self.scopes, self.indexed, self.flow = scopes, indexed, Flow()
+        self.stored: dict[Path, tuple[int, ...]] = {}
         self.open: list[tuple[int, int]] = []  # (call, level), outermost first
         self.level = 0
         self.pending: list[tuple[Use, _Frame, Any]] = []
@@ -183,7 +187,7 @@ class _Walker:
         """Checks that a module's own parameter is the stored one, and starts its views anew."""
         path, view = (*scope, name), _unbatched(var.aval.shape, dims, "w")
         stored = frame.weights.get(var)
-        if stored is None or stored.path != path or not _is_whole(stored.view, view):
+        if stored is None or stored.path != path or not _is_whole(stored.view, view, self.stored[path]):
             self.flow.transformed.add(scope)
         else:
             frame.weights[var] = _Weight(path, view, sliced=stored.sliced)
@@ -231,6 +235,8 @@ class _Walker:
 
     def weight(self, frame: _Frame, eqn: Any, index: int, weight: _Weight) -> None:
         """A step of a view of a parameter, or a use of it."""
+        if self.indexed and index == 0 and not self.calls_of(weight) and self.index(frame, eqn, weight):
+            return
         views = step(eqn, weight.view) if index == 0 else (None,)
         seen = [view for view in views if view is not None]
         if len(seen) == len(views):
@@ -243,6 +249,18 @@ class _Walker:
         if found.kind != OTHER and use.call is not None:
             frame.data[eqn.outvars[0]] = _Data(_output_view(eqn, use), use.call, use)
             self.pending.append((use, frame, eqn.outvars[0]))
+
+    def index(self, frame: _Frame, eqn: Any, weight: _Weight) -> bool:
+        """Whether an equation outside of the calls of a parameter's module takes places of a stacked axis, or it off."""
+        view, axis = taken(eqn, weight.view) or (None, ())
+        if eqn.primitive.name == "squeeze":
+            dims = [d % len(weight.view.axes) for d in eqn.params["dimensions"]]
+            view, axis = weight.view.squeeze(dims), tuple(a.axis for d in dims for a in weight.view.axes[d])
+        if view is None:
+            return False
+        sliced = (*weight.sliced, *axis)
+        frame.weights[eqn.outvars[0]] = dataclasses.replace(weight, view=view, calls=(), sliced=sliced)
+        return True
 
     def use(self, frame: _Frame, weight: _Weight, found: Product, operand: Any) -> Use:
         """Records a use."""
@@ -392,15 +410,16 @@ def _relative(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis - sum(other < axis for other in axes[:i]) for i, axis in enumerate(axes))
 
 
-def _is_whole(stored: View, seen: View) -> bool:
-    """Whether a module sees a stored parameter without stacked axes, in the order in which it is stored."""
+def _is_whole(stored: View, seen: View, shape: Sequence[int]) -> bool:
+    """Whether a module sees a parameter of this shape without stacked axes, in the order in which it is stored."""
     if not _is_stored(stored) or stored.shape != seen.shape:
         return False
     kept = [
         mine for mine, theirs in zip(stored.axes, seen.axes, strict=True) if not any(a.source != "w" for a in theirs)
     ]
-    places = [axis[0].axis for axis in kept if axis]
-    return places == sorted(places)
+    atoms = [axis[0] for axis in kept if axis]
+    places = [atom.axis for atom in atoms]
+    return places == sorted(places) and all(atom.size == shape[atom.axis] for atom in atoms)
 
 
 def _num_scanned(eqn: Any) -> int | None:
