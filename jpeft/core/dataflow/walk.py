@@ -251,7 +251,7 @@ class _Walker:
             self.pending.append((use, frame, eqn.outvars[0]))
 
     def index(self, frame: _Frame, eqn: Any, weight: _Weight) -> bool:
-        """Whether an equation outside of the calls of a parameter's module takes places of a stacked axis, or it off."""
+        """Whether an equation outside of the calls of a parameter's module takes places of an axis, or the axis off."""
         view, axis = taken(eqn, weight.view) or (None, ())
         if eqn.primitive.name == "squeeze":
             dims = [d % len(weight.view.axes) for d in eqn.params["dimensions"]]
