@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 import jpeft
-from tests.contract import close, differ
-from tests.nnx.models import Experts, Lookup, One, moved, rngs
+from tests.contract import differ
+from tests.nnx.models import Experts, Lookup, One, rngs
+from tests.zoo import numbers
 
 WIDTH, INNER, COUNT = 64, 256, 8
 LORA = jpeft.LoRA(rank=2, targets=r".*")
@@ -94,7 +95,8 @@ def test_each_further_adapter_of_a_program_costs_its_own_bytes_alone():
 def test_attached_copies_share_the_arrays_of_the_model_also_after_steps():
     model = Stacked(rngs())
     peft = LORA.bind(model, X)
-    copies = [jpeft.nnx.attach(model, peft, rngs=rngs(), adapter=moved(peft, model, seed=i))[0] for i in range(2)]
+    adapters = [numbers(jax.eval_shape(lambda: peft.init(jax.random.key(0), model)), 0.1, seed) for seed in range(2)]
+    copies = [jpeft.nnx.attach(model, peft, rngs=rngs(), adapter=adapter)[0] for adapter in adapters]
     base = nnx.to_flat_state(nnx.state(model))
 
     def share(tuned):
@@ -109,13 +111,14 @@ def test_attached_copies_share_the_arrays_of_the_model_also_after_steps():
         grads = nnx.grad(lambda m: (m(X) ** 2).sum(), argnums=nnx.DiffState(0, jpeft.nnx.AdapterParam))(tuned)
         optimizer.update(tuned, grads)
 
-    before = [tuned(X) for tuned in copies]
+    before = [jax.tree.map(np.array, peft.adapter(tuned)) for tuned in copies]
     for tuned in copies:
         optimizer = nnx.Optimizer(tuned, optax.sgd(1e-4), wrt=jpeft.nnx.AdapterParam)
         for _ in range(2):
             step(tuned, optimizer)
     assert all(share(tuned) for tuned in copies)
-    assert all(differ(tuned(X), y) for tuned, y in zip(copies, before, strict=True))
+    for tuned, old in zip(copies, before, strict=True):
+        assert all(jax.tree.leaves(jax.tree.map(differ, peft.adapter(tuned), old)))
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -124,8 +127,7 @@ LISTS = {"layers": lambda: Listed(rngs(), Layer), "raw weights": lambda: Listed(
 
 
 @pytest.mark.parametrize("kind", [*LISTS, "a scan"])
-@pytest.mark.parametrize("form", ["functional", "stateful"])
-def test_a_step_takes_the_products_of_lora_alone(kind, form):
+def test_a_step_takes_the_products_of_lora_alone(kind):
     x = jnp.ones((8, 32, WIDTH))
     model = (LISTS | {"a scan": lambda: Stacked(rngs())})[kind]()
     peft, params = LORA.bind(model, x), nnx.state(model, nnx.Param)
@@ -136,16 +138,16 @@ def test_a_step_takes_the_products_of_lora_alone(kind, form):
 
     graphdef = nnx.graphdef(model)
     full = flops(lambda p: (nnx.merge(graphdef, p)(x) ** 2).sum(), params)
-    if form == "functional":
-        lora = flops(lambda a, p: (peft.apply(p, a, x) ** 2).sum(), peft.init(jax.random.key(0), params), params)
-    else:
-        tuned, _ = jpeft.nnx.attach(model, peft, rngs=rngs())
-        definition, trained, rest = nnx.split(tuned, nnx.LoRAParam, ...)
-        lora = flops(lambda a, r: (nnx.merge(definition, a, nnx.clone(r))(x) ** 2).sum(), trained, rest)
-    # In a scan every layer has a gradient for its input: two thirds of the products of the weights, and LoRA's own.
-    rank, weight = 2, WIDTH * INNER
-    least = (2 * weight + 3 * rank * (WIDTH + INNER)) / (3 * weight)
-    assert lora / full <= (1.01 * least if kind == "a scan" else 0.68), lora / full
+    functional = flops(lambda a, p: (peft.apply(p, a, x) ** 2).sum(), peft.init(jax.random.key(0), params), params)
+    tuned, _ = jpeft.nnx.attach(model, peft, rngs=rngs())
+    definition, trained, rest = nnx.split(tuned, nnx.LoRAParam, ...)
+    stateful = flops(lambda a, r: (nnx.merge(definition, a, nnx.clone(r))(x) ** 2).sum(), trained, rest)
+    assert functional == stateful
+    # Products of the weights forward and for the gradients of inputs, which in a scan the first weight has too, and
+    # LoRA's own; all, in addition those for the gradients of the weights.
+    rank, weight, inputs = 2, WIDTH * INNER, 1 if kind == "a scan" else 3 / 4
+    least = ((1 + inputs) * weight + 3 * rank * (WIDTH + INNER)) / ((2 + inputs) * weight)
+    assert functional / full <= 1.01 * least, (functional / full, least)
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
@@ -176,4 +178,3 @@ def test_binding_traces_the_model_once_and_compiles_nothing(name, caplog):
     assert len(calls) == 1 and isinstance(calls[0][0], jax.core.Tracer)
     assert not compiled and any("Compiling" in record.message for record in caplog.records)
     assert peft.sites
-    close(peft.apply(model, peft.init(jax.random.key(0), model), x), model(x))
