@@ -109,3 +109,21 @@ def bypassed() -> Iterator[None]:
 def is_bypassed() -> bool:
     """Whether this runs inside `bypassed`."""
     return _bypassed.get()
+
+
+_output_map: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("output_map", default=None)
+
+
+@contextlib.contextmanager
+def mapped_outputs(function: Callable[[Any], Any]) -> Iterator[None]:
+    """A context in which a front end that runs a model applies ``function`` to each array of every module's output."""
+    token = _output_map.set(function)
+    try:
+        yield
+    finally:
+        _output_map.reset(token)
+
+
+def output_map() -> Callable[[Any], Any] | None:
+    """The function of `mapped_outputs`, if this runs inside it."""
+    return _output_map.get()

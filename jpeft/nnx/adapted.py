@@ -32,7 +32,7 @@ def subclass(cls: type, run: Run, methods: tuple[str, ...], read: Read, attribut
     """A subclass of a module's class with some methods and attributes replaced.
 
     Args:
-      cls: the class, itself not made by this function.
+      cls: the class.
       run: runs the methods.
       methods: names of the methods.
       read: computes what the module reads as the attributes.

@@ -20,8 +20,8 @@ from jpeft.core.peft import Peft
 from jpeft.core.sites import Survey
 from jpeft.core.tree import Path, Tree, abstract_array, combine, flatten, is_array, join
 from jpeft.nnx import checks
-from jpeft.nnx.embedding_shift import shift_embedding, with_shift
 from jpeft.nnx.module import adapted_module, check_plain, of_own_classes, readable
+from jpeft.nnx.outputs import shift_embedding, with_outputs
 from jpeft.nnx.peft import NnxPeft
 from jpeft.nnx.state import by_path, copied, like, modules, to_state, to_tree
 from jpeft.nnx.survey import survey
@@ -162,13 +162,14 @@ class NnxFrontEnd:
         """
         leaves = flatten(to_tree(params))
         if rest is None:
-            return nnx.merge(self.graphdef, to_state(self.state, leaves), to_state(self.rest, leaves, partial=True))
+            others = to_state(self.rest, leaves, partial=True)
+            return with_outputs(nnx.merge(self.graphdef, to_state(self.state, leaves), others))
         rest = nnx.state(rest, nnx.Not(nnx.Param)) if isinstance(rest, nnx.Module) else rest
         if not isinstance(rest, Mapping):
             raise TypeError(f"rest must be other state, as nnx.state(model, nnx.Not(nnx.Param)), got {shown(rest)}")
         others = by_path(rest)
         checks.check_rest(others, by_path(self.rest))
-        return nnx.merge(self.graphdef, to_state(self.state, leaves), to_state(self.rest, others))
+        return with_outputs(nnx.merge(self.graphdef, to_state(self.state, leaves), to_state(self.rest, others)))
 
     def _adapted(self, peft: Peft, params: Any, adapter: Tree, rest: Any, dropout: Any) -> Any:
         """The model with an adapter in it; where adapters are bypassed, with that of `intercept`, or with none.
@@ -183,7 +184,7 @@ class NnxFrontEnd:
         if found := _intercepted.get():
             params, adapter = found[-1].split(to_tree(params))
             return adapted_module(found[-1], model, params, adapter, rest=rest)
-        return readable(with_shift(model.plain(params, rest)))
+        return readable(model.plain(params, rest))
 
     def overlay(self, peft: Peft, params: Any, adapter: Tree) -> Any:
         """See `Peft.overlay`."""
@@ -210,7 +211,7 @@ class NnxFrontEnd:
         return module
 
     def shift_embedding(self, shift: Any, found: list[Any]) -> AbstractContextManager[None]:
-        """See `jpeft.nnx.embedding_shift`."""
+        """See `jpeft.nnx.outputs`."""
         return shift_embedding(shift, found)
 
 

@@ -231,7 +231,7 @@ class _Builder:
             attributes = [r.leaf for r in reads]
             if any(a.site.kind == "attention" for a in actions) and attention.ATTENTION_FN in vars(module):
                 attributes.append(attention.ATTENTION_FN)
-            cls = original(type(module))
+            cls = type(module)
             become(module, subclass(cls, run, tuple(methods_of(cls)), read, tuple(dict.fromkeys(attributes))))
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jpeft.core.frontend import mapped_outputs
 from jpeft.core.placement import AnyMesh, automatic, num_shards, place, trimmed
 from jpeft.core.tree import abstract_array, named_sharding
 from jpeft.linen.activations import map_outputs
@@ -155,7 +156,7 @@ def constrained(layout: Layout | None) -> Iterator[None]:
 
     token = _current.set(layout)
     try:
-        with map_outputs(pin):
+        with map_outputs(pin), mapped_outputs(pin):  # of any Linen module, and of NNX models that run with a Peft
             yield
     finally:
         _current.reset(token)
