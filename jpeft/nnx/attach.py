@@ -31,7 +31,9 @@ def attach(
     the model itself stays as it was. Leaves that train are `AdapterParam`s, frozen ones are not; the base's parameters
     keep their types. Leave the base out of what you donate: its arrays are the model's.
 
-    Dropout of the adapter follows ``train()`` and ``eval()``.
+    Dropout of the adapter follows ``train()`` and ``eval()``. The copy of an abstract model is abstract: `nnx.update`
+    gives it arrays. Outside of a call, a module's weights read as the base's; where a call reads them in a way that was
+    not bound, they are merged.
 
     Args:
       model: the model.
@@ -43,7 +45,7 @@ def attach(
       **kwargs: as for the call.
 
     Raises:
-      ValueError: the model holds an adapter already, or the method cannot act on it.
+      ValueError: the model holds an adapter already, is not the one that was bound, or the method cannot act on it.
 
     >>> import jax.numpy as jnp, jpeft, optax
     >>> from flax import nnx
