@@ -1,6 +1,6 @@
 """Training steps of Flax NNX models: jpeft's two forms, qwix's LoRA, `nnx.LoRA` and full fine-tuning, in one run.
 
-    python benchmarks/nnx.py [--models own,tunix] [--rounds 15] [--json nnx.json]
+    python benchmarks/nnx.py [--models own,tunix] [--length 128] [--rounds 15] [--json nnx.json]
 
 A small transformer of `nnx.Linear`, and tunix's Qwen3: 4 layers of width 256, 4 x 128 random tokens, float32. LoRA of
 rank 8 (alpha 8, no dropout) on all projections, AdamW, the same adapter at the start.
@@ -297,6 +297,7 @@ def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="models to train, separated by commas")
+    parser.add_argument("--length", type=int, default=None, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--json", default=None, help="write the numbers to this file")
@@ -315,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out: dict[str, Any] = {"machine": facts, "arguments": vars(args), "models": {}}
     print(", ".join(f"{k} {v}" for k, v in facts.items()))
     sizes = TINY if args.tiny else Sizes()
+    sizes = sizes._replace(length=args.length or sizes.length)
     for kind in args.models:
         out["models"][kind] = rows = measured(kind, sizes, args.rounds)
         if args.json:  # after each model: what is measured stays
