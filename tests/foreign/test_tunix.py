@@ -1,6 +1,7 @@
 """Third-party NNX models, unchanged: those of tunix, from its wheel on PyPI. Run by .ci/run.
 
-The wheel is not installed: its trainers need libraries that its models do not.
+The wheel is not installed: its trainers need libraries that its models do not. MaxText is not on PyPI, and bonsai's
+wheel there is empty; layers that are stacked as MaxText stacks them are in tests/nnx/models.py.
 """
 
 import functools
