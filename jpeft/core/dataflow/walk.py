@@ -53,8 +53,7 @@ def walk(jaxpr: Any, paths: Sequence[Path], scopes: Mapping[int, Path], *, index
     walker = _Walker(scopes, indexed)
     frame = _Frame(jaxpr, None, None)
     for path, var in zip(paths, jaxpr.invars, strict=False):
-        walker.stored[path] = var.aval.shape
-        frame.weights[var] = _Weight(path, View.of(var.aval.shape))
+        frame.weights[var] = _Weight(path, View.of(var.aval.shape), var.aval.shape)
     walker.run(frame)
     return walker.flow
 
@@ -66,12 +65,14 @@ class _Weight:
     Attributes:
       path: the parameter's path.
       view: the view.
+      shape: the shape of what is viewed: the parameter as it is stored or, in a call of its module, as that sees it.
       calls: the calls of its module that all steps of the view lie in; None before the first step.
       sliced: the axes that scans and indices took off, outermost first.
     """
 
     path: Path
     view: View
+    shape: tuple[int, ...]
     calls: tuple[int, ...] | None = None
     sliced: tuple[int, ...] = ()
 
@@ -138,7 +139,6 @@ class _Frame:
 class _Walker:
     def __init__(self, scopes: Mapping[int, Path], indexed: bool):
         self.scopes, self.indexed, self.flow = scopes, indexed, Flow()
-        self.stored: dict[Path, tuple[int, ...]] = {}
         self.open: list[tuple[int, int]] = []  # (call, level), outermost first
         self.level = 0
         self.pending: list[tuple[Use, _Frame, Any]] = []
@@ -187,10 +187,10 @@ class _Walker:
         """Checks that a module's own parameter is the stored one, and starts its views anew."""
         path, view = (*scope, name), _unbatched(var.aval.shape, dims, "w")
         stored = frame.weights.get(var)
-        if stored is None or stored.path != path or not _is_whole(stored.view, view, self.stored[path]):
+        if stored is None or stored.path != path or not _is_whole(stored, view):
             self.flow.transformed.add(scope)
         else:
-            frame.weights[var] = _Weight(path, view, sliced=stored.sliced)
+            frame.weights[var] = _Weight(path, view, view.without(VMAPPED).shape, sliced=stored.sliced)
             self.slice(scope, stored, view)
 
     def slice(self, scope: Path, weight: _Weight, seen: View) -> None:
@@ -410,16 +410,15 @@ def _relative(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis - sum(other < axis for other in axes[:i]) for i, axis in enumerate(axes))
 
 
-def _is_whole(stored: View, seen: View, shape: Sequence[int]) -> bool:
-    """Whether a module sees a parameter of this shape without stacked axes, in the order in which it is stored."""
-    if not _is_stored(stored) or stored.shape != seen.shape:
+def _is_whole(stored: _Weight, seen: View) -> bool:
+    """Whether a module sees a parameter without stacked axes, in the order in which it is stored."""
+    if not _is_stored(stored.view) or stored.view.shape != seen.shape:
         return False
-    kept = [
-        mine for mine, theirs in zip(stored.axes, seen.axes, strict=True) if not any(a.source != "w" for a in theirs)
-    ]
+    pairs = zip(stored.view.axes, seen.axes, strict=True)
+    kept = [mine for mine, theirs in pairs if not any(a.source != "w" for a in theirs)]
     atoms = [axis[0] for axis in kept if axis]
     places = [atom.axis for atom in atoms]
-    return places == sorted(places) and all(atom.size == shape[atom.axis] for atom in atoms)
+    return places == sorted(places) and all(atom.size == stored.shape[atom.axis] for atom in atoms)
 
 
 def _num_scanned(eqn: Any) -> int | None:
