@@ -10,7 +10,6 @@ from jpeft.binding import bind
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.tree import Tree
-from jpeft.nnx.frontend import NnxFrontEnd
 from jpeft.nnx.module import adapted_module
 from jpeft.nnx.peft import NnxPeft
 
@@ -67,7 +66,7 @@ def attach(
     peft = method if isinstance(method, Peft) else bind(method, model, *inputs, **kwargs)
     if not isinstance(peft, NnxPeft):
         raise TypeError(f"this Peft is bound to a {type(peft.model).__name__}, not to a flax.nnx Module")
-    now = cast(NnxFrontEnd, peft.frontend).now(model)
+    now = cast(Any, peft.frontend).now(model)
     params = peft.frontend.tree(model)
     adapter = peft.init(rngs.params(), params, statistics) if adapter is None else adapter
     return adapted_module(peft, now, params, adapter, rngs=rngs), peft
