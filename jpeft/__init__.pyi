@@ -12,6 +12,7 @@ from . import nnx as nnx
 from . import parallel as parallel
 from . import planning as planning
 from . import quantization as quantization
+from . import qwix as qwix
 from . import recipes as recipes
 from . import serving as serving
 from . import text as text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,24 +32,37 @@ def front_end(model: Any) -> FrontEnd:
     raise TypeError(f"model must be {LINEN.accepted} or a flax.nnx Module, got {type(model).__name__}{hint}")
 
 
-def arguments(model: Any, inputs: Sequence[Any], call: str) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
+def arguments(
+    model: Any, inputs: Sequence[Any], call: str, *, functions: bool = False
+) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
     """The front end for a model, its parameters and its inputs, from ``(params, *inputs)`` or, for NNX, the inputs.
 
     Args:
       model: the model.
       inputs: what was given after the model.
       call: the call as it should be, for the error.
+      functions: whether any other callable is a plain function of parameters.
 
     Raises:
       TypeError: no front end accepts ``model``, or the parameters are missing.
     """
-    found = front_end(model)
+    if functions and _is_function(model):
+        from jpeft.function import FunctionFrontEnd
+
+        found: FrontEnd = FunctionFrontEnd()
+    else:
+        found = front_end(model)
     if found.holds_params:
         return found, model, tuple(inputs)
     if not inputs:
         raise TypeError(f"{call}: {type(model).__name__} needs params, as from model.init")
     params, *rest = inputs
     return found, params, tuple(rest)
+
+
+def _is_function(model: Any) -> bool:
+    """Whether a model is a function, jitted or not, and not an object that may hold a module."""
+    return inspect.isroutine(model) or inspect.isroutine(getattr(model, "__wrapped__", None))
 
 
 def as_tree(params: Any) -> tuple[Tree, Callable[[Tree], Any]]:

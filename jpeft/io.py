@@ -128,8 +128,8 @@ def load(path: str | os.PathLike[str], model: Any, /, *inputs: Any, **kwargs: An
 
     Args:
       path: the folder.
-      model: the model, as for ``method.bind``.
-      *inputs: as for ``method.bind``: the base weights of a Linen module, and what the model is called with.
+      model: the model, as for ``method.bind``, or the function of ``method.bind_function``.
+      *inputs: as there: the base weights, except of an NNX module, and what the model is called with.
       **kwargs: as for ``method.bind``.
 
     A base may have more leaves than the one that it was trained on, such as a pooler that an earlier version did not
@@ -153,7 +153,8 @@ def load(path: str | os.PathLike[str], model: Any, /, *inputs: Any, **kwargs: An
         method = from_dict(config["method"])
     except (ValueError, TypeError) as e:
         raise AdapterError(f"{folder / CONFIG}: {e}") from e
-    frontend, params, inputs = arguments(model, inputs, "jpeft.load(path, model, params, *inputs)")
+    call = "jpeft.load(path, model, params, *inputs)"
+    frontend, params, inputs = arguments(model, inputs, call, functions=True)
     tree = frontend.tree(params)
     new = new_leaves(config["base"], tree)
     if (found := difference(config["base"], tree)) and not new:

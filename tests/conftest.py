@@ -35,7 +35,8 @@ LONGEST = (
     "parallel/test_distributed.py", "parity/test_smollm2.py", "foreign/test_transformers.py", "core/test_contract.py",
     "recipes/test_chat_task.py", "parallel/test_sharding.py", "cli/test_cli.py", "parity/test_hf_decoder.py",
     "parity/test_decoder_torch.py", "parity/test_hf_peft.py", "test_benchmarks.py", "planning/test_planning.py",
-    "quantization/test_quantization.py", "models/test_decoder.py", "cli/test_ends.py",
+    "quantization/test_quantization.py", "models/test_decoder.py", "cli/test_ends.py", "foreign/test_tunix.py",
+    "nnx/test_twins.py", "nnx/test_nnx.py", "nnx/test_bad_input.py",
 )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ def attach(
 
     The copy is of subclasses of the model's own classes, with the model's paths and attributes, over the same arrays;
     the model itself stays as it was. Leaves that train are `AdapterParam`s, frozen ones are not; the base's parameters
-    keep their types. Leave the base out of what you donate: its arrays are the model's.
+    keep their types. Leave the base out of what you donate: its arrays are the model's. ``nnx.jit`` returns new arrays
+    for all that a module holds; ``nnx.jit(step, graph_updates=False)`` leaves the base shared.
 
     Dropout of the adapter follows ``train()`` and ``eval()``. The copy of an abstract model is abstract: `nnx.update`
     gives it arrays. Outside of a call, a module's weights read as the base's; where a call reads them in a way that was

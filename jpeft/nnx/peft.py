@@ -12,7 +12,7 @@ from jpeft.core.tree import unflatten
 from jpeft.nnx.module import adapter_variables, without_adapter
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NnxPeft(Peft):
     """A method bound to an NNX model. ``params`` are a ``nnx.State``, nested mappings or a module, everywhere.
 
@@ -27,6 +27,10 @@ class NnxPeft(Peft):
       argument ``rngs`` gets it too.
     - ``method``: the name of the model's method.
     """
+
+    def __repr__(self) -> str:
+        frontend: Any = self.frontend
+        return f"NnxPeft({self.method!r}, bound to {len(self.sites)} sites of a {frontend.classes[()].__name__})"
 
     def adapter(self, model: nnx.Module) -> dict[str, Any]:
         """The adapter in a module that `attach` or `module` made: the small tree that is saved.

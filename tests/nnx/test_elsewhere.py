@@ -84,7 +84,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_functions_of_any_pytree(method):
+def test_functions_of_any_pytree(method, tmp_path):
     layers = [Layer(*numbers((jnp.zeros((8, 4)), jnp.zeros(8)))), Layer(*numbers((jnp.zeros((3, 8)), jnp.zeros(3))))]
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 
@@ -105,6 +105,10 @@ def test_functions_of_any_pytree(method):
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
     with pytest.raises(TypeError, match=r"got function; a function of parameters takes method\.bind_function"):
         METHODS[method].bind(fn, layers, x)
+    jpeft.save(tmp_path / "adapter", peft, adapter, layers)
+    for same_fn in (fn, jax.jit(fn)):
+        loaded, leaves = jpeft.load(tmp_path / "adapter", same_fn, layers, x)
+        close(loaded.apply(layers, leaves, x), fn(merged, x), 1e-5)
     again = METHODS[method].bind_function(fn, layers)  # without inputs, weights are as they are stored
     assert method == "BitFit" or {s.inputs for s in again.sites} == {8, 3}
 

@@ -233,6 +233,7 @@ def test_copies_and_pickles_of_an_attached_module_are_equal():
     model = Stack(rngs(), "lax.scan")
     peft = LORA.bind(model, X)
     tuned, _ = jpeft.nnx.attach(model, peft, rngs=rngs(), adapter=moved(peft, model))
+    assert repr(peft) == f"NnxPeft({LORA!r}, bound to 2 sites of a Stack)"
     for other in (copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned)), nnx.clone(tuned)):
         np.testing.assert_array_equal(other(X), tuned(X))
     assert not differ(pickle.loads(pickle.dumps(peft.detach(tuned)))(X), model(X))
