@@ -6,10 +6,13 @@ Keys and values are ``[..., length, heads, head_dim]``. The mask is boolean and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from jpeft.core.method import pad_left
 
 # (key, value, mask) -> changed (key, value, mask)
 Extend = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
@@ -25,6 +28,22 @@ def attend_hook(next_fun: Any, args: Any, kwargs: Any, module: Any, extend: Exte
     if "mask" in kwargs:
         return next_fun(query, key, value, *rest, **{**kwargs, "mask": mask})
     return next_fun(query, key, value, mask, *rest[1:], **kwargs)
+
+
+def extended(attention_fn: Callable[..., Any], extend: Extend) -> Callable[..., Any]:
+    """Flax's ``attention_fn`` on keys, values and a mask that ``extend`` has changed; a bias grows as keys do."""
+
+    @functools.wraps(attention_fn)  # Flax passes only the arguments in the signature
+    def wrapped(query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any, **kw: Any) -> Any:
+        length = key.shape[-3]
+        key, value, mask = extend(key, value, kw.get("mask"))
+        if "mask" in kw:
+            kw["mask"] = mask
+        if kw.get("bias") is not None:
+            kw["bias"] = pad_left(kw["bias"], key.shape[-3] - length, length, 0)
+        return attention_fn(query, key, value, *rest, **kw)
+
+    return wrapped
 
 
 # The method of a class that computes an attention, and its hook, by the class's full or bare name.

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpeft.core.attention import Hook
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.views import Use
 from jpeft.core.dataflow.walk import Flow
@@ -90,7 +91,39 @@ class Record:
     heads: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
     flow: Flow = field(default_factory=Flow)
 
-    def enter(
+    def watch(
+        self,
+        path: Path,
+        owner: str,
+        call: Call,
+        run: Callable[..., Any],
+        own: Mapping[str, Any],
+        factory: Callable[[Call], Geometry | None] | None,
+        hook: Hook | None,
+    ) -> Any:
+        """The output of a call of a module, which is recorded, and marked in the trace.
+
+        Args:
+          path: the module's path.
+          owner: full name of the class that defines the method.
+          call: the call.
+          run: runs it.
+          own: the module's own parameters by name, as the call sees them.
+          factory: the registered geometry of the method.
+          hook: the attention hook of the method.
+        """
+        number = self._enter(path, owner, call, factory, own) if own else None
+        if hook is not None:
+            y = hook(run, call.args, dict(call.kwargs), call.module, self._heads_recorder(path))
+        else:
+            y = run(*call.args, **call.kwargs)
+        if call.method == "__call__":
+            self._ran(path, call.module, y)
+        if number is not None:
+            self._leave(number, y, own)
+        return y
+
+    def _enter(
         self,
         path: Path,
         owner: str,
@@ -98,15 +131,7 @@ class Record:
         factory: Callable[[Call], Geometry | None] | None,
         own: Mapping[str, Any],
     ) -> int:
-        """Records a call, marks its beginning, and returns its number.
-
-        Args:
-          path: the module's path.
-          owner: full name of the class that defines the method.
-          call: the call.
-          factory: the registered geometry of the method.
-          own: the module's own parameters by name, at least one, as the call sees them.
-        """
+        """Records a call of a module with parameters of its own, marks its beginning, and returns its number."""
         number = len(self.calls)
         found = None if factory is None else factory(call)
         geometry = found if found is not None and found.leaf in own else None
@@ -124,19 +149,19 @@ class Record:
             marks.mark(x, marks.INPUT, number)
         return number
 
-    def leave(self, number: int, y: Any, own: Mapping[str, Any]) -> None:
+    def _leave(self, number: int, y: Any, own: Mapping[str, Any]) -> None:
         """Marks the end of a call and its output ``y``."""
         if isinstance(first := first_output(y), jax.Array):
             marks.mark(first, marks.OUTPUT, number)
         marks.mark(next(iter(own.values())), marks.EXIT, number)
 
-    def ran(self, path: Path, module: Any, y: Any) -> None:
+    def _ran(self, path: Path, module: Any, y: Any) -> None:
         """Records that a module's ``__call__`` ran, with its output."""
         first = first_output(y)
         shape = np.shape(first) if hasattr(first, "shape") else None
         self.modules[path] = ModuleRecord(type(module).__name__, shape, str(getattr(first, "dtype", "")))
 
-    def heads_recorder(self, path: Path) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]:
+    def _heads_recorder(self, path: Path) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]:
         """The function that an attention hook calls with keys, values and mask, which it returns."""
 
         def extend(key: jax.Array, value: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array, Any]:

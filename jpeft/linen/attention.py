@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from jpeft.core import attention
-from jpeft.core.attention import Extend, Hook
-from jpeft.core.method import pad_left
+from jpeft.core.attention import Extend, Hook, extended
 
 
 def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend: Extend) -> Any:
     """The hook for ``nn.MultiHeadDotProductAttention``: replaces its ``attention_fn`` during the call."""
     inner = module.attention_fn  # type: ignore[attr-defined]
-
-    @functools.wraps(inner)  # Flax passes only the arguments in the signature
-    def wrapped(query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any, **kw: Any) -> Any:
-        length = key.shape[-3]
-        key, value, mask = extend(key, value, kw.get("mask"))
-        if "mask" in kw:
-            kw["mask"] = mask
-        if kw.get("bias") is not None:
-            kw["bias"] = pad_left(kw["bias"], key.shape[-3] - length, length, 0)
-        return inner(query, key, value, *rest, **kw)
-
     # The bound module is a clone that Flax made for this call; the user's module is not changed.
-    object.__setattr__(module, "attention_fn", wrapped)
+    object.__setattr__(module, "attention_fn", extended(inner, extend))
     try:
         return next_fun(*args, **kwargs)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 
 from jpeft.core.geometry import registry
 from jpeft.core.geometry.base import Call, Geometry
-from jpeft.core.geometry.contraction import Contraction, labels_of
+from jpeft.core.geometry.contraction import Contraction, along_axes, labels_of
 from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.geometry.embedding import Embedding
 from jpeft.core.geometry.registry import Factory, full_name
@@ -44,13 +43,7 @@ def _dense_general(call: Call) -> Geometry | None:
     shape = tuple(x.shape[d] for d in dims) + tuple(x.shape[a] for a in axis) + features
     if math.prod(shape) != math.prod(stored):
         return None
-    xs, outs = string.ascii_lowercase[: x.ndim], string.ascii_uppercase[: len(features)]
-    if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # the last axes: inputs of any rank
-        ins = xs[: len(axis)]
-        return Contraction(spec=f"...{ins},{ins}{outs}->...{outs}", shape=shape, stored=stored)
-    batch, ins = "".join(xs[d] for d in dims), "".join(xs[a] for a in axis)
-    rest = "".join(c for c in xs if c not in batch + ins)
-    return Contraction(spec=f"{xs},{batch}{ins}{outs}->{batch}{rest}{outs}", shape=shape, stored=stored)
+    return along_axes(x.ndim, axis, dims, shape, stored)
 
 
 def _einsum(call: Call) -> Geometry | None:

@@ -131,17 +131,6 @@ class _Watcher:
             for n, v in variables.items()
             if not isinstance(v, (Mapping, AxisProbe)) and (*path, n) in record.leaves
         }
-        number = None
-        if own:
-            shapes = {n: np.shape(x) for n, x in own.items()}
-            call = layers.make_call(module, method, args, kwargs, shapes)
-            number = record.enter(path, owner, call, layers.find(owner, method), own)
-        if (hook := attention.find(owner, method)) is not None:
-            y = hook(next_fun, args, kwargs, module, record.heads_recorder(path))
-        else:
-            y = next_fun(*args, **kwargs)
-        if method == "__call__":
-            record.ran(path, module, y)
-        if number is not None:
-            record.leave(number, y, own)
-        return y
+        call = layers.make_call(module, method, args, kwargs, {n: np.shape(x) for n, x in own.items()})
+        geometry, hook = layers.find(owner, method), attention.find(owner, method)
+        return record.watch(path, owner, call, next_fun, own, geometry, hook)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from flax import nnx
 
 from jpeft.core import attention
-from jpeft.core.attention import Extend, Hook
+from jpeft.core.attention import Extend, Hook, extended
 from jpeft.core.geometry.registry import full_name
-from jpeft.core.method import pad_left
 
 ATTENTION_FN = "attention_fn"
 
@@ -40,19 +37,7 @@ def read_attention_fn(module: Any) -> Any:
 
 def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: Any, extend: Extend) -> Any:
     """The hook for ``nnx.MultiHeadAttention``: replaces its ``attention_fn`` during the call."""
-    inner = vars(module)[ATTENTION_FN]
-
-    @functools.wraps(inner)
-    def wrapped(query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any, **kw: Any) -> Any:
-        length = key.shape[-3]
-        key, value, mask = extend(key, value, kw.get("mask"))
-        if "mask" in kw:
-            kw["mask"] = mask
-        if kw.get("bias") is not None:
-            kw["bias"] = pad_left(kw["bias"], key.shape[-3] - length, length, 0)
-        return inner(query, key, value, *rest, **kw)
-
-    with _replacing(module, wrapped):
+    with _replacing(module, extended(vars(module)[ATTENTION_FN], extend)):
         return next_fun(*args, **kwargs)
 
 

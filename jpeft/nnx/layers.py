@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpeft.core.geometry import Call, Contraction, Convolution, Embedding, Geometry, registry
-from jpeft.core.geometry.contraction import labels_of
+from jpeft.core.geometry.contraction import along_axes, labels_of
 from jpeft.core.geometry.registry import Factory, full_name
 from jpeft.nnx.adapted import original
 
@@ -34,14 +34,7 @@ def _linear_general(call: Call) -> Geometry | None:
         return None
     axis = tuple(sorted(a % x.ndim for a in module.axis))
     dims = tuple(sorted(a % x.ndim for a in module.batch_axis))
-    xs = string.ascii_lowercase[: x.ndim]
-    outs = string.ascii_uppercase[: len(stored) - len(axis) - len(dims)]
-    if not dims and axis == tuple(range(x.ndim - len(axis), x.ndim)):  # the last axes: inputs of any rank
-        ins = xs[: len(axis)]
-        return Contraction(spec=f"...{ins},{ins}{outs}->...{outs}", shape=stored, stored=stored)
-    batch, ins = "".join(xs[d] for d in dims), "".join(xs[a] for a in axis)
-    rest = "".join(c for c in xs if c not in batch + ins)
-    return Contraction(spec=f"{xs},{batch}{ins}{outs}->{batch}{rest}{outs}", shape=stored, stored=stored)
+    return along_axes(x.ndim, axis, dims, stored, stored)
 
 
 def _einsum(call: Call) -> Geometry | None:

@@ -146,22 +146,10 @@ def _watched(module: Any, run: Any, method: str, args: tuple[Any, ...], kwargs: 
     owner = owner_of(plain)
     args, kwargs = by_position(plain, module, args, kwargs)
     own = {n: raw(v) for n, v in variables(module).items() if (*path, n) in record.leaves}
-    number = None
-    if own:
-        shapes = {n: np.shape(x) for n, x in own.items()}
-        call = layers.make_call(module, method, args, kwargs, shapes)
-        number = record.enter(path, owner, call, layers.find(owner, method), own)
-    else:
+    if not own:
         _mark_scope(module, path, record)
-    if (hook := attention.find(owner, method)) is not None:
-        y = hook(run, args, kwargs, module, record.heads_recorder(path))
-    else:
-        y = run(*args, **kwargs)
-    if method == "__call__":
-        record.ran(path, module, y)
-    if number is not None:
-        record.leave(number, y, own)
-    return y
+    call = layers.make_call(module, method, args, kwargs, {n: np.shape(x) for n, x in own.items()})
+    return record.watch(path, owner, call, run, own, layers.find(owner, method), attention.find(owner, method))
 
 
 def _mark_scope(module: Any, path: Path, record: Record) -> None:

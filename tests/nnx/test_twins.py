@@ -12,20 +12,19 @@ from tests.zoo import METHODS, USES, moved
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 # That the law holds on every use is in `tests/core/test_contract.py`. These have one cell each; with --products, all.
-USUAL = ("dense", "embed, tied by attend")
-OTHERS = ("fused qkv", "einsum, experts", "conv 2-D strided", "raw, in a loop", "attention")
+USUAL = (
+    "dense", "embed, tied by attend", "fused qkv", "einsum, experts", "conv 2-D strided", "raw, in a loop", "attention",
+)  # fmt: skip
 CELLS = [(mode, dtype, scheme) for scheme in (None, "nf4") for dtype in ("float32", "bfloat16") for mode in MODES]
 
 
-def _marks(use, turn):
-    own = (*USUAL, *OTHERS)
-    if use not in own or turn != own.index(use) % len(MODES):
-        return pytest.mark.product
-    return [] if use in USUAL else pytest.mark.exhaustive
+def _mark(use, turn):
+    is_own = use in USUAL and turn == USUAL.index(use) % len(MODES)
+    return pytest.mark.exhaustive if is_own else pytest.mark.product
 
 
 ROWS = [
-    pytest.param(use, *cell, marks=_marks(use, turn))
+    pytest.param(use, *cell, marks=_mark(use, turn))
     for use in TWINS
     for turn, cell in enumerate(CELLS)
     if cell[2] is None or USES[use].block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,27 @@ import jax.numpy as jnp
 from jpeft.core import backend
 from jpeft.core.dataflow.views import DOT, VMAPPED, Use, View, joined, paired
 from jpeft.core.geometry.base import Call, Geometry
+
+
+def along_axes(
+    ndim: int, axis: tuple[int, ...], batch: tuple[int, ...], shape: tuple[int, ...], stored: tuple[int, ...]
+) -> Contraction:
+    """The geometry of a general dense layer, whose weight has axes ``[batch..., in..., out...]``.
+
+    Args:
+      ndim: the number of axes of the input.
+      axis: those that are summed over, in the order of the weight's.
+      batch: those that are axes of the weight and of the output too.
+      shape: shape of the weight.
+      stored: shape of the stored weight.
+    """
+    xs, outs = string.ascii_lowercase[:ndim], string.ascii_uppercase[: len(shape) - len(axis) - len(batch)]
+    if not batch and axis == tuple(range(ndim - len(axis), ndim)):  # the last axes: inputs of any rank
+        ins = xs[: len(axis)]
+        return Contraction(spec=f"...{ins},{ins}{outs}->...{outs}", shape=shape, stored=stored)
+    dims, ins = "".join(xs[d] for d in batch), "".join(xs[a] for a in axis)
+    rest = "".join(c for c in xs if c not in dims + ins)
+    return Contraction(spec=f"{xs},{dims}{ins}{outs}->{dims}{rest}{outs}", shape=shape, stored=stored)
 
 
 def labels_of(spec: str) -> tuple[str, str, str]:
