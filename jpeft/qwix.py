@@ -81,14 +81,14 @@ def _reshaped(x: jax.Array, shape: tuple[int, ...], site: Site) -> jax.Array:
     return stack_back(first.reshape(*(n for _, n in site.stack), *layer), site.stack)
 
 
-def adopt(tree: Tree, model: Any, /, *inputs: Any, alpha: float | None = None, **kwargs: Any) -> tuple[Peft, Any]:
+def adopt(tree: Tree, model: Any, /, *inputs: Any, alpha: float, **kwargs: Any) -> tuple[Peft, Any]:
     """A `LoRA` bound to a model, and its adapter, from the leaves of an adapter of qwix.
 
     Args:
       tree: a state or tree with ``<weight>_lora_a`` and ``<weight>_lora_b``; what else it holds is left alone.
       model: the model, without qwix's leaves.
       *inputs: as for ``method.bind``.
-      alpha: qwix's ``alpha``; by default the rank, for a scale of 1.
+      alpha: the ``alpha`` that qwix was given, which its leaves do not tell.
       **kwargs: as for ``method.bind``.
 
     Returns:

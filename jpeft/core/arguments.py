@@ -14,7 +14,9 @@ from jpeft.core.tree import Path, Tree, flatten, is_array, join, nearest, peek
 Shapes = Mapping[Path, tuple[tuple[int, ...], str]]  # shape and dtype of each leaf
 
 
-def check_order(own: Shapes, weight: Path | None, params: Tree, adapter: Tree, call: str) -> None:
+def check_order(
+    own: Shapes, weight: Path | None, params: Tree, adapter: Tree, call: str, *, values: bool = True
+) -> None:
     """Checks that ``params`` and ``adapter`` are not something else: each other, the inputs, or both in one.
 
     A mistake that it cannot tell is left to `adapter_leaves`.
@@ -23,13 +25,14 @@ def check_order(own: Shapes, weight: Path | None, params: Tree, adapter: Tree, c
       own: the adapter's leaves.
       weight: path of a leaf that the base has and the adapter has not; None if there is none.
       call: the call as it should be, such as ``"peft.apply(params, adapter, *inputs)"``.
+      values: whether the values of ``params`` are needed, so that these may not be abstract.
 
     Raises:
       TypeError: one of the two is no tree.
       ValueError: they are other trees, or abstract.
     """
     first = next(iter(own), None)
-    for what, tree in (("params", params), ("adapter", adapter)):
+    for what, tree in (("params", params if values else None), ("adapter", adapter)):
         _check_values(tree, what, call)
     if isinstance(params, Mapping) and isinstance(adapter, Mapping):
         params = params["params"] if isinstance(params.get("params"), Mapping) else params

@@ -274,21 +274,22 @@ class Peft:
         """
         return adapter_leaves(dict(self.structure), adapter, self.method.name)
 
-    def check_order(self, params: Tree, adapter: Tree, call: str) -> None:
+    def check_order(self, params: Tree, adapter: Tree, call: str, *, values: bool = True) -> None:
         """Checks that ``params`` and ``adapter`` are not each other, or something else, by their structure alone.
 
         Args:
           call: the call as it should be, for the errors.
+          values: whether the values of ``params`` are needed, so that these may not be abstract.
 
         Raises:
           TypeError: one of the two is no tree.
-          ValueError: they are other trees, such as each other.
+          ValueError: they are other trees, such as each other, or abstract.
         """
         own = dict(self.structure)
         weight = next((site.weight_path for site in self.weights if site.weight_path not in own), None)
         with contextlib.suppress(TypeError):  # told below
             params = self.frontend.tree(params)
-        check_order(own, weight, params, adapter, call)
+        check_order(own, weight, params, adapter, call, values=values)
 
     def merge(self, params: Tree, adapter: Tree, *, requantize: bool = False, safe: bool = True) -> Any:
         """Merged weights for the unmodified model, whose outputs are then those of `apply`.

@@ -1,10 +1,15 @@
-"""The signatures of methods that are called, and the classes that define them."""
+"""The signatures of methods that are called, the classes that define them, and the forms of calls."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Hashable, Mapping
 from typing import Any
+
+import jax
+
+from jpeft.core.tree import is_array
 
 
 @functools.lru_cache(maxsize=1024)
@@ -31,3 +36,14 @@ def owner_of(function: Any) -> str:
     function = getattr(function, "func", function)
     function = getattr(function, "__func__", function)
     return f"{function.__module__}.{function.__qualname__.rsplit('.', 1)[0]}"
+
+
+def form_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """The places of a call's arrays and its Python values; None if a value is not hashable."""
+    flat, treedef = jax.tree.flatten((inputs, dict(kwargs)), is_leaf=lambda x: x is None)
+    form = treedef, tuple(None if is_array(x) else (type(x), x) for x in flat)
+    try:
+        hash(form)
+    except TypeError:
+        return None
+    return form

@@ -76,6 +76,7 @@ class Record:
       biases: the biases of the calls with a registered geometry.
       modules: the modules whose ``__call__`` ran.
       scopes: the axes that scans and vmaps had sliced off each scope.
+      below: for a module without parameters of its own, the path of one below it; a shared module lies elsewhere.
       shapes: the shape of each parameter as its module saw it last.
       heads: (number of key/value heads, key dimension, value dimension) of each attention.
       flow: the uses of the parameters.
@@ -87,6 +88,7 @@ class Record:
     biases: set[Path] = field(default_factory=set)
     modules: dict[Path, ModuleRecord] = field(default_factory=dict)
     scopes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    below: dict[Path, Path] = field(default_factory=dict)
     shapes: dict[Path, Shape] = field(default_factory=dict)
     heads: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
     flow: Flow = field(default_factory=Flow)
@@ -306,8 +308,8 @@ def _scope_stack(record: Record, path: Path) -> Stack:
     scope = _nearest_scope(record, path)
     if scope is None:
         return ()
-    stored = next(leaf.shape for p, leaf in record.leaves.items() if p[: len(scope)] == scope)
-    return _stack(record.scopes[scope], stored)
+    below = record.below.get(scope) or next(path for path in record.leaves if path[: len(scope)] == scope)
+    return _stack(record.scopes[scope], record.leaves[below].shape)
 
 
 def _nearest_scope(record: Record, path: Path) -> Path | None:

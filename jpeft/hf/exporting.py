@@ -79,7 +79,7 @@ def save(
     >>> peft.method.targets
     ('layers_0',)
     """
-    peft.check_order(params, adapter, "jpeft.hf.save(path, peft, adapter, params)")
+    peft.check_order(params, adapter, "jpeft.hf.save(path, peft, adapter, params)", values=False)
     check_layout(experts)
     name, spec, beside = _specs(peft)
     task_type = task_type or spec.task_type or None

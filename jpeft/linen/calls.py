@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ import numpy as np
 
 from jpeft.core.geometry import Traced, TracedTable
 from jpeft.core.peft import Peft
+from jpeft.core.signatures import form_of
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, Survey
 from jpeft.core.tree import Tree, abstract_array, is_array, join
 from jpeft.linen.survey import survey
@@ -52,17 +53,6 @@ def called(model: nn.Module, run: Callable[..., Any], *args: Any) -> tuple[tuple
 
 def _abstract(x: Any) -> Any:
     return abstract_array(x) if is_array(x) else x
-
-
-def form_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """The places of a call's arrays and its Python values; None if a value is not hashable."""
-    flat, treedef = jax.tree.flatten((inputs, dict(kwargs)), is_leaf=lambda x: x is None)
-    form = treedef, tuple(None if is_array(x) else (type(x), x) for x in flat)
-    try:
-        hash(form)
-    except TypeError:
-        return None
-    return form
 
 
 def check_form(peft: Peft, variables: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

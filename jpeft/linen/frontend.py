@@ -13,11 +13,12 @@ from flax import errors
 
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
+from jpeft.core.signatures import form_of
 from jpeft.core.sites import Survey
 from jpeft.core.tree import Tree, flatten, like, split_variables, unflatten
 from jpeft.linen import inject
 from jpeft.linen.box import Changed, overlay
-from jpeft.linen.calls import called, check_form, form_of
+from jpeft.linen.calls import called, check_form
 from jpeft.linen.embedding_shift import shift_embedding
 from jpeft.linen.module import PeftModule
 from jpeft.linen.survey import survey

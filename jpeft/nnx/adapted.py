@@ -49,6 +49,8 @@ def subclass(cls: type, run: Run, methods: tuple[str, ...], read: Read, attribut
         "_pytree__is_pytree": cls._pytree__is_pytree,  # type: ignore[attr-defined]
         "_pytree__nodes": cls._pytree__nodes,  # type: ignore[attr-defined]
     }
+    if not hasattr(cls, "set_view"):
+        body["set_view"] = _set_view
     # Past a metaclass's __new__: neither that nor __init_subclass__ is to see a class that the user did not write.
     new = ABCMeta.__new__(_metaclass(type(cls)), cls.__name__, (cls,), body)
     _ORIGINAL[new] = cls, (run, methods, read, attributes)
@@ -96,6 +98,12 @@ def _set_key(self: Any, key: Any, value: Any) -> None:
         variable.update_from_state(value)
     else:
         original(type(self))._graph_node_set_key(self, key, value)  # type: ignore[attr-defined]
+
+
+def _set_view(self: Any, deterministic: bool | None = None) -> None:
+    """Sets the mode of an adapter's dropout, as ``nnx.view`` asks."""
+    if deterministic is not None and "deterministic" in vars(self):
+        vars(self)["deterministic"] = deterministic
 
 
 def _method(cls: type, name: str, run: Run) -> Any:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jpeft.core.operation import dropped, no_dropout
 from jpeft.core.sites import Site, stack_back
+from jpeft.core.tree import join
 from jpeft.nnx.state import modules, raw
 
+_DROPPING = (nnx.Dropout, nnx.MultiHeadAttention)
 KEY = "jpeft_dropout"  # the attribute of a module that holds the data of its key
 RNGS = "jpeft_rngs"  # the attribute of the root from which the keys of each call are drawn
 
@@ -35,6 +38,27 @@ def draw(root: Any, site_of: Callable[[Any], Site]) -> None:
         key = rngs.dropout()
         for module in training:
             vars(module)[KEY].set_raw_value(key_data(key, site_of(module)))
+
+
+def reseed(model: Any, rngs: Any) -> None:
+    """Gives the generators of a model of one's own new keys.
+
+    Args:
+      model: the model.
+      rngs: keys by the name of a stream; or one for "dropout", which is also for the layers that drop from a stream of
+        another name, such as that of ``nnx.Rngs(0)``.
+    """
+    keys = rngs if isinstance(rngs, Mapping) else {"dropout": rngs}
+    droppers = {id(s) for _, m in modules(model) if isinstance(m, _DROPPING) for s in vars(m).values()}
+    for path, stream in nnx.iter_graph(model):
+        if not isinstance(stream, nnx.RngStream):
+            continue
+        key = keys.get(stream.key.tag, keys.get("dropout") if id(stream) in droppers else None)
+        if key is not None:
+            key = jax.random.fold_in(key, zlib.crc32(join(tuple(map(str, path))).encode()))
+            shape = stream.key.shape
+            stream.key.set_value(jax.random.split(key, shape) if shape else key)
+            stream.count.set_value(jnp.zeros(shape, jnp.uint32))
 
 
 def _training(root: Any) -> Iterator[Any]:

@@ -17,14 +17,16 @@ from flax import nnx
 from jpeft.checks import shown
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
-from jpeft.core.sites import Survey
+from jpeft.core.signatures import form_of
+from jpeft.core.sites import BOX, MERGE, Site, Survey
 from jpeft.core.tree import Path, Tree, abstract_array, combine, flatten, is_array, join
 from jpeft.nnx import checks
+from jpeft.nnx.dropout import reseed
 from jpeft.nnx.module import adapted_module, check_plain, of_own_classes, readable
 from jpeft.nnx.outputs import shift_embedding, with_outputs
 from jpeft.nnx.peft import NnxPeft
 from jpeft.nnx.state import by_path, copied, like, modules, to_state, to_tree
-from jpeft.nnx.survey import survey
+from jpeft.nnx.survey import METHOD, survey
 
 # The adapter that `intercept` puts into the models that run.
 _intercepted: contextvars.ContextVar[tuple[Peft, ...]] = contextvars.ContextVar("intercepted", default=())
@@ -102,7 +104,10 @@ class NnxFrontEnd:
 
     def like(self, tree: Tree, params: Any) -> Any:
         """Nested dicts of arrays in the form of ``params``: a new module, a state, or mappings."""
-        return readable(like(tree, params)) if isinstance(params, nnx.Module) else like(tree, params)
+        if not isinstance(params, nnx.Module):
+            return like(tree, params)
+        self.now(params)
+        return readable(like(tree, params))
 
     def kept(self, model: nnx.Module) -> Any:
         """The graphdef, which has no arrays."""
@@ -138,10 +143,13 @@ class NnxFrontEnd:
             raise _Found(*jax.tree.map(_abstract, (inputs, dict(kwargs))))
         if not isinstance(mutable, bool):
             raise TypeError(f"mutable must be True, to return (y, rest), or False, got {shown(mutable)}")
-        if rngs is not None and checks.takes_rngs(self.classes[()], method):
-            own["rngs"] = rngs
         model = self._adapted(peft, params, adapter, rest, checks.dropout_key(peft, rngs))
         method = checks.method_name(model, method)
+        self._check_form(peft, inputs, own, method)
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            reseed(model, rngs)
+        if rngs is not None and checks.takes_rngs(self.classes[()], method):
+            own["rngs"] = nnx.Rngs(**rngs) if isinstance(rngs, Mapping) else rngs
         try:
             y = getattr(model, method)(*inputs, **own)
         except Exception as error:
@@ -152,6 +160,48 @@ class NnxFrontEnd:
                 "as rest=nnx.state(model, nnx.Not(nnx.Param))"
             ) from error
         return (y, nnx.state(model, nnx.Not(nnx.Param))) if mutable else y
+
+    def _check_form(self, peft: Peft, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], method: str) -> None:
+        """Checks that a call reads the weights that it changes as attributes, as the call did that was bound.
+
+        A call of the form that was bound, or that was checked before, costs nothing; another one is traced once.
+
+        Raises:
+          ValueError: it reads a weight in another way, e.g. by `nnx.state`.
+        """
+        form = form_of(inputs, {**kwargs, METHOD: method})
+        if peft.form is None or form is None or form == peft.form or is_bypassed():
+            return
+        if (peft, form) not in self.checked:
+            self.checked[peft, form] = self._problem(peft, inputs, kwargs, method)
+        if problem := self.checked[peft, form]:
+            raise ValueError(problem)
+
+    @functools.cached_property
+    def checked(self) -> dict[Any, str | None]:
+        """What is wrong with calls of other forms than the bound one."""
+        return {}
+
+    def _problem(self, peft: Peft, inputs: Any, kwargs: Mapping[str, Any], method: str) -> str | None:
+        inputs, own = jax.tree.map(_abstract, (inputs, dict(kwargs)))
+        model = nnx.merge(self.graphdef, copied(self.state), copied(self.rest))
+        try:
+            found = survey(model, inputs, own, method)
+        except Exception:  # the call itself raises it too, or it needs values
+            return None
+        merged = {site.weight_path for site in found.weights if site.via == MERGE or not self._reads(found, site)}
+        for path in dict.fromkeys(a.site.weight_path for a in peft.actions if a.site.kind == "weight"):
+            if path in merged and any(a.site.weight_path == path and a.site.via != MERGE for a in peft.actions):
+                return (
+                    f"this call reads {join(path)!r} in another way than the call that {peft.method.name} was bound "
+                    "with, not as an attribute of its module, and would not see its change; bind with the method= and "
+                    "flags of this call"
+                )
+        return None
+
+    def _reads(self, found: Survey, site: Site) -> bool:
+        """Whether a call reads a weight as an attribute of its module."""
+        return site.via != BOX or site.weight_path in found.boxable([site.weight_path])
 
     def plain(self, params: Any, rest: Any = None) -> Any:
         """The model without an adapter, over these parameters, and other state that is ``rest`` or lies with them.

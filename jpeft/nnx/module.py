@@ -84,6 +84,8 @@ class _Builder:
     def __init__(self, peft: Peft, model: Any, base: Mapping[Path, Any], leaves: Mapping[Path, Any], stateful: bool):
         self.peft, self.model, self.base, self.leaves, self.stateful = peft, model, base, leaves, stateful
         self.modules = dict(modules(model))
+        modes = [held["deterministic"] for m in self.modules.values() if "deterministic" in (held := vars(m))]
+        self.evaluates = bool(modes) and all(mode is True for mode in modes)
         self.actions: dict[Path, list[Action]] = {}
         self.reads: dict[Path, list[Read]] = {}
         self.added: dict[Path, list[str]] = {}
@@ -200,7 +202,7 @@ class _Builder:
             if KEY not in vars(module):
                 self.put(action.site.path, KEY, DropoutKey(key_data(key, action.site)))
             if self.stateful and "deterministic" not in vars(module):
-                self.put(action.site.path, "deterministic", False)
+                self.put(action.site.path, "deterministic", self.evaluates)
 
     def root(self) -> None:
         """Puts the leaves that sites share into the root."""

@@ -23,8 +23,8 @@ class NnxPeft(Peft):
     - ``rest``: state that is no parameter, ``nnx.state(model, nnx.Not(nnx.Param))``. By default it is that of a module,
       or what lies beside the parameters, or as it was when the method was bound.
     - ``mutable``: True returns ``(y, rest)``.
-    - ``rngs``: a ``nnx.Rngs``, a key, or ``{"dropout": key}`` for the adapter's dropout. A model whose method has an
-      argument ``rngs`` gets it too.
+    - ``rngs``: a key, or keys by stream, ``{"dropout": key}``, for the adapter's dropout and the model's generators;
+      a ``nnx.Rngs`` for the adapter alone. A model whose method has an argument ``rngs`` gets it too.
     - ``method``: the name of the model's method.
     """
 

@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.walk import primitives, walk
-from jpeft.core.signatures import by_position, owner_of
+from jpeft.core.signatures import by_position, form_of, owner_of
 from jpeft.core.sites import Survey
 from jpeft.core.survey import LeafRecord, Record
 from jpeft.core.tree import Path, flatten, split_arrays
@@ -27,6 +27,7 @@ from jpeft.nnx.adapted import methods_of, original, subclass
 from jpeft.nnx.state import become, copied, is_opaque, modules, put, raw, to_state, to_tree, variables
 
 WATCH = "jpeft_watch"
+METHOD = "method"  # the name of the called method among the arguments of a form
 TRIAL = "jpeft_trial_"  # prefix of the arrays that a property returns while it is tried whether the model reads those
 
 
@@ -53,7 +54,8 @@ def survey(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
     record, plain = call.trace()
     record.flow = walk(plain, list(record.leaves), {number: c.path for number, c in record.calls.items()}, indexed=True)
     record.scopes = {path: _whole_stack(record, path, axes) for path, axes in record.flow.slices.items()}
-    return record.survey(boxable=functools.partial(_boxable, call, plain))
+    form = form_of(inputs, {**kwargs, METHOD: method})
+    return record.survey(boxable=functools.partial(_boxable, call, plain), form=form)
 
 
 def _whole_stack(record: Record, path: Path, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -160,6 +162,7 @@ def _mark_scope(module: Any, path: Path, record: Record) -> None:
             continue
         for name, variable in variables(below).items():
             if (leaf := (*watch.path, name)) in record.leaves:
+                record.below[path] = leaf
                 marks.mark(raw(variable), marks.SCOPE, -1, (path, leaf))
                 return
 

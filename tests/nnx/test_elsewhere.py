@@ -51,11 +51,11 @@ def test_what_is_no_adapter_of_qwix_is_refused():
     peft = jpeft.LoRA(rank=2, targets=r".*").bind(model, X)
     adapter = moved(peft, model)
     with pytest.raises(AdapterError, match="holds no adapter of qwix"):
-        exchange.adopt(adapter, model, X)
+        exchange.adopt(adapter, model, X, alpha=1.0)
     with pytest.raises(AdapterError, match="no weight 'd/kernel'"):
-        exchange.adopt({"d": {"kernel_lora_a": np.ones((8, 2))}}, model, X)
+        exchange.adopt({"d": {"kernel_lora_a": np.ones((8, 2))}}, model, X, alpha=1.0)
     with pytest.raises(AdapterError, match="lacks 'a/kernel_lora_b'"):
-        exchange.adopt({"a": {"kernel_lora_a": np.ones((8, 2))}}, model, X)
+        exchange.adopt({"a": {"kernel_lora_a": np.ones((8, 2))}}, model, X, alpha=1.0)
     with pytest.raises(ValueError, match="like lacks it"):
         exchange.export(peft, adapter, {})
     dora = jpeft.DoRA(rank=2, targets="a").bind(model, X)

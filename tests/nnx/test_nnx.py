@@ -209,6 +209,82 @@ def test_dropout_differs_by_layer_call_and_key_and_is_off_where_the_model_evalua
     assert differ(call(tuned), still)
 
 
+class Dropped(nnx.Module):
+    def __init__(self):
+        self.layer, self.drop = nnx.Linear(8, 8, rngs=rngs()), nnx.Dropout(0.5, rngs=rngs(1))
+
+    def __call__(self, x, by_state=False):
+        if by_state:
+            return x @ nnx.state(self.layer)["kernel"][...]
+        return self.drop(self.layer(x))
+
+
+def test_keys_of_a_functional_call_are_for_the_models_dropout_too():
+    model = Dropped()
+    peft = LORA.bind(model, X)
+    adapter = moved(peft, model)
+    a, b, c = (peft.apply(model, adapter, X, rngs={"dropout": jax.random.key(seed)}) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert differ(a, c)
+    assert model.drop.rngs.count[...] == 0
+
+
+def test_an_adapters_dropout_has_the_models_mode():
+    model, method = Dropped(), jpeft.LoRA(rank=2, targets=r".*", dropout=0.5, init_weights="random")
+    tuned, peft = jpeft.nnx.attach(model, method, X, rngs=rngs())
+    assert differ(tuned(X), tuned(X))
+    still = nnx.view(tuned, deterministic=True)
+    np.testing.assert_array_equal(still(X), still(X))
+    assert differ(tuned(X), tuned(X))
+    model.eval()
+    tuned, _ = jpeft.nnx.attach(model, peft, rngs=rngs())
+    np.testing.assert_array_equal(tuned(X), tuned(X))
+    tuned.train()
+    assert differ(tuned(X), tuned(X))
+
+
+def test_a_call_that_would_not_see_the_change_is_refused():
+    model = Dropped()
+    model.eval()
+    peft = LORA.bind(model, X)
+    adapter = moved(peft, model)
+    with pytest.raises(ValueError, match=r"reads 'layer/kernel' in another way than the call that LoRA was bound with"):
+        jax.jit(lambda a: peft.apply(model, a, X, by_state=True))(adapter)
+    merged = LORA.bind(model, X, by_state=True)
+    assert [site.via for site in merged.sites] == ["merge"]
+    adapter = moved(merged, model)
+    close(merged.apply(model, adapter, X, by_state=True), merged.merge(model, adapter)(X, by_state=True))
+
+
+class Wrapped(nnx.Module):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return jnp.tanh(self.inner(x))
+
+
+class OverOneTrunk(nnx.Module):
+    """Modules whose parameters are all of a module that both share."""
+
+    def __init__(self):
+        trunk = nnx.Linear(8, 8, rngs=rngs())
+        self.actor, self.critic = Wrapped(trunk), Wrapped(trunk)
+
+    def __call__(self, x):
+        return self.actor(x) + 2 * self.critic(x)
+
+
+def test_modules_over_one_trunk():
+    model = OverOneTrunk()
+    peft = jpeft.Chain(LORA, jpeft.Bottleneck(targets="actor", size=2)).bind(model, X)
+    adapter = moved(peft, model)
+    tuned, _ = jpeft.nnx.attach(model, peft, rngs=rngs(), adapter=adapter)
+    np.testing.assert_array_equal(tuned(X), peft.apply(model, adapter, X))
+    lora = LORA.bind(model, X)
+    close(lora.apply(model, moved(lora, model), X), lora.merge(model, moved(lora, model))(X))
+
+
 def test_programs_are_told_apart_by_the_method():
     model, call = One(nnx.Linear(8, 8, rngs=rngs())), nnx.jit(lambda m: m.layer(X))
     changes = []
