@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import jpeft
 from jpeft.core.interchange import HFSpec, form
-from jpeft.hf import importing
+from jpeft.linen.frontend import LinenFrontEnd
 from jpeft.methods import METHODS
 from tests.parity.cases import TARGETS, collect
 
@@ -56,7 +56,7 @@ def _llama() -> Any:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Bases by name, each made once, and surveyed once for all folders that are read onto it."""
-    made, surveys, survey = {}, {}, importing.survey_model
+    made, surveys, survey = {}, {}, LinenFrontEnd.survey
 
     def get(name):
         if name not in made:
@@ -71,13 +71,13 @@ def base(tmp_path_factory):
             made[name] = Base(model, linen, params, run)
         return made[name]
 
-    def surveyed(model, *rest):
+    def surveyed(self, model, *rest):
         if model not in surveys:
-            surveys[model] = survey(model, *rest)
+            surveys[model] = survey(self, model, *rest)
         return surveys[model]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importing, "survey_model", surveyed)
+        patch.setattr(LinenFrontEnd, "survey", surveyed)
         yield get
 
 
