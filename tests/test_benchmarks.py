@@ -123,7 +123,8 @@ def test_every_method_is_measured(scripts, tmp_path):
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of qwix and tunix
-@pytest.mark.parametrize("model", ["own", pytest.param("tunix", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # with qwix, which the README's test command does not install
+@pytest.mark.parametrize("model", ["own", "tunix"])
 def test_steps_of_nnx_models_compute_the_same(scripts, tmp_path, capsys, model):
     pytest.importorskip("qwix")
     file = tmp_path / "nnx.json"
