@@ -36,7 +36,7 @@ class FrontEnd(Protocol):
         ...
 
     def kept(self, model: Any) -> Any:
-        """What a `Peft` keeps of a model, without its arrays."""
+        """The part of a model that a `Peft` keeps, without its arrays."""
         ...
 
     def tree(self, params: Any) -> Any:

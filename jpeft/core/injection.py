@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core.attention import Hook
 from jpeft.core.dataflow.replace import Change, bind
 from jpeft.core.dataflow.views import LOOKUP, Product
 from jpeft.core.geometry import Call, Geometry, Parts, TracedTable
@@ -32,8 +33,6 @@ from jpeft.core.sites import Site
 
 # rate -> the dropout of an adapter's input in this call
 Dropout = Callable[[float], Callable[[Any, float], Any]]
-# The parts of a module's own attention: see `jpeft.core.attention`.
-Hook = Callable[..., Any]
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ def _affine(x: Any, w: jax.Array, b: jax.Array | None) -> jax.Array:
 
 
 def with_item(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+    """A tuple with another item at an index."""
     return (*items[:index], item, *items[index + 1 :])
 
 
@@ -232,6 +233,7 @@ def with_item(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
 
 
 def no_dropout(x: Any, rate: float) -> Any:
+    """The input as it is."""
     return x
 
 

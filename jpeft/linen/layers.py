@@ -13,7 +13,7 @@ import jax
 
 from jpeft.core.geometry import registry
 from jpeft.core.geometry.base import Call, Geometry
-from jpeft.core.geometry.contraction import Contraction, along_axes, labels_of
+from jpeft.core.geometry.contraction import Contraction, along_axes, einsum
 from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.geometry.embedding import Embedding
 from jpeft.core.geometry.registry import Factory, full_name
@@ -46,22 +46,6 @@ def _dense_general(call: Call) -> Geometry | None:
     return along_axes(x.ndim, axis, dims, shape, stored)
 
 
-def _einsum(call: Call) -> Geometry | None:
-    """``nn.Einsum(x[, eqn])``; and Gemma's and openpi's ``Einsum(eqn, x)``, whose parameter is called ``w``."""
-    strings = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, str)]
-    spec = strings[0] if strings else getattr(call.module, "einsum_str", None)
-    argument = next((i for i, a in enumerate(call.args) if not isinstance(a, str)), None)
-    weights = [n for n, s in call.shapes.items() if n != "bias" and len(s) >= 2]
-    if spec is None or argument is None or len(weights) != 1:
-        return None
-    try:
-        labels_of(spec)
-    except ValueError:
-        return None  # not a matrix, e.g. because the einsum sums over an axis of the weight alone
-    shape = call.shapes[weights[0]]
-    return Contraction(leaf=weights[0], argument=argument, spec=spec.replace(" ", ""), shape=shape, stored=shape)
-
-
 def _conv(call: Call) -> Geometry | None:
     """``nn.Conv`` and ``nn.ConvTranspose``, but not ``nn.ConvLocal``, which has a kernel for every position."""
     module: Any = call.module
@@ -85,13 +69,13 @@ def _as_tuple(value: Any) -> tuple[int, ...]:
 LAYERS: dict[str, tuple[tuple[str, ...], Factory]] = {
     full_name(nn.Dense): (("__call__",), _dense("...i,io->...o")),
     full_name(nn.DenseGeneral): (("__call__",), _dense_general),
-    full_name(nn.Einsum): (("__call__",), _einsum),
+    full_name(nn.Einsum): (("__call__",), einsum),
     full_name(nn.Conv): (("__call__",), _conv),
     full_name(nn.ConvTranspose): (("__call__",), _conv),
     full_name(nn.Embed): (("__call__", "attend"), _embed),
     # transformers' GPT-2 stores its kernel as (out, in).
     "FlaxConv1D": (("__call__",), _dense("...i,oi->...o")),
-    "Einsum": (("__call__",), _einsum),
+    "Einsum": (("__call__",), einsum),
     "DenseGeneral": (("__call__",), _dense_general),
 }
 # A private base class defines nn.Conv's __call__.

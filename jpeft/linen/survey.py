@@ -14,9 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.interpreters import partial_eval as pe
 
-from jpeft.core.dataflow.walk import primitives, walk
+from jpeft.core.dataflow.walk import unused, walk
 from jpeft.core.signatures import by_position, owner_of
 from jpeft.core.sites import Survey
 from jpeft.core.survey import LeafRecord, Record
@@ -105,10 +104,7 @@ def _boxable(record: Record, call: _AbstractCall, plain: Any, paths: Collection[
         _, jaxpr = call.trace(record.leaves, candidates)
     except Exception:  # whatever a model raises that does not expect boxes
         return set()
-    if primitives(jaxpr) != primitives(plain):
-        return set()
-    _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return {path for path, is_used in zip(candidates, used[-len(candidates) :], strict=True) if not is_used}
+    return unused(jaxpr, plain, candidates)
 
 
 class _Watcher:

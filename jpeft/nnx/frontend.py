@@ -18,7 +18,7 @@ from jpeft.checks import shown
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.signatures import form_of
-from jpeft.core.sites import BOX, MERGE, Site, Survey
+from jpeft.core.sites import BOX, MERGE, Survey
 from jpeft.core.tree import Path, Tree, abstract_array, combine, flatten, is_array, join
 from jpeft.nnx import checks
 from jpeft.nnx.dropout import reseed
@@ -179,7 +179,7 @@ class NnxFrontEnd:
 
     @functools.cached_property
     def checked(self) -> dict[Any, str | None]:
-        """What is wrong with calls of other forms than the bound one."""
+        """The problem of each checked call of another form than the bound one; None where there is none."""
         return {}
 
     def _problem(self, peft: Peft, inputs: Any, kwargs: Mapping[str, Any], method: str) -> str | None:
@@ -189,19 +189,17 @@ class NnxFrontEnd:
             found = survey(model, inputs, own, method)
         except Exception:  # the call itself raises it too, or it needs values
             return None
-        merged = {site.weight_path for site in found.weights if site.via == MERGE or not self._reads(found, site)}
-        for path in dict.fromkeys(a.site.weight_path for a in peft.actions if a.site.kind == "weight"):
-            if path in merged and any(a.site.weight_path == path and a.site.via != MERGE for a in peft.actions):
-                return (
-                    f"this call reads {join(path)!r} in another way than the call that {peft.method.name} was bound "
-                    "with, not as an attribute of its module, and would not see its change; bind with the method= and "
-                    "flags of this call"
-                )
-        return None
-
-    def _reads(self, found: Survey, site: Site) -> bool:
-        """Whether a call reads a weight as an attribute of its module."""
-        return site.via != BOX or site.weight_path in found.boxable([site.weight_path])
+        bound = {a.site.weight_path for a in peft.actions if a.site.kind == "weight" and a.site.via != MERGE}
+        via = {site.weight_path: site.via for site in found.weights if site.weight_path in bound}
+        boxes = [path for path, way in via.items() if way == BOX]
+        unread = {path for path, way in via.items() if way == MERGE} | (set(boxes) - set(found.boxable(boxes)))
+        if not unread:
+            return None
+        return (
+            f"this call reads {join(min(unread))!r} in another way than the call that {peft.method.name} was bound "
+            "with, not as an attribute of its module, and would not see its change; bind with the method= and flags of "
+            "this call"
+        )
 
     def plain(self, params: Any, rest: Any = None) -> Any:
         """The model without an adapter, over these parameters, and other state that is ``rest`` or lies with them.

@@ -66,7 +66,7 @@ class Read:
 
 @dataclass(frozen=True, repr=False)
 class Changes:
-    """What is changed in a module: a static attribute, and so part of the graphdef and of the key of every cache.
+    """The changes of a module: a static attribute, and so part of the graphdef and of the key of every cache.
 
     Attributes:
       actions: the actions on the module's calls.
@@ -99,7 +99,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Root:
-    """What the call of the whole model needs: a static attribute of the root beside its `Changes`.
+    """The needs of the call of the whole model: a static attribute of the root beside its `Changes`.
 
     Attributes:
       shared: names of the root's attributes that hold leaves which sites share, with the key and the leaf's name.
@@ -112,7 +112,7 @@ class Root:
 
 @dataclass(frozen=True)
 class _Running:
-    """What modules find while the model runs."""
+    """The values that modules find while the model runs."""
 
     shared: Mapping[str, Leaves] = field(default_factory=lambda: MappingProxyType({}))
     context: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -297,7 +297,7 @@ def _active(module: Any, action: Action) -> Active:
 
 
 def _found(module: Any, action: Action) -> _Running:
-    """What belongs to the call of the whole model.
+    """The values that belong to the call of the whole model.
 
     Raises:
       ValueError: the model does not run.
@@ -317,7 +317,7 @@ def _found(module: Any, action: Action) -> _Running:
 
 
 def read(module: Any, name: str) -> Any:
-    """What a module reads as an attribute whose reading is changed: for a Variable, another with the changed value."""
+    """The value that a module reads as a changed attribute: for a Variable, another with the changed value."""
     if name == attention.ATTENTION_FN:
         return attention.read_attention_fn(module)
     variable, changes = vars(module)[name], vars(module)[CHANGES]

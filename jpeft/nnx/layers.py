@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpeft.core.geometry import Call, Contraction, Convolution, Embedding, Geometry, registry
-from jpeft.core.geometry.contraction import along_axes, labels_of
+from jpeft.core.geometry.contraction import along_axes, einsum
 from jpeft.core.geometry.registry import Factory, full_name
 from jpeft.nnx.adapted import original
 
@@ -37,25 +37,6 @@ def _linear_general(call: Call) -> Geometry | None:
     return along_axes(x.ndim, axis, dims, stored, stored)
 
 
-def _einsum(call: Call) -> Geometry | None:
-    """``nnx.Einsum(x[, spec])``, and tunix's ``Einsum(x)``, whose parameter is called ``w``."""
-    strings = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, str)]
-    spec = strings[0] if strings else getattr(call.module, "einsum_str", None)
-    argument = next((i for i, a in enumerate(call.args) if hasattr(a, "shape")), None)
-    weights = [n for n, s in call.shapes.items() if n != "bias" and len(s) >= 2]
-    if spec is None or argument is None or len(weights) != 1:
-        return None
-    try:
-        labels_of(spec)
-    except ValueError:
-        return None  # not a matrix, e.g. because the einsum sums over an axis of the weight alone
-    shape = call.shapes[weights[0]]
-    bias = "bias" if "bias" in call.shapes else None
-    return Contraction(
-        leaf=weights[0], bias=bias, argument=argument, spec=spec.replace(" ", ""), shape=shape, stored=shape
-    )
-
-
 def _conv(call: Call) -> Geometry | None:
     shape, module = call.shapes.get("kernel"), call.module
     if shape is None:
@@ -75,11 +56,11 @@ def _embed(call: Call) -> Geometry:
 LAYERS: dict[str, tuple[tuple[str, ...], Factory]] = {
     full_name(nnx.Linear): (("__call__",), _linear),
     full_name(nnx.LinearGeneral): (("__call__",), _linear_general),
-    full_name(nnx.Einsum): (("__call__",), _einsum),
+    full_name(nnx.Einsum): (("__call__",), einsum),
     full_name(nnx.Conv): (("__call__",), _conv),
     full_name(nnx.ConvTranspose): (("__call__",), _conv),
     full_name(nnx.Embed): (("__call__", "attend"), _embed),
-    "Einsum": (("__call__",), _einsum),
+    "Einsum": (("__call__",), einsum),
 }
 
 

@@ -19,12 +19,24 @@ from jpeft.nnx import attention
 from jpeft.nnx.adapted import methods_of, original, subclass
 from jpeft.nnx.dropout import KEY, RNGS, key_data
 from jpeft.nnx.inject import CHANGES, ROOT, Changes, Read, Root, Token, read, run
-from jpeft.nnx.state import become, copied, is_opaque, modules, put, raw, remove, sharding_names, to_tree, variables
+from jpeft.nnx.state import (
+    become,
+    copied,
+    is_opaque,
+    modules,
+    own_metadata,
+    put,
+    raw,
+    remove,
+    sharding_names,
+    to_tree,
+    variables,
+)
 from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
 
 
 class Plain(Protocol):
-    """What makes a model without an adapter over some parameters."""
+    """The maker of a model without an adapter over some parameters."""
 
     def plain(self, params: Any, rest: Any = None) -> Any: ...
 
@@ -111,7 +123,7 @@ class _Builder:
             self.put((), RNGS, nnx.Rngs(dropout=rngs.dropout()))
         if needs_root:
             self.root()
-        self.change(Token() if needs_root else None, needs_root)
+        self.change(Token() if needs_root else None)
         return self.model
 
     # --- what modules hold ---
@@ -147,8 +159,7 @@ class _Builder:
                 f"hold it in a nnx.List or nnx.Dict, or leave it out with exclude=[{join(path)!r}]"
             )
         old = vars(self.modules[path[:-1]])[path[-1]]
-        metadata = {k: v for k, v in old.get_metadata().items() if k not in ("hijax", "ref")}
-        new, dtype = AdapterParam(self.leaves[path], **metadata), jnp.dtype(self.base[path].dtype)
+        new, dtype = AdapterParam(self.leaves[path], **own_metadata(old)), jnp.dtype(self.base[path].dtype)
         for own, name in self.holders(old):
             vars(self.modules[own])[name] = new
             self.reads.setdefault(own, []).append(Read(name, dtype=dtype))
@@ -217,7 +228,7 @@ class _Builder:
 
     # --- classes ---
 
-    def change(self, token: Token | None, needs_root: bool) -> None:
+    def change(self, token: Token | None) -> None:
         """Gives the modules their classes, and what these need."""
         changed = {*self.actions, *self.reads, *self.added}
         if not is_opaque(self.model):  # so that its modules find that it runs
@@ -321,7 +332,7 @@ def without_adapter(peft: Peft, model: Any) -> Any:
     """A new module of the model's own classes, over the same arrays, without the adapter."""
     adapter_variables(peft, model)
     graphdef, state = nnx.split(model)
-    plain = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    plain = nnx.merge(graphdef, copied(state))
     types = {path: type(v) for path, v in nnx.to_flat_state(peft.frontend.state)}  # type: ignore[attr-defined]
     types = {tuple(str(key) for key in path): kind for path, kind in types.items()}
     for path, module in list(modules(plain)):
@@ -333,8 +344,7 @@ def without_adapter(peft: Peft, model: Any) -> Any:
                 old = vars(module)[how.leaf]
                 value = raw(old).astype(how.dtype)
                 kind = types.get((*path, how.leaf), nnx.Param)
-                metadata = {k: v for k, v in old.get_metadata().items() if k not in ("hijax", "ref")}
-                vars(module)[how.leaf] = kind(value, **metadata)
+                vars(module)[how.leaf] = kind(value, **own_metadata(old))
         become(module, original(type(module)))
         for name in (*changes.added, CHANGES):
             remove(module, name)

@@ -12,11 +12,6 @@ from flax import nnx
 from jpeft.core.tree import Path, flatten, join, unflatten
 
 
-def is_variable(x: Any) -> bool:
-    """Whether a value is a Variable of NNX."""
-    return isinstance(x, nnx.Variable)
-
-
 def raw(x: Any) -> Any:
     """The value that a Variable holds, as it is stored; any other value as it is."""
     return x.get_raw_value() if isinstance(x, nnx.Variable) else x
@@ -89,9 +84,14 @@ def axis_names(params: Mapping[Any, Any]) -> dict[str, Any] | None:
 
 
 def sharding_names(variable: nnx.Variable) -> tuple[Any, ...] | None:
-    """What a Variable's metadata name its axes; None if they do not."""
+    """The names of a Variable's axes in its metadata; None if these have none."""
     found = (variable.get_metadata(key, None) for key in ("out_sharding", "sharding_names", "sharding"))
     return next((tuple(names) for names in found if isinstance(names, Sequence) and names), None)
+
+
+def own_metadata(variable: nnx.Variable) -> dict[str, Any]:
+    """The metadata of a Variable that another in its place takes: without those that tell how it holds its value."""
+    return {key: x for key, x in variable.get_metadata().items() if key not in ("hijax", "ref")}
 
 
 def put(module: Any, name: str, value: Any) -> None:

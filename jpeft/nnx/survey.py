@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
-from jpeft.core.dataflow.walk import primitives, walk
+from jpeft.core.dataflow.walk import unused, walk
 from jpeft.core.signatures import by_position, form_of, owner_of
 from jpeft.core.sites import Survey
 from jpeft.core.survey import LeafRecord, Record
@@ -169,14 +168,10 @@ def _mark_scope(module: Any, path: Path, record: Record) -> None:
 
 def _boxable(call: _AbstractCall, plain: Any, paths: Collection[Path]) -> set[Path]:
     """Those of some parameters that the model reads as attributes of its modules only."""
-    found = set(paths)
-    if not found:
+    if not paths:
         return set()
     try:
         _, jaxpr = call.trace(list(paths))
     except Exception:  # whatever a model raises that does not expect properties
         return set()
-    if primitives(jaxpr) != primitives(plain):
-        return set()
-    _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return {path for path, is_used in zip(paths, used[-len(found) :], strict=True) if not is_used}
+    return unused(jaxpr, plain, paths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -473,6 +473,20 @@ def open_jaxpr(value: Any) -> Any:
     """The jaxpr of a parameter of an equation, or None if that is not one."""
     value = getattr(value, "jaxpr", value) if hasattr(value, "consts") else value
     return value if hasattr(value, "eqns") and hasattr(value, "invars") else None
+
+
+def unused(trial: Any, plain: Any, paths: Collection[Path]) -> set[Path]:
+    """Those of some parameters that the outputs of a trial do not depend on; none if it computes another program.
+
+    Args:
+      trial: a jaxpr whose last inputs are the parameters.
+      plain: the jaxpr of the same call without them.
+      paths: the path of each parameter.
+    """
+    if primitives(trial) != primitives(plain):
+        return set()
+    _, used = pe.dce_jaxpr(trial, [True] * len(trial.outvars))
+    return {path for path, is_used in zip(paths, used[-len(paths) :], strict=True) if not is_used}
 
 
 def primitives(jaxpr: Any) -> list[str]:

@@ -36,6 +36,25 @@ def along_axes(
     return Contraction(spec=f"{xs},{dims}{ins}{outs}->{dims}{rest}{outs}", shape=shape, stored=stored)
 
 
+def einsum(call: Call) -> Contraction | None:
+    """The geometry of ``nn.Einsum(x[, eqn])`` and ``nnx.Einsum``, and of those of other packages, such as Gemma's.
+
+    Theirs take the equation first, or have it as ``einsum_str``, and may call the parameter ``w``.
+    """
+    strings = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, str)]
+    spec = strings[0] if strings else getattr(call.module, "einsum_str", None)
+    argument = next((i for i, a in enumerate(call.args) if a is not None and not isinstance(a, str)), None)
+    weights = [n for n, s in call.shapes.items() if n != "bias" and len(s) >= 2]
+    if spec is None or argument is None or len(weights) != 1:
+        return None
+    try:
+        labels_of(spec)
+    except ValueError:
+        return None  # not a matrix, e.g. because the einsum sums over an axis of the weight alone
+    shape = call.shapes[weights[0]]
+    return Contraction(leaf=weights[0], argument=argument, spec=spec.replace(" ", ""), shape=shape, stored=shape)
+
+
 def labels_of(spec: str) -> tuple[str, str, str]:
     """The axis labels of input, weight and output in an einsum spec.
 
