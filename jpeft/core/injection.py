@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core.attending import attend
 from jpeft.core.attention import Hook
 from jpeft.core.dataflow.replace import Change, bind
 from jpeft.core.dataflow.views import LOOKUP, Product
@@ -23,7 +24,6 @@ from jpeft.core.operation import (
     Operation,
     change_attend,
     change_output,
-    extend,
     no_dropout,
     whole_geometry,
     with_item,
@@ -67,6 +67,10 @@ class ModuleCall(ABC):
     def run_on(self, argument: int, x: Any) -> Any:
         """Runs the original method with another positional argument."""
         return self.next_fun(*with_item(self.args, argument, x), **self.kwargs)
+
+    def project(self, states: Any) -> tuple[Any, Any]:
+        """See `jpeft.core.method.Project`."""
+        raise ValueError(f"the projections of {self.name} to keys and values are not known")
 
     # --- what a front end defines ---
 
@@ -130,12 +134,14 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Dropout, is_i
     elif weight and call.factory:
         y = _with_changed_weight(call, weight, dropout)
     elif on["attention"] and (hook := call.hook):
-        y = hook(call.next_fun, call.args, call.kwargs, call.module, functools.partial(extend, on["attention"]))
+        y = hook(
+            call.next_fun, call.args, call.kwargs, call.module, functools.partial(attend, on["attention"], call.project)
+        )
     else:
         y = unchanged(call)
     if call.method == "__call__" and not is_inner:
         for active in on["output"]:
-            y = change_output(active, y)
+            y = change_output(active, (call.args, call.kwargs), y)
     return y
 
 

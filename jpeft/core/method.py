@@ -7,6 +7,7 @@ classes that methods extend are in `jpeft.methods.base`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -26,8 +27,8 @@ class Method(Protocol):
 
     - "weight": ``apply(leaves, base, x) -> y`` with a `Linear` as base, and ``merge(leaves, w, b) -> (w, b)``, each for
       one matrix, with ``b`` None where the module has no bias;
-    - "output": ``apply(leaves, y) -> y``;
-    - "attention": ``apply(leaves, key, value, mask) -> (key, value, mask)``;
+    - "output": ``apply(leaves, x, y, context) -> y``, for a module's input and output;
+    - "attention": ``attend(leaves, attend, query, key, value, mask, project) -> out``, with an `Attend`;
     - "leaf": none, its leaf replaces the base's.
 
     Attributes:
@@ -36,6 +37,7 @@ class Method(Protocol):
       regenerated: names of the non-trainable leaves that the configuration gives back bit for bit, whatever the key.
       uncast: names of the leaves that ``apply`` gets in their own dtype, not in that of the computation.
       reads_context: whether ``apply`` reads `Linear.context`.
+      arguments: names of arguments of the model's call that are the method's own; the model does not get them.
       observes: the statistic of the data that ``init`` takes as its last argument, or None.
       penalty_reduction: how the terms of `penalty` combine, "sum" or "mean".
     """
@@ -45,6 +47,7 @@ class Method(Protocol):
     regenerated: ClassVar[frozenset[str]]
     uncast: ClassVar[frozenset[str]]
     reads_context: ClassVar[bool]
+    arguments: ClassVar[tuple[str, ...]]
     observes: ClassVar[str | None]
     penalty_reduction: ClassVar[str]
 
@@ -61,6 +64,11 @@ class Method(Protocol):
     @property
     def checks(self) -> bool:
         """Whether `check` does anything."""
+        ...
+
+    @property
+    def enters(self) -> bool:
+        """Whether `enter` and `leave` do anything."""
         ...
 
     @property
@@ -132,6 +140,18 @@ class Method(Protocol):
         """
         ...
 
+    def enter(self, inputs: Inputs) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The arguments of the model's own call as the model gets them, and the method's part of the context."""
+        ...
+
+    def leave(self, output: Any, context: Mapping[str, Any]) -> Any:
+        """The output of the model's own call as the caller gets it."""
+        ...
+
+    def virtual_tokens(self) -> int:
+        """The number of positions that the method adds to every sequence, and to a cache of keys and values."""
+        ...
+
     def penalty(self, leaves: Leaves) -> Any:
         """The method's own term of the loss, for one matrix."""
         ...
@@ -139,6 +159,53 @@ class Method(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values."""
         ...
+
+
+# states [n, features] -> the keys [n, kv_heads, key_dim] and values [n, kv_heads, value_dim] that a module makes of them,
+# without position encoding
+Project = Callable[[Any], tuple[Any, Any]]
+Prefix = tuple[Any, Any]  # keys [n, kv_heads, key_dim] and values [n, kv_heads, value_dim]
+
+
+class Attend(Protocol):
+    """The original operation of an attention, as an attention method sees it."""
+
+    def __call__(self, query: Any, key: Any, value: Any, mask: Any, prefix: Prefix | None = None) -> Array:
+        """The output ``[..., queries, heads, value_dim]``.
+
+        Args:
+          query: the queries, as the method got them or changed.
+          key: the keys.
+          value: the values.
+          mask: the mask, as the method got it.
+          prefix: keys and values that every query attends to beside the others, whatever the mask.
+        """
+        ...
+
+    def over(self, query: Any, keys: Any, values: Any) -> Array:
+        """The module's attention, with its scale and soft cap, of the queries over other keys alone: all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The outermost call of a model, as `Method.enter` sees it.
+
+    Attributes:
+      arguments: its arguments by name, as the members of a chain before this one have changed them.
+      accepted: the names that the called method takes.
+      sites: the sites of this method.
+      continues: whether the call continues a cache of keys and values that an earlier call has begun.
+      positions: the number of positions that the model has embeddings for; None if there is no such number.
+      outputs: computes the shapes of the outputs that the model has for these arguments.
+    """
+
+    arguments: Mapping[str, Any]
+    accepted: tuple[str, ...]
+    sites: tuple[Site, ...]
+    continues: bool
+    positions: int | None
+    outputs: Callable[[], Any]
 
 
 class Linear(Protocol):

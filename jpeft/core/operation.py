@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import backend
 from jpeft.core.actions import Action, cast_leaves, merge_layer, merge_matrix, used_leaves
 from jpeft.core.geometry import Call, Lookup, Parts, Patches, attend
 from jpeft.core.method import Leaves
+from jpeft.core.nested import first_array, replace_first
 from jpeft.core.sites import Site, map_axes
 
 
@@ -41,23 +41,31 @@ def whole_geometry(site: Site) -> Any:
     return site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
 
 
-def extend(actions: Sequence[Active], key: jax.Array, value: jax.Array, mask: Any) -> Any:
-    """An attention's keys, values and mask, changed by each action in turn."""
-    for active in actions:
-        leaves = active.used(active.leaves, key.dtype)
-        key, value, mask = active.action.method.apply(leaves, key, value, mask)
-    return key, value, mask
+def change_output(active: Active, inputs: Any, y: Any) -> Any:
+    """A module's output with its first floating array changed by one action.
 
+    Args:
+      active: the action.
+      inputs: the call's arguments.
+      y: its output.
 
-def change_output(active: Active, y: Any) -> Any:
-    """A module's output, or the first element of a tuple, changed by one action."""
-    first = y[0] if isinstance(y, tuple) else y
-    tokens = first.reshape(-1, first.shape[-1]) if backend.flatten_tokens() else first
-    leaves = active.used(active.leaves, first.dtype)
-    changed = active.action.method.apply(leaves, tokens).reshape(first.shape)
-    if not isinstance(y, tuple):
-        return changed
-    return type(y)(changed, *y[1:]) if hasattr(y, "_fields") else (changed, *y[1:])
+    Raises:
+      ValueError: the output has no such array.
+    """
+    out, x = first_array(y), first_array(inputs)
+    if out is None:
+        raise ValueError(
+            f"{active.site.name!r} was bound where it returns an array, and returns {type(y).__name__} here"
+        )
+    x = first_array(inputs, floating=False) if x is None else x  # an embedding's token ids
+    leaves = active.used(active.leaves, out.dtype)
+    changed = active.action.method.apply(leaves, x, out, active.context)
+    if jnp.shape(changed) != out.shape:
+        raise ValueError(
+            f"{active.action.method.name}.apply returned {jnp.shape(changed)} for an output {out.shape} of "
+            f"{active.site.name!r}; it must keep the shape"
+        )
+    return replace_first(y, changed.astype(out.dtype))
 
 
 # --- calls of linear layers -------------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft.core.attention import Hook
+from jpeft.core.attention import Hook, Operation, Wrap
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.views import Use
 from jpeft.core.dataflow.walk import Flow
 from jpeft.core.geometry import Call, Contraction, Geometry, Raw
 from jpeft.core.geometry.embedding import traced_table
 from jpeft.core.geometry.traced import Traced, traced
+from jpeft.core.nested import first_array
 from jpeft.core.sites import BOX, FUSED, HEAD_NAMES, MERGE, REPLACE, Site, Stack, Survey, without_stack
 from jpeft.core.tree import Path, join
 
@@ -41,7 +42,7 @@ class LeafRecord:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """A called module: its class name, and the shape and dtype of its (first) output; None if it is not an array."""
+    """A called module: its class name, and the shape and dtype of its first floating output; None if it has none."""
 
     owner: str
     shape: Shape | None
@@ -153,24 +154,24 @@ class Record:
 
     def _leave(self, number: int, y: Any, own: Mapping[str, Any]) -> None:
         """Marks the end of a call and its output ``y``."""
-        if isinstance(first := first_output(y), jax.Array):
+        if isinstance(first := first_array(y, floating=False), jax.Array):
             marks.mark(first, marks.OUTPUT, number)
         marks.mark(next(iter(own.values())), marks.EXIT, number)
 
     def _ran(self, path: Path, module: Any, y: Any) -> None:
         """Records that a module's ``__call__`` ran, with its output."""
-        first = first_output(y)
-        shape = np.shape(first) if hasattr(first, "shape") else None
+        first = first_array(y)
+        shape = None if first is None else np.shape(first)
         self.modules[path] = ModuleRecord(type(module).__name__, shape, str(getattr(first, "dtype", "")))
 
-    def _heads_recorder(self, path: Path) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]:
-        """The function that an attention hook calls with keys, values and mask, which it returns."""
+    def _heads_recorder(self, path: Path) -> Wrap:
+        """The function that an attention hook calls in place of the attention: it runs that, and records its heads."""
 
-        def extend(key: jax.Array, value: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array, Any]:
+        def wrap(operation: Operation, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any) -> jax.Array:
             self.heads[path] = (key.shape[-2], key.shape[-1], value.shape[-1])
-            return key, value, mask
+            return operation(query, key, value, mask)
 
-        return extend
+        return wrap
 
     def survey(self, **fields: Any) -> Survey:
         """The candidate sites, once `flow` is known; ``fields`` are the others of a `Survey`."""
@@ -190,11 +191,6 @@ class Record:
             unused=tuple(p for p, leaf in self.leaves.items() if len(leaf.shape) >= 2 and p not in self.flow.uses),
             **fields,
         )
-
-
-def first_output(y: Any) -> Any:
-    """A call's output, or the first of several."""
-    return y[0] if isinstance(y, tuple) and y else y
 
 
 # --- sites from the record ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The attention of Flax Linen, whose keys, values and mask methods change; see `jpeft.core.attention`."""
+"""The attention of Flax Linen, which runs under methods; see `jpeft.core.attention`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import flax.linen as nn
 
 from jpeft.core import attention
-from jpeft.core.attention import Extend, Hook, extended
+from jpeft.core.attention import Hook, Wrap, wrapped
 
 
-def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, extend: Extend) -> Any:
+def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: nn.Module, wrap: Wrap) -> Any:
     """The hook for ``nn.MultiHeadDotProductAttention``: replaces its ``attention_fn`` during the call."""
     inner = module.attention_fn  # type: ignore[attr-defined]
     # The bound module is a clone that Flax made for this call; the user's module is not changed.
-    object.__setattr__(module, "attention_fn", extended(inner, extend))
+    object.__setattr__(module, "attention_fn", wrapped(inner, wrap))
     try:
         return next_fun(*args, **kwargs)
     finally:

@@ -20,7 +20,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, shown
-from jpeft.core.method import Leaves, Linear, widened
+from jpeft.core.method import Attend, Inputs, Leaves, Linear, Project, widened
 from jpeft.core.sites import BOX, MERGE, Site, Survey
 from jpeft.core.targets import (
     ALL_LINEAR,
@@ -61,6 +61,8 @@ class Method:
     - ``uncast``: names of the leaves that `apply` gets as they are, or as `expand` gives them, not in the dtype of the
       computation.
     - ``reads_context``: whether `apply` reads the arguments of the model's own call, ``base.context``.
+    - ``arguments``: names of arguments that the model's call takes under the method, beside its own. The model does not
+      get them; methods that read the context do.
     - ``observes``: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None
       for a start that needs no data.
     - ``penalty_reduction``: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
@@ -89,10 +91,12 @@ class Method:
     paper: ClassVar[str] = ""
     rules: ClassVar[Mapping[str, Rule]] = {}
     hf: ClassVar[HFSpec | Role | None] = None
+    arguments: ClassVar[tuple[str, ...]] = ()
+    parameters: ClassVar[Mapping[str, Sequence[str] | None]] = {}  # see `jpeft.methods.spelling.check_protocol`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        check_protocol(cls)
+        check_protocol(cls, cls.parameters)
 
     if not TYPE_CHECKING:  # type checkers and editors read the fields of each method
 
@@ -181,6 +185,24 @@ class Method:
         """Whether what the method does at a site can be merged into the base's leaves."""
         return True
 
+    def enter(self, inputs: Inputs) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The arguments of the model's own call as the model gets them, and what methods at sites find in the context.
+
+        It runs once, before the outermost call of the model, whichever of its methods that is.
+
+        Args:
+          inputs: the call. See `jpeft.core.method.Inputs`.
+        """
+        return inputs.arguments, {}
+
+    def leave(self, output: Any, context: Mapping[str, Any]) -> Any:
+        """The output of the model's own call as the caller gets it; ``context`` is that which `enter` returned."""
+        return output
+
+    def virtual_tokens(self) -> int:
+        """The number of positions that the method adds to every sequence, and to a cache of keys and values."""
+        return 0
+
     def check(self, site: Site, leaves: Leaves) -> None:
         """Checks the leaves of one matrix that were read from a file, as numpy arrays; their shapes fit already.
 
@@ -223,6 +245,11 @@ class Method:
     def checks(self) -> bool:
         """Whether a subclass defines `check`."""
         return type(self).check is not Method.check
+
+    @property
+    def enters(self) -> bool:
+        """Whether a subclass defines `enter`."""
+        return type(self).enter is not Method.enter
 
     @property
     def expands(self) -> bool:
@@ -434,8 +461,11 @@ class WeightMethod(Method):
 class OutputMethod(Method):
     """The base class of methods that change a module's output ``[..., features]``.
 
-    Of a module that returns a tuple, it is the first element. A subclass defines ``init`` and ``apply``.
+    Of a module that returns several arrays, in tuples or mappings, it is the first floating one, the least nested one:
+    ``y`` in ``(y, cache)`` and in ``(cache, y)``. A subclass defines ``init`` and ``apply``.
     """
+
+    parameters: ClassVar[Mapping[str, Sequence[str] | None]] = {"apply": ("leaves", "x", "y", "context")}
 
     def mergeable(self, site: Site) -> bool:
         return False
@@ -443,17 +473,32 @@ class OutputMethod(Method):
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return survey.outputs
 
-    def apply(self, leaves: Leaves, y: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
-        """The changed output."""
+    def apply(
+        self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: Mapping[str, Any]
+    ) -> Float[Array, "*tokens features"]:
+        """The changed output.
+
+        Args:
+          leaves: the leaves, in the output's dtype.
+          x: the module's input: the first floating array of its arguments or, without one, the first array.
+          y: its output.
+          context: the arguments of the model's call by name, for a method that ``reads_context``; see
+            `jpeft.core.method.Linear.context`.
+        """
         raise TypeError(f"{self.name} does not define apply")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod(Method):
-    """The base class of methods that change an attention's keys, values and mask, after any position encoding.
+    """The base class of methods that change an attention, after any position encoding of its queries and keys.
 
-    A subclass defines ``init`` and ``apply``.
+    A subclass defines ``init`` and ``attend``. The model needs no registration: the attention is found in the trace of
+    a module's call. See `jpeft.register_attention` for one that is hidden in a kernel.
     """
+
+    parameters: ClassVar[Mapping[str, Sequence[str] | None]] = {
+        "attend": ("leaves", "attend", "query", "key", "value", "mask", "project"), "apply": None,
+    }  # fmt: skip
 
     def mergeable(self, site: Site) -> bool:
         return False
@@ -464,9 +509,22 @@ class AttentionMethod(Method):
     def default_targets(self) -> Targets:
         return r".*"
 
-    def apply(self, leaves: Leaves, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
-        """The changed keys and values ``[..., length, heads, head_dim]`` and mask ``[..., query, length]``."""
-        raise TypeError(f"{self.name} does not define apply")
+    def attend(
+        self, leaves: Leaves, attend: Attend, query: Array, key: Array, value: Array, mask: Any, project: Project
+    ) -> Array:
+        """The attention's output ``[..., queries, heads, value_dim]``, before the module's output projection.
+
+        Args:
+          leaves: the leaves, in the dtype of the keys.
+          attend: the original operation; ``attend(query, key, value, mask)`` is its output.
+          query: ``[..., queries, heads, key_dim]``.
+          key: ``[..., keys, kv_heads, key_dim]``; with a cache, those of earlier calls too.
+          value: ``[..., keys, kv_heads, value_dim]``.
+          mask: boolean, broadcasts to ``[..., heads, queries, keys]``, or None. It is given on to ``attend`` as it is:
+            in a foreign module, what hides keys is not known, and None.
+          project: the module's own projections of other states.
+        """
+        raise TypeError(f"{self.name} does not define attend")
 
 
 @dataclass(frozen=True, kw_only=True)

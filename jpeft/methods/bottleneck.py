@@ -18,7 +18,7 @@ from jpeft.core.method import Leaves
 from jpeft.core.sites import Site
 from jpeft.core.targets import ALL_LINEAR, Targets
 from jpeft.methods.base import OutputMethod, normal
-from jpeft.methods.families.low_rank import narrow
+from jpeft.methods.families.low_rank import flat, narrow
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -80,7 +80,11 @@ class Bottleneck(OutputMethod):
             "bottleneck_up_bias": jnp.zeros((site.outputs,), self.dtype),
         }
 
-    def apply(self, leaves: Leaves, y: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
+    def apply(
+        self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: Mapping[str, Any]
+    ) -> Float[Array, "*tokens features"]:
         # h + s (f(h D + d) U + u)
-        hidden = _ACTIVATIONS[self.activation](narrow(y, leaves["bottleneck_down"]) + leaves["bottleneck_down_bias"])
-        return y + float(self.scale) * (hidden @ leaves["bottleneck_up"] + leaves["bottleneck_up_bias"])
+        h = flat(y)
+        hidden = _ACTIVATIONS[self.activation](narrow(h, leaves["bottleneck_down"]) + leaves["bottleneck_down_bias"])
+        change = hidden @ leaves["bottleneck_up"] + leaves["bottleneck_up_bias"]
+        return (h + float(self.scale) * change).reshape(y.shape)

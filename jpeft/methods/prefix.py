@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, Rule
-from jpeft.core.method import Leaves, pad_left
+from jpeft.core.method import Attend, Leaves, Project
 from jpeft.core.sites import Site
 from jpeft.methods.base import AttentionMethod, normal
 
@@ -108,15 +108,7 @@ class PrefixTuning(AttentionMethod):
             "prefix_value": both[:, bias_k.size :].reshape(-1, *bias_v.shape) + bias_v,
         }
 
-    def apply(self, leaves: Leaves, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
-        # [P_k; K], [P_v; V]. The mask is True for the prefix: every query attends to it, also in a causal attention.
-        length = key.shape[-3]
-        if mask is not None:
-            mask = pad_left(mask, self.length, length, True if mask.dtype == jnp.bool_ else 1)
-        return _prepend(leaves["prefix_key"], key), _prepend(leaves["prefix_value"], value), mask
-
-
-def _prepend(prefix: Array, x: Array) -> Array:
-    """``[prefix; x]`` along the axis of positions."""
-    prefix = jnp.broadcast_to(prefix.astype(x.dtype), (*x.shape[:-3], *prefix.shape))
-    return jnp.concatenate([prefix, x], axis=-3)
+    def attend(
+        self, leaves: Leaves, attend: Attend, query: Array, key: Array, value: Array, mask: Any, project: Project
+    ) -> Array:
+        return attend(query, key, value, mask, (leaves["prefix_key"], leaves["prefix_value"]))

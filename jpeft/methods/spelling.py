@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 # HuggingFace PEFT's names that a method need not declare in its `hf`, and those of other libraries.
@@ -120,8 +120,12 @@ _RENAMED = {
 _PARAMETERS = {"merge": ("leaves", "w", "b"), "expand": ("site", "shared", "leaves")}
 
 
-def check_protocol(cls: type) -> None:
+def check_protocol(cls: type, parameters: Mapping[str, Sequence[str] | None]) -> None:
     """Checks the names and parameters of what a method's class defines, so that nothing is ignored or called wrongly.
+
+    Args:
+      cls: the class.
+      parameters: the parameters of functions that its base class has a form of its own for; None for one without use.
 
     Raises:
       TypeError: a name or form of an earlier version.
@@ -132,8 +136,10 @@ def check_protocol(cls: type) -> None:
             raise TypeError(f"{cls.__name__}.{name} {hint}")
     if isinstance(own.get("mergeable"), bool):
         raise TypeError(f"{cls.__name__}.mergeable is a function of a site now: def mergeable(self, site) -> bool")
-    for name, expected in _PARAMETERS.items():
+    for name, expected in {**_PARAMETERS, **parameters}.items():
         if inspect.isfunction(function := own.get(name)):
+            if expected is None:
+                raise TypeError(f"{cls.__name__}.{name} would never be called: methods of its kind have no {name}")
             given = [p for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
             if len(given) != len(expected) + 1 and not any(p.kind == p.VAR_POSITIONAL for p in given):
                 found = ", ".join(p.name for p in given[1:])

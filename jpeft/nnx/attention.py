@@ -1,4 +1,4 @@
-"""The attention of Flax NNX, whose keys, values and mask methods change; see `jpeft.core.attention`."""
+"""The attention of Flax NNX, which runs under methods; see `jpeft.core.attention`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from jpeft.core import attention
-from jpeft.core.attention import Extend, Hook, extended
+from jpeft.core.attention import Hook, Wrap, wrapped
 from jpeft.core.geometry.registry import full_name
 
 ATTENTION_FN = "attention_fn"
@@ -35,9 +35,9 @@ def read_attention_fn(module: Any) -> Any:
     return found[-1] if found else vars(module)[ATTENTION_FN]
 
 
-def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: Any, extend: Extend) -> Any:
+def attention_fn_hook(next_fun: Any, args: Any, kwargs: Any, module: Any, wrap: Wrap) -> Any:
     """The hook for ``nnx.MultiHeadAttention``: replaces its ``attention_fn`` during the call."""
-    with _replacing(module, extended(vars(module)[ATTENTION_FN], extend)):
+    with _replacing(module, wrapped(vars(module)[ATTENTION_FN], wrap)):
         return next_fun(*args, **kwargs)
 
 

@@ -1,0 +1,75 @@
+"""The operation of an attention, changed by one method after the other: the same in every module system."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core.attention import Operation
+from jpeft.core.method import Prefix, Project
+from jpeft.core.operation import Active
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention's operation, as an attention method finds it: see `jpeft.core.method.Attend`.
+
+    Attributes:
+      operation: the module's own, with the prefix of keys and values as its last argument.
+      prefixes: prefixes of methods that come after this one.
+    """
+
+    operation: Operation
+    prefixes: tuple[Prefix, ...] = ()
+
+    def __call__(self, query: Any, key: Any, value: Any, mask: Any, prefix: Prefix | None = None) -> jax.Array:
+        found = self.prefixes if prefix is None else (*self.prefixes, prefix)
+        if not found:
+            return self.operation(query, key, value, mask)
+        if len(found) == 1:
+            return self.operation(query, key, value, mask, prefix=found[0])
+        keys, values = (jnp.concatenate([p[i] for p in found], axis=-3) for i in (0, 1))
+        return self.operation(query, key, value, mask, prefix=(keys, values))
+
+    def over(self, query: Any, keys: Any, values: Any) -> jax.Array:
+        lead = query.shape[:-3]
+        keys, values = (jnp.broadcast_to(x.astype(query.dtype), (*lead, *x.shape[-3:])) for x in (keys, values))
+        return self.operation(query, keys, values, True)
+
+
+@dataclass(frozen=True, eq=False)
+class _ChangedAttention:
+    """An attention under one more action."""
+
+    active: Active
+    attention: Attention | _ChangedAttention
+    project: Project
+
+    def __call__(self, query: Any, key: Any, value: Any, mask: Any, prefix: Prefix | None = None) -> jax.Array:
+        inner = self.attention if prefix is None else _with_prefix(self.attention, prefix)
+        leaves = self.active.used(self.active.leaves, key.dtype)
+        return self.active.action.method.attend(leaves, inner, query, key, value, mask, self.project)
+
+    def over(self, query: Any, keys: Any, values: Any) -> jax.Array:
+        return self.attention.over(query, keys, values)
+
+
+def _with_prefix(attention: Any, prefix: Prefix) -> Any:
+    if isinstance(attention, Attention):
+        return dataclasses.replace(attention, prefixes=(*attention.prefixes, prefix))
+    return dataclasses.replace(attention, attention=_with_prefix(attention.attention, prefix))
+
+
+def attend(
+    actions: Sequence[Active], project: Project, operation: Operation, query: Any, key: Any, value: Any, mask: Any
+) -> jax.Array:
+    """An attention's output under each action in turn."""
+    attention: Attention | _ChangedAttention = Attention(operation)
+    for active in actions:
+        attention = _ChangedAttention(active, attention, project)
+    return attention(query, key, value, mask)
