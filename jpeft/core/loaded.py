@@ -78,6 +78,8 @@ def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping
             return _is_copy(leaves[action.site.path], base.get(action.site.path))
         if action.site.kind == "attention" or not (action.mergeable or action.site.kind == "output"):
             return False  # added keys take a part of the attention
+        if action.site.kind == "output" and action.method.reads_context:
+            return False  # the model's call is not known
         own, shared = (
             {n: jnp.asarray(x) for n, x in d.items()} for d in (peft.own(action, leaves), peft.shared(action, leaves))
         )
@@ -109,7 +111,8 @@ def _gives_back(action: Action, shared: Mapping[str, Any], leaves: Mapping[str, 
     def one(own: Mapping[str, Any]) -> jax.Array:
         if site.kind == "output":
             used = cast_leaves(used_leaves(action, shared, own), jnp.float32)
-            return _same(lambda y: method.apply(used, y), (2, site.outputs))
+            x = _numbers((2, site.inputs)) if site.inputs else jnp.zeros((2,), jnp.int32)
+            return _same(lambda y: method.apply(used, x, y, {}), (2, site.outputs))
         b = _numbers((site.outputs,)) if site.bias else None
         w = _numbers((site.inputs, site.outputs))
         same = jnp.bool_(True)

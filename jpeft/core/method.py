@@ -161,8 +161,8 @@ class Method(Protocol):
         ...
 
 
-# states [n, features] -> the keys [n, kv_heads, key_dim] and values [n, kv_heads, value_dim] that a module makes of them,
-# without position encoding
+# states [n, features] -> a module's projections of them to keys [n, kv_heads, key_dim] and values
+# [n, kv_heads, value_dim], without position encoding
 Project = Callable[[Any], tuple[Any, Any]]
 Prefix = tuple[Any, Any]  # keys [n, kv_heads, key_dim] and values [n, kv_heads, value_dim]
 

@@ -49,7 +49,7 @@ def _find(value: Any, floating: bool) -> tuple[Keys, Any] | None:
 
 
 def _is_array(value: Any, floating: bool) -> bool:
-    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct) or not np.ndim(value):
+    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct) or not value.shape:
         return False
     return not floating or jnp.issubdtype(value.dtype, jnp.floating)
 

@@ -36,7 +36,7 @@ class Site:
       owner: class name of the owner.
       leaf: name of the weight in its owner; "" for a site that is not a weight.
       geometry: how the owner uses the weight; for an "output" site, that of the weight that computes it, if any.
-      inputs: number of rows of the weight as a matrix.
+      inputs: number of rows of the weight as a matrix; for an "output" site, the number of features of its input.
       outputs: number of its columns; for an "output" site, the number of features.
       heads: (number of key/value heads, key dimension, value dimension) of an attention.
       dtype: dtype of the weight, output or leaf.

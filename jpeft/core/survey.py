@@ -42,11 +42,19 @@ class LeafRecord:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """A called module: its class name, and the shape and dtype of its first floating output; None if it has none."""
+    """A called module.
+
+    Attributes:
+      owner: its class name.
+      shape: the shape of its first floating output; None if it has none.
+      dtype: the dtype of that.
+      inputs: the number of features of its first floating input; 0 if it has none.
+    """
 
     owner: str
     shape: Shape | None
     dtype: str
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Record:
         else:
             y = run(*call.args, **call.kwargs)
         if call.method == "__call__":
-            self._ran(path, call.module, y)
+            self._ran(path, call, y)
         if number is not None:
             self._leave(number, y, own)
         return y
@@ -158,11 +166,11 @@ class Record:
             marks.mark(first, marks.OUTPUT, number)
         marks.mark(next(iter(own.values())), marks.EXIT, number)
 
-    def _ran(self, path: Path, module: Any, y: Any) -> None:
+    def _ran(self, path: Path, call: Call, y: Any) -> None:
         """Records that a module's ``__call__`` ran, with its output."""
-        first = first_array(y)
-        shape = None if first is None else np.shape(first)
-        self.modules[path] = ModuleRecord(type(module).__name__, shape, str(getattr(first, "dtype", "")))
+        x, first = first_array((call.args, call.kwargs)), first_array(y)
+        shape, inputs = None if first is None else np.shape(first), 0 if x is None else np.shape(x)[-1]
+        self.modules[path] = ModuleRecord(type(call.module).__name__, shape, str(getattr(first, "dtype", "")), inputs)
 
     def _heads_recorder(self, path: Path) -> Wrap:
         """The function that an attention hook calls in place of the attention: it runs that, and records its heads."""
@@ -282,6 +290,7 @@ def _output_site(record: Record, path: Path, geometry: Geometry | None) -> Site:
         kind="output",
         owner=module.owner,
         geometry=geometry,
+        inputs=module.inputs,
         outputs=module.shape[-1],
         dtype=module.dtype,
         stack=_scope_stack(record, path),
