@@ -190,6 +190,24 @@ def _is_floating(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+@dataclass(frozen=True, eq=False)
+class Active:
+    """An action in a call: its leaves as they are stored, those that its sites share, and the model's arguments."""
+
+    action: Action
+    leaves: Leaves
+    shared: Leaves
+    context: Mapping[str, Any]
+
+    @property
+    def site(self) -> Site:
+        return self.action.site
+
+    def used(self, leaves: Leaves, dtype: Any) -> Leaves:
+        """The leaves that ``apply`` takes, for one matrix, from its stored ones."""
+        return cast_leaves(used_leaves(self.action, self.shared, leaves), dtype, self.action.method.uncast)
+
+
 def merge_matrix(
     action: Action, shared: Leaves, leaves: Leaves, w: jax.Array, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:

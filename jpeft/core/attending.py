@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.core.actions import Active
 from jpeft.core.attention import Operation
 from jpeft.core.method import Prefix, Project
-from jpeft.core.operation import Active
 
 
 @dataclass(frozen=True, eq=False)

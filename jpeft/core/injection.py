@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core.actions import Active
 from jpeft.core.attending import attend
 from jpeft.core.attention import Hook
 from jpeft.core.dataflow.replace import Change, bind
 from jpeft.core.dataflow.views import LOOKUP, Product
 from jpeft.core.geometry import Call, Geometry, Parts, TracedTable
 from jpeft.core.operation import (
-    Active,
     ChangedOperation,
     Operation,
     change_attend,

@@ -11,29 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.actions import Action, cast_leaves, merge_layer, merge_matrix, used_leaves
+from jpeft.core.actions import Active, merge_layer, merge_matrix
 from jpeft.core.geometry import Call, Lookup, Parts, Patches, attend
 from jpeft.core.method import Leaves
 from jpeft.core.nested import first_array, replace_first
 from jpeft.core.sites import Site, map_axes
-
-
-@dataclass(frozen=True, eq=False)
-class Active:
-    """An action in a call: its leaves as they are stored, those that its sites share, and the model's arguments."""
-
-    action: Action
-    leaves: Leaves
-    shared: Leaves
-    context: Mapping[str, Any]
-
-    @property
-    def site(self) -> Site:
-        return self.action.site
-
-    def used(self, leaves: Leaves, dtype: Any) -> Leaves:
-        """The leaves that ``apply`` takes, for one matrix, from its stored ones."""
-        return cast_leaves(used_leaves(self.action, self.shared, leaves), dtype, self.action.method.uncast)
 
 
 def whole_geometry(site: Site) -> Any:

@@ -21,11 +21,11 @@ import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
-from jpeft.core.actions import Action
+from jpeft.core.actions import Action, Active
 from jpeft.core.dataflow.replace import Change
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
-from jpeft.core.operation import Active, dropped, no_dropout
+from jpeft.core.operation import dropped, no_dropout
 from jpeft.core.quantized import Quantized
 from jpeft.core.signatures import by_position, owner_of, signature_of
 from jpeft.core.sites import FUSED, Site

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jpeft.core.actions import Action, merge_layer, merge_stored
+from jpeft.core.actions import Action, Active, merge_layer, merge_stored
 from jpeft.core.dataflow.replace import Change, evaluate
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
 from jpeft.core.method import Leaves
-from jpeft.core.operation import Active, whole_geometry
+from jpeft.core.operation import whole_geometry
 from jpeft.core.quantized import Quantized, dequantize_leaf
 from jpeft.core.signatures import by_position, owner_of, signature_of
 from jpeft.core.sites import Site, without_stack
