@@ -68,11 +68,30 @@ class ModuleCall(ABC):
         """Runs the original method with another positional argument."""
         return self.next_fun(*with_item(self.args, argument, x), **self.kwargs)
 
+    def rerun(self, x: Any) -> Any:
+        """Runs the original method once more, on another first argument.
+
+        Raises:
+          ValueError: the module has others inside, or more than parameters, which would run twice.
+        """
+        if not self.args or not self.is_simple:
+            raise ValueError(f"{self.name} cannot run again on another input: only a module without others inside can")
+        return self._rerun(x)
+
     def project(self, states: Any) -> tuple[Any, Any]:
         """See `jpeft.core.method.Project`."""
         raise ValueError(f"the projections of {self.name} to keys and values are not known")
 
     # --- what a front end defines ---
+
+    @property
+    @abstractmethod
+    def is_simple(self) -> bool:
+        """Whether the module has parameters alone: no modules inside, and no other state."""
+
+    @abstractmethod
+    def _rerun(self, x: Any) -> Any:
+        """Runs the original method of a simple module on another first argument."""
 
     @property
     @abstractmethod
@@ -141,7 +160,8 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Dropout, is_i
         y = unchanged(call)
     if call.method == "__call__" and not is_inner:
         for active in on["output"]:
-            y = change_output(active, (call.args, call.kwargs), y)
+            drop = dropout(active.action.method.input_dropout)
+            y = change_output(active, (call.args, call.kwargs), y, drop, call.rerun)
     return y
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.actions import Action, cast_leaves, merge_matrix, used_leaves
+from jpeft.core.method import ModuleContext
 from jpeft.core.peft import Peft
 from jpeft.core.sites import stack_first
 from jpeft.core.tree import Path, join, peek
@@ -83,9 +84,20 @@ def changes_nothing(peft: Peft, leaves: Mapping[Path, np.ndarray], base: Mapping
         own, shared = (
             {n: jnp.asarray(x) for n, x in d.items()} for d in (peft.own(action, leaves), peft.shared(action, leaves))
         )
-        return bool(_gives_back(replace(action, site=replace(action.site, path=())), shared, own))
+        try:
+            return bool(_gives_back(replace(action, site=replace(action.site, path=())), shared, own))
+        except _NotKnown:
+            return False
 
     return all(map(is_neutral, peft.actions))
+
+
+class _NotKnown(Exception):
+    """A method runs the module again, of which only the output is made up."""
+
+
+def _not_known(x: Any) -> Any:
+    raise _NotKnown
 
 
 def _is_varied(leaves: Mapping[Path, np.ndarray], action: Action) -> bool:
@@ -112,7 +124,8 @@ def _gives_back(action: Action, shared: Mapping[str, Any], leaves: Mapping[str, 
         if site.kind == "output":
             used = cast_leaves(used_leaves(action, shared, own), jnp.float32)
             x = _numbers((2, site.inputs)) if site.inputs else jnp.zeros((2,), jnp.int32)
-            return _same(lambda y: method.apply(used, x, y, {}), (2, site.outputs))
+            context = ModuleContext({}, lambda x, rate: x, _not_known)
+            return _same(lambda y: method.apply(used, x, y, context), (2, site.outputs))
         b = _numbers((site.outputs,)) if site.bias else None
         w = _numbers((site.inputs, site.outputs))
         same = jnp.bool_(True)

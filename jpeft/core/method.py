@@ -6,7 +6,7 @@ classes that methods extend are in `jpeft.methods.base`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -250,6 +250,34 @@ class Linear(Protocol):
     def dropout(self, x: Any, rate: float) -> Any:
         """``x`` with entries dropped if the caller trains and gives a "dropout" rng; otherwise ``x`` itself."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleContext(Mapping[str, Any]):
+    """What an output method sees beside a module's input and output.
+
+    A mapping of the arguments of the model's own call by name, for a method that `reads_context`.
+
+    Attributes:
+      arguments: these arguments.
+      dropout: ``dropout(x, rate)`` is ``x`` with entries dropped if the caller trains and gives a "dropout" rng;
+        otherwise, and for a method whose `input_dropout` is 0.0, ``x`` itself.
+      rerun: ``rerun(x)`` is the output of the module for another first argument: of one that has parameters alone, such
+        as a norm.
+    """
+
+    arguments: Mapping[str, Any]
+    dropout: Callable[[Any, float], Any]
+    rerun: Callable[[Any], Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arguments)
+
+    def __len__(self) -> int:
+        return len(self.arguments)
 
 
 def widened(dtype: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jpeft.core.actions import Active, merge_layer, merge_matrix
 from jpeft.core.geometry import Call, Lookup, Parts, Patches, attend
-from jpeft.core.method import Leaves
+from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.nested import first_array, replace_first
 from jpeft.core.sites import Site, map_axes
 
@@ -23,13 +23,15 @@ def whole_geometry(site: Site) -> Any:
     return site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
 
 
-def change_output(active: Active, inputs: Any, y: Any) -> Any:
+def change_output(active: Active, inputs: Any, y: Any, dropout: Callable[[Any, float], Any], rerun: Any) -> Any:
     """A module's output with its first floating array changed by one action.
 
     Args:
       active: the action.
       inputs: the call's arguments.
       y: its output.
+      dropout: the method's dropout.
+      rerun: runs the module on another first argument.
 
     Raises:
       ValueError: the output has no such array.
@@ -41,13 +43,17 @@ def change_output(active: Active, inputs: Any, y: Any) -> Any:
         )
     x = first_array(inputs, floating=False) if x is None else x  # an embedding's token ids
     leaves = active.used(active.leaves, out.dtype)
-    changed = active.action.method.apply(leaves, x, out, active.context)
+    context = ModuleContext(active.context, dropout, lambda z: first_array(rerun(z)))
+    changed = active.action.method.apply(leaves, x, out, context)
     if jnp.shape(changed) != out.shape:
         raise ValueError(
             f"{active.action.method.name}.apply returned {jnp.shape(changed)} for an output {out.shape} of "
             f"{active.site.name!r}; it must keep the shape"
         )
-    return replace_first(y, changed.astype(out.dtype))
+    changed = changed.astype(out.dtype)
+    if (on := active.leaves.get(active.action.mask)) is not None:
+        changed = jnp.where(on.reshape(()), changed, out)
+    return replace_first(y, changed)
 
 
 # --- calls of linear layers -------------------------------------------------------------------------------------------

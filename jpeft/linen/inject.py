@@ -79,6 +79,17 @@ class _LinenCall(ModuleCall):
     def is_quantized(self) -> bool:
         return any(isinstance(leaf, Quantized) for leaf in self.variables.values())
 
+    @property
+    def is_simple(self) -> bool:
+        own = set(self.module.variables) - {"params"}
+        return not own and not any(isinstance(value, Mapping) for value in self.variables.values())
+
+    def _rerun(self, x: Any) -> Any:
+        # A compact method of the module itself can run only once in a call.
+        own = {name: meta.unbox(value) for name, value in self.variables.items() if name != MARKER}
+        copy = self.module.clone(parent=None)
+        return copy.apply({"params": own}, x, *self.args[1:], **self.kwargs, method=self.method)
+
     def stored(self, name: str) -> Any:
         return peek(self.variables[name])
 

@@ -20,7 +20,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, shown
-from jpeft.core.method import Attend, Inputs, Leaves, Linear, Project, widened
+from jpeft.core.method import Attend, Inputs, Leaves, Linear, ModuleContext, Project, widened
 from jpeft.core.sites import BOX, MERGE, Site, Survey
 from jpeft.core.targets import (
     ALL_LINEAR,
@@ -50,7 +50,7 @@ class Method:
       targets: the sites to act on, see `jpeft.core.targets`; None for the method's default.
       exclude: the sites to leave out, even if ``targets`` matches them.
       overrides: fields by target pattern, e.g. ``{r".*/query": {"rank": 16}}``; the first pattern that matches applies.
-        Of a weight that a scan stacks, ``{"layers": [0, 2]}`` are the layers to act on.
+        Of a weight or module that a scan stacks, ``{"layers": [0, 2]}`` are the layers to act on.
 
     A subclass may set these class attributes; ``non_trainable``, ``regenerated`` and ``observes`` may be properties:
 
@@ -280,9 +280,9 @@ class Method:
         """A site as the method sees it, with the layers that the overrides give."""
         if (layers := self.fields_at(site).get(LAYERS)) is None:
             return prepared
-        count = site.stack[0][1] if site.stack and site.kind == "weight" else 0
+        count = site.stack[0][1] if site.stack and site.kind in ("weight", "output") else 0
         if max(layers) >= count:
-            what = f"has {count} layers" if count else "is no weight that a scan stacks"
+            what = f"has {count} layers" if count else "is no weight or module that a scan stacks"
             raise ValueError(f"{self.name}: overrides give {site.name!r} the layers {list(layers)}, but it {what}")
         return dataclasses.replace(prepared, layers=layers)
 
@@ -474,7 +474,7 @@ class OutputMethod(Method):
         return survey.outputs
 
     def apply(
-        self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: Mapping[str, Any]
+        self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: ModuleContext
     ) -> Float[Array, "*tokens features"]:
         """The changed output.
 
@@ -482,8 +482,9 @@ class OutputMethod(Method):
           leaves: the leaves, in the output's dtype.
           x: the module's input: the first floating array of its arguments or, without one, the first array.
           y: its output.
-          context: the arguments of the model's call by name, for a method that ``reads_context``; see
-            `jpeft.core.method.Linear.context`.
+          context: the arguments of the model's call by name, for a method that ``reads_context``, see
+            `jpeft.core.method.Linear.context`; and functions for dropout and to run the module again, see
+            `jpeft.core.method.ModuleContext`.
         """
         raise TypeError(f"{self.name} does not define apply")
 

@@ -29,7 +29,7 @@ from jpeft.core.tree import split_arrays
 from jpeft.nnx import attention, layers
 from jpeft.nnx.adapted import original
 from jpeft.nnx.dropout import draw, dropout
-from jpeft.nnx.state import copied, raw, variables
+from jpeft.nnx.state import copied, modules, raw, variables
 from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
 
 CHANGES = "jpeft_changes"  # the attribute of a module that holds its `Changes`
@@ -170,6 +170,15 @@ class _NnxCall(ModuleCall):
     @property
     def is_quantized(self) -> bool:
         return any(isinstance(raw(v), Quantized) for v in variables(self.module).values())
+
+    @property
+    def is_simple(self) -> bool:
+        own = variables(self.module).values()
+        inside = any(module is not self.module for _, module in modules(self.module))
+        return not inside and all(isinstance(state, nnx.Param) for state in own)
+
+    def _rerun(self, x: Any) -> Any:
+        return self.next_fun(x, *self.args[1:], **self.kwargs)
 
     def stored(self, name: str) -> Any:
         return raw(vars(self.module)[name])

@@ -99,7 +99,7 @@ def test_layers_are_kept_in_folders(model, tmp_path):
 
 REFUSED = {
     r"overrides give 'model/layers/self_attn/q_proj' the layers \[3\], but it has 3 layers": {"q_proj": [3]},
-    r"overrides give 'lm_head' the layers \[0\], but it is no weight that a scan stacks": {"lm_head": [0]},
+    r"overrides give 'lm_head' the layers \[0\], but it is no weight or module that a scan stacks": {"lm_head": [0]},
     r"overrides\['q_proj'\] sets layers, which must be indices, got \(\)": {"q_proj": []},
     r"overrides\['q_proj'\] sets layers, which must be indices, got \(0, 0\)": {"q_proj": [0, 0]},
     r"overrides\['q_proj'\] sets layers, which must be indices, got 'all'": {"q_proj": "all"},
