@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.actions import Action, changes_bias, init_leaves
+from jpeft.core.entering import model_kwargs
 from jpeft.core.frontend import FrontEnd
 from jpeft.core.method import Leaves, Method, slugs
 from jpeft.core.peft import Peft
@@ -29,7 +30,8 @@ from jpeft.frontends import arguments, front_end
 def bind(method: Method, model: Any, /, *inputs: Any, **kwargs: Any) -> Peft:
     """See `jpeft.methods.base.Method.bind`."""
     found, params, inputs = arguments(model, inputs, "bind(model, params, *inputs)")
-    return bind_survey(method, model, params, found.survey(model, params, inputs, kwargs), found)
+    survey = found.survey(model, params, inputs, model_kwargs(method, kwargs))
+    return bind_survey(method, model, params, survey, found)
 
 
 def survey_model(model: Any, params: Tree, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Survey:

@@ -193,16 +193,20 @@ class Inputs:
 
     Attributes:
       arguments: its arguments by name, as the members of a chain before this one have changed them.
+      model: the model, for what it says of itself in attributes.
       accepted: the names that the called method takes.
       sites: the sites of this method.
+      context: what earlier members have put into the context.
       continues: whether the call continues a cache of keys and values that an earlier call has begun.
       positions: the number of positions that the model has embeddings for; None if there is no such number.
       outputs: computes the shapes of the outputs that the model has for these arguments.
     """
 
     arguments: Mapping[str, Any]
+    model: Any
     accepted: tuple[str, ...]
     sites: tuple[Site, ...]
+    context: Mapping[str, Any]
     continues: bool
     positions: int | None
     outputs: Callable[[], Any]

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jpeft.core.actions import Action, by_weight, init_leaves, layer_mask, merge_stored
 from jpeft.core.adapter_placement import box_like, leaf_sharding
 from jpeft.core.arguments import adapter_leaves, check_order
+from jpeft.core.entering import Entry, entries
 from jpeft.core.finite import check_merged, is_finite
 from jpeft.core.frontend import FrontEnd, is_bypassed
 from jpeft.core.method import Method, slugs
@@ -109,6 +110,16 @@ class Peft:
     def mergeable(self) -> bool:
         """Whether an adapter can be merged into the base at every site."""
         return all(action.mergeable for action in self.actions)
+
+    @functools.cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """The members of the method that have to do with the model's own call."""
+        return entries(self.method, self.actions, self.weights)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The number of positions that the method adds to every sequence, and to a cache of keys and values."""
+        return sum(member.virtual_tokens() for member in self.method.methods())
 
     @property
     def observes(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 from flax import errors
 
+from jpeft.core.entering import model_kwargs
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.signatures import form_of
@@ -75,8 +76,9 @@ class LinenFrontEnd:
         """``model.apply`` under the adapter."""
         tree, others = split_variables(params)
         if is_bypassed():
-            return peft.model.apply({**others, "params": tree}, *inputs, **kwargs)
-        check_form(peft, {**others, "params": tree}, inputs, kwargs)
+            own = model_kwargs(peft.method, kwargs)
+            return peft.model.apply({**others, "params": tree}, *inputs, **own)
+        check_form(peft, {**others, "params": tree}, inputs, model_kwargs(peft.method, kwargs))
         full = self.overlay(peft, tree, adapter)
         with self.intercept(peft):
             out = peft.model.apply({**others, "params": full}, *inputs, **kwargs)
@@ -88,7 +90,7 @@ class LinenFrontEnd:
 
     def intercept(self, peft: Peft) -> AbstractContextManager[None]:
         """See `Peft.intercept`."""
-        return inject.intercept(peft.by_owner())
+        return inject.intercept(peft)
 
     def module(self, peft: Peft) -> PeftModule:
         """See `Peft.module`."""

@@ -23,9 +23,12 @@ from jax.core import Tracer
 
 from jpeft.core.actions import Action, Active
 from jpeft.core.dataflow.replace import Change
+from jpeft.core.entering import RootCall, context_of, run_root
+from jpeft.core.frontend import bypassed, is_bypassed
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
 from jpeft.core.operation import dropped, no_dropout
+from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
 from jpeft.core.signatures import by_position, owner_of, signature_of
 from jpeft.core.sites import FUSED, Site
@@ -37,20 +40,20 @@ _active: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("activ
 
 
 @contextlib.contextmanager
-def intercept(actions: Mapping[Path, tuple[Action, ...]], prefix: Path = ()) -> Iterator[None]:
-    """A context in which module calls apply actions. Enter it inside the function that is jitted.
+def intercept(peft: Peft, prefix: Path = ()) -> Iterator[None]:
+    """A context in which module calls apply a method's actions. Enter it inside the function that is jitted.
 
     Args:
-      actions: the actions on each module, by its path.
+      peft: the bound method.
       prefix: path of the model, if it is part of a larger module.
     """
     active = _active.get()
-    if (actions, prefix) in active:  # e.g. peft.apply inside peft.intercept(): applying twice would be wrong
+    if (peft, prefix) in active:  # e.g. peft.apply inside peft.intercept(): applying twice would be wrong
         yield
         return
-    token = _active.set((*active, (actions, prefix)))
+    token = _active.set((*active, (peft, prefix)))
     try:
-        with nn.intercept_methods(Interceptor(actions, prefix)):
+        with nn.intercept_methods(Interceptor(peft, prefix)):
             yield
     finally:
         _active.reset(token)
@@ -140,45 +143,57 @@ class _OpenCall:
 class Interceptor:
     """The function that `nn.intercept_methods` calls for every method call of every module."""
 
-    def __init__(self, actions: Mapping[Path, tuple[Action, ...]], prefix: Path = ()):
-        self.actions, self.prefix = actions, prefix
+    def __init__(self, peft: Peft, prefix: Path = ()):
+        self.peft, self.prefix = peft, prefix
+        self.actions = peft.by_owner()
+        self.entries = peft.entries
         self.open_calls: list[_OpenCall] = []
         self.context: Mapping[str, Any] = {}
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if module.scope is None or context.method_name == "setup":
+        if module.scope is None or context.method_name == "setup" or is_bypassed():
             return next_fun(*args, **kwargs)
+        if self.open_calls:
+            return self._call(next_fun, args, kwargs, context)
+        with self._sharing(module):
+            if self.entries and module.scope.path == self.prefix:
+                return run_root(self._root_call(next_fun, context), self.entries, args, kwargs)
+            self.context = self._context_of(context, args, kwargs)
+            return self._call(next_fun, args, kwargs, context)
+
+    def _call(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Runs a call under the actions on its module."""
+        module = context.module
         path = module.scope.path
         inside = path[: len(self.prefix)] == self.prefix
         actions = self.actions.get(path[len(self.prefix) :], ()) if inside else ()
         nested = any(outer.module.scope is module.scope for outer in self.open_calls)
-        outermost: AbstractContextManager[None] = contextlib.nullcontext()
-        if not self.open_calls:
-            outermost, self.context = self._sharing(module), self._context_of(context, args, kwargs)
         self.open_calls.append(_OpenCall(module, _deterministic(context, args, kwargs)))
         try:
-            with outermost:
-                call = _LinenCall.of(next_fun, args, kwargs, context)
-                found = [_read(module, action, self.context) for action in actions]
-                active = [own for own in found if own is not None]
-                dropout = functools.partial(self._dropout, module)
-                return run_call(call, active, dropout, nested) if active else unchanged(call)
+            call = _LinenCall.of(next_fun, args, kwargs, context)
+            found = [_read(module, action, self.context) for action in actions]
+            active = [own for own in found if own is not None]
+            dropout = functools.partial(self._dropout, module)
+            return run_call(call, active, dropout, nested) if active else unchanged(call)
         finally:
             self.open_calls.pop()
+
+    def _root_call(self, next_fun: Any, context: Any) -> RootCall:
+        """The call of the model itself."""
+
+        def run(args: Any, kwargs: Any, found: Mapping[str, Any]) -> Any:
+            self.context = found
+            return self._call(next_fun, args, kwargs, context)
+
+        outputs = functools.partial(_outputs, self.peft.model, context.module, context.method_name)
+        return RootCall(context.orig_method, context.module, _has_cache(context.module), run, outputs)
 
     def _context_of(self, context: Any, args: Any, kwargs: Any) -> Mapping[str, Any]:
         """The arguments of the outermost call by name, if a method reads them."""
         if not any(action.method.reads_context for own in self.actions.values() for action in own):
             return {}
-        module, found = context.module, dict(kwargs)
-        signature = signature_of(getattr(context.orig_method, "func", context.orig_method))
-        if signature is not None:
-            with contextlib.suppress(TypeError):
-                found = {**dict(list(signature.bind(module, *args, **kwargs).arguments.items())[1:]), **kwargs}
-        of_module = bool(module.variables.get("cache")) or module.is_mutable_collection("cache")
-        held = (value for name, value in found.items() if "cache" in name or "past_key_values" in name)
-        return {**found, "cached": of_module or any(value is not None and value is not False for value in held)}
+        return context_of(context.orig_method, context.module, _has_cache(context.module), args, kwargs)
 
     def _sharing(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context with the leaves that sites share, for the outermost call."""
@@ -208,6 +223,32 @@ class Interceptor:
                 )
             return no_dropout
         return functools.partial(dropped, scope.make_rng("dropout"), deterministic)
+
+
+def _has_cache(module: nn.Module) -> bool:
+    return bool(module.variables.get("cache")) or module.is_mutable_collection("cache")
+
+
+def _outputs(model: nn.Module, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The shapes of the outputs that a model has without methods.
+
+    Args:
+      model: the model.
+      module: the same, bound, in a call.
+      method: the called method's name.
+      args: its arguments.
+      kwargs: its other arguments.
+    """
+    scope = module.scope
+    assert scope is not None
+    rngs = {name: jax.random.key(0) for name in scope.rngs}
+
+    def call(variables: Any) -> Any:
+        y = model.apply(variables, *args, **kwargs, rngs=rngs, method=method, mutable=scope.mutable)
+        return y if scope.mutable is False else y[0]
+
+    with bypassed():
+        return jax.eval_shape(call, dict(module.variables))
 
 
 def _read(module: nn.Module, action: Action, context: Mapping[str, Any]) -> Active | None:

@@ -44,7 +44,7 @@ class PeftModule(nn.Module):
             return y
 
         def body(inner: Any, *args: Any) -> Any:
-            with inject.intercept(peft.by_owner(), inner.path):
+            with inject.intercept(peft, inner.path):
                 return peft.model.clone(parent=inner, name=None)(*args, **kwargs)
 
         def overlaid(variables: Any) -> Any:

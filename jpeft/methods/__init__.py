@@ -39,6 +39,7 @@ from jpeft.methods.lora import LoRA as LoRA
 from jpeft.methods.miss import MiSS as MiSS
 from jpeft.methods.oft import OFT as OFT
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
+from jpeft.methods.prompt_tuning import PromptTuning as PromptTuning
 from jpeft.methods.randlora import RandLoRA as RandLoRA
 from jpeft.methods.road import RoAd as RoAd
 from jpeft.methods.shira import SHiRA as SHiRA

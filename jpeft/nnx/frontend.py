@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jpeft.checks import shown
+from jpeft.core.entering import model_kwargs
 from jpeft.core.frontend import is_bypassed
 from jpeft.core.peft import Peft
 from jpeft.core.signatures import form_of
@@ -145,7 +146,9 @@ class NnxFrontEnd:
             raise TypeError(f"mutable must be True, to return (y, rest), or False, got {shown(mutable)}")
         model = self._adapted(peft, params, adapter, rest, checks.dropout_key(peft, rngs))
         method = checks.method_name(model, method)
-        self._check_form(peft, inputs, own, method)
+        plain = model_kwargs(peft.method, own)
+        self._check_form(peft, inputs, plain, method)
+        own = plain if is_bypassed() else own
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
             reseed(model, rngs)
         if rngs is not None and checks.takes_rngs(self.classes[()], method):

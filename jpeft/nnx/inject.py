@@ -18,12 +18,13 @@ from flax import nnx
 
 from jpeft.core.actions import Action, Active, merge_layer, merge_stored
 from jpeft.core.dataflow.replace import Change, evaluate
+from jpeft.core.entering import Entry, RootCall, context_of, run_root
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
 from jpeft.core.method import Leaves
 from jpeft.core.operation import whole_geometry
 from jpeft.core.quantized import Quantized, dequantize_leaf
-from jpeft.core.signatures import by_position, owner_of, signature_of
+from jpeft.core.signatures import by_position, owner_of
 from jpeft.core.sites import Site, without_stack
 from jpeft.core.tree import split_arrays
 from jpeft.nnx import attention, layers
@@ -104,10 +105,12 @@ class Root:
     Attributes:
       shared: names of the root's attributes that hold leaves which sites share, with the key and the leaf's name.
       reads_context: whether a method reads the model's arguments.
+      entries: the members of the method that change these arguments, and the outputs.
     """
 
     shared: tuple[tuple[str, str, str], ...] = ()
     reads_context: bool = False
+    entries: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,35 +128,48 @@ _running: contextvars.ContextVar[Mapping[Any, _Running]] = contextvars.ContextVa
 )
 
 
-@contextlib.contextmanager
-def _run_root(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[None]:
-    """A context in which the model's modules find leaves that sites share, and the arguments of the model's call."""
-    root: Root | None = vars(module).get(ROOT)
-    changes: Changes = vars(module)[CHANGES]
-    if root is None or changes.token in _running.get():
-        yield
-        return
+def _run_root(module: Any, function: Callable[..., Any], method: str, args: Any, kwargs: Any) -> Any:
+    """Runs a method of the model, in whose modules leaves that sites share and the call's arguments are found."""
+    root: Root = vars(module)[ROOT]
     shared: dict[str, dict[str, Any]] = {}
     for attribute, slug, name in root.shared:
         shared.setdefault(slug, {})[name] = raw(vars(module)[attribute])
-    context = _context_of(module, function, args, kwargs) if root.reads_context else {}
     draw(module, lambda own: next(a.site for a in vars(own)[CHANGES].actions if a.method.input_dropout))
-    token = _running.set({**_running.get(), changes.token: _Running(shared, context)})
+    plain = getattr(original(type(module)), method)
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], context: Mapping[str, Any]) -> Any:
+        token = _running.set({**_running.get(), vars(module)[CHANGES].token: _Running(shared, context)})
+        try:
+            return _run(module, function, method, args, kwargs)
+        finally:
+            _running.reset(token)
+
+    if root.entries:
+        outputs = functools.partial(_outputs, module, plain)
+        return run_root(RootCall(plain, module, _has_cache(module), run, outputs), root.entries, args, kwargs)
+    context = context_of(plain, module, _has_cache(module), args, kwargs) if root.reads_context else {}
+    return run(args, kwargs, context)
+
+
+def _has_cache(module: Any) -> bool:
+    return any(isinstance(v, nnx.Cache) for _, v in nnx.to_flat_state(nnx.state(module, nnx.Cache)))
+
+
+_is_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("is_plain", default=False)
+
+
+def _outputs(module: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The shapes of the outputs that a model has without methods."""
+    graphdef, state = nnx.split(module)
+
+    def call(state: Any) -> Any:
+        return plain(nnx.merge(graphdef, copied(state)), *args, **kwargs)
+
+    token = _is_plain.set(True)
     try:
-        yield
+        return jax.eval_shape(call, state)
     finally:
-        _running.reset(token)
-
-
-def _context_of(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Mapping[str, Any]:
-    """The arguments of the model's call by name, and whether it keeps keys and values of earlier calls."""
-    found = dict(kwargs)
-    if (signature := signature_of(function)) is not None:
-        with contextlib.suppress(TypeError):
-            found = {**signature.bind(*args, **kwargs).arguments, **kwargs}
-    held = (value for name, value in found.items() if "cache" in name or "past_key_values" in name)
-    has_cache = any(isinstance(v, nnx.Cache) for _, v in nnx.to_flat_state(nnx.state(module, nnx.Cache)))
-    return {**found, "cached": has_cache or any(value is not None and value is not False for value in held)}
+        _is_plain.reset(token)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -287,16 +303,23 @@ def _is_outside(changes: Changes, how: Read) -> bool:
 
 def run(module: Any, function: Callable[..., Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a method of a module under the actions on it."""
+    if _is_plain.get():
+        return function(*args, **kwargs)
+    if ROOT in vars(module) and vars(module)[CHANGES].token not in _running.get():
+        return _run_root(module, function, method, args, kwargs)
+    return _run(module, function, method, args, kwargs)
+
+
+def _run(module: Any, function: Callable[..., Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     changes: Changes = vars(module)[CHANGES]
     plain = getattr(original(type(module)), method)
-    with _run_root(module, function, args, kwargs):
-        args, kwargs = by_position(plain, module, args, kwargs)
-        call = _NnxCall(function, args, kwargs, module, method, owner_of(plain))
-        with _calling(changes, call):
-            if not changes.actions:
-                return unchanged(call)
-            active = [_active(module, action) for action in changes.actions]
-            return run_call(call, active, functools.partial(dropout, module))
+    args, kwargs = by_position(plain, module, args, kwargs)
+    call = _NnxCall(function, args, kwargs, module, method, owner_of(plain))
+    with _calling(changes, call):
+        if not changes.actions:
+            return unchanged(call)
+        active = [_active(module, action) for action in changes.actions]
+        return run_call(call, active, functools.partial(dropout, module))
 
 
 def _active(module: Any, action: Action) -> Active:

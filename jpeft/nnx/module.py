@@ -117,7 +117,7 @@ class _Builder:
         if dropout is not None or rngs is not None:
             self.drop(has_dropout, dropout if dropout is not None else jax.random.key(0))
         draws = rngs is not None and bool(has_dropout)
-        needs_root = draws or any(a.needs_call and a.site.via != MERGE for a in peft.actions)
+        needs_root = draws or bool(peft.entries) or any(a.needs_call and a.site.via != MERGE for a in peft.actions)
         if draws:
             assert rngs is not None
             self.put((), RNGS, nnx.Rngs(dropout=rngs.dropout()))
@@ -224,7 +224,7 @@ class _Builder:
             self.put((), attribute, (FrozenAdapterParam if path in frozen else AdapterParam)(self.leaves[path]))
             shared.append((attribute, *path))
         context = any(a.method.reads_context for a in self.peft.actions)
-        self.put((), ROOT, nnx.static(Root(tuple(shared), context)))
+        self.put((), ROOT, nnx.static(Root(tuple(shared), context, self.peft.entries)))
 
     # --- classes ---
 
