@@ -33,7 +33,7 @@ Axis = tuple[Factor, ...]
 Axes = tuple[Axis, ...]
 
 
-def size(axis: Axis) -> int:
+def places_of(axis: Axis) -> int:
     return math.prod(f.size for f in axis)
 
 
@@ -64,7 +64,7 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
         while True:
             if i < len(axes) and (before < after or not old):
                 old.append(axes[i])
-                before *= size(axes[i])
+                before *= places_of(axes[i])
                 i += 1
             elif j < len(shape) and (after < before or not new):
                 new.append(shape[j])
@@ -115,7 +115,7 @@ def refined(*axes: Axis) -> list[tuple[Factor, ...]] | None:
     (Factor(tag='a', size=2, stride=0), Factor(tag='b', size=2, stride=0))
     """
     # Of an axis of one place, the first factor of each.
-    if all(size(axis) == 1 for axis in axes):
+    if all(places_of(axis) == 1 for axis in axes):
         return [tuple(axis[0] if axis else Factor(None, 1) for axis in axes)]
     rests = [[f for f in axis if f.size > 1] for axis in axes]
     out = []

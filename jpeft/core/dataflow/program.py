@@ -1,4 +1,4 @@
-"""A jaxpr as one flat list of equations: jitted functions stand in place of their calls, loops keep bodies of their own."""
+"""A jaxpr as one flat list of equations: jitted functions stand in place of their calls, loops keep their bodies."""
 
 from __future__ import annotations
 
@@ -170,3 +170,8 @@ def bodies_of(eqn: Any) -> tuple[Any, ...]:
 def shape_of(atom: Atom) -> tuple[int, ...]:
     """The shape of an operand."""
     return np.shape(atom.val) if isinstance(atom, Literal) else atom.shape
+
+
+def dtype_of(atom: Atom) -> Any:
+    """The dtype of an operand."""
+    return np.asarray(atom.val).dtype if isinstance(atom, Literal) else atom.aval.dtype

@@ -1,0 +1,191 @@
+"""Attentions in a traced call that nobody registered: where they are, and their outputs changed.
+
+An attention is a product of queries and keys, a softmax over the keys, and a product with values. `find` finds those
+of a whole model in its trace, with what their axes are; `evaluate` runs the trace of one module's call with changed
+attentions:
+
+    found = find(jaxpr, origins)                                # bind time, in the marked trace of the model
+    outputs = evaluate(jaxpr, consts, layouts, change)          # run time, in the trace of a module's call
+
+`change(n, attention)` returns the output of the ``n``-th attention, ``[batch..., queries, heads, value_dim]``, in place
+of ``attention.out``. See `TracedAttention` for what it may ask for. To attend to learned keys and values too:
+
+    change = lambda n, attention: attention.prefixed(keys, values)
+
+In a trace, `jpeft.core.dataflow.marks.begin_call` and `end_call` bracket the calls of modules. `find` gives the
+attentions to the innermost call around them; `evaluate` leaves those in marked calls alone, as each is another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import Literal, jaxpr_as_fun
+
+from jpeft.core.dataflow.axes import Origins, scan_counts
+from jpeft.core.dataflow.layout import Arrangement, Layout, Unclear, layout_of
+from jpeft.core.dataflow.program import Atom, Node, Program, Value, flatten
+from jpeft.core.dataflow.replace import bind
+from jpeft.core.dataflow.softmax import Match, matches
+from jpeft.core.dataflow.traced_attention import TracedAttention
+
+# (number of the attention in the call, the attention) -> its output
+Change = Callable[[int, TracedAttention], Any]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention in the trace of a model.
+
+    Attributes:
+      call: the number of the innermost marked call around it; None if there is none.
+      place: its number among the attentions of that call.
+      layout: what its axes are; None if the trace does not show that.
+      reason: what the trace does not show.
+    """
+
+    call: int | None
+    place: int
+    layout: Layout | None
+    reason: str = ""
+
+
+def find(jaxpr: Any, origins: Sequence[str]) -> list[Attention]:
+    """The attentions of a model.
+
+    Args:
+      jaxpr: the trace of its call, with `marks.begin_call` and `marks.end_call` around the calls of its modules.
+      origins: what each input of the jaxpr is: `axes.WEIGHT`, `axes.DATA` or, for other variables (a cache, keys of
+        random numbers), `axes.STATE`.
+    """
+    program = flatten(jaxpr)
+    found = matches(program)
+    known = Origins(program, origins) if found else None
+    counts: dict[int | None, int] = {}
+    out = []
+    for match in found:
+        call = match.calls[-1] if match.calls else None
+        place = counts[call] = counts.get(call, -1) + 1
+        try:
+            if match.product.within is not None:
+                raise Unclear(f"it lies in a {match.product.within.name!r}, which has a derivative of its own")
+            assert known is not None
+            layout = layout_of(match, known)
+            out.append(Attention(call, place, layout))
+        except Unclear as e:
+            out.append(Attention(call, place, None, str(e)))
+    return out
+
+
+def evaluate(
+    jaxpr: Any, consts: Sequence[Any], layouts: Sequence[Layout | None], change: Change, inputs: Sequence[Any] = ()
+) -> list[Any]:
+    """The outputs of a jaxpr with changed attentions.
+
+    Args:
+      jaxpr: the trace of a call of one module.
+      consts: the values of its constants.
+      layouts: the layouts of its attentions, in order; None for one that stays as it is.
+      change: computes the output of an attention.
+      inputs: the values of the inputs of the jaxpr.
+
+    Raises:
+      ValueError: the call has other attentions than those of the layouts.
+    """
+    program = flatten(jaxpr, consts)
+    found = [match for match in matches(program) if not match.calls]
+    if len(found) != len(layouts):
+        raise ValueError(
+            f"this call has {len(found)} attentions, but {len(layouts)} where it was bound; "
+            "bind with inputs of the same form"
+        )
+    changed = {}
+    for n, (match, layout) in enumerate(zip(found, layouts, strict=True)):
+        if layout is not None:
+            try:
+                changed[match.product] = n, match, Arrangement(match, layout), layout
+            except Unclear as e:
+                raise ValueError(f"attention {n} of this call: {e}; bind with inputs of the same form") from e
+    around = {node for _, match, *_ in changed.values() for node, _ in match.trail}
+    return _Evaluation(changed, around, change).run(program, inputs)
+
+
+class _Evaluation:
+    """An evaluation of a program with changed attentions.
+
+    Attributes:
+      changed: the last products of the attentions that change, with the number, match, arrangement and layout of each.
+      around: the loops, branches and checkpoints that they lie in.
+      change: see `evaluate`.
+    """
+
+    def __init__(self, changed: dict[Node, Any], around: set[Node], change: Change):
+        self.changed, self.around, self.change = changed, around, change
+
+    def run(self, program: Program, inputs: Sequence[Any]) -> list[Any]:
+        env = dict(program.consts) | dict(zip(program.inputs, inputs, strict=True))
+
+        def read(atom: Atom) -> Any:
+            if isinstance(atom, Literal):
+                return atom.val
+            if atom not in env:  # a part of a call that runs as it is
+                assert atom.node is not None
+                self.node(atom.node, env, read)
+            return env[atom]
+
+        for i, node in enumerate(program.nodes):
+            if node.within is not None or node.name == "call_mark":
+                continue
+            self.node(node, env, read)
+            if node in self.changed:
+                n, match, arrangement, layout = self.changed[node]
+                rest = _between(program, match, i)
+                attention = TracedAttention(match, arrangement, layout, read, rest)
+                env[node.outputs[0]] = attention.restored(self.change(n, attention))
+        return [read(atom) for atom in program.outputs]
+
+    def node(self, node: Node, env: dict[Value, Any], read: Callable[[Atom], Any]) -> None:
+        values = [read(atom) for atom in node.inputs]
+        outputs = self.around_changed(node, values) if node in self.around else bind(node.eqn, values)
+        env.update(zip(node.outputs, outputs, strict=True))
+
+    def around_changed(self, node: Node, values: list[Any]) -> Sequence[Any]:
+        """The outputs of a loop, a branch or a checkpoint around changed attentions."""
+        bodies = [lambda *xs, body=body: self.run(body, xs) for body in node.bodies]
+        if node.name == "cond":
+            return jax.lax.switch(values[0], bodies, *values[1:])
+        if node.name == "scan":
+            return self.scan(node, values)
+        if node.name == "while":
+            return self.loop(node, values)
+        p = node.params
+        return jax.checkpoint(bodies[0], policy=p["policy"], prevent_cse=p["prevent_cse"])(*values)
+
+    def scan(self, node: Node, values: list[Any]) -> Sequence[Any]:
+        consts, carries = scan_counts(node)
+        own, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
+
+        def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+            out = self.run(node.bodies[0], [*own, *carry, *xs])
+            return out[:carries], out[carries:]
+
+        names = ("length", "reverse", "unroll", "_split_transpose")
+        carry, ys = jax.lax.scan(body, carry, xs, **{name: node.params[name] for name in names if name in node.params})
+        return [*carry, *ys]
+
+    def loop(self, node: Node, values: list[Any]) -> Sequence[Any]:
+        first, second = node.params["cond_nconsts"], node.params["body_nconsts"]
+        test, own, carry = values[:first], values[first : first + second], values[first + second :]
+        condition = jaxpr_as_fun(node.params["cond_jaxpr"])
+        return jax.lax.while_loop(
+            lambda carry: condition(*test, *carry)[0], lambda carry: self.run(node.bodies[0], [*own, *carry]), carry
+        )
+
+
+def _between(program: Program, match: Match, end: int) -> list[Node]:
+    """The equations between the two products."""
+    start = program.nodes.index(match.dot)
+    return [node for node in program.nodes[start + 1 : end] if node.within is None]
