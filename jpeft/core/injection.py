@@ -21,6 +21,7 @@ from jpeft.core.dataflow.views import LOOKUP, Product
 from jpeft.core.geometry import Call, Geometry, Parts, TracedTable
 from jpeft.core.operation import (
     ChangedOperation,
+    Dropout,
     Operation,
     change_attend,
     change_output,
@@ -31,8 +32,8 @@ from jpeft.core.operation import (
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import Site
 
-# rate -> the dropout of an adapter's input in this call
-Dropout = Callable[[float], Callable[[Any, float], Any]]
+# whether a method draws random numbers -> those that it draws in this call
+Draw = Callable[[bool], Dropout]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class ModuleCall(ABC):
         """
 
 
-def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Dropout, is_inner: bool = False) -> Any:
+def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Draw, is_inner: bool = False) -> Any:
     """The outputs of a call under actions on its weight, its attention or its output.
 
     Args:
@@ -160,7 +161,7 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Dropout, is_i
         y = unchanged(call)
     if call.method == "__call__" and not is_inner:
         for active in on["output"]:
-            drop = dropout(active.action.method.input_dropout)
+            drop = dropout(active.action.method.draws)
             y = change_output(active, (call.args, call.kwargs), y, drop, call.rerun)
     return y
 
@@ -178,7 +179,7 @@ def _recomputed(call: ModuleCall, run: Callable[[], Any]) -> Any:
     return jax.checkpoint(run)() if call.is_quantized else run()
 
 
-def _with_changed_weight(call: ModuleCall, actions: Sequence[Active], dropout: Dropout) -> Any:
+def _with_changed_weight(call: ModuleCall, actions: Sequence[Active], dropout: Draw) -> Any:
     """The outputs of a call whose weight the actions change one after the other."""
     added = {active.action.leaf_path(n)[-1] for active in actions for n in active.action.stored}
     seen = call.without(added)
@@ -191,7 +192,7 @@ def _with_changed_weight(call: ModuleCall, actions: Sequence[Active], dropout: D
     geometry = _check_geometry(site, found, call.name)
     operation = _operation(call, seen, site, geometry)
     for active in actions:
-        operation = dataclasses.replace(operation, dropout=dropout(active.action.method.input_dropout))
+        operation = dataclasses.replace(operation, dropout=dropout(active.action.method.draws))
         change = change_attend if call.method == "attend" else ChangedOperation
         operation = operation.then(active, change(active, operation))
     return _recomputed(call, lambda: operation.run(call.args[geometry.argument]))
@@ -255,7 +256,7 @@ def _check_geometry(site: Site, found: Any, what: str) -> Any:
 
 
 def _with_changed_products(
-    call: ModuleCall, products: Sequence[Active], weight: Sequence[Active], dropout: Dropout
+    call: ModuleCall, products: Sequence[Active], weight: Sequence[Active], dropout: Draw
 ) -> Any:
     """The outputs of a call in which the actions change products of the module's parameters.
 
@@ -286,7 +287,7 @@ def _with_changed_products(
 
 
 def _changed_product(
-    call: ModuleCall, actions: Sequence[Active], dropout: Dropout, eqn: Any, found: Product, x: Any, w: Any
+    call: ModuleCall, actions: Sequence[Active], dropout: Draw, eqn: Any, found: Product, x: Any, w: Any
 ) -> Any:
     """The output of a product whose weight the actions change one after the other."""
     whole, out = whole_geometry(actions[0].site), eqn.outvars[0].aval
@@ -323,13 +324,13 @@ def _changed_product(
         index, sizes, depth = whole.index(found), own.site.batch, len(action.site.batch)
         taken = {n: leaf[index].reshape(*sizes, *leaf.shape[depth:]) for n, leaf in active.leaves.items()}
         part = Active(own, taken, active.shared, active.context)
-        operation = dataclasses.replace(operation, dropout=dropout(action.method.input_dropout))
+        operation = dataclasses.replace(operation, dropout=dropout(action.method.draws))
         operation = operation.then(part, ChangedOperation(part, operation))
     return operation.run(raw).astype(out.dtype).reshape(out.shape)
 
 
 def _changed_use_of_table(
-    call: ModuleCall, actions: Sequence[Active], dropout: Dropout, eqn: Any, found: Product, x: Any, w: Any
+    call: ModuleCall, actions: Sequence[Active], dropout: Draw, eqn: Any, found: Product, x: Any, w: Any
 ) -> Any:
     """The output of a lookup in a table, or of a product with all of its rows, which the actions change in order."""
     leaf, out, codes = actions[0].site.leaf, eqn.outvars[0].aval, call.codes(actions[0].site.leaf)
@@ -353,7 +354,7 @@ def _changed_use_of_table(
     no_call = Call(call.module, call.method, (raw,), {}, {})
     operation = Operation(no_call, run if is_lookup else not_run, weight, lambda: None, w.dtype, False, no_dropout)
     for active in actions:
-        operation = dataclasses.replace(operation, dropout=dropout(active.action.method.input_dropout))
+        operation = dataclasses.replace(operation, dropout=dropout(active.action.method.draws))
         change = ChangedOperation if is_lookup else change_attend
         operation = operation.then(active, change(active, operation))
     y = operation.run(raw)

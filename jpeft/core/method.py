@@ -86,6 +86,11 @@ class Method(Protocol):
         """The rate at which ``apply`` drops entries of its input; 0.0 for none."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether ``apply`` draws random numbers while the caller trains: by dropout or `Linear.sampled`."""
+        ...
+
     def columns(self) -> Mapping[str, str]:
         """The method's own columns in `Peft.summary`, such as ``{"rank": "8"}``."""
         ...
@@ -253,6 +258,13 @@ class Linear(Protocol):
 
     def dropout(self, x: Any, rate: float) -> Any:
         """``x`` with entries dropped if the caller trains and gives a "dropout" rng; otherwise ``x`` itself."""
+        ...
+
+    def sampled(self, sample: Callable[[Array], Array], otherwise: Array) -> Array:
+        """``sample(key)`` if the caller trains and gives a "dropout" rng; otherwise ``otherwise``.
+
+        Only for a method that `draws`.
+        """
         ...
 
 

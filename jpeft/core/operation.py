@@ -79,7 +79,7 @@ class Operation:
     bias: Callable[[], jax.Array | None]
     dtype: Any
     plain: bool
-    dropout: Callable[[Any, float], Any]
+    dropout: Dropout
 
     def then(self, active: Active, run: Callable[[Any], Any]) -> Operation:
         """The operation after one more action, which computes its output by ``run``."""
@@ -100,6 +100,7 @@ class _Linear:
     ):  # fmt: skip
         self._call, self._weight, self._bias = call, weight, bias
         self.merged, self.dropout, self.context, self.plain = merged, dropout, context, plain
+        self.sampled = dropout.sampled
 
     def __call__(self, x: Any) -> jax.Array:
         return self._call(x)
@@ -228,9 +229,29 @@ def with_item(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def no_dropout(x: Any, rate: float) -> Any:
-    """The input as it is."""
-    return x
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """The random numbers of a method in a call: see `jpeft.core.method.Linear`.
+
+    Attributes:
+      key: a PRNG key; None draws nothing.
+      deterministic: a traced flag that turns them off, or False.
+    """
+
+    key: jax.Array | None = None
+    deterministic: Any = False
+
+    def __call__(self, x: Any, rate: float) -> Any:
+        return x if self.key is None else dropped(self.key, self.deterministic, x, rate)
+
+    def sampled(self, sample: Callable[[jax.Array], jax.Array], otherwise: jax.Array) -> jax.Array:
+        if self.key is None:
+            return otherwise
+        y = sample(jax.random.fold_in(self.key, 1))  # independent of the dropout of the input
+        return jnp.where(self.deterministic, otherwise, y) if isinstance(self.deterministic, jax.Array) else y
+
+
+no_dropout = Dropout()
 
 
 def dropped(key: jax.Array, deterministic: Any, x: Any, rate: float) -> Any:

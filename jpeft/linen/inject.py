@@ -27,7 +27,7 @@ from jpeft.core.entering import RootCall, context_of, run_root
 from jpeft.core.frontend import bypassed, is_bypassed
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
-from jpeft.core.operation import dropped, no_dropout
+from jpeft.core.operation import Dropout, no_dropout
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
 from jpeft.core.signatures import by_position, owner_of, signature_of
@@ -203,15 +203,15 @@ class Interceptor:
             scope = scope.parent
         return sharing(scope.variables().get("params", {}), slugs) if slugs and scope else contextlib.nullcontext()
 
-    def _dropout(self, module: nn.Module, rate: float) -> Callable[[Any, float], Any]:
-        """Dropout on an adapter's input; off if the nearest enclosing call that has the flag is deterministic.
+    def _dropout(self, module: nn.Module, draws: bool) -> Dropout:
+        """Random numbers, as of dropout; off if the nearest enclosing call that has the flag is deterministic.
 
         It is also off without a "dropout" rng. The key is drawn here: Flax draws none in a call that is traced to be
         rematerialized.
         """
         flags = (outer.deterministic for outer in reversed(self.open_calls))
         deterministic = next((flag for flag in flags if flag is not None), False)
-        if rate == 0.0 or (not isinstance(deterministic, jax.Array) and deterministic):
+        if not draws or (not isinstance(deterministic, jax.Array) and deterministic):
             return no_dropout
         scope = module.scope  # not `module.path` and `module.make_rng`: fields of a module may have these names
         assert scope is not None
@@ -222,7 +222,7 @@ class Interceptor:
                     "'dropout' rng; add split_rngs={'dropout': True} to the nn.scan, or set dropout=0.0"
                 )
             return no_dropout
-        return functools.partial(dropped, scope.make_rng("dropout"), deterministic)
+        return Dropout(scope.make_rng("dropout"), deterministic)
 
 
 def _has_cache(module: nn.Module) -> bool:

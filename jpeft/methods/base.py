@@ -229,6 +229,11 @@ class Method:
         """The rate at which ``apply`` drops entries of its input; by default its field ``dropout``, or 0.0."""
         return getattr(self, "dropout", 0.0)
 
+    @property
+    def draws(self) -> bool:
+        """Whether ``apply`` draws random numbers while the caller trains: by dropout or `Linear.sampled`."""
+        return self.input_dropout > 0.0
+
     # --- what the core calls ------------------------------------------------------------------------------------
 
     @property

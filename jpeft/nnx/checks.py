@@ -141,7 +141,7 @@ def dropout_key(peft: Peft, rngs: Any) -> Any:
       TypeError: it is something else.
     """
     if isinstance(rngs, nnx.Rngs):
-        return rngs.dropout() if any(action.method.input_dropout for action in peft.actions) else None
+        return rngs.dropout() if any(action.method.draws for action in peft.actions) else None
     key: Any = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
     is_typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if key is not None and not is_typed and not (is_array(key) and key.dtype == jnp.uint32 and np.ndim(key) == 1):

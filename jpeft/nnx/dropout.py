@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jpeft.core.operation import dropped, no_dropout
+from jpeft.core.operation import Dropout, no_dropout
 from jpeft.core.sites import Site, stack_back
 from jpeft.core.tree import join
 from jpeft.nnx.state import modules, raw
@@ -65,9 +64,9 @@ def _training(root: Any) -> Iterator[Any]:
     return (m for _, m in modules(root) if KEY in vars(m) and vars(m).get("deterministic") is not True)
 
 
-def dropout(module: Any, rate: float) -> Callable[[Any, float], Any]:
-    """The dropout of an adapter's input: off without a key, and in a module that is set to evaluate."""
+def dropout(module: Any, draws: bool) -> Dropout:
+    """Random numbers, as of dropout: off without a key, and in a module that is set to evaluate."""
     key = vars(module).get(KEY)
-    if rate == 0.0 or key is None or vars(module).get("deterministic") is True:
+    if not draws or key is None or vars(module).get("deterministic") is True:
         return no_dropout
-    return functools.partial(dropped, jax.random.wrap_key_data(raw(key), impl="threefry2x32"), False)
+    return Dropout(jax.random.wrap_key_data(raw(key), impl="threefry2x32"))

@@ -134,7 +134,7 @@ def _run_root(module: Any, function: Callable[..., Any], method: str, args: Any,
     shared: dict[str, dict[str, Any]] = {}
     for attribute, slug, name in root.shared:
         shared.setdefault(slug, {})[name] = raw(vars(module)[attribute])
-    draw(module, lambda own: next(a.site for a in vars(own)[CHANGES].actions if a.method.input_dropout))
+    draw(module, lambda own: next(a.site for a in vars(own)[CHANGES].actions if a.method.draws))
     plain = getattr(original(type(module)), method)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], context: Mapping[str, Any]) -> Any:

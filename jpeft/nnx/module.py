@@ -113,7 +113,7 @@ class _Builder:
             self.box(path, actions)
         self.guard()
         self.quantized()
-        has_dropout = [a for a in peft.actions if a.method.input_dropout]
+        has_dropout = [a for a in peft.actions if a.method.draws]
         if dropout is not None or rngs is not None:
             self.drop(has_dropout, dropout if dropout is not None else jax.random.key(0))
         draws = rngs is not None and bool(has_dropout)
