@@ -26,9 +26,9 @@ import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from jpeft.core.dataflow.axes import Origins, scan_counts
+from jpeft.core.dataflow.jaxprs import bind
 from jpeft.core.dataflow.layout import Arrangement, Layout, Unclear, layout_of
 from jpeft.core.dataflow.program import Atom, Node, Program, Value, flatten
-from jpeft.core.dataflow.replace import bind
 from jpeft.core.dataflow.softmax import Match, matches
 from jpeft.core.dataflow.traced_attention import TracedAttention
 

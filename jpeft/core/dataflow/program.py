@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from jpeft.core.dataflow.walk import INLINED, open_jaxpr
+from jpeft.core.dataflow.jaxprs import INLINED, open_jaxpr
 
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _CHECKPOINT = ("remat", "checkpoint")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
+from jpeft.core.dataflow.jaxprs import bind
 from jpeft.core.dataflow.layout import (
     FEATURE,
     GROUP,
@@ -26,7 +27,6 @@ from jpeft.core.dataflow.layout import (
     restored,
 )
 from jpeft.core.dataflow.program import Atom, Node, Value, dtype_of, shape_of
-from jpeft.core.dataflow.replace import bind
 from jpeft.core.dataflow.softmax import Match, Step
 
 

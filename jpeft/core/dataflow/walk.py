@@ -11,13 +11,12 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval as pe
 
 from jpeft.core.dataflow import marks
+from jpeft.core.dataflow.jaxprs import INLINED, is_call, open_jaxpr
 from jpeft.core.dataflow.marks import mark_p
 from jpeft.core.dataflow.steps import product, step, taken
 from jpeft.core.dataflow.views import DOT, OTHER, VMAPPED, Atom, Axis, Product, Use, View
 from jpeft.core.tree import Path
 
-# Calls whose jaxpr runs as if its equations stood in place of the call.
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 # The views that an output passes through on its way to an output of the model.
 _KEEPS_OUTPUT = frozenset({"convert_element_type", "reshape", "squeeze", "transpose", "sharding_constraint"})
 
@@ -462,17 +461,6 @@ def _jaxprs(eqn: Any) -> Iterator[tuple[Any, Sequence[int | None]]]:
             jaxpr = open_jaxpr(value)
             if jaxpr is not None and len(jaxpr.invars) == n:
                 yield jaxpr, list(range(n))
-
-
-def is_call(name: str) -> bool:
-    """Whether a primitive of this name runs a jaxpr once, on all of its operands."""
-    return name in INLINED or name.startswith(("remat", "checkpoint", "custom_jvp_call", "custom_vjp_call"))
-
-
-def open_jaxpr(value: Any) -> Any:
-    """The jaxpr of a parameter of an equation, or None if that is not one."""
-    value = getattr(value, "jaxpr", value) if hasattr(value, "consts") else value
-    return value if hasattr(value, "eqns") and hasattr(value, "invars") else None
 
 
 def unused(trial: Any, plain: Any, paths: Collection[Path]) -> set[Path]:
