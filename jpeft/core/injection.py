@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,11 @@ import numpy as np
 from jpeft.core.actions import Active
 from jpeft.core.attending import attend
 from jpeft.core.attention import Hook
-from jpeft.core.dataflow.replace import Change, bind
+from jpeft.core.dataflow import marks
+from jpeft.core.dataflow.attention import evaluate
+from jpeft.core.dataflow.jaxprs import bind
+from jpeft.core.dataflow.replace import Change
+from jpeft.core.dataflow.traced_attention import TracedAttention
 from jpeft.core.dataflow.views import LOOKUP, Product
 from jpeft.core.geometry import Call, Geometry, Parts, TracedTable
 from jpeft.core.operation import (
@@ -83,6 +90,10 @@ class ModuleCall(ABC):
         """See `jpeft.core.method.Project`."""
         raise ValueError(f"the projections of {self.name} to keys and values are not known")
 
+    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
+        """The call with other arguments."""
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
     # --- what a front end defines ---
 
     @property
@@ -136,6 +147,13 @@ class ModuleCall(ABC):
         ``call`` is this call, or the same of a copy of the module.
         """
 
+    @abstractmethod
+    def with_trace(self, run: Callable[[Any], Any], evaluate: Callable[[Any, Sequence[Any]], list[Any]]) -> Any:
+        """The outputs of ``run(call)``, as ``evaluate(jaxpr, consts)`` computes them from its trace.
+
+        ``call`` is this call, or the same of a copy of the module.
+        """
+
 
 def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Draw, is_inner: bool = False) -> Any:
     """The outputs of a call under actions on its weight, its attention or its output.
@@ -148,17 +166,8 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Draw, is_inne
         then the output is not the module's.
     """
     on = {kind: [a for a in actions if a.site.kind == kind] for kind in ("weight", "attention", "output")}
-    weight = [a for a in on["weight"] if not whole_geometry(a.site).calls]
-    if products := [a for a in on["weight"] if call.name in whole_geometry(a.site).calls]:
-        y = _with_changed_products(call, products, weight, dropout)
-    elif weight and call.factory:
-        y = _with_changed_weight(call, weight, dropout)
-    elif on["attention"] and (hook := call.hook):
-        y = hook(
-            call.next_fun, call.args, call.kwargs, call.module, functools.partial(attend, on["attention"], call.project)
-        )
-    else:
-        y = unchanged(call)
+    with _marked(call):
+        y = _with_changed_attention(call, on["attention"], lambda call: _with_weights(call, on["weight"], dropout))
     if call.method == "__call__" and not is_inner:
         for active in on["output"]:
             drop = dropout(active.action.method.draws)
@@ -168,7 +177,88 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Draw, is_inne
 
 def unchanged(call: ModuleCall) -> Any:
     """The outputs of a call that no method changes."""
+    with _marked(call):
+        return _unchanged(call)
+
+
+def _unchanged(call: ModuleCall) -> Any:
     return _recomputed(call, call.run) if call.factory else call.run()
+
+
+def _with_weights(call: ModuleCall, actions: Sequence[Active], dropout: Draw) -> Any:
+    """The outputs of a call under the actions on the module's weights."""
+    weight = [a for a in actions if not whole_geometry(a.site).calls]
+    if products := [a for a in actions if call.name in whole_geometry(a.site).calls]:
+        return _with_changed_products(call, products, weight, dropout)
+    return _with_changed_weight(call, weight, dropout) if weight and call.factory else _unchanged(call)
+
+
+# --- attentions in a module's call ------------------------------------------------------------------------------------
+
+_calls: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar("calls", default=None)
+
+
+@contextlib.contextmanager
+def _marked(call: ModuleCall) -> Iterator[None]:
+    """A context in which a call is bracketed by marks, where a call around it is traced for its own attentions."""
+    if (numbers := _calls.get()) is None:
+        yield
+        return
+    number = next(numbers)
+    marks.begin_call(number, [x for x in jax.tree.leaves((call.args, call.kwargs)) if isinstance(x, jax.Array)])
+    yield
+    marks.end_call(number)
+
+
+def _with_changed_attention(call: ModuleCall, actions: Sequence[Active], run: Callable[[Any], Any]) -> Any:
+    """The outputs of a call whose attentions the actions change.
+
+    Args:
+      call: the call.
+      actions: the actions on attentions of the module.
+      run: runs the call under the other actions on the module.
+    """
+    if not actions:
+        return run(call)
+    if (hook := call.hook) is not None:
+        wrap = functools.partial(attend, actions, call.project)
+        return hook(lambda *args, **kwargs: run(call.on(args, kwargs)), call.args, call.kwargs, call.module, wrap)
+    own = [(active, found) for active in actions if (found := active.site.attention) and found.call == call.name]
+    if not own:
+        return run(call)
+    layouts, places = own[0][1].layouts, {found.place for _, found in own}
+
+    def change(place: int, attention: TracedAttention) -> Any:
+        changed = [active for active, found in own if found.place == place]
+        arrays = attention.query, attention.key, attention.value
+        return attend(changed, call.project, functools.partial(_traced, attention), *arrays, None)
+
+    def traced(call: Any) -> Any:
+        token = _calls.set(itertools.count())
+        try:
+            return run(call)
+        finally:
+            _calls.reset(token)
+
+    chosen = [layout if place in places else None for place, layout in enumerate(layouts)]
+    return call.with_trace(traced, lambda jaxpr, consts: evaluate(jaxpr, consts, chosen, change))
+
+
+def _traced(attention: TracedAttention, query: Any, key: Any, value: Any, mask: Any, prefix: Any = None) -> Any:
+    """A found attention as an operation, see `jpeft.core.attention.Operation`.
+
+    Raises:
+      ValueError: it is given a mask: that of the module is not known.
+    """
+    if mask is not None and mask is not True:
+        raise ValueError("the mask of an attention that was found in the trace of a call cannot be changed")
+    changed = {"query": query, "key": key, "value": value}
+    changed = {name: x for name, x in changed.items() if x is not getattr(attention, name)}
+    if mask is True:
+        attention = attention.rerun(query=query) if "query" in changed else attention
+        return attention.over(key, value)[0]
+    attention = attention.rerun(**changed) if changed else attention
+    return attention.out if prefix is None else attention.prefixed(*prefix)
 
 
 def _recomputed(call: ModuleCall, run: Callable[[], Any]) -> Any:

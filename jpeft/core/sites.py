@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,43 @@ HEAD_NAMES = {"lm_head", "classifier", "score", "head", "logits_dense"}
 
 
 @dataclass(frozen=True)
+class FoundAttention:
+    """An attention in the trace of a call.
+
+    Attributes:
+      call: full name of the method that is called.
+      layouts: what the axes are of every attention in that call, in order; see `jpeft.core.dataflow.attention`.
+      place: the number of this one.
+    """
+
+    call: str
+    layouts: tuple[Any, ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class HiddenAttention:
+    """An attention that no method can act on.
+
+    Attributes:
+      name: path of the module.
+      owner: class name of the module.
+      reason: why not.
+      seen: whether the trace shows one; otherwise the module's name alone says so.
+    """
+
+    name: str
+    owner: str
+    reason: str
+    seen: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The path that targets use."""
+        return (self.name,)
+
+
+@dataclass(frozen=True)
 class Site:
     """One place that a method acts on: a weight, a module's output, an attention, or a leaf.
 
@@ -48,6 +86,7 @@ class Site:
       named: whether the weight is named ``owner/leaf``: a raw weight, or one of several in its scope.
       role: set by a method for its own use, such as "feedforward".
       layers: of a weight that a scan stacks, the layers that the method acts on; None for all.
+      attention: for an attention that no hook is registered for, how it was found.
     """
 
     path: Path
@@ -67,6 +106,7 @@ class Site:
     named: bool = False
     role: str = ""
     layers: tuple[int, ...] | None = None
+    attention: FoundAttention | None = None
 
     @property
     def name(self) -> str:
@@ -135,23 +175,37 @@ class Survey:
     Attributes:
       weights: its weights.
       outputs: the outputs of its modules.
-      attentions: its attentions.
       leaves: the leaves of its parameter tree.
       names: the paths of all its modules and leaves.
       unused: parameters of two or more stored axes that the call did not use.
       form: the Python values and the structure of the call's arguments, if they are hashable.
       boxable: of some parameters, those that the model itself reads in a way that opens a box, so that it can be given
         boxes for them.
+      find_attentions: finds its attentions, and those that cannot be acted on.
     """
 
     weights: tuple[Site, ...]
     outputs: tuple[Site, ...]
-    attentions: tuple[Site, ...]
     leaves: tuple[Site, ...]
     names: tuple[str, ...]
     unused: tuple[Path, ...] = ()
     form: Hashable = None
     boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
+    find_attentions: Callable[[], tuple[tuple[Site, ...], tuple[HiddenAttention, ...]]] = lambda: ((), ())
+
+    @functools.cached_property
+    def attentions(self) -> tuple[Site, ...]:
+        """The attentions of the model."""
+        return self._found[0]
+
+    @property
+    def hidden_attentions(self) -> tuple[HiddenAttention, ...]:
+        """The attentions that no method can act on, and the modules whose names are those of attentions."""
+        return self._found[1]
+
+    @functools.cached_property
+    def _found(self) -> tuple[tuple[Site, ...], tuple[HiddenAttention, ...]]:
+        return self.find_attentions()
 
 
 def without_stack(stored: tuple[int, ...], stack: Stack) -> tuple[int, ...]:

@@ -232,10 +232,15 @@ def unroll_survey(seen: Survey, at: str | None) -> Survey:
 
     if at is None:
         return seen
-    kinds: dict[str, Any] = {kind: each(getattr(seen, kind)) for kind in ("weights", "outputs", "attentions", "leaves")}
+    kinds: dict[str, Any] = {kind: each(getattr(seen, kind)) for kind in ("weights", "outputs", "leaves")}
     names = dict.fromkeys(name for sites in kinds.values() for site in sites for name in site.names)
     unused = tuple(own for path in seen.unused for own in numbered(path, at, _layers_of(seen, at)))
-    return Survey(**kinds, names=tuple(names), unused=unused)
+    return Survey(
+        **kinds,
+        names=tuple(names),
+        unused=unused,
+        find_attentions=lambda: (each(seen.attentions), seen.hidden_attentions),
+    )
 
 
 def _layers_of(seen: Survey, at: str) -> int:

@@ -74,6 +74,21 @@ class CallRecord:
     input: Shape
 
 
+@dataclass(frozen=True)
+class Caller:
+    """A call of any module.
+
+    Attributes:
+      path: the module's path.
+      name: full name of the method.
+      hooked: whether an attention hook is registered for it.
+    """
+
+    path: Path
+    name: str
+    hooked: bool
+
+
 @dataclass(eq=False)
 class Record:
     """The record of one abstract call.
@@ -81,6 +96,7 @@ class Record:
     Attributes:
       leaves: the parameters of the model.
       calls: the calls of modules with parameters of their own, by number.
+      callers: all calls of modules, by the number that `marks.begin_call` has.
       declared: the registered geometry of each weight, from the first call that has one.
       biases: the biases of the calls with a registered geometry.
       modules: the modules whose ``__call__`` ran.
@@ -93,6 +109,7 @@ class Record:
 
     leaves: dict[Path, LeafRecord]
     calls: dict[int, CallRecord] = field(default_factory=dict)
+    callers: list[Caller] = field(default_factory=list)
     declared: dict[Path, Geometry] = field(default_factory=dict)
     biases: set[Path] = field(default_factory=set)
     modules: dict[Path, ModuleRecord] = field(default_factory=dict)
@@ -124,12 +141,16 @@ class Record:
           hook: the attention hook of the method.
         """
         number = self._enter(path, owner, call, factory, own) if own else None
+        self.callers.append(Caller(path, f"{owner}.{call.method}", hook is not None))
+        caller = len(self.callers) - 1
+        marks.begin_call(caller, [x for x in jax.tree.leaves((call.args, call.kwargs)) if isinstance(x, jax.Array)])
         if hook is not None:
             y = hook(run, call.args, dict(call.kwargs), call.module, self._heads_recorder(path))
         else:
             y = run(*call.args, **call.kwargs)
         if call.method == "__call__":
             self._ran(path, call, y)
+        marks.end_call(caller)
         if number is not None:
             self._leave(number, y, own)
         return y
@@ -193,7 +214,6 @@ class Record:
                 for path, module in self.modules.items()
                 if module.shape and path and path not in transformed
             ),
-            attentions=tuple(_attention_site(self, path) for path in self.heads if path not in transformed),
             leaves=tuple(_leaf_site(self, path) for path in self.leaves),
             names=tuple(dict.fromkeys([join(p) for p in self.modules] + [join(p) for p in self.leaves])),
             unused=tuple(p for p, leaf in self.leaves.items() if len(leaf.shape) >= 2 and p not in self.flow.uses),
@@ -293,13 +313,8 @@ def _output_site(record: Record, path: Path, geometry: Geometry | None) -> Site:
         inputs=module.inputs,
         outputs=module.shape[-1],
         dtype=module.dtype,
-        stack=_scope_stack(record, path),
+        stack=scope_stack(record, path),
     )
-
-
-def _attention_site(record: Record, path: Path) -> Site:
-    owner = record.modules[path].owner if path in record.modules else "Attention"
-    return Site(path=path, kind="attention", owner=owner, heads=record.heads[path], stack=_scope_stack(record, path))
 
 
 def _leaf_site(record: Record, path: Path) -> Site:
@@ -308,7 +323,7 @@ def _leaf_site(record: Record, path: Path) -> Site:
     return Site(path=path, kind="leaf", owner=owner, dtype=leaf.dtype, stored=leaf.shape, via=REPLACE)
 
 
-def _scope_stack(record: Record, path: Path) -> Stack:
+def scope_stack(record: Record, path: Path) -> Stack:
     """The stacking of a module's scope or, if it has no parameters, of the nearest scope around it that has."""
     scope = _nearest_scope(record, path)
     if scope is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from flax.core import meta
 from jax.core import Tracer
 
 from jpeft.core.actions import Action, Active
-from jpeft.core.dataflow.replace import Change
+from jpeft.core.dataflow.replace import Change, evaluate
 from jpeft.core.entering import RootCall, context_of, run_root
 from jpeft.core.frontend import bypassed, is_bypassed
 from jpeft.core.geometry import Call, Contraction, Geometry
@@ -129,7 +129,13 @@ class _LinenCall(ModuleCall):
         # The arrays that a box holds: opening one may add a sharding constraint.
         values = {n: box.unbox() if isinstance(box, Opened) else jax.tree.leaves(box)[0] for n, box in boxes.items()}
         with opened({sites[name].weight_path: value for name, value in values.items()}):
-            return rewrite.run(self.module, functools.partial(run, self), values, change)
+            return rewrite.run(self.module, functools.partial(run, self), values, functools.partial(evaluate, change))
+
+    def with_trace(self, run: Callable[[Any], Any], evaluate: Callable[[Any, Sequence[Any]], list[Any]]) -> Any:
+        def of_trace(jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str]) -> list[Any]:
+            return evaluate(jaxpr, consts)
+
+        return rewrite.run(self.module, functools.partial(run, self), {}, of_trace)
 
 
 @dataclass(frozen=True)

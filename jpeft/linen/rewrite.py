@@ -1,34 +1,33 @@
-"""Runs a module's call with products of its parameters replaced: the call is traced, and its trace evaluated."""
+"""Runs a module's call with some of its operations replaced: the call is traced, and its trace evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from jpeft.core.dataflow.replace import Change, evaluate
 from jpeft.core.tree import Path, flatten, split_arrays
 
+# (jaxpr, the values of its constants, the names of the constants that are weights) -> its outputs
+Evaluate = Callable[[Any, Sequence[Any], Mapping[Any, str]], list[Any]]
 
-def run(module: nn.Module, call: Callable[[], Any], weights: Mapping[str, Any], change: Change) -> Any:
-    """The outputs of ``call()``, with ``change`` in place of every dot that a weight reaches.
+
+def run(module: nn.Module, call: Callable[[], Any], weights: Mapping[str, Any], evaluate: Evaluate) -> Any:
+    """The outputs of ``call()``, as ``evaluate`` computes them from its trace.
 
     Args:
       module: the called module.
       call: runs its method.
       weights: values of the module's parameters, by name, as the method reads them.
-      change: see `jpeft.core.dataflow.replace.evaluate`.
-
-    Raises:
-      ValueError: a weight is used in another way.
+      evaluate: evaluates the trace, such as `jpeft.core.dataflow.replace.evaluate` with a change.
     """
     seen = _Traced(module, call)
     closed = jax.make_jaxpr(seen)()
     names = {id(value): name for name, value in weights.items()}
     found = {v: names[id(c)] for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True) if id(c) in names}
-    return seen.restored(evaluate(closed.jaxpr, closed.consts, found, change))
+    return seen.restored(evaluate(closed.jaxpr, closed.consts, found))
 
 
 class _Traced:

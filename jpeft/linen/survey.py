@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from jpeft.core.attention_sites import attention_sites
+from jpeft.core.dataflow.axes import DATA, STATE, WEIGHT
 from jpeft.core.dataflow.walk import unused, walk
 from jpeft.core.signatures import by_position, owner_of
 from jpeft.core.sites import Survey
@@ -38,9 +40,12 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
             raise ValueError(f"params must be nested mappings of arrays; {join(path)!r} is a {type(x).__name__}")
         leaves[path] = LeafRecord(np.shape(peek(x)), str(peek(x).dtype))
     call = _AbstractCall(model, variables, args, dict(kwargs))
-    record, plain = call.trace(leaves)
+    record, plain, origins = call.trace(leaves)
     record.flow = walk(plain, list(leaves), {number: c.path for number, c in record.calls.items()})
-    return record.survey(boxable=functools.partial(_boxable, record, call, plain))
+    return record.survey(
+        boxable=functools.partial(_boxable, record, call, plain),
+        find_attentions=functools.partial(attention_sites, record, plain, origins),
+    )
 
 
 # --- the abstract call ----------------------------------------------------------------------------------------------
@@ -55,8 +60,10 @@ class _AbstractCall:
         self.others = {name: collection for name, collection in variables.items() if name != "params"}
         self.mappings: set[Path] = set()  # parameters that are mappings of arrays
 
-    def trace(self, leaves: dict[Path, LeafRecord], hidden: Collection[Path] = ()) -> tuple[Record, Any]:
-        """The record of the call, and its jaxpr, marked by a `_Watcher`. Its first inputs are the parameters.
+    def trace(self, leaves: dict[Path, LeafRecord], hidden: Collection[Path] = ()) -> tuple[Record, Any, list[str]]:
+        """The record of the call, its jaxpr, marked by a `_Watcher`, and what the jaxpr's inputs are.
+
+        The first are the parameters.
 
         Args:
           leaves: the parameters of the model.
@@ -83,10 +90,13 @@ class _AbstractCall:
             for p, x in zip(self.leaves, map(peek, self.leaves.values()), strict=True)
         }
         inputs = list(params.values()), self.others, arrays, [params[p] for p in hidden]
+        kinds = zip((WEIGHT, STATE, DATA, WEIGHT), inputs, strict=True)
+        origins = [kind for kind, part in kinds for _ in jax.tree.leaves(part)]
 
-        def attempt(axis_env: AxisEnv) -> tuple[Record, Any]:
+        def attempt(axis_env: AxisEnv) -> tuple[Record, Any, list[str]]:
             record = Record(leaves)
-            return record, jax.make_jaxpr(functools.partial(run, record), axis_env=axis_env)(*inputs).jaxpr
+            jaxpr = jax.make_jaxpr(functools.partial(run, record), axis_env=axis_env)(*inputs).jaxpr
+            return record, jaxpr, origins
 
         while True:
             try:
@@ -101,7 +111,7 @@ def _boxable(record: Record, call: _AbstractCall, plain: Any, paths: Collection[
     if not candidates:
         return set()
     try:
-        _, jaxpr = call.trace(record.leaves, candidates)
+        _, jaxpr, _ = call.trace(record.leaves, candidates)
     except Exception:  # whatever a model raises that does not expect boxes
         return set()
     return unused(jaxpr, plain, candidates)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, shown
 from jpeft.core.method import Attend, Inputs, Leaves, Linear, ModuleContext, Project, widened
-from jpeft.core.sites import BOX, MERGE, Site, Survey
+from jpeft.core.sites import BOX, MERGE, HiddenAttention, Site, Survey
 from jpeft.core.targets import (
     ALL_LINEAR,
     Matched,
@@ -515,6 +515,18 @@ class AttentionMethod(Method):
     def default_targets(self) -> Targets:
         return r".*"
 
+    def sites(self, survey: Survey) -> list[Site]:
+        targets = self.default_targets() if self.targets is None else self.targets
+        # Of modules that only have the name of an attention, those are told that targets name, or all if there is none.
+        told = [h for h in survey.hidden_attentions if h.seen or self.targets is not None or not survey.attentions]
+        candidates = [*survey.attentions, *told]
+        if not candidates:
+            raise TargetError(f"{self.name} acts on attentions, and this model has none")
+        chosen = select(candidates, targets, self.exclude, what=self.name, others=survey.names)
+        if missed := [site for site in chosen if isinstance(site, HiddenAttention)]:
+            raise TargetError(_hidden(self.name, missed, len(survey.attentions)))
+        return super().sites(dataclasses.replace(survey, find_attentions=lambda: (tuple(chosen), ())))
+
     def attend(
         self, leaves: Leaves, attend: Attend, query: Array, key: Array, value: Array, mask: Any, project: Project
     ) -> Array:
@@ -531,6 +543,17 @@ class AttentionMethod(Method):
           project: the module's own projections of other states.
         """
         raise TypeError(f"{self.name} does not define attend")
+
+
+def _hidden(name: str, missed: Sequence[HiddenAttention], others: int) -> str:
+    """The error for attentions that a method cannot act on."""
+    found = "".join(f"\n  {h.name or 'the model itself'!r} ({h.owner}): {h.reason}" for h in missed)
+    hint = "leave them out with exclude=[...] or, to reach them, move" if others else "Move"
+    return (
+        f"{name} cannot act on {len(missed)} of {len(missed) + others} attentions:{found}\n{hint} the attention into a "
+        f"method of its module, and register that:\n  def attend(self, query, key, value, mask): ...\n"
+        f"  jpeft.register_attention({missed[0].owner})"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

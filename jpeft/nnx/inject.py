@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -229,7 +229,13 @@ class _NnxCall(ModuleCall):
 
     def with_products(self, sites: Mapping[str, Site], run: Callable[[Any], Any], change: Change) -> Any:
         values = {name: jnp.asarray(self.value(name)) for name in sites}
-        return _Rewritten(self, run, values)(change)
+        return _Rewritten(self, run, values)(functools.partial(evaluate, change))
+
+    def with_trace(self, run: Callable[[Any], Any], evaluate: Callable[[Any, Sequence[Any]], list[Any]]) -> Any:
+        def of_trace(jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str]) -> list[Any]:
+            return evaluate(jaxpr, consts)
+
+        return _Rewritten(self, run, {})(of_trace)
 
 
 class _Rewritten:
@@ -242,7 +248,8 @@ class _Rewritten:
         self.call, self.run, self.values, self.tag = call, run, values, object()
         self.restore: Callable[[list[Any]], Any] = list
 
-    def __call__(self, change: Change) -> Any:
+    def __call__(self, evaluate: Callable[[Any, Sequence[Any], Mapping[Any, str]], list[Any]]) -> Any:
+        """The outputs, as ``evaluate`` computes them from the trace, its constants and those that are weights."""
         call = self.call
         with nnx.update_context(self.tag):
             with nnx.split_context(self.tag) as context:
@@ -251,7 +258,7 @@ class _Rewritten:
             names = {id(value): name for name, value in self.values.items()}
             pairs = zip(closed.jaxpr.constvars, closed.consts, strict=True)
             weights = {v: names[id(c)] for v, c in pairs if id(c) in names}
-            graphdef, state = self.restore(evaluate(closed.jaxpr, closed.consts, weights, change))
+            graphdef, state = self.restore(evaluate(closed.jaxpr, closed.consts, weights))
             with nnx.merge_context(self.tag, inner=False) as context:
                 return context.merge(graphdef, state)[-1]
 

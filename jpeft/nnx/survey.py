@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jpeft.core.attention_sites import attention_sites
 from jpeft.core.dataflow import marks
+from jpeft.core.dataflow.axes import DATA, STATE, WEIGHT
 from jpeft.core.dataflow.walk import unused, walk
 from jpeft.core.signatures import by_position, form_of, owner_of
 from jpeft.core.sites import Survey
@@ -50,11 +52,15 @@ def survey(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
       Exception: whatever the model raises for these inputs.
     """
     call = _AbstractCall(model, inputs, dict(kwargs), method)
-    record, plain = call.trace()
+    record, plain, origins = call.trace()
     record.flow = walk(plain, list(record.leaves), {number: c.path for number, c in record.calls.items()}, indexed=True)
     record.scopes = {path: _whole_stack(record, path, axes) for path, axes in record.flow.slices.items()}
     form = form_of(inputs, {**kwargs, METHOD: method})
-    return record.survey(boxable=functools.partial(_boxable, call, plain), form=form)
+    return record.survey(
+        boxable=functools.partial(_boxable, call, plain),
+        form=form,
+        find_attentions=functools.partial(attention_sites, record, plain, origins),
+    )
 
 
 def _whole_stack(record: Record, path: Path, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,8 +85,8 @@ class _AbstractCall:
         self.args, self.kwargs, self.method = args, kwargs, method
         self.leaves = flatten(to_tree(self.params))
 
-    def trace(self, hidden: Collection[Path] = ()) -> tuple[Record, Any]:
-        """The record of the call, and its jaxpr, marked. Its first inputs are the parameters.
+    def trace(self, hidden: Collection[Path] = ()) -> tuple[Record, Any, list[str]]:
+        """The record of the call, its jaxpr, marked, and what the jaxpr's inputs are; the first are the parameters.
 
         Args:
           hidden: parameters that the modules read through properties. The jaxpr's last inputs are the arrays that lie
@@ -102,7 +108,9 @@ class _AbstractCall:
 
         shapes = {p: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for p, x in self.leaves.items()}
         inputs = list(shapes.values()), self.rest, arrays, [shapes[p] for p in paths]
-        return record, jax.make_jaxpr(run)(*inputs).jaxpr
+        kinds = zip((WEIGHT, STATE, DATA, WEIGHT), inputs, strict=True)
+        origins = [kind for kind, part in kinds for _ in jax.tree.leaves(part)]
+        return record, jax.make_jaxpr(run)(*inputs).jaxpr, origins
 
 
 def _watch_all(model: nnx.Module, record: Record, read: Mapping[Path, Any]) -> None:
@@ -171,7 +179,7 @@ def _boxable(call: _AbstractCall, plain: Any, paths: Collection[Path]) -> set[Pa
     if not paths:
         return set()
     try:
-        _, jaxpr = call.trace(list(paths))
+        _, jaxpr, _ = call.trace(list(paths))
     except Exception:  # whatever a model raises that does not expect properties
         return set()
     return unused(jaxpr, plain, paths)

@@ -7,23 +7,23 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from jpeft.core.dataflow.jaxprs import INLINED, bind, open_jaxpr
 from jpeft.core.dataflow.steps import product, step
 from jpeft.core.dataflow.views import DOT, LOOKUP, Product, View
-from jpeft.core.dataflow.walk import INLINED, open_jaxpr
 
 # The output in place of a dot or a lookup: a function of the name of the weight, the equation, the product, the other
 # operand and the weight.
 Change = Callable[[str, Any, Product, Any, Any], Any]
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str], change: Change) -> list[Any]:
+def evaluate(change: Change, jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str]) -> list[Any]:
     """The outputs of a jaxpr without inputs, with ``change`` in place of every product that a weight reaches as a view.
 
     Args:
+      change: computes the output of a product.
       jaxpr: the jaxpr.
       consts: the values of its constants.
       weights: the variables that are weights, with the name of each.
-      change: computes the output of a product.
 
     Raises:
       ValueError: a weight is used in another way; the message names it.
@@ -86,13 +86,3 @@ def _passed_on(eqn: Any, known: Any) -> bool:
     name = eqn.primitive.name
     runs_modules = name.startswith(("remat", "checkpoint")) or name in ("scan", "while", "cond")
     return runs_modules and all(v == View.of(v.shape) for _, (_, v) in known)
-
-
-def bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """The outputs of an equation as it is."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Before jax 0.11, functions that an equation calls come apart from its parameters.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    with eqn.ctx.manager:
-        out = eqn.primitive.bind(*functions, *values, **params)
-    return out if eqn.primitive.multiple_results else [out]

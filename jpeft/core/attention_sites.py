@@ -1,0 +1,82 @@
+"""The attentions of a model: those of registered modules, and those that the trace of its call shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jpeft.core.dataflow.attention import find
+from jpeft.core.sites import FoundAttention, HiddenAttention, Site
+from jpeft.core.survey import Record, scope_stack
+from jpeft.core.tree import Path, join
+
+_UNSEEN = "no softmax over its keys is seen"
+Sites = tuple[tuple[Site, ...], tuple[HiddenAttention, ...]]
+
+
+def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites:
+    """The attentions of a model, and those that cannot be acted on.
+
+    Args:
+      record: the record of its call.
+      jaxpr: the trace of the call.
+      origins: what each input of the jaxpr is, see `jpeft.core.dataflow.attention.find`.
+    """
+    sites = [_registered_site(record, path) for path in record.heads]
+    hidden: dict[Path, str] = {}
+    calls: dict[int, list[Any]] = {}
+    for found in find(jaxpr, origins):
+        if found.call is not None and not record.callers[found.call].hooked:
+            calls.setdefault(found.call, []).append(found)
+    by_method: dict[tuple[Path, str], list[tuple[Any, ...]]] = {}
+    for number, own in calls.items():
+        caller = record.callers[number]
+        by_method.setdefault((caller.path, caller.name), []).append(tuple(a.layout for a in own))
+        for found in own:
+            if found.layout is None:
+                hidden.setdefault(caller.path, found.reason)
+    for path in {path: None for path, _ in by_method}:
+        methods = {name: layouts for (at, name), layouts in by_method.items() if at == path}
+        if any(len(set(layouts)) > 1 for layouts in methods.values()):
+            hidden.setdefault(path, "its calls attend in different ways")
+        elif path not in hidden:
+            sites += _found_sites(record, path, {name: layouts[0] for name, layouts in methods.items()})
+    sites = [site for site in sites if site.path not in record.flow.transformed]
+    known = {site.path for site in sites} | hidden.keys()
+    for path, module in record.modules.items():
+        if _is_like_attention(module.owner) and not any(p[: len(path)] == path for p in known):
+            hidden[path] = _UNSEEN
+    rest = [HiddenAttention(join(p), _owner(record, p), reason, reason != _UNSEEN) for p, reason in hidden.items()]
+    return tuple(sites), tuple(rest)
+
+
+def _registered_site(record: Record, path: Path) -> Site:
+    site = Site(path=path, kind="attention", owner=_owner(record, path), stack=scope_stack(record, path))
+    return dataclasses.replace(site, heads=record.heads[path])
+
+
+def _found_sites(record: Record, path: Path, methods: dict[str, tuple[Any, ...]]) -> list[Site]:
+    """The sites in one module: with a name of its own each, if there are several."""
+    places = [(name, layouts, place) for name, layouts in methods.items() for place in range(len(layouts))]
+    return [
+        Site(
+            path=path,
+            kind="attention",
+            owner=_owner(record, path),
+            leaf=f"attention_{i}" if len(places) > 1 else "",
+            named=len(places) > 1,
+            heads=layouts[place].heads,
+            stack=scope_stack(record, path),
+            attention=FoundAttention(name, layouts, place),
+        )
+        for i, (name, layouts, place) in enumerate(places)
+    ]
+
+
+def _owner(record: Record, path: Path) -> str:
+    return record.modules[path].owner if path in record.modules else "Attention"
+
+
+def _is_like_attention(owner: str) -> bool:
+    return "attention" in owner.lower() or "attn" in owner.lower()
