@@ -34,13 +34,13 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
         caller = record.callers[number]
         by_method.setdefault((caller.path, caller.name), []).append(tuple(a.layout for a in own))
         for found in own:
-            if found.layout is None:
+            if found.reason:
                 hidden.setdefault(caller.path, found.reason)
     for path in {path: None for path, _ in by_method}:
         methods = {name: layouts for (at, name), layouts in by_method.items() if at == path}
         if any(len(set(layouts)) > 1 for layouts in methods.values()):
-            hidden.setdefault(path, "its calls attend in different ways")
-        elif path not in hidden:
+            hidden[path] = "its calls attend in different ways"
+        else:
             sites += _found_sites(record, path, {name: layouts[0] for name, layouts in methods.items()})
     sites = [site for site in sites if site.path not in record.flow.transformed]
     known = {site.path for site in sites} | hidden.keys()
@@ -58,7 +58,7 @@ def _registered_site(record: Record, path: Path) -> Site:
 
 def _found_sites(record: Record, path: Path, methods: dict[str, tuple[Any, ...]]) -> list[Site]:
     """The sites in one module: with a name of its own each, if there are several."""
-    places = [(name, layouts, place) for name, layouts in methods.items() for place in range(len(layouts))]
+    places = [(name, layouts, i) for name, layouts in methods.items() for i, layout in enumerate(layouts) if layout]
     return [
         Site(
             path=path,

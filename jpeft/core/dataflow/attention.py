@@ -27,7 +27,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 
 from jpeft.core.dataflow.axes import Origins, scan_counts
 from jpeft.core.dataflow.jaxprs import bind
-from jpeft.core.dataflow.layout import Arrangement, Layout, Unclear, layout_of
+from jpeft.core.dataflow.layout import Arrangement, Layout, NoAttention, Unclear, layout_of
 from jpeft.core.dataflow.program import Atom, Node, Program, Value, flatten
 from jpeft.core.dataflow.softmax import Match, matches
 from jpeft.core.dataflow.traced_attention import TracedAttention
@@ -43,7 +43,7 @@ class Attention:
     Attributes:
       call: the number of the innermost marked call around it; None if there is none.
       place: its number among the attentions of that call.
-      layout: what its axes are; None if the trace does not show that.
+      layout: what its axes are; None if the trace does not show that, or if it is no attention, as in a router.
       reason: what the trace does not show.
     """
 
@@ -75,6 +75,8 @@ def find(jaxpr: Any, origins: Sequence[str]) -> list[Attention]:
             assert known is not None
             layout = layout_of(match, known)
             out.append(Attention(call, place, layout))
+        except NoAttention:
+            out.append(Attention(call, place, None))
         except Unclear as e:
             out.append(Attention(call, place, None, str(e)))
     return out

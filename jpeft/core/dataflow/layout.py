@@ -30,6 +30,10 @@ class Unclear(ValueError):
     """An attention of which the trace does not show what its axes are."""
 
 
+class NoAttention(ValueError):
+    """A softmax between two products that is no attention."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the axes of the product of queries and keys are, as the module sees them.
@@ -54,13 +58,14 @@ def layout_of(match: Match, origins: Origins) -> Layout:
 
     Raises:
       Unclear: the trace does not show it.
+      NoAttention: it is none.
     """
     summed = {f.tag for f in match.sum.summed}
     dot, q, k = match.dot, 1 - match.key, match.key
     own = [origins.of(atom) for atom in dot.inputs]
     positions = [own[k][i] for i, place in zip(free_axes(dot, k), free_outputs(dot, k), strict=True) if place in summed]
     if all(f.tag == WEIGHT for axis in positions for f in axis):
-        raise Unclear("its keys are parameters, as those of a router or of a vocabulary are")
+        raise NoAttention("its keys are parameters, as those of a router or of a vocabulary are")
     batch_dims, values = dot.params["dimension_numbers"][1], _of_values(match, origins)
     batch = [
         _shared(own[q][i], own[k][j], values.get(place, ()))
