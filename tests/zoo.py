@@ -455,6 +455,26 @@ VARIANTS: dict[str, Entry] = {
     "RandLoRA sparse": Entry(lambda u: jpeft.methods.RandLoRA(rank=4, sparse=True, **_parts(u)), ("dense",)),
     "RoAd 4": Entry(lambda u: jpeft.methods.RoAd(variant="road_4", group_size=2, **_parts(u)), SOME),
     "Bottleneck": Entry(lambda u: jpeft.Bottleneck(size=2, targets=r".*/op"), (*SOME, "raw", "embed")),
+    "Bottleneck, norms": Entry(
+        lambda u: jpeft.Bottleneck(
+            size=2,
+            activation="tanh",
+            scale="channel",
+            ln_before=True,
+            ln_after=True,
+            init_weights="bert",
+            targets=r".*/op",
+        ),
+        SOME,
+    ),
+    "Houlsby, gate": Entry(
+        lambda u: jpeft.methods.Houlsby(size=2, gating=True, scale="learned", targets=r".*/op"), ("dense", "attention")
+    ),
+    # One output for each input.
+    "ParallelAdapter": Entry(
+        lambda u: jpeft.methods.ParallelAdapter(size=3, activation="gelu", targets=r".*/op"),
+        ("dense", "attention", "raw"),
+    ),
     "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
     "PrefixTuning, MLP": Entry(
         lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3), ("attention",)

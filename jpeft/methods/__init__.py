@@ -23,6 +23,7 @@ from jpeft.methods.beft import BEFT as BEFT
 from jpeft.methods.bitfit import BitFit as BitFit
 from jpeft.methods.boft import BOFT as BOFT
 from jpeft.methods.bottleneck import Bottleneck as Bottleneck
+from jpeft.methods.bottleneck import Houlsby as Houlsby
 from jpeft.methods.c3a import C3A as C3A
 from jpeft.methods.chain import Chain as Chain
 from jpeft.methods.delora import DeLoRA as DeLoRA
@@ -38,6 +39,7 @@ from jpeft.methods.lokr import LoKr as LoKr
 from jpeft.methods.lora import LoRA as LoRA
 from jpeft.methods.miss import MiSS as MiSS
 from jpeft.methods.oft import OFT as OFT
+from jpeft.methods.parallel_adapter import ParallelAdapter as ParallelAdapter
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
 from jpeft.methods.prompt_tuning import PromptTuning as PromptTuning
 from jpeft.methods.randlora import RandLoRA as RandLoRA

@@ -1,90 +1,124 @@
-"""Bottleneck adapters after a sublayer (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247; Houlsby et al. 2019).
+"""Bottleneck adapters after a sublayer (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751; Pfeiffer et al. 2021,
+https://arxiv.org/abs/2005.00247).
 
-h <- h + s (f(h D + d) U + u)        D: [features, size], U: [size, features]
+h <- h + B(h)                    B(h) = s (f(h D + d) U + u),  D: [features, size], U: [size, features]
+y <- LN(x + B(LN(x)))            at a norm LN after a residual connection x, with ``original_ln_before``
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
-
-from jpeft.checks import NUMBER, POSITIVE_INT, Rule, one_of, or_none
-from jpeft.core.method import Leaves
+from jpeft.checks import BOOL, Rule
+from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site
-from jpeft.core.targets import ALL_LINEAR, Targets
-from jpeft.methods.base import OutputMethod, normal
-from jpeft.methods.families.low_rank import flat, narrow
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
+from jpeft.methods.families.bottleneck import BottleneckMethod, layer_norm
+from jpeft.methods.families.steps import Tokens
+from jpeft.methods.families.sublayers import BOTH, NORM, OUTPUT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck(OutputMethod):
-    """A small two-layer network on each target's output, before the model's own residual connection.
+class Bottleneck(BottleneckMethod):
+    """A small two-layer network after a sublayer, before the model's own residual connection.
+
+    By default it is at the feed-forward sublayers, which are found by the names of modules: ``output/dense`` in BERT,
+    ``mlp`` in Llama. AdapterHub's "seq_bn" (Pfeiffer's adapter) is this in models whose norms are before sublayers; in
+    BERT, it is this with ``original_ln_before``.
 
     Attributes:
-      targets: paths of modules, e.g. ``r".*/layer/[0-9]+/output/dense"``, the feed-forward sublayer of BERT (Pfeiffer);
-        with the attention's output for Houlsby's. By default all linear layers except the output head.
-      reduction: features / size, if ``size`` is None.
+      targets: paths of modules, e.g. ``r".*/layer/[0-9]+/output/dense"``.
+      sublayers: the sublayers that it acts at where ``targets`` is None: "feed_forward", "attention" or "both".
+      original_ln_before: whether the targets are norms that follow a residual connection, as BERT's
+        ``output/LayerNorm``. The network then sees the norm's output, and is added to its input: AdapterHub's
+        ``original_ln_before`` with its default ``original_ln_after`` and ``residual_before_ln``. Without the norm after
+        it (``original_ln_after=False``), it is a plain bottleneck whose targets are the norms. The forms that add the
+        sublayer's own residual a second time have no counterpart: a norm sees only the sum.
+      reduction: features / size, if ``size`` is None; below 1, the network widens.
       size: width of the bottleneck.
-      activation: "relu", "gelu", "silu" or "tanh".
-      scale: s, the factor on the network's output.
-      init_std: standard deviation of D at first; U starts at zero, so that the model is unchanged.
+      activation: f, a name in HuggingFace's models: "relu", "gelu", "gelu_new", "silu" (or "swish"), "tanh", ….
+      scale: s, a number; "learned" for one that trains, "channel" for one of each feature; both start at 1.
+      ln_before, ln_after: whether there is a layer norm of its own before D, and one after U.
+      adapter_residual_before_ln: whether ``ln_after`` normalizes the sum h + B(h), rather than B(h) alone.
+      gating: whether B(h) is multiplied by a learned gate, the mean over a row of all its positions (UniPELT).
+      dropout: the rate on B(h), while the caller trains.
+      init_weights: "identity": D is normal with ``init_std``, U zero; "mam_adapter": D is uniform in ±1/sqrt(features),
+        U zero; "bert": both are normal with ``init_std``; "houlsby": both are normal with 0.01, cut off at twice that.
+        The last two, AdapterHub's default and Houlsby's, change the model's outputs from the start.
+      init_std: a standard deviation.
       dtype: dtype of the leaves.
       exclude, overrides: see `Method`.
 
     Leaves at a site: ``bottleneck_down [features, size]``, ``bottleneck_down_bias [size]``,
-    ``bottleneck_up [size, features]``, ``bottleneck_up_bias [features]``.
+    ``bottleneck_up [size, features]``, ``bottleneck_up_bias [features]``; where they are asked for,
+    ``bottleneck_scale``, ``bottleneck_gate [features, 1]`` and ``bottleneck_gate_bias``, and the scale and bias of
+    ``bottleneck_ln_before`` and ``bottleneck_ln_after``.
 
     >>> import jpeft
     >>> method = jpeft.Bottleneck(targets=r".*/output/dense", reduction=16)
     """
 
-    reduction: int = 16
-    size: int | None = None
-    activation: str = "relu"
-    scale: float = 1.0
-    init_std: float = 0.02
-    dtype: Any = "float32"
+    original_ln_before: bool = False
+    adapter_residual_before_ln: bool = False
 
-    family: ClassVar[str] = "bottleneck"
     paper: ClassVar[str] = "https://arxiv.org/abs/2005.00247"
-    per_site = ("reduction", "size", "activation", "scale", "init_std", "dtype")
-    rules: ClassVar[Mapping[str, Rule]] = {
-        "reduction": POSITIVE_INT,
-        "size": or_none(POSITIVE_INT),
-        "activation": one_of(_ACTIVATIONS),
-        "scale": NUMBER,
-        "init_std": NUMBER,
-    }
+    rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("original_ln_before", "adapter_residual_before_ln"), BOOL)
 
-    def default_targets(self) -> Targets:
-        return ALL_LINEAR
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_residual_before_ln and (self.original_ln_before or not self.ln_after):
+            why = "original_ln_before adds to a norm's input" if self.ln_after else "it needs ln_after"
+            raise ValueError(f"{self.name}.adapter_residual_before_ln normalizes h + B(h): {why}")
 
-    def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
-        size = self.size or max(1, site.outputs // self.reduction)
-        return {
-            "bottleneck_down": normal(key, (site.outputs, size), self.init_std, self.dtype),
-            "bottleneck_down_bias": jnp.zeros((size,), self.dtype),
-            "bottleneck_up": jnp.zeros((size, site.outputs), self.dtype),
-            "bottleneck_up_bias": jnp.zeros((site.outputs,), self.dtype),
-        }
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether U starts at zero, and no norm of its own is around the residual connection."""
+        return super().identity_at_init and not self.adapter_residual_before_ln
 
-    def apply(
-        self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: Mapping[str, Any]
-    ) -> Float[Array, "*tokens features"]:
-        # h + s (f(h D + d) U + u)
-        h = flat(y)
-        hidden = _ACTIVATIONS[self.activation](narrow(h, leaves["bottleneck_down"]) + leaves["bottleneck_down_bias"])
-        change = hidden @ leaves["bottleneck_up"] + leaves["bottleneck_up_bias"]
-        return (h + float(self.scale) * change).reshape(y.shape)
+    @property
+    def place(self) -> str:
+        return NORM if self.original_ln_before else OUTPUT
+
+    def prepare(self, site: Site) -> Site:
+        if self.original_ln_before and site.inputs != site.outputs:
+            raise ValueError(
+                f"{self.name}: with original_ln_before, targets are norms, and {site.name!r} is a {site.owner} of "
+                f"{site.inputs} features to {site.outputs}; name the norms after residual connections"
+            )
+        return super().prepare(site)
+
+    def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
+        change = self.network(leaves, y, context).reshape(y.shape)
+        if not self.ln_after:
+            return change
+        if self.adapter_residual_before_ln:
+            return layer_norm(y + change, self.own(leaves), "ln_after") - y
+        return layer_norm(change, self.own(leaves), "ln_after")
+
+    def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
+        if not self.original_ln_before:
+            return x, y + change
+        x = x + change.astype(x.dtype)
+        return x, context.rerun(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Houlsby(Bottleneck):
+    """Bottlenecks after both sublayers, attention and feed-forward: AdapterHub's "double_seq_bn".
+
+    A `Bottleneck` with other defaults; its fields and leaves are the same.
+
+    Attributes:
+      sublayers: by default "both".
+      activation: by default "swish".
+      targets, reduction, size, scale, dropout, init_weights, dtype, …: see `jpeft.Bottleneck`.
+
+    >>> import jpeft
+    >>> method = jpeft.methods.Houlsby(reduction=16)
+    """
+
+    sublayers: str = BOTH
+    activation: str = "swish"
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"

@@ -554,7 +554,7 @@ class Decoder(nn.Module):
     pytest.param(jpeft.LoRA(rank=2, targets=r".*/(query|value)"), marks=pytest.mark.exhaustive),
     jpeft.Chain(jpeft.LoRA(rank=2), jpeft.LoRA(rank=3, targets=["embed"])),
     jpeft.Chain(jpeft.IA3(targets=["key", "value", "down"], feedforward=["down"]), jpeft.BitFit(exclude=["key/bias"])),
-    jpeft.Chain(jpeft.Bottleneck(size=2, activation="tanh"), jpeft.PrefixTuning(length=2)),
+    jpeft.Chain(jpeft.Bottleneck(size=2, activation="tanh", targets=r".*/down"), jpeft.PrefixTuning(length=2)),
 ], ids=["query, value", "all-linear and table", "IA3 and biases", "bottleneck and prefix"])  # fmt: skip
 def test_three_steps_of_a_scanned_decoder_change_every_adapter_leaf_and_no_base_bit(method):
     model, ids = Decoder(), jnp.array([[1, 5, 2, 9, 4], [3, 3, 8, 0, 10]])

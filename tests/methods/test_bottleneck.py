@@ -1,0 +1,187 @@
+"""Bottleneck adapters, Compacter and representation fine-tuning, as numpy computes them in float64.
+
+`tests/parity/test_adapters_torch.py` has AdapterHub's library for an oracle.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jpeft
+from jpeft.core.targets import TargetError
+from jpeft.core.tree import flatten
+from jpeft.methods import Houlsby, ParallelAdapter
+from jpeft.models.bert import Bert, BertConfig
+from jpeft.models.decoder import Decoder, DecoderConfig
+from tests.zoo import moved, parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SIZES = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+BERT = Bert(BertConfig(**SIZES))
+LLAMA = Decoder(DecoderConfig(**SIZES))
+IDS = np.random.default_rng(0).integers(0, 20, (2, 5))
+
+
+def numbers(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def float64(tree):
+    return {k: float64(v) if isinstance(v, dict) else np.asarray(v, np.float64) for k, v in tree.items()}
+
+
+def norm(x, scale=1.0, bias=0.0, epsilon=1e-5):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * scale + bias
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def sites(method, model, *inputs):
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return [site.name for site in method.bind(model, params, *inputs).sites]
+
+
+@pytest.mark.parametrize(("method", "model", "expected"), [
+    (jpeft.Bottleneck(), BERT, ["output/dense"]),
+    (Houlsby(), BERT, ["attention/output/dense", "output/dense"]),
+    (Houlsby(original_ln_before=True), BERT, ["attention/output/LayerNorm", "output/LayerNorm"]),
+    (Houlsby(), Bert(BertConfig(**SIZES, model_type="distilbert")), ["attention", "ffn"]),
+    (jpeft.Bottleneck(sublayers="attention"), LLAMA.unrolled(), ["self_attn"]),
+    (ParallelAdapter(sublayers="both"), LLAMA.unrolled(), ["self_attn", "mlp"]),
+], ids=["BERT", "BERT, both", "BERT, norms", "DistilBERT", "Llama, attention", "Llama, both"])  # fmt: skip
+def test_sublayers_are_found_by_the_names_of_modules(method, model, expected):
+    found = sites(method, model, IDS)
+    assert [name.split("/0/")[1] for name in found if "/0/" in name] == expected
+    assert len(found) == 2 * len(expected)
+
+
+def test_a_model_whose_sublayers_have_other_names_needs_targets():
+    model = nn.Sequential([nn.Dense(4), nn.Dense(2)])
+    with pytest.raises(TargetError, match="name the modules in targets, of layers_0, layers_1"):
+        sites(jpeft.Bottleneck(), model, jnp.ones((1, 3)))
+    with pytest.raises(TargetError, match="ParallelAdapter: no module has a name that tells that it is the whole of a"):
+        sites(ParallelAdapter(), BERT, IDS)
+
+
+# --- what -------------------------------------------------------------------------------------------------------------
+
+
+class PostNorm(nn.Module):
+    """A layer whose norm follows its residual connection."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.LayerNorm(epsilon=1e-3, name="LayerNorm")(x + nn.Dense(6, name="dense")(x)), None
+
+
+class PostNormStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(nn.remat(PostNorm), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(name="output")(x, None)[0]
+
+
+class PostNormNnx(nnx.Module):
+    def __init__(self, params):
+        self.dense = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+        self.norm = nnx.LayerNorm(6, epsilon=1e-3, rngs=nnx.Rngs(0))
+        for module, name in ((self.dense, "dense"), (self.norm, "LayerNorm")):
+            for leaf, value in params[name].items():
+                getattr(module, leaf).set_value(value[0])
+
+    def __call__(self, x):
+        return self.norm(x + self.dense(x))
+
+
+def post_norm(x, params, own, layer):
+    """``LN(x + B(LN(x)))`` of one layer."""
+    dense, scale, bias = params["dense"], params["LayerNorm"]["scale"][layer], params["LayerNorm"]["bias"][layer]
+    total = x + x @ dense["kernel"][layer] + dense["bias"][layer]
+    seen = norm(total, scale, bias, 1e-3)
+    inner = np.tanh(seen @ own["bottleneck_down"] + own["bottleneck_down_bias"])
+    change = inner @ own["bottleneck_up"] + own["bottleneck_up_bias"]
+    return norm(total + 0.5 * change, scale, bias, 1e-3)
+
+
+def test_a_bottleneck_at_a_norm_is_added_before_it():
+    x, model = numbers(3, 6), PostNormStack()
+    params = parameters(model, x)
+    method = jpeft.Bottleneck(
+        targets=r"output/LayerNorm", original_ln_before=True, size=3, activation="tanh", scale=0.5
+    )
+    peft = method.bind(model, params, x)
+    adapter = moved(peft, params, 1.0)
+    own, tree = float64(adapter["output"]["LayerNorm"]), float64(params["output"])
+    expected = np.asarray(x, np.float64)
+    for layer in range(2):
+        expected = post_norm(expected, tree, {name: leaf[layer] for name, leaf in own.items()}, layer)
+    np.testing.assert_allclose(jax.jit(peft.apply)(params, adapter, x), expected, atol=1e-5)
+
+    twin = PostNormNnx(params["output"])
+    peft = jpeft.Bottleneck(
+        targets=["norm"], original_ln_before=True, size=3, activation="tanh", scale=0.5
+    ).bind(twin, x)  # fmt: skip
+    adapter = {"norm": {name: leaf[0] for name, leaf in adapter["output"]["LayerNorm"].items()}}
+    expected = post_norm(np.asarray(x, np.float64), tree, float64(adapter["norm"]), 0)
+    np.testing.assert_allclose(peft.apply(nnx.state(twin, nnx.Param), adapter, x), expected, atol=1e-5)
+
+
+def test_only_a_norm_can_run_again():
+    x, model = numbers(3, 6), PostNormStack()
+    params = parameters(model, x)
+    peft = jpeft.Bottleneck(targets="output", original_ln_before=True).bind(model, params, x)
+    with pytest.raises(ValueError, match="cannot run again on another input: only a module without others inside"):
+        jax.eval_shape(peft.apply, params, moved(peft, params), x)
+    with pytest.raises(ValueError, match="targets are norms, and 'layers_0' is a Dense of 6 features to 4"):
+        jpeft.Bottleneck(targets="layers_0", original_ln_before=True).bind(
+            (dense := nn.Sequential([nn.Dense(4)])), parameters(dense, x), x
+        )
+
+
+def test_dropout_is_on_the_change_and_off_without_a_key():
+    model, x = nn.Sequential([nn.Dense(64)]), numbers(8, 4)
+    params = parameters(model, x)
+    peft = jpeft.Bottleneck(targets="layers_0", size=2, dropout=0.25).bind(model, params, x)
+    adapter = moved(peft, params, 1.0)
+    plain = model.apply({"params": params}, x)
+    change = peft.apply(params, adapter, x) - plain
+    dropped = peft.apply(params, adapter, x, rngs={"dropout": jax.random.key(0)}) - plain
+    kept = np.abs(dropped) > 1e-6
+    assert 0.15 < 1 - kept.mean() < 0.35
+    np.testing.assert_allclose(dropped[kept], (change / 0.75)[kept], atol=1e-5)
+
+
+def test_starts():
+    model, x = nn.Sequential([nn.Dense(64)]), jnp.ones((1, 64))
+    params = parameters(model, x)
+
+    def start(**fields):
+        peft = jpeft.Bottleneck(targets="layers_0", **{"size": 32, **fields}).bind(model, params, x)
+        return peft.init(jax.random.key(0), params)["layers_0"]
+
+    down = {
+        name: np.asarray(start(init_weights=name)["bottleneck_down"]) for name in ("bert", "mam_adapter", "houlsby")
+    }
+    assert abs(down["bert"].std() - 0.02) < 1e-3 and abs(down["houlsby"].std() - 0.0088) < 5e-4
+    assert np.abs(down["houlsby"]).max() <= 0.02 and 0.12 < np.abs(down["mam_adapter"]).max() <= 0.125
+    assert (
+        not start(init_weights="mam_adapter")["bottleneck_up"].any()
+        and start(init_weights="bert")["bottleneck_up"].any()
+    )
+    assert flatten(start(size=None, reduction=0.5))[("bottleneck_down",)].shape == (64, 128)
+
+
+def test_fields_that_exclude_each_other():
+    with pytest.raises(ValueError, match=r"adapter_residual_before_ln normalizes h .* it needs ln_after"):
+        jpeft.Bottleneck(adapter_residual_before_ln=True)
+    with pytest.raises(ValueError, match="original_ln_before adds to a norm's input"):
+        jpeft.Bottleneck(adapter_residual_before_ln=True, ln_after=True, original_ln_before=True)
+    with pytest.raises(ValueError, match="scale must be a finite number, 'learned' or 'channel', got 'row'"):
+        jpeft.Bottleneck(scale="row")
+    with pytest.raises(ValueError, match="is a Embed whose input is not floating"):
+        sites(ParallelAdapter(targets=["word_embeddings"]), BERT, IDS)
