@@ -24,6 +24,10 @@ LINEAR, EMBEDDING, CONVOLUTION = "linear layer", "embedding", "convolution"
 PARAMETER, SWAPPED = "parameter", "parameter with its axes swapped"
 
 
+# What a folder of virtual tokens holds, whose tensors belong to no module: their embeddings, or their keys and values.
+EMBEDDINGS, KEYS_VALUES = "embeddings", "keys and values"
+
+
 class Role(enum.Enum):
     """The configuration field for methods that train copies of base weights."""
 
@@ -201,6 +205,12 @@ class HFSpec:
       pack: ``(tensors, config) -> (tensors, config)``, its inverse: the tensors and the whole configuration to write.
       exported: ``(method, site, leaves) -> (method, leaves)``: the same function at a site in the form that PEFT has,
         for a configuration whose leaves, numpy arrays by name, are not those of ``tensors``.
+      prompt: for a type whose tensors have no module, `EMBEDDINGS` or `KEYS_VALUES`; empty for another. The keys and
+        values of all layers are one tensor, which leaves ``prefix_key`` and ``prefix_value`` hold at each.
+      expanded: whether the tensors of a ``prompt`` hold what ``expand`` gives, not the leaves as they are stored.
+      read: for a ``prompt``, ``(method, site, leaves) -> leaves``: a site's stored leaves from those of the tensors.
+      read_as: for a type whose folders hold less than the method, the name of that which they hold.
+      implied: fields of the method that have one value in every folder, without a field there.
     """
 
     peft_type: str
@@ -226,6 +236,11 @@ class HFSpec:
     unpack: Callable[[Tensors, Mapping[str, Any]], Tensors] | None = None
     pack: Callable[[Tensors, Mapping[str, Any]], tuple[Tensors, Mapping[str, Any]]] | None = None
     exported: Callable[[Any, Site, Mapping[str, Any]], tuple[Any, Mapping[str, Any]]] | None = None
+    prompt: str = ""
+    expanded: bool = True
+    read: Callable[[Any, Site, Tensors], Tensors] | None = None
+    read_as: str = ""
+    implied: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keys(self) -> tuple[str, ...]:

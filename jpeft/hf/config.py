@@ -32,6 +32,8 @@ HARMLESS = frozenset({
     "library_name", "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "merge_weights", "runtime_config", "tags",
     "torch_dtype", "transformers_version",
 })  # fmt: skip
+# Sizes of the model in folders of virtual tokens.
+SIZES = frozenset({"num_attention_heads", "num_layers", "token_dim"})
 # Heads that PEFT adds to modules_to_save for a task, whether or not the model has them.
 TASK_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
@@ -237,6 +239,8 @@ def read_config(file: Path, methods: Iterable[type]) -> Config:
             raise AdapterError(f"{file}: {key} must be {expected}, got {shown(value)}")
     if parameters := given.pop(spec.parameters, ()):
         given.setdefault("target_modules", [])
+    if spec.prompt:
+        given["target_modules"] = []
     if "target_modules" not in given:
         raise AdapterError(f"{file}: target_modules is missing")
     common = {k: v for k, v in given.items() if k in _RULES or k == "bias"}
@@ -283,7 +287,7 @@ def _find_method(file: Path, config: Mapping[str, Any], methods: Iterable[type])
 
 def _check_known(file: Path, config: Mapping[str, Any], spec: HFSpec) -> None:
     """Raises on the first field that is unknown, or that has a value which the method does not compute."""
-    known = spec.known | _RULES.keys() | PROVENANCE | HARMLESS | {"bias"}
+    known = spec.known | _RULES.keys() | PROVENANCE | HARMLESS | {"bias"} | (SIZES if spec.prompt else set())
     # A field that is off says nothing: other tools and versions write theirs so, and PEFT drops what it does not know.
     if unknown := sorted(key for key in config.keys() - known if not _is_off(config[key])):
         raise AdapterError(

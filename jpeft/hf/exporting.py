@@ -21,10 +21,10 @@ from jpeft.core.peft import Peft
 from jpeft.core.sites import Site
 from jpeft.core.tree import Path, Tree, flatten, join, peek, unflatten
 from jpeft.files import new_folder, write_atomically, write_safetensors
-from jpeft.hf import layout
+from jpeft.hf import layout, prompts
 from jpeft.hf.config import CONFIG, TASK_HEADS, TENSORS, patterns
 from jpeft.hf.experts import check_layout, modules, nesting, single
-from jpeft.hf.names import ROOT, Names, Prefix, of_model
+from jpeft.hf.names import PLAIN_ROOT, ROOT, Names, Prefix, of_model
 from jpeft.hf.tied import head_tensors, tied_names
 from jpeft.methods import METHODS
 from jpeft.storage import as_path
@@ -83,7 +83,9 @@ def save(
     check_layout(experts)
     name, spec, beside = _specs(peft)
     task_type = task_type or spec.task_type or None
+    prompt = prompts.contents(peft, adapter, task_type) if spec.prompt else None
     leaves = {p: np.asarray(jax.device_get(meta.unbox(x))) for p, x in peft.check(adapter).items()}
+    peft = prompt.rest if prompt else peft
     peft, leaves, base = _one_by_one(peft, leaves, flatten(peft.frontend.tree(params)))
     peft, leaves = _in_their_form(peft, leaves)
     names = of_model(peft.model) if prefix is None else Names.of(prefix)
@@ -102,13 +104,18 @@ def save(
     tied = tied_names(peft.model, names)
     heads = head_tensors(tied, spec, {k: x for k, x in tensors.items() if not _is_beside(k, beside)})
     settings = contents.modules | {head: adapted[own] for head, own in tied.items() if own in adapted}
-    config = _method_fields(name, spec, settings) | {
+    fields = dict(prompt.config) if prompt else _method_fields(name, spec, settings)
+    config = fields | {
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "peft_type": spec.peft_type,
-        "target_modules": sorted({*contents.modules, *(names.torch(p[:-1]) for p in copied)} - contents.starts.keys()),
         "task_type": task_type,
     }
+    if prompt:  # whose tensors belong to no module; PEFT leaves the names of others as they are
+        tensors = {PLAIN_ROOT + key.removeprefix(ROOT): x for key, x in tensors.items()} | dict(prompt.tensors)
+    else:
+        every = {*contents.modules, *(names.torch(p[:-1]) for p in copied)}
+        config["target_modules"] = sorted(every - contents.starts.keys())
     if contents.starts:
         config[spec.parameters] = sorted(contents.starts)
     if saved := _modules_to_save(peft, base, names, task_type, copied):
@@ -424,7 +431,12 @@ def _card(name: str, spec: HFSpec, config: Mapping[str, Any]) -> str:
     tags = f"tags: [{spec.peft_type.lower()}, jpeft]"
     header = ["library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else []), tags]
     settings = [f"{f.name} {config[f.key]}" for f in spec.fields if f.pattern]
-    line = ", ".join([*settings, f"on {len(config['target_modules'])} modules"]).capitalize()
+    where = (
+        f"{config['num_virtual_tokens']} virtual tokens"
+        if spec.prompt
+        else f"on {len(config['target_modules'])} modules"
+    )
+    line = ", ".join([*settings, where]).capitalize()
     return "\n".join(
         [
             "---",

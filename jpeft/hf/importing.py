@@ -25,7 +25,7 @@ from jpeft.core.targets import matches_entry
 from jpeft.core.tree import Path, flatten, join, like, nearest, peek, unflatten
 from jpeft.errors import AdapterError
 from jpeft.frontends import arguments
-from jpeft.hf import layout
+from jpeft.hf import layout, prompts
 from jpeft.hf.config import CONFIG, named, read_config
 from jpeft.hf.experts import check_layout
 from jpeft.hf.matching import Folder, Matched, match, stacked
@@ -129,7 +129,9 @@ def _without_absent_parts(model: Any, folder: Folder, survey: Survey) -> Survey:
 
 def _method(folder: Folder, matched: Matched, survey: Survey, tied: Collection[str]) -> Method:
     """The method that acts on the matched sites and no others. ``tied``: heads that are their embedding."""
-    if matched.copied:
+    if folder.config.spec.prompt:
+        members = [prompts.method_of(folder.config, folder.file.dtype)]
+    elif matched.copied:
         members = [_training(folder.config.method, matched.copied, survey)]
     else:
         members = [_adapting(folder, matched.adapted, survey)]
@@ -221,8 +223,11 @@ def _exactly(entries: Sequence[str], wanted: Iterable[Site], candidates: Iterabl
 
 def _leaves(peft: Peft, folder: Folder, adapted: Collection[str]) -> dict[Path, np.ndarray]:
     """The adapter's leaves from the file's tensors."""
-    structure, out = dict(peft.structure), {}
+    spec, structure = folder.config.spec, dict(peft.structure)
+    out = prompts.read_leaves(peft, folder.file, folder.config) if spec.prompt else {}
     for action in peft.actions:
+        if prompts.is_prompt(action):
+            continue
         each = stacking.unroll_site(action.site, folder.at)
         is_stacked = each[0].path != action.site.path
         if action.site.kind == "leaf":
@@ -241,7 +246,7 @@ def _leaves(peft: Peft, folder: Folder, adapted: Collection[str]) -> dict[Path, 
                 out[action.leaf_path(action.mask)] = layer_mask(action.site)
         for name, first in read[0].items():
             out[action.leaf_path(name)] = np.stack([own[name] for own in read]) if is_stacked else first
-    return out | _shared_leaves(peft, folder)
+    return out if spec.prompt else out | _shared_leaves(peft, folder)
 
 
 def _trained_leaf(folder: Folder, action: Action, site: Site, adapted: Collection[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ from jpeft.errors import AdapterError
 Prefix = str | Mapping[str, str]
 
 ROOT = "base_model.model."  # before every name in a file of HuggingFace PEFT
+PLAIN_ROOT = "base_model."  # the same beside virtual tokens, for which PEFT does not change the model's modules
 
 
 def _closed(text: str, end: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from jpeft.core.tree import nearest
 from jpeft.errors import AdapterError
 from jpeft.files import read_safetensors
 from jpeft.hf.config import PICKLE, TENSORS, Config, named
-from jpeft.hf.names import ROOT
+from jpeft.hf.names import PLAIN_ROOT, ROOT
 
 Modules = dict[str, dict[str, np.ndarray]]  # tensors by torch module, then by name within it
 
@@ -55,18 +55,19 @@ class TensorFile:
                 "PEFT with save_pretrained(folder, safe_serialization=True)"
             )
         tensors = _without_adapter_name(path, read_safetensors(path), spec)
+        if spec.prompt:
+            own = {tensor.key: tensors.pop(tensor.key) for tensor in spec.tensors if tensor.key in tensors}
+            tensors = {ROOT + key.removeprefix(PLAIN_ROOT): x for key, x in _with_root(path, tensors, PLAIN_ROOT)}
         if spec.unpack:
             try:
                 tensors = dict(spec.unpack(tensors, config.own))
             except ValueError as error:
                 raise AdapterError(f"{path}: {error}") from error
         adapted, others, beside = defaultdict(dict), defaultdict(dict), defaultdict(dict)
-        shared = {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
+        shared = own if spec.prompt else {t.key: tensors.pop(t.key) for t in spec.shared if t.key in tensors}
         copies = {t.key.rpartition(".")[2]: t.key for t in spec.shared if t.copied}
         suffixes, ignored = set(spec.keys), set()
-        for key, x in tensors.items():
-            if not key.startswith(ROOT):
-                raise AdapterError(f"{path} has {key!r}; expected names that start with {ROOT!r}")
+        for key, x in _with_root(path, tensors, ROOT):
             # With bias="all", PEFT writes the biases of modules_to_save three times.
             plain = key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
             if plain != key and plain in tensors:
@@ -86,7 +87,7 @@ class TensorFile:
         for entry in ignore:
             if not any(named([entry], module) for module in ignored):
                 raise AdapterError(f"{path} has no module {entry!r} to ignore{nearest(entry, file.modules)}")
-        if not file.adapted:
+        if not file.adapted and not (spec.prompt and shared):
             name = config.method.__name__
             raise AdapterError(
                 f"{path} holds no {name}: none of its {len(tensors)} tensors is a {' or '.join(sorted(suffixes))}"
@@ -101,7 +102,7 @@ class TensorFile:
     @property
     def dtype(self) -> str:
         """The dtype of the method's leaves: the file's, if it has one and that is a usual one."""
-        return _common_dtype(x for own in self.adapted.values() for x in own.values())
+        return _common_dtype(x for own in (self.adapted or {"": self.shared}).values() for x in own.values())
 
     @property
     def dtype_beside(self) -> str:
@@ -136,6 +137,14 @@ def _common_dtype(every: Iterable[np.ndarray]) -> str:
     found = {x.dtype.name for x in every if jnp.issubdtype(x.dtype, jnp.floating)}
     usual = {"float32", "bfloat16", "float16", jax.dtypes.canonicalize_dtype("float64").name}
     return found.pop() if len(found) == 1 and found <= usual else "float32"
+
+
+def _with_root(path: Path, tensors: Mapping[str, np.ndarray], root: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors with their names, which must begin with the root."""
+    for key, x in tensors.items():
+        if not key.startswith(root):
+            raise AdapterError(f"{path} has {key!r}; expected names that start with {root!r}")
+        yield key, x
 
 
 def _without_adapter_name(path: Path, tensors: dict[str, np.ndarray], spec: HFSpec) -> dict[str, np.ndarray]:

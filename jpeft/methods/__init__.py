@@ -25,7 +25,9 @@ from jpeft.methods.boft import BOFT as BOFT
 from jpeft.methods.bottleneck import Bottleneck as Bottleneck
 from jpeft.methods.bottleneck import Houlsby as Houlsby
 from jpeft.methods.c3a import C3A as C3A
+from jpeft.methods.cartridge import Cartridge as Cartridge
 from jpeft.methods.chain import Chain as Chain
+from jpeft.methods.cpt import CPT as CPT
 from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.eva import redistribute as redistribute
@@ -38,7 +40,9 @@ from jpeft.methods.loha import LoHa as LoHa
 from jpeft.methods.lokr import LoKr as LoKr
 from jpeft.methods.lora import LoRA as LoRA
 from jpeft.methods.miss import MiSS as MiSS
+from jpeft.methods.multitask_prompt import MultitaskPromptTuning as MultitaskPromptTuning
 from jpeft.methods.oft import OFT as OFT
+from jpeft.methods.p_tuning import PTuning as PTuning
 from jpeft.methods.parallel_adapter import ParallelAdapter as ParallelAdapter
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
 from jpeft.methods.prompt_tuning import PromptTuning as PromptTuning
