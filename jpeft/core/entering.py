@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jpeft.core.actions import Action
-from jpeft.core.method import Inputs, Method
+from jpeft.core.method import Inputs, Leaves, Method, slugs
 from jpeft.core.nested import first_array
 from jpeft.core.signatures import signature_of
 from jpeft.core.sites import Site
+from jpeft.core.tree import Path, join
 
 CACHED = "cached"  # in the context: whether the model keeps keys and values of earlier calls
 CONTINUES = "continues"  # whether the call continues a cache that an earlier call has begun
@@ -45,11 +47,13 @@ class Entry:
       method: the method.
       sites: its sites.
       positions: the number of positions in the model's smallest table of positions; None without one.
+      slug: the key of the leaves that its sites share.
     """
 
     method: Method
     sites: tuple[Site, ...]
     positions: int | None
+    slug: str = ""
 
 
 def entries(method: Method, actions: Sequence[Action], weights: Sequence[Site]) -> tuple[Entry, ...]:
@@ -62,8 +66,8 @@ def entries(method: Method, actions: Sequence[Action], weights: Sequence[Site]) 
     """
     tables = [site.inputs for site in weights if site.lookup and _is_of_positions(site.name)]
     return tuple(
-        Entry(member, tuple(a.site for a in actions if a.member == i), min(tables, default=None))
-        for i, member in enumerate(method.methods())
+        Entry(member, tuple(a.site for a in actions if a.member == i), min(tables, default=None), slug)
+        for i, (member, slug) in enumerate(zip(method.methods(), slugs(method), strict=True))
         if member.enters or member.arguments
     )
 
@@ -88,6 +92,9 @@ class RootCall:
       has_cache: whether the module itself keeps keys and values of earlier calls.
       run: runs it: ``(args, kwargs, context) -> output``.
       outputs: computes the shapes of its outputs without methods: ``(args, kwargs) -> shapes``.
+      plain: runs a method of the module without methods: ``(name, args, kwargs, path) -> outputs``, of the called one
+        where the name is empty. With the path of a module, ``(outputs, output of the module)``.
+      shared: the leaves that a member's sites share, by their key.
     """
 
     function: Any
@@ -95,6 +102,8 @@ class RootCall:
     has_cache: bool
     run: Callable[[tuple[Any, ...], dict[str, Any], Mapping[str, Any]], Any]
     outputs: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+    plain: Callable[[str, tuple[Any, ...], dict[str, Any], Path | None], Any]
+    shared: Callable[[str], Leaves]
 
 
 def run_root(call: RootCall, members: Sequence[Entry], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -126,6 +135,8 @@ def run_root(call: RootCall, members: Sequence[Entry], args: tuple[Any, ...], kw
                 continues=continues,
                 positions=_positions(entry, call.module),
                 outputs=lambda given=arguments: call.outputs(*named.back(given)),
+                shared=call.shared(entry.slug),
+                run=functools.partial(_run_plain, call, named),
             )
             arguments, found = entry.method.enter(inputs)
             context |= found
@@ -134,6 +145,30 @@ def run_root(call: RootCall, members: Sequence[Entry], args: tuple[Any, ...], kw
     for method, found in reversed(entered):
         y = method.leave(y, {**context, **found})
     return y
+
+
+def _run_plain(
+    call: RootCall, named: _Named, arguments: Mapping[str, Any], method: str = "", at: str | None = None
+) -> Any:
+    """See `jpeft.core.method.Run`."""
+    path = tuple(at.split("/")) if at else None
+    if at == "":
+        y = _run_plain(call, named, arguments, method)
+        return None if y is None else (y, y)
+    if not method:
+        return call.plain("", *named.back(arguments), path)
+    signature = inspect.signature(getattr(type(call.module), method))
+    given = {name: arguments[name] for name in signature.parameters if name in arguments}
+    try:
+        signature.bind(call.module, **given)
+    except TypeError:
+        return None
+    return call.plain(method, (), given, path)
+
+
+def not_called(path: Path) -> str:
+    """The error of a pass that does not call a module."""
+    return f"the model's call does not call a module {join(path)!r}; give the path of one that it calls"
 
 
 def _positions(entry: Entry, module: Any) -> int | None:

@@ -205,6 +205,8 @@ class Inputs:
       continues: whether the call continues a cache of keys and values that an earlier call has begun.
       positions: the number of positions that the model has embeddings for; None if there is no such number.
       outputs: computes the shapes of the outputs that the model has for these arguments.
+      shared: the leaves that the method's sites share.
+      run: computes outputs of the model without methods, see `Run`.
     """
 
     arguments: Mapping[str, Any]
@@ -215,6 +217,31 @@ class Inputs:
     continues: bool
     positions: int | None
     outputs: Callable[[], Any]
+    shared: Leaves
+    run: Run
+
+
+class Run(Protocol):
+    """A pass of the model without methods, before its own call."""
+
+    def __call__(self, arguments: Mapping[str, Any], method: str = "", at: str | None = None) -> Any:
+        """The outputs of the model, on a state that it keeps for itself: what it writes there is lost.
+
+        Leaves of the base that a method replaces, such as `jpeft.BitFit`'s, are those of the adapter.
+
+        Args:
+          arguments: the arguments by name.
+          method: another method than the one that is called. It gets the arguments that it takes.
+          at: the path of a module, "" for the model.
+
+        Returns:
+          The outputs; with ``at`` a pair, whose second is the output of the module's last call. None if the method
+          needs arguments that are not there.
+
+        Raises:
+          ValueError: the pass does not call the module at that path.
+        """
+        ...
 
 
 class Linear(Protocol):

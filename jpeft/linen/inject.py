@@ -19,23 +19,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from flax.core.scope import union_filters
 from jax.core import Tracer
 
 from jpeft.core.actions import Action, Active
 from jpeft.core.dataflow.replace import Change, evaluate
-from jpeft.core.entering import RootCall, context_of, run_root
-from jpeft.core.frontend import bypassed, is_bypassed
+from jpeft.core.entering import RootCall, context_of, not_called, run_root
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
+from jpeft.core.method import Leaves
 from jpeft.core.operation import Dropout, no_dropout
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
 from jpeft.core.signatures import by_position, owner_of, signature_of
 from jpeft.core.sites import FUSED, Site
-from jpeft.core.tree import Path, join, peek
+from jpeft.core.tree import Path, flatten, join, peek
 from jpeft.linen import attention, layers, rewrite
-from jpeft.linen.box import MARKER, Marker, Opened, opened, shared_leaves, sharing
+from jpeft.linen.box import MARKER, Changed, Marker, Opened, opened, shared_leaves, sharing
 
+_is_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("is_plain", default=False)  # without methods
 _active: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("active", default=())
 
 
@@ -158,7 +160,7 @@ class Interceptor:
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if module.scope is None or context.method_name == "setup" or is_bypassed():
+        if module.scope is None or context.method_name == "setup" or _is_plain.get():
             return next_fun(*args, **kwargs)
         if self.open_calls:
             return self._call(next_fun, args, kwargs, context)
@@ -192,8 +194,16 @@ class Interceptor:
             self.context = found
             return self._call(next_fun, args, kwargs, context)
 
-        outputs = functools.partial(_outputs, self.peft.model, context.module, context.method_name)
-        return RootCall(context.orig_method, context.module, _has_cache(context.module), run, outputs)
+        module, name = context.module, context.method_name
+
+        def plain(method: str, args: Any, kwargs: Any, at: Path | None) -> Any:
+            return _plain_pass(self.peft.model, module, method or name, args, kwargs, at)(dict(module.variables))
+
+        def shared(slug: str) -> Leaves:
+            return meta.unbox(dict(module.variables.get("params", {}).get(slug, {})))
+
+        outputs = functools.partial(_outputs, self.peft.model, module, name)
+        return RootCall(context.orig_method, module, _has_cache(module), run, outputs, plain, shared)
 
     def _context_of(self, context: Any, args: Any, kwargs: Any) -> Mapping[str, Any]:
         """The arguments of the outermost call by name, if a method reads them."""
@@ -236,25 +246,63 @@ def _has_cache(module: nn.Module) -> bool:
 
 
 def _outputs(model: nn.Module, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The shapes of the outputs that a model has without methods.
+    """The shapes of the outputs that a model has without methods, see `_plain_pass`."""
+    return jax.eval_shape(_plain_pass(model, module, method, args, kwargs), dict(module.variables))
+
+
+def _plain_pass(
+    model: nn.Module,
+    module: nn.Module,
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    at: Path | None = None,
+) -> Callable[[Any], Any]:
+    """A pass of a model without methods, as a function of its variables. What it writes to them is lost.
 
     Args:
       model: the model.
       module: the same, bound, in a call.
-      method: the called method's name.
+      method: the method's name.
       args: its arguments.
       kwargs: its other arguments.
+      at: the path of a module, whose output is given beside the model's.
     """
     scope = module.scope
     assert scope is not None
-    rngs = {name: jax.random.key(0) for name in scope.rngs}
+    held: Any = scope.rngs
+    rngs = {name: rng.as_jax_rng() for name, rng in held.items()}  # without drawing from the call's own
+    mutable = scope.mutable if at is None else union_filters(scope.mutable, _INTERMEDIATES)
+
+    def is_wanted(inner: nn.Module, name: str) -> bool:
+        return name == "__call__" and inner.scope is not None and inner.scope.path == at
 
     def call(variables: Any) -> Any:
-        y = model.apply(variables, *args, **kwargs, rngs=rngs, method=method, mutable=scope.mutable)
-        return y if scope.mutable is False else y[0]
+        own = {name: held for name, held in variables.items() if at is None or name != _INTERMEDIATES}
+        own["params"] = jax.tree.map(_unchanged_leaf, own.get("params", {}), is_leaf=lambda x: isinstance(x, Changed))
+        captured = False if at is None else is_wanted
+        token = _is_plain.set(True)
+        try:
+            y = model.apply(
+                own, *args, **kwargs, rngs=rngs, method=method, mutable=mutable, capture_intermediates=captured
+            )
+        finally:
+            _is_plain.reset(token)
+        if at is None:
+            return y if mutable is False else y[0]
+        found = flatten(y[1].get(_INTERMEDIATES, {})).get((*at, "__call__"))
+        if found is None:
+            raise ValueError(not_called(at))
+        return y[0], found[-1]
 
-    with bypassed():
-        return jax.eval_shape(call, dict(module.variables))
+    return call
+
+
+_INTERMEDIATES = "intermediates"
+
+
+def _unchanged_leaf(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, Changed) else leaf
 
 
 def _read(module: nn.Module, action: Action, context: Mapping[str, Any]) -> Active | None:

@@ -31,6 +31,7 @@ from jpeft.methods.cpt import CPT as CPT
 from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.eva import redistribute as redistribute
+from jpeft.methods.experts import with_experts as with_experts
 from jpeft.methods.fourierft import FourierFT as FourierFT
 from jpeft.methods.gralora import GraLoRA as GraLoRA
 from jpeft.methods.hira import HiRA as HiRA
@@ -40,10 +41,12 @@ from jpeft.methods.loha import LoHa as LoHa
 from jpeft.methods.lokr import LoKr as LoKr
 from jpeft.methods.lora import LoRA as LoRA
 from jpeft.methods.miss import MiSS as MiSS
+from jpeft.methods.mole import MoLE as MoLE
 from jpeft.methods.multitask_prompt import MultitaskPromptTuning as MultitaskPromptTuning
 from jpeft.methods.oft import OFT as OFT
 from jpeft.methods.p_tuning import PTuning as PTuning
 from jpeft.methods.parallel_adapter import ParallelAdapter as ParallelAdapter
+from jpeft.methods.poly import Poly as Poly
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
 from jpeft.methods.prompt_tuning import PromptTuning as PromptTuning
 from jpeft.methods.randlora import RandLoRA as RandLoRA
@@ -56,6 +59,7 @@ from jpeft.methods.train import Train as Train
 from jpeft.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from jpeft.methods.vblora import VBLoRA as VBLoRA
 from jpeft.methods.vera import VeRA as VeRA
+from jpeft.methods.xlora import XLoRA as XLoRA
 
 _BASES = (Method, WeightMethod, OutputMethod, AttentionMethod, LeafMethod, Chain)
 METHODS: dict[str, type[Method]] = {

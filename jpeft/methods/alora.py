@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jpeft.checks import Rule, is_ids
-from jpeft.core.interchange import LINEAR, Field, HFSpec, window
+from jpeft.core.interchange import LINEAR, Field, HFSpec
 from jpeft.core.method import Leaves, Linear
-from jpeft.core.sites import FUSED, Site
+from jpeft.core.sites import Site
+from jpeft.methods.families.tokens import check_sees_tokens, like_input
 from jpeft.methods.lora import LoRA
 
 _IDS: Rule = (is_ids, "token ids, one or more")
@@ -60,13 +61,7 @@ class ALoRA(LoRA):
         object.__setattr__(self, "invocation_tokens", tuple(self.invocation_tokens))
 
     def prepare(self, site: Site) -> Site:
-        if site.via != FUSED or site.lookup or window(site) or site.batch:
-            kind = "an embedding" if site.lookup else "a convolution" if window(site) else "a stack of matrices"
-            what = f"reached only as a weight (path taken: {site.via})" if site.via != FUSED else kind
-            raise ValueError(
-                f"{self.name}: {site.name!r} is {what}, whose tokens cannot be told apart; leave it out with "
-                f"exclude=[{site.name!r}]"
-            )
+        check_sees_tokens(self.name, site)
         return super().prepare(site)
 
     def mergeable(self, site: Site) -> bool:
@@ -75,17 +70,12 @@ class ALoRA(LoRA):
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         y = base(x)
         ids = _token_ids(base.context)
-        if x.shape[:-1] not in (ids.shape, (ids.size,)):
-            raise ValueError(
-                f"{self.name}: a weight sees tokens {x.shape[:-1]}, the model's call has token ids {ids.shape}: they "
-                "must be the same tokens; exclude this weight"
-            )
         segments = base.context.get("segment_ids")
         if segments is not None and jnp.shape(segments) != ids.shape:
             raise ValueError(
                 f"{self.name}: segment_ids must be like the token ids, {ids.shape}, got {jnp.shape(segments)}"
             )
-        active = activated(ids, self.invocation_tokens, segments).reshape(*x.shape[:-1], 1)
+        active = like_input(self.name, activated(ids, self.invocation_tokens, segments)[..., None], x)
         update = (base.dropout(x, self.dropout) @ (self.scale * leaves["lora_a"])) @ leaves["lora_b"]
         return y + jnp.where(active, update, jnp.zeros_like(update)).astype(y.dtype)
 

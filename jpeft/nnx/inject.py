@@ -30,6 +30,7 @@ from jpeft.core.tree import split_arrays
 from jpeft.nnx import attention, layers
 from jpeft.nnx.adapted import original
 from jpeft.nnx.dropout import draw, dropout
+from jpeft.nnx.plain import is_plain, run_plain
 from jpeft.nnx.state import copied, modules, raw, variables
 from jpeft.nnx.variables import AdapterParam, DropoutKey, FrozenAdapterParam
 
@@ -145,31 +146,20 @@ def _run_root(module: Any, function: Callable[..., Any], method: str, args: Any,
             _running.reset(token)
 
     if root.entries:
-        outputs = functools.partial(_outputs, module, plain)
-        return run_root(RootCall(plain, module, _has_cache(module), run, outputs), root.entries, args, kwargs)
+        unchanged_pass = functools.partial(run_plain, module, method)
+
+        def outputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return jax.eval_shape(lambda: unchanged_pass("", args, kwargs))
+
+        has_cache = _has_cache(module)
+        call = RootCall(plain, module, has_cache, run, outputs, unchanged_pass, lambda slug: shared.get(slug, {}))
+        return run_root(call, root.entries, args, kwargs)
     context = context_of(plain, module, _has_cache(module), args, kwargs) if root.reads_context else {}
     return run(args, kwargs, context)
 
 
 def _has_cache(module: Any) -> bool:
     return any(isinstance(v, nnx.Cache) for _, v in nnx.to_flat_state(nnx.state(module, nnx.Cache)))
-
-
-_is_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("is_plain", default=False)
-
-
-def _outputs(module: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The shapes of the outputs that a model has without methods."""
-    graphdef, state = nnx.split(module)
-
-    def call(state: Any) -> Any:
-        return plain(nnx.merge(graphdef, copied(state)), *args, **kwargs)
-
-    token = _is_plain.set(True)
-    try:
-        return jax.eval_shape(call, state)
-    finally:
-        _is_plain.reset(token)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -310,7 +300,7 @@ def _is_outside(changes: Changes, how: Read) -> bool:
 
 def run(module: Any, function: Callable[..., Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a method of a module under the actions on it."""
-    if _is_plain.get():
+    if is_plain():
         return function(*args, **kwargs)
     if ROOT in vars(module) and vars(module)[CHANGES].token not in _running.get():
         return _run_root(module, function, method, args, kwargs)
@@ -361,7 +351,7 @@ def read(module: Any, name: str) -> Any:
         return attention.read_attention_fn(module)
     variable, changes = vars(module)[name], vars(module)[CHANGES]
     how = changes.read(name)
-    if how is not None and how.actions and (not how.fused or _is_outside(changes, how)):
+    if how is not None and how.actions and not is_plain() and (not how.fused or _is_outside(changes, how)):
         return variable.replace(_merged(module, how))
     value = _plain_value(module, name)
     return variable if value is raw(variable) else variable.replace(value)

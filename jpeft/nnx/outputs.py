@@ -20,6 +20,16 @@ from jpeft.nnx.state import become, modules, put, variables
 OUTPUTS = "jpeft_outputs"  # the attribute of a module that holds its `_Outputs`
 
 
+CAPTURED = "jpeft_captured"  # the same, of its `_Captured`
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """The outputs of a module's calls."""
+
+    found: list[Any]
+
+
 @dataclass(eq=False)
 class _Shift:
     """An array to add to the output of the first lookup, what that is like, and whether it ran."""
@@ -71,6 +81,20 @@ def with_outputs(model: Any) -> Any:
             put(module, OUTPUTS, nnx.static(own))
             become(module, subclass(cls, _run, tuple(methods_of(cls)), _read, ()))
     return model
+
+
+def captured(module: Any) -> list[Any]:
+    """The list to which a module of one's own, changed in place, adds the output of each of its calls."""
+    found: list[Any] = []
+    put(module, CAPTURED, nnx.static(_Captured(found)))
+    become(module, subclass(type(module), _capture, ("__call__",), _read, ()))
+    return found
+
+
+def _capture(module: Any, function: Callable[..., Any], method: str, args: Any, kwargs: Any) -> Any:
+    y = function(*args, **kwargs)
+    vars(module)[CAPTURED].found.append(y)
+    return y
 
 
 def _read(module: Any, name: str) -> Any:
