@@ -15,6 +15,7 @@ names; `Bert.output` says what the model returns.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -27,7 +28,8 @@ from jpeft.core.attention import register_attention
 from jpeft.core.geometry.base import Call
 from jpeft.core.geometry.contraction import Contraction
 from jpeft.core.geometry.registry import register_geometry
-from jpeft.models.ops import ACTIVATIONS, Mask, masked_softmax
+from jpeft.core.method import widened
+from jpeft.models.ops import ACTIVATIONS, Mask, Prefix, for_each_row, masked_softmax, split_softmax
 
 Flat = Float[Array, "tokens hidden"]
 
@@ -181,19 +183,28 @@ class SelfAttention(_Module):
         value: Float[Array, "batch kv_length heads head_dim"],
         mask: Mask,
         deterministic: bool,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "batch q_length heads head_dim"]:
         """Softmax attention; the only use of keys, values and mask. `kv_length` may differ from `q_length`.
 
         Args:
           mask: broadcasts to `[batch, heads, q_length, kv_length]`, True where a query may attend; None: everywhere.
           deterministic: disables dropout on the attention weights.
+          prefix: keys and values `[n, heads, head_dim]` that all queries attend to beside the others.
         """
         # Heads are moved before positions once, so that the [length, head_dim] matrices of the five products of forward
         # and backward pass are contiguous (32 x 64 tokens, 12 heads of 32: 20 ms, the usual einsum 29, torch 19).
         query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-        weights = masked_softmax(jnp.einsum("bhqd,bhkd->bhqk", query, key), mask)
-        weights = self.weights_dropout(weights, deterministic=deterministic)
-        return jnp.einsum("bhqk,bhkd->bhqd", weights, value).swapaxes(1, 2)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key)
+        if prefix is None:
+            weights = self.weights_dropout(masked_softmax(scores, mask), deterministic=deterministic)
+            return jnp.einsum("bhqk,bhkd->bhqd", weights, value).swapaxes(1, 2)
+        front_key, front_value = (for_each_row(x, key).swapaxes(1, 2) for x in prefix)
+        front, weights = split_softmax(jnp.einsum("bhqd,bhkd->bhqk", query, front_key), scores, mask)
+        front, weights = (self.weights_dropout(x, deterministic=deterministic) for x in (front, weights))
+        weighted = functools.partial(jnp.einsum, "bhqk,bhkd->bhqd", preferred_element_type=widened(value.dtype))
+        out = weighted(front, front_value) + weighted(weights, value)
+        return out.astype(value.dtype).swapaxes(1, 2)
 
 
 class AddNorm(_Module):

@@ -203,6 +203,7 @@ class SelfAttention(_Module):
         value: Float[Array, "batch keys kv_heads head_dim"],
         mask: ops.Mask,
         causal: bool = False,
+        prefix: ops.Prefix | None = None,
     ) -> Float[Array, "batch queries heads head_dim"]:
         """Attention over rotated queries and keys; the only use of keys, values and mask, with or without a cache.
 
@@ -213,6 +214,7 @@ class SelfAttention(_Module):
           mask: broadcasts to `[batch, heads, queries, keys]`, True where a query may attend. None: causal; the last
             keys are the queries' own, and all queries attend to the keys before those.
           causal: the given mask hides all keys after a query's own, and the last keys are the queries' own.
+          prefix: keys and values `[n, kv_heads, head_dim]` that all queries attend to beside the others.
         """
         cfg = self.config
         dropout = None
@@ -228,6 +230,7 @@ class SelfAttention(_Module):
             softcap=cfg.attn_logit_softcapping,
             dropout=dropout,
             causal=causal,
+            prefix=prefix,
         )
 
 
