@@ -5,7 +5,8 @@
 
 Two programs are compiled per shape: prefill reads the prompts and samples the first token, decode loops over further
 tokens. Prompts are padded on the left to a power of two, and so is the cache; other lengths, limits and sampling
-settings compile nothing new. The samples of a row depend on the key, its index and its own tokens only.
+settings compile nothing new. The samples of a row depend on the key, its index and its own tokens only. Virtual tokens
+of an adapter come in with the prompts; they take positions and places in the cache.
 
 On a CPU, unroll the layers (`jpeft.models.unroll`): a scan copies each layer's weights before it uses them.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jpeft.checks import is_number
+from jpeft.core.entering import continuing
 from jpeft.core.peft import Peft
 from jpeft.models.decoder import Decoder
 from jpeft.models.kv_cache import grow_cache, init_cache
@@ -155,11 +157,20 @@ class _Forward:
             )
         return cls(model, peft)
 
-    def __call__(self, trees: tuple[Any, Any], input_ids: jax.Array, **kwargs: Any) -> tuple[jax.Array, Any]:
+    @property
+    def virtual_tokens(self) -> int:
+        """The number of positions that the adapter adds to a prompt."""
+        return 0 if self.peft is None else self.peft.virtual_tokens
+
+    def __call__(
+        self, trees: tuple[Any, Any], input_ids: jax.Array, cache: Any, continues: bool, **kwargs: Any
+    ) -> tuple[jax.Array, Any]:
+        """The logits and the cache; `continues`: whether an earlier call has begun the cache."""
         params, adapter = trees
         if self.peft is None:
-            return self.model.apply({"params": params}, input_ids, **kwargs)
-        return self.peft.apply(params, adapter, input_ids, **kwargs)
+            return self.model.apply({"params": params}, input_ids, cache=cache, **kwargs)
+        with continuing(continues):
+            return self.peft.apply(params, adapter, input_ids, cache=cache, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], config: Any, new: int) -> list[np.ndarray]:
+def _check_prompts(prompts: Sequence[Sequence[int]], config: Any, new: int, virtual: int) -> list[np.ndarray]:
     if not len(prompts):
         raise GenerationError("no prompts")
     rows = []
@@ -231,13 +242,17 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: Any, new: int) -> l
             raise GenerationError(
                 f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {config.vocab_size - 1}"
             )
-        if row.size + new > config.context:
+        if row.size + new + virtual > config.context:
             raise GenerationError(
-                f"prompt {i} has {row.size} tokens; with {new} new ones it exceeds the model's context of "
-                f"{config.context}; shorten it, or reduce max_new_tokens"
+                f"prompt {i} has {row.size} tokens; with {new} new ones{_and_virtual(virtual)} it exceeds the model's "
+                f"context of {config.context}; shorten it, or reduce max_new_tokens"
             )
         rows.append(row)
     return rows
+
+
+def _and_virtual(virtual: int) -> str:
+    return f" and the {virtual} virtual tokens of the adapter" if virtual else ""
 
 
 def _left_padded(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
@@ -276,15 +291,15 @@ class _Decoding:
 
     def __init__(self, forward: _Forward, trees: Any, prompts: Sequence[Sequence[int]], settings: _Settings):
         settings.check()
-        config = forward.model.config
-        rows = _check_prompts(prompts, config, settings.max_new_tokens or 1)
-        longest = max(row.size for row in rows)
+        config, virtual = forward.model.config, forward.virtual_tokens
+        rows = _check_prompts(prompts, config, settings.max_new_tokens or 1, virtual)
+        longest, room = max(row.size for row in rows), config.context - virtual
         new = settings.max_new_tokens
-        self.limit = min(256, config.context - longest) if new is None else int(new)
+        self.limit = min(256, room - longest) if new is None else int(new)
         self.forward, self.trees = forward, trees
         self.sampling = settings.sampling(config, len(rows))
-        width = bucket(longest, settings.min_prompt_length, config.context)
-        capacity = bucket(width + self.limit, settings.min_prompt_length, 1 << 62)
+        width = bucket(longest, settings.min_prompt_length, room)
+        capacity = virtual + bucket(width + self.limit, settings.min_prompt_length, 1 << 62)
         self.state = _prefill(forward, trees, *_left_padded(rows, width), self.sampling, capacity)
 
     def advance(self, steps: int) -> None:
@@ -327,9 +342,9 @@ def _prefill(
     forward: _Forward, trees: Any, ids: jax.Array, mask: jax.Array, sampling: _Sampling, capacity: int
 ) -> _State:
     """Reads the prompts and samples the first token."""
-    batch, width = ids.shape
+    batch, width = ids.shape[0], ids.shape[1] + forward.virtual_tokens
     cache = init_cache(forward.model, batch, width)  # no wider, so that attention skips the empty slots
-    logits, cache = forward(trees, ids, attention_mask=mask, cache=cache, logits_to_keep=1)
+    logits, cache = forward(trees, ids, cache, continues=False, attention_mask=mask, logits_to_keep=1)
     token = _sample(logits[:, -1], sampling, 0)
     tokens = jnp.zeros((batch, capacity - width), jnp.int32).at[:, 0].set(token)
     return _State(grow_cache(cache, capacity), tokens, jnp.isin(token, sampling.stop_ids), jnp.int32(1))
@@ -346,7 +361,7 @@ def _decode(forward: _Forward, trees: Any, state: _State, sampling: _Sampling, s
 
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1)
-        logits, cache = forward(trees, token, cache=state.cache)
+        logits, cache = forward(trees, token, state.cache, continues=True)
         token = _sample(logits[:, -1], sampling, state.count)
         tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
         return _State(cache, tokens, state.done | jnp.isin(token, sampling.stop_ids), state.count + 1)

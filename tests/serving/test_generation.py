@@ -54,7 +54,14 @@ def tiny(config=CONFIG):
 METHODS = {
     "lora": jpeft.LoRA(rank=2, targets="all-linear"),
     "prefix": jpeft.PrefixTuning(length=3),
+    "prompt": jpeft.methods.PromptTuning(length=7),  # longer than the window
+    "prompts": jpeft.Chain(
+        jpeft.methods.PromptTuning(length=2),
+        jpeft.methods.PromptTuning(length=1),
+        jpeft.LoRA(rank=2, targets=r".*_proj"),
+    ),
 }
+VIRTUAL = {"prompt": 7, "prompts": 3}
 
 
 @functools.cache
@@ -75,7 +82,7 @@ def run(prompts=PROMPTS, how=generate, method=None, scan_layers=True, **settings
 
 @functools.cache
 def uncached(method=None):
-    """A forward pass without a cache: ids `[batch, 48]`, padded on the right, to logits."""
+    """A forward pass without a cache: ids `[batch, 56]`, padded on the right, to logits."""
     model, params, peft, adapter = setup(method)
     if peft is None:
         return jax.jit(lambda ids: model.apply({"params": params}, ids))
@@ -83,7 +90,7 @@ def uncached(method=None):
 
 
 def next_logits(rows, method=None):
-    ids = np.zeros((3, 48), np.int32)
+    ids = np.zeros((3, 56), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     logits = np.asarray(uncached(method)(ids))
@@ -115,6 +122,9 @@ def greedy(prompts=PROMPTS, new=NEW, method=None, vocabulary=None):
         ("lora", True),
         ("lora", False),
         ("prefix", True),
+        ("prompt", True),
+        ("prompt", False),
+        pytest.param("prompts", True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_greedy_decoding_equals_forward_passes_without_a_cache(method, scan_layers):
@@ -151,6 +161,30 @@ def test_up_to_the_last_position_of_the_model(length):
         rows = run(prompts, max_new_tokens=limit)
         assert [row[:10] for row in rows] == greedy(prompts, 10)
         assert [len(row) for row in rows] == [CONFIG.context - length] * 3
+
+
+@pytest.mark.parametrize("method", ["prompt", pytest.param("prompts", marks=pytest.mark.exhaustive)])
+def test_virtual_tokens_come_in_with_prompts_of_any_length(method):
+    """A prompt of one token begins the cache too, alone and among others, also where it is not padded."""
+    want, settings = greedy(method=method), {"method": method, "min_prompt_length": 1}
+    assert run([PROMPTS[1]], **settings) == [want[1]]
+    assert run(**settings) == want
+    steps = list(run(how=stream, **settings))
+    assert [[step[i] for step in steps] for i in range(3)] == want
+
+
+@pytest.mark.parametrize("method", ["prompt"])
+def test_virtual_tokens_take_positions_of_the_model(method):
+    virtual, length = VIRTUAL[method], 40
+    prompts = [PROMPTS[1], (PROMPTS[0] * 4)[:length]]
+    room = CONFIG.context - virtual - length
+    for limit in (room, None):
+        rows = run(prompts, max_new_tokens=limit, method=method)
+        assert [len(row) for row in rows] == [room] * 2
+    with pytest.raises(GenerationError, match=rf"prompt 1 has 40 tokens; with {room + 1} new ones and the 7 virtual"):
+        run(prompts, max_new_tokens=room + 1, method=method)
+    whole = prompts[1] + rows[1]
+    assert greedy([whole[:-1]] * 3, 1, method)[0] == whole[-1:]
 
 
 def test_a_longer_bucket_gives_the_same_tokens():
