@@ -2,7 +2,8 @@
 
 An axis is a product of factors (`jpeft.core.dataflow.factors`); the tag of a factor is its origin. Where arrays meet,
 the stronger origin wins: a vmap is stronger than data, data than a parameter, that than state or a constant, and a
-broadcast is weakest, as it says nothing of what it is multiplied with.
+broadcast is weakest, as it says nothing of what it is multiplied with. What is not known is never guessed: it may be
+anything but is weaker than data.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from jpeft.core.dataflow.program import Atom, Node, Program, Value, shape_of
 REPEAT = "repeat"  # a broadcast
 STATE = "state"  # a variable that is no parameter, or a constant
 WEIGHT = "weight"  # an axis of a parameter
+UNKNOWN = "unknown"  # one that is not followed, of an array with data or parameters in it
 DATA = "data"  # an axis of an input
 VMAP = "vmap"  # an axis that a vmap around a module adds
-_STRENGTH = {REPEAT: 0, STATE: 1, WEIGHT: 2, DATA: 3, VMAP: 4}
+_STRENGTH = {REPEAT: 0, STATE: 1, WEIGHT: 2, UNKNOWN: 3, DATA: 4, VMAP: 5}
 
 
 class Origins:
@@ -66,14 +68,21 @@ def _join_axis(axes: Sequence[Axis]) -> Axis:
         return (Factor(strongest([f for axis in axes for f in axis]), 1),)
     groups = refined(*axes)
     if groups is None:
-        return (Factor(strongest([f for axis in axes for f in axis]), places_of(max(axes, key=places_of))),)
+        return (_unfollowed([f for axis in axes for f in axis], places_of(max(axes, key=places_of))),)
     made = [Factor(strongest(group), group[0].size) for group in groups]
     ones = [f for axis in axes for f in (axis[:1] if axis and axis[0].size == 1 else ())]
     return joined([*ones[:1], *made])
 
 
 def _resized(axis: Axis, places: int) -> Axis:
-    return axis if places_of(axis) == places else (Factor(strongest(axis), places),)
+    return axis if places_of(axis) == places else (_unfollowed(axis, places),)
+
+
+def _unfollowed(factors: Sequence[Factor], places: int) -> Factor:
+    """An axis that was made of some factors: which of its places are of which is not known."""
+    origins = {f.tag for f in factors if f.size > 1} or {f.tag for f in factors}
+    is_mixed = len(origins - {REPEAT, STATE}) > 1
+    return Factor(UNKNOWN if is_mixed else strongest(factors), places)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -194,7 +203,7 @@ def _elementwise(node: Node, inputs: Sequence[Axes]) -> list[Axes]:
 def _of_others(inputs: Sequence[Axes]) -> str:
     """The origin of an array of another shape than those that it is computed from."""
     origins = {strongest(axis) for axes in inputs for axis in axes}
-    return DATA if DATA in origins or VMAP in origins else STATE
+    return STATE if origins <= {REPEAT, STATE} else UNKNOWN
 
 
 def _broadcast(axis: Axis, old: int, new: int) -> Axis:
@@ -240,6 +249,16 @@ def _update(node: Node, inputs: Sequence[Axes]) -> Axes:
 def _concatenate(node: Node, inputs: Sequence[Axes]) -> Axes:
     shape = node.outputs[0].shape
     return join(*(tuple(map(_resized, axes, shape)) for axes in inputs))
+
+
+def _stack(node: Node, inputs: Sequence[Axes]) -> Axes:
+    axis, own = node.params["axis"] % (len(inputs[0]) + 1), join(*inputs)
+    return (*own[:axis], (Factor(STATE, len(inputs)),), *own[axis:])
+
+
+def _unstack(node: Node, inputs: Sequence[Axes]) -> list[Axes]:
+    axis = node.params["axis"] % len(inputs[0])
+    return [(*inputs[0][:axis], *inputs[0][axis + 1 :])] * len(node.outputs)
 
 
 def _tile(node: Node, inputs: Sequence[Axes]) -> Axes:
@@ -296,6 +315,8 @@ _RULES: Mapping[str, Callable[[Node, Sequence[Axes]], Axes | list[Axes]]] = {
     "top_k": _resize,
     "dynamic_update_slice": _update,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
     "tile": _tile,
     "dot_general": _dot,
     "gather": _gather,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jpeft.core.dataflow.axes import DATA, REPEAT, STATE, VMAP, WEIGHT, Origins, strongest
+from jpeft.core.dataflow.axes import DATA, REPEAT, STATE, UNKNOWN, VMAP, WEIGHT, Origins, strongest
 from jpeft.core.dataflow.factors import Axis, Factor, places_of, refined
 from jpeft.core.dataflow.program import shape_of
 from jpeft.core.dataflow.softmax import Match, free_axes, free_outputs
@@ -163,7 +163,7 @@ def _free_query_role(factor: Factor) -> tuple[str, int | None]:
 
 def _free_key(axis: Axis) -> Roles:
     roles = {VMAP: (VMAP, None), DATA: (EXAMPLE, None)}
-    if any(f.tag == STATE for f in axis):
+    if any(f.tag in (STATE, UNKNOWN) for f in axis):
         raise Unclear("the trace does not show what an axis of its keys is")
     return _merged([roles.get(f.tag, (HEAD, f.size)) for f in axis] or [(HEAD, 1)])
 

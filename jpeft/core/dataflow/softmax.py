@@ -119,14 +119,13 @@ class Probabilities:
     Attributes:
       sum: the normalizer of the softmax.
       axes: the axes, as factors of the axes of the first product.
-      scales: multiplications and divisions by scalars since the softmax, with the operand that is the probabilities.
-      dropped: whether they were multiplied with an array, or partly set to zero: dropout.
+      steps: the linear functions since the softmax that are no mere rearrangements: multiplications with a scalar or an
+        array, as of dropout and of factors of heads, and zeros in some places.
     """
 
     sum: Sum
     axes: Axes
-    scales: tuple[tuple[Node, int], ...] = ()
-    dropped: bool = False
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +189,9 @@ class _Finder:
         """What the (first) output of an equation is."""
         known = [(i, fact) for i, atom in enumerate(node.inputs) if (fact := self.fact(atom)) is not None]
         if node.name == "dot_general":
-            return Logits(node, tuple((Factor(i, n, 1),) for i, n in enumerate(node.outputs[0].shape)))
+            scaled = [own for i, fact in known if (own := _scaled(node, i, fact)) is not None]
+            own = Logits(node, tuple((Factor(i, n, 1),) for i, n in enumerate(node.outputs[0].shape)))
+            return scaled[0] if len(scaled) == 1 else own
         if not known:
             return None
         for kinds, rule in _RULES:
@@ -393,10 +394,19 @@ def _on_probabilities(node: Node, known: _Known) -> Any:
         return fact
     if not _in_shape(node, operand):
         return None
-    is_quotient = node.name == "div" and operand == 0
-    if (node.name == "mul" or is_quotient) and not shape_of(node.inputs[1 - operand]):
-        return replace(fact, scales=(*fact.scales, (node, operand)))
-    return replace(fact, dropped=True) if is_quotient or _is_masked(node, operand) else None
+    if (node.name == "div" and operand == 0) or _is_masked(node, operand):
+        return replace(fact, steps=(*fact.steps, Step(node, operand, fact.axes)))
+    return None
+
+
+def _scaled(node: Node, operand: int, fact: Any) -> Probabilities | None:
+    """Probabilities times an array of some of their axes, as a product that contracts nothing."""
+    contracted, batch = node.params["dimension_numbers"]
+    if not isinstance(fact, Probabilities) or contracted[0] or free_axes(node, 1 - operand):
+        return None
+    order = [*batch[operand], *free_axes(node, operand)]
+    axes = tuple(fact.axes[i] for i in order)
+    return replace(fact, axes=axes, steps=(*fact.steps, Step(node, operand, fact.axes)))
 
 
 def _on_row(node: Node, known: _Known) -> Any:

@@ -120,10 +120,7 @@ class TracedAttention:
             logits = self._step(step, logits)
         wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         lse = jax.nn.logsumexp(wide, axis=-1)
-        p = jnp.exp(wide - lse[..., None])
-        if not match.probabilities.dropped:
-            for node, operand in match.probabilities.scales:
-                p = _bound(node, operand, p.astype(dtype_of(node.inputs[operand])), self._read)
+        p = self._scaled(jnp.exp(wide - lse[..., None]))
         p = p.astype(dtype_of(match.product.inputs[match.operand]))
         out = jnp.einsum(
             "...hgqn,...nhd->...qhgd" if values.ndim > 3 else "...hgqn,nhd->...qhgd",
@@ -219,36 +216,66 @@ class TracedAttention:
 
     def _step(self, step: Step, logits: Any) -> Any:
         """One of the functions of the logits, on other logits ``[batch..., kv_heads, groups, queries, n]``."""
-        node = step.node
-        arrays = [i for i, atom in enumerate(node.inputs) if i != step.operand and shape_of(atom)]
-        if not arrays:
-            return _bound(node, step.operand, logits, self._read)
-        if node.name not in ("mul", "div") or (factor := self._per_head(step, node.inputs[arrays[0]])) is None:
+        if not _arrays(step):
+            return _bound(step.node, step.operand, logits, self._read)
+        factor = self._per_row(step)
+        if factor is None:
             return logits  # a mask or a bias
         operands = (logits, factor)[:: 1 if step.operand == 0 else -1]
-        return operands[0] * operands[1] if node.name == "mul" else operands[0] / operands[1]
+        return operands[0] / operands[1] if step.node.name == "div" else operands[0] * operands[1]
 
-    def _per_head(self, step: Step, atom: Atom) -> Any:
-        """A factor of logits that is the same at all keys, beside ``[batch..., kv_heads, groups, queries, n]``; None
-        for another, which is a mask."""
-        summed = {f.tag for f in self._match.sum.summed}
+    def _scaled(self, p: Any) -> Any:
+        """What the module multiplies its probabilities with, on others ``[batch..., kv_heads, groups, queries, n]``.
+
+        Dropout, which differs from key to key, is left out with the scaling that belongs to it.
+        """
+        steps = self._match.probabilities.steps
+        factors = {step: self._per_row(step) for step in steps if _arrays(step)}
+        is_dropped = any(factor is None for factor in factors.values())
+        for step in steps:
+            if step in factors:
+                factor = factors[step]
+                p = p if factor is None else p / factor if step.node.name == "div" else p * factor
+            elif not is_dropped:
+                p = _bound(step.node, step.operand, p.astype(dtype_of(step.node.inputs[step.operand])), self._read)
+        return p
+
+    def _per_row(self, step: Step) -> Any:
+        """A factor that is the same at all keys, beside ``[batch..., kv_heads, groups, queries, n]``; None for another:
+        a mask."""
+        summed, shape = {f.tag for f in self._match.sum.summed}, list(shape_of(step.node.inputs[step.operand]))
         places = [i for i, axis in enumerate(step.axes) if any(f.tag in summed for f in axis)]
-        if len(places) != 1 or not _is_same_along(atom, places[0]):
+        if len(places) != 1 or step.node.name not in ("mul", "div", "dot_general"):
             return None
-        (place,), shape = places, list(self._match_shape(step))
-        x = self._read(atom)
-        x = x[(slice(None),) * place + (slice(0, 1),)]
+        (place,), atom = places, step.node.inputs[1 - step.operand]
+        if step.node.name == "dot_general":
+            if place in step.node.params["dimension_numbers"][1][step.operand]:
+                return None
+            x = _beside(step, self._read(atom))
+        elif _is_same_along(atom, place):
+            x = self._read(atom)[(slice(None),) * place + (slice(0, 1),)]
+        else:
+            return None
         shape[place] = 1
         parts = list(self._arrangement.of(step.axes))
         parts[place] = ()
         return self._in_order(jnp.broadcast_to(x, shape), tuple(parts), (HEAD, GROUP, QUERY, KEY))
 
-    @staticmethod
-    def _match_shape(step: Step) -> tuple[int, ...]:
-        return shape_of(step.node.inputs[step.operand])
-
 
 _OF_QUERY = (QUERY, HEAD, GROUP, FEATURE)
+
+
+def _arrays(step: Step) -> list[Atom]:
+    """The other operands of an equation that are no scalars."""
+    return [atom for i, atom in enumerate(step.node.inputs) if i != step.operand and shape_of(atom)]
+
+
+def _beside(step: Step, x: Any) -> Any:
+    """The other operand of a product that contracts nothing, with the axes of the first; those it lacks have size one."""
+    batch, shape = step.node.params["dimension_numbers"][1], shape_of(step.node.inputs[step.operand])
+    own = dict(zip(batch[step.operand], batch[1 - step.operand], strict=True))
+    x = jnp.transpose(x, [own[i] for i in sorted(own)])
+    return x.reshape([n if i in own else 1 for i, n in enumerate(shape)])
 
 
 def _bound(node: Node, operand: int, x: Any, read: Callable[[Atom], Any]) -> Any:
