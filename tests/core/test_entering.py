@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @dataclass(frozen=True, kw_only=True)
 class Shifted(OutputMethod):
-    """Adds its own argument ``shift`` to the model's input, and takes it off the output again, at one module doubled."""
+    """Adds its own argument ``shift`` to the input, takes it off the outputs again, and doubles a module's output."""
 
     arguments: ClassVar[tuple[str, ...]] = ("shift",)
     reads_context: ClassVar[bool] = True
