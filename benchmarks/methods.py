@@ -47,6 +47,7 @@ TORCH_PACKAGES = ("torch", "transformers", "peft")
 # Arguments of methods that need some.
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "ALoRA": {"invocation_tokens": (1,)},
+    "CPT": {"token_ids": tuple(range(16))},
     "TrainableTokens": {"indices": tuple(range(16)), "targets": r".*(embed_tokens|word_embeddings)"},
     "Train": {"targets": r".*[nN]orm.*"},
 }

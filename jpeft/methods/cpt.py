@@ -123,13 +123,13 @@ class CPT(PromptMethod):
         norm = jnp.linalg.norm(delta, axis=-1, keepdims=True)
         return jnp.where(norm > radii, delta * (radii / jnp.where(norm > 0, norm, 1)), delta)
 
-    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+    def prompt(self, site: Site, leaves: Leaves) -> Float[Array, "rows features"]:
         delta = leaves["delta"]
         moves = jnp.asarray(self.radii(delta.shape[-1]) > 0)
         # The value is the projection's, the gradient that of the change itself.
         passed = jnp.where(moves, delta, jax.lax.stop_gradient(delta))
         change = passed + jax.lax.stop_gradient(self.project(delta) - delta)
-        return {"prompt": leaves["context"] + change}
+        return leaves["context"] + change
 
 
 def projected(method: CPT, tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jpeft.checks import POSITIVE_INT, Rule, is_int, one_of, shown
 from jpeft.core.interchange import EMBEDDINGS, Field, HFSpec, Tensor
@@ -34,8 +34,8 @@ class MultitaskPromptTuning(PromptMethod):
     """Learned embeddings of virtual tokens before each text, shared by tasks and changed for each by a low rank.
 
     The model's call takes ``task_ids`` beside its own arguments: the task of each text, ``[batch]``, or one for all.
-    A task that does not exist is refused; under `jax.jit`, where it is not known, its texts get NaN. What grows with
-    the virtual tokens, and what does not, is as for `PromptTuning`.
+    They are not needed where there is one task. A task that does not exist is refused; under `jax.jit`, where it is not
+    known, its texts get NaN. What grows with the virtual tokens, and what does not, is as for `PromptTuning`.
 
     Attributes:
       length: number of virtual tokens.
@@ -100,11 +100,11 @@ class MultitaskPromptTuning(PromptMethod):
     def rows(self) -> int:
         return self.tasks * self.length + 1
 
-    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+    def prompt(self, site: Site, leaves: Leaves) -> Float[Array, "rows features"]:
         each = leaves["prompt"] * (leaves["task_cols"] @ leaves["task_rows"])  # P ∘ (U_t V_t)
         rows = each.reshape(-1, each.shape[-1])
         # The last row stands for tasks that do not exist.
-        return {"prompt": jnp.concatenate([rows, jnp.full((1, rows.shape[-1]), jnp.nan, rows.dtype)])}
+        return jnp.concatenate([rows, jnp.full((1, rows.shape[-1]), jnp.nan, rows.dtype)])
 
     def tokens(self, inputs: Inputs, ids: Int[Array, "*batch length"]) -> Int[Array, "*batch virtual"]:
         task = self._task(inputs, jnp.shape(ids)[:-1])[..., None]
@@ -117,7 +117,7 @@ class MultitaskPromptTuning(PromptMethod):
         Raises:
           ValueError: there are none, not one for each, or one that does not exist.
         """
-        given: Any = inputs.context.get(TASK_IDS)
+        given: Any = inputs.context.get(TASK_IDS, 0 if self.tasks == 1 else None)
         name = f"{self.name}: {TASK_IDS}"
         if not (is_int(given) or (is_array(given) and jnp.issubdtype(given.dtype, jnp.integer))):
             raise ValueError(

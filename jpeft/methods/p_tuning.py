@@ -110,7 +110,7 @@ class PTuning(PromptMethod):
     def _uniform(self, key: Key[Array, ""], shape: tuple[int, ...], bound: float) -> Array:
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(self.dtype)
 
-    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+    def prompt(self, site: Site, leaves: Leaves) -> Float[Array, "rows features"]:
         x = leaves["prompt_input"]
         for i in range(self.layers if self.encoder == _LSTM else 0):
             found = [_run(leaves, f"lstm_{i}_{direction}", x, direction == "backward") for direction in _DIRECTIONS]
@@ -119,7 +119,7 @@ class PTuning(PromptMethod):
         for i in range(count):
             x = x @ leaves[f"prompt_kernel_{i}"] + leaves[f"prompt_bias_{i}"]
             x = jax.nn.relu(x) if i < count - 1 else x
-        return {"prompt": x}
+        return x
 
 
 def _run(leaves: Leaves, name: str, x: Float[Array, "length in"], reverse: bool) -> Float[Array, "length hidden"]:

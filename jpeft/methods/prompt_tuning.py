@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from jpeft.checks import BOOL, POSITIVE_INT, Rule
+from jpeft.checks import BOOL, POSITIVE_INT, Rule, is_int
 from jpeft.core.interchange import EMBEDDINGS, Field, HFSpec, Tensor
 from jpeft.core.method import Inputs, Leaves
 from jpeft.core.sites import Site
@@ -66,7 +66,7 @@ class PromptTuning(PromptMethod):
                 "num_transformer_submodules",
                 "decoder",
                 default=1,
-                rule=(lambda v: v in (1, 2), "1 or 2"),
+                rule=(lambda v: is_int(v) and v in (1, 2), "1 or 2"),
                 read=lambda value, site: value == 2,
                 write=lambda m, site, config: 2 if m.decoder else 1,
             ),

@@ -31,6 +31,7 @@ _KINDS: tuple[tuple[type, str, str], ...] = (
 # Arguments of examples, for methods that do not act without.
 _REQUIRED = {
     "ALoRA": 'invocation_tokens=[5, 7], targets=["query", "value"]',
+    "CPT": "token_ids=[5, 7, 9], token_types=[1, 2, 3]",
     "Train": 'r".*/LayerNorm/(scale|bias)"',
     "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]',
     "VBLoRA": "num_vectors=32, vector_length=16",

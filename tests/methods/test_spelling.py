@@ -109,6 +109,11 @@ def test_signatures_copies_and_pickles_are_those_of_any_dataclass(name):
     assert list(inspect.signature(cls).parameters) == [
         field.name for field in sorted(fields(cls), key=lambda f: f.kw_only)
     ]
-    required = {"Train": {"targets": "x"}, "TrainableTokens": {"indices": (1,)}, "ALoRA": {"invocation_tokens": (1,)}}
+    required = {
+        "CPT": {"token_ids": (1,)},
+        "Train": {"targets": "x"},
+        "TrainableTokens": {"indices": (1,)},
+        "ALoRA": {"invocation_tokens": (1,)},
+    }
     method = cls(**required.get(name, {}))
     assert copy.deepcopy(method) == method == pickle.loads(pickle.dumps(method))

@@ -32,6 +32,7 @@ TABLES = (
     "input_embedding", "word_embedding", "token_embedding", "embed",
 )  # fmt: skip
 NORMAL, VOCABULARY = "normal", "vocabulary"
+_ONE_HOT = "one_hot"  # a leaf that is there where rows are multiplied by the table, which is not looked up
 _NEXT = "next_virtual_id"  # in the context: the id of the first virtual token of another method
 
 
@@ -39,8 +40,8 @@ _NEXT = "next_virtual_id"  # in the context: the id of the first virtual token o
 class PromptMethod(WeightMethod):
     """The base class of methods that put learned embeddings before each text.
 
-    A subclass has a field or property ``length``, and defines `init` and `expand`, which gives a leaf ``prompt [rows,
-    features]``; `tokens` says which of its rows come before a text. By default they are all rows, in order.
+    A subclass has a field or property ``length``, and defines `init` and, unless it is a leaf, `prompt`. Of its rows,
+    `tokens` says which come before a text: by default all, in order.
 
     Attributes:
       pad: for arguments of the model's call that are shaped like the token ids and that are not known: what they hold
@@ -117,12 +118,20 @@ class PromptMethod(WeightMethod):
 
     # --- the prompt ---
 
+    def prompt(self, site: Site, leaves: Leaves) -> Float[Array, "rows features"]:
+        """The embeddings of virtual tokens, from the leaves in at least float32."""
+        return leaves["prompt"]
+
+    def expand(self, site: Site, shared: Leaves, leaves: Leaves) -> Leaves:
+        found = self.prompt(site, leaves)
+        return {"prompt": found} if site.lookup else {"prompt": found, _ONE_HOT: found[:1]}
+
     def rows(self) -> int:
-        """The number of rows of ``prompt``."""
+        """The number of rows of the prompt."""
         return self.length  # type: ignore[attr-defined]
 
     def tokens(self, inputs: Inputs, ids: Int[Array, "*batch length"]) -> Int[Array, "*batch virtual"]:
-        """The rows of ``prompt`` that come before each text, ``[n]`` or ``[*batch, n]``."""
+        """The rows of the prompt that come before each text, ``[n]`` or ``[*batch, n]``."""
         return jnp.arange(self.length)  # type: ignore[attr-defined]
 
     def more_tokens(self, inputs: Inputs) -> Mapping[str, Int[Array, " virtual"]]:
@@ -155,6 +164,8 @@ class PromptMethod(WeightMethod):
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         y = base(x)
+        if not (isinstance(x, Lookup) or _ONE_HOT in leaves):  # the output head
+            return y
         if self._entered not in base.context:
             raise ValueError(
                 f"{self.name}: token ids are embedded, and none are among the arguments of the model's own call, where "
@@ -162,7 +173,7 @@ class PromptMethod(WeightMethod):
             )
         if (first := base.context[self._entered]) is None:
             return y
-        # A product with one-hot rows has no ids: they are those of the call, which give rows of zeros.
+        # The product with one-hot rows has the ids of the call, of which those beyond the table give rows of zeros.
         ids = x.ids if isinstance(x, Lookup) else base.context[_ids(self)].reshape(x.shape[:-1])
         place = ids - first
         prompt = jnp.take(leaves["prompt"].astype(y.dtype), jnp.clip(place, 0, self.rows() - 1), axis=0)
