@@ -27,6 +27,7 @@ from jpeft.methods.bottleneck import Houlsby as Houlsby
 from jpeft.methods.c3a import C3A as C3A
 from jpeft.methods.cartridge import Cartridge as Cartridge
 from jpeft.methods.chain import Chain as Chain
+from jpeft.methods.compacter import Compacter as Compacter
 from jpeft.methods.cpt import CPT as CPT
 from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
@@ -50,6 +51,9 @@ from jpeft.methods.poly import Poly as Poly
 from jpeft.methods.prefix import PrefixTuning as PrefixTuning
 from jpeft.methods.prompt_tuning import PromptTuning as PromptTuning
 from jpeft.methods.randlora import RandLoRA as RandLoRA
+from jpeft.methods.reft import DiReFT as DiReFT
+from jpeft.methods.reft import LoReFT as LoReFT
+from jpeft.methods.reft import NoReFT as NoReFT
 from jpeft.methods.road import RoAd as RoAd
 from jpeft.methods.shira import SHiRA as SHiRA
 from jpeft.methods.spelling import no_field

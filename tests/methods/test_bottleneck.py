@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 
 import jpeft
+from jpeft.core import stacking
 from jpeft.core.targets import TargetError
 from jpeft.core.tree import flatten
-from jpeft.methods import Houlsby, ParallelAdapter
+from jpeft.methods import Compacter, Houlsby, LoReFT, ParallelAdapter
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
+from jpeft.models.kv_cache import init_cache
 from tests.zoo import moved, parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -185,3 +187,88 @@ def test_fields_that_exclude_each_other():
         jpeft.Bottleneck(scale="row")
     with pytest.raises(ValueError, match="is a Embed whose input is not floating"):
         sites(ParallelAdapter(targets=["word_embeddings"]), BERT, IDS)
+
+
+# --- Compacter --------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_that_a_compacter_cannot_divide():
+    with pytest.raises(ValueError, match=r"phm_dim is 3, which does not divide the features 8 at 'encoder/layer/0/att"):
+        sites(Compacter(phm_dim=3, size=3), BERT, IDS)
+    with pytest.raises(ValueError, match=r"phm_dim is 4, which does not divide the size 6 .* set size=8"):
+        sites(Compacter(size=6), BERT, IDS)
+    with pytest.raises(ValueError, match="sites of different sizes cannot share W_i"):
+        sites(Compacter(size=4, shared_w_phm=True, targets=[r"intermediate", "output"]), BERT, IDS)
+
+
+# --- representation fine-tuning ---------------------------------------------------------------------------------------
+
+
+def test_blocks_are_found_one_by_one_or_scanned():
+    assert sites(LoReFT(), BERT, IDS) == ["encoder/layer/0", "encoder/layer/1"]
+    assert sites(LoReFT(), LLAMA, IDS) == ["model/layers"]
+    assert sites(LoReFT(), LLAMA.unrolled(), IDS) == ["model/layers/0", "model/layers/1"]
+    with pytest.raises(TargetError, match=r"target 'blocks .* matches nothing; candidates: Dense_0"):
+        sites(LoReFT(), Mlp(), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="'encoder/layer/0' has 8 features, which hold no 9 orthogonal directions"):
+        sites(LoReFT(rank=9), BERT, IDS)
+    with pytest.raises(ValueError, match="LoReFT acts at no position"):
+        LoReFT(prefix_positions=0)
+
+
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x)
+
+
+def tuned(method, model=LLAMA):
+    params = nn.meta.unbox(parameters(model, IDS))
+    peft = method.bind(model, params, IDS)
+    return peft, params, moved(peft, params, 0.5)
+
+
+def test_texts_packed_in_a_row_have_their_own_first_and_last_tokens():
+    peft, params, adapter = tuned(LoReFT(rank=2, prefix_positions=2, suffix_positions=1))
+    texts = IDS[:1, :2], IDS[1:, :4]
+    row = np.concatenate([*texts, np.zeros((1, 1), int)], axis=1)
+    packed = {
+        "segment_ids": np.array([[1, 1, 2, 2, 2, 2, 0]]),
+        "position_ids": np.array([[0, 1, 0, 1, 2, 3, 0]]),
+        "attention_mask": np.array([[1, 1, 1, 1, 1, 1, 0]]),
+    }
+    run = jax.jit(lambda ids, kwargs: peft.apply(params, adapter, ids, **kwargs))
+    expected = np.concatenate([run(text, {}) for text in texts], axis=1)
+    np.testing.assert_allclose(run(row, packed)[:, :6], expected, atol=1e-5)
+
+
+def test_tokens_after_a_prompt_with_a_cache_stay_as_they_are():
+    peft, params, adapter = tuned(LoReFT(rank=2, prefix_positions=3))
+    run = jax.jit(lambda ids, kwargs: peft.apply(params, adapter, ids, **kwargs))
+    expected = run(IDS, {})
+    logits, cache = run(IDS[:, :4], {"cache": init_cache(LLAMA, batch=2, capacity=6)})
+    np.testing.assert_allclose(logits, expected[:, :4], atol=1e-5)
+    logits, _ = run(IDS[:, 4:], {"cache": cache})
+    np.testing.assert_allclose(logits, expected[:, 4:], atol=1e-5)
+
+
+def test_some_of_a_scans_layers_are_changed():
+    peft, params, adapter = tuned(LoReFT(rank=2, overrides={"model/layers": {"layers": [1]}}))
+    own = {name: leaf[1] for name, leaf in adapter["model"]["layers"].items() if leaf.dtype != bool}
+    model, plain, *_ = stacking.unroll(LLAMA, params)
+    one = LoReFT(rank=2, targets=["model/layers/1"]).bind(model, plain, IDS)
+    expected = one.apply(plain, {"model": {"layers": {"1": own}}}, IDS)
+    np.testing.assert_allclose(jax.jit(peft.apply)(params, adapter, IDS), expected, atol=1e-5)
+
+
+def test_positions_that_cannot_be_told():
+    model, x = nn.Sequential([Mlp()]), jnp.ones((4, 3))
+    params = parameters(model, x)
+    peft = LoReFT(targets=[r"Dense_0"]).bind(model, params, x)
+    with pytest.raises(ValueError, match=r"LoReFT needs the positions of tokens, and no argument .* shape \(4, 2\)"):
+        peft.apply(params, moved(peft, params), x)
+    peft, params, adapter = tuned(LoReFT(), BERT)
+    with pytest.raises(
+        ValueError, match=r"needs an attention mask \[batch, length\] = \[2, 5\] here, got attention_mask"
+    ):
+        jax.eval_shape(lambda: peft.apply(params, adapter, IDS, attention_mask=np.ones((1, 5), int)))

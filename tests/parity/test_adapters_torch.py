@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from adapters import BnConfig, DoubleSeqBnConfig, SeqBnConfig
+from adapters import (
+    BnConfig,
+    CompacterConfig,
+    CompacterPlusPlusConfig,
+    DiReftConfig,
+    DoubleSeqBnConfig,
+    LoReftConfig,
+    NoReftConfig,
+    SeqBnConfig,
+)
 
 import jpeft
 from jpeft import models
@@ -56,7 +65,8 @@ def oracle(config, **own):
     torch.manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if any(part in key for part in ("adapters.", "refts.", "shared_parameters.")):
+            # An orthogonal matrix is stored as reflections, and starts at random.
+            if any(part in key for part in ("adapters.", "refts.", "shared_parameters.")) and "parametri" not in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.set_active_adapters(next(iter(own)))
     return model
@@ -86,6 +96,24 @@ def bottleneck_leaves(adapter, prefix="bottleneck"):
         name = LEAVES[key] if kind != "adapter_down" else {"weight": "down", "bias": "down_bias"}[leaf.split(".")[-1]]
         out[f"{prefix}_{name}"] = value.detach().numpy().T
     return out
+
+
+def compacter_leaves(adapter):
+    """The leaves of one of AdapterHub's Compacters: hypercomplex layers are stored as ours are."""
+    out = {}
+    for key, value in adapter.named_parameters():
+        kind, *_, leaf = key.split(".")
+        layer = {"adapter_down": "down", "adapter_up": "up"}[kind]
+        name = {"W_left": "left", "W_right": "right", "W": "w", "b": "bias"}.get(leaf, leaf.removeprefix("phm_"))
+        out[f"compacter_{layer}_{name}"] = value.detach().numpy()
+    return out
+
+
+def compacter_shared(model, name="a"):
+    """The leaves that all sites share."""
+    named = {"phm_rule": "rule", "phm_rule_left": "rule_left", "phm_rule_right": "rule_right"}
+    held = model.shared_parameters[name].items() if name in model.shared_parameters else ()
+    return {named.get(key) or key.removeprefix("W_"): value.detach().numpy() for key, value in held}
 
 
 def bert_places(model, name="a"):
@@ -152,6 +180,41 @@ def test_bottlenecks_of_bert(name, bases):
     check(method, bases("bert"), leaves, torch_outputs(model))
 
 
+COMPACTERS = {
+    "compacter": (CompacterConfig(reduction_factor=4), {}),
+    "compacter, all of a site": (
+        CompacterConfig(
+            reduction_factor=4, shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, phm_bias=False
+        ),
+        {"shared_phm_rule": False, "factorized_phm_rule": True, "phm_rank": 2, "phm_bias": False},
+    ),
+    "compacter, whole factors": (
+        CompacterConfig(reduction_factor=2, phm_dim=2, shared_phm_rule=False, factorized_phm_W=False),
+        {"size": 8, "phm_dim": 2, "shared_phm_rule": False, "factorized_phm_w": False},
+    ),
+    "compacter, all shared": (
+        CompacterConfig(reduction_factor=4, shared_W_phm=True, factorized_phm_rule=True, phm_c_init="uniform"),
+        {"shared_w_phm": True, "factorized_phm_rule": True},
+    ),
+    "compacter++": (
+        CompacterPlusPlusConfig(reduction_factor=4), {"sublayers": "feed_forward", "original_ln_before": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPACTERS)
+def test_compacters_of_bert(name, bases):
+    config, fields = COMPACTERS[name]
+    model = oracle(BERT, a=config)
+    at = "LayerNorm" if config.original_ln_before else "dense"
+    leaves = {
+        (*path.split("/"), at, leaf): x
+        for path, adapter in bert_places(model).items()
+        for leaf, x in compacter_leaves(adapter).items()
+    } | {("compacter", leaf): x for leaf, x in compacter_shared(model).items()}
+    check(jpeft.methods.Compacter(**{"size": 4, **fields}), bases("bert"), leaves, torch_outputs(model))
+
+
 def llama_leaves(model, places, prefix="bottleneck", name="a"):
     """The leaves of an adapter, stacked over layers, by the paths of sites."""
     out = {}
@@ -179,3 +242,49 @@ def test_bottlenecks_of_llama(name, bases):
     config, method, places = OF_LLAMA[name]
     model = oracle(LLAMA, a=config)
     check(method, bases("llama"), llama_leaves(model, places), torch_outputs(model))
+
+
+# --- representation fine-tuning ---------------------------------------------------------------------------------------
+
+ENDS = {"r": 2, "prefix_positions": 2, "suffix_positions": 3}
+OURS = {"rank": 2, "prefix_positions": 2, "suffix_positions": 3}
+REFTS = {
+    "loreft": (LoReftConfig(**ENDS), jpeft.methods.LoReFT(**OURS)),
+    "loreft, one direction": (LoReftConfig(r=1), jpeft.methods.LoReFT()),
+    "noreft, tied": (
+        NoReftConfig(**ENDS, tied_weights=True, non_linearity="gelu"),
+        jpeft.methods.NoReFT(**OURS, tied_weights=True, activation="gelu"),
+    ),
+    "direft, last": (
+        DiReftConfig(r=2, prefix_positions=0, suffix_positions=2),
+        jpeft.methods.DiReFT(rank=2, prefix_positions=0, suffix_positions=2),
+    ),
+}
+
+
+def reft_leaves(module):
+    """The leaves of one of AdapterHub's modules, which has a unit for no position too."""
+    units = ("both",) if len(module.units) == 1 else ("prefix", "suffix")
+    out = {}
+    for unit, torch_unit in zip(units, module.units, strict=True):
+        if unit == "both" or getattr(module, f"{unit}_positions"):
+            out[f"reft_{unit}_source"] = torch_unit.learned_source.weight.detach().numpy().T
+            out[f"reft_{unit}_bias"] = torch_unit.learned_source.bias.detach().numpy()
+            out[f"reft_{unit}_rotation"] = torch_unit.projection.weight.detach().numpy().T
+    return out
+
+
+@pytest.mark.parametrize("name", REFTS)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_representation_fine_tuning(kind, name, bases):
+    config, method = REFTS[name]
+    model = oracle({"bert": BERT, "llama": LLAMA}[kind], a=config)
+    layers = [
+        reft_leaves(layer.reft_layer.refts["a"])
+        for layer in (model.encoder.layer if kind == "bert" else model.model.layers)
+    ]
+    if kind == "bert":
+        leaves = {("encoder", "layer", str(i), name): x for i, own in enumerate(layers) for name, x in own.items()}
+    else:
+        leaves = {("model", "layers", name): np.stack([own[name] for own in layers]) for name in layers[0]}
+    check(method, bases(kind), leaves, torch_outputs(model))

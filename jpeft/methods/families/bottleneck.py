@@ -18,7 +18,7 @@ from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, Rule, one_of, or_none
 from jpeft.core.method import Leaves, ModuleContext, widened
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import Targets
-from jpeft.methods.base import normal
+from jpeft.methods.base import check_fields, normal
 from jpeft.methods.families.activations import ACTIVATION, ACTIVATIONS
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import flat, narrow
@@ -57,6 +57,7 @@ class BottleneckMethod(Step):
     dtype: Any = "float32"
 
     prefix: ClassVar[str] = "bottleneck"  # of the leaves' names
+    starts: ClassVar[tuple[str, ...]] = (IDENTITY, BERT, MAM, HOULSBY)  # what init_weights may be
     family: ClassVar[str] = "bottleneck"
     per_site: ClassVar[tuple[str, ...]] = (
         "reduction", "size", "activation", "scale", "ln_before", "ln_after", "dropout", "init_weights", "init_std",
@@ -70,9 +71,12 @@ class BottleneckMethod(Step):
         "scale": (_is_scale, f"a finite number, {LEARNED!r} or {CHANNEL!r}"),
         **dict.fromkeys(("ln_before", "ln_after", "gating"), BOOL),
         "dropout": RATE,
-        "init_weights": one_of((IDENTITY, BERT, MAM, HOULSBY)),
         "init_std": NUMBER,
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, {"init_weights": one_of(self.starts)})
 
     # --- where --------------------------------------------------------------------------------------------------------
 
@@ -150,8 +154,8 @@ class BottleneckMethod(Step):
         """B(h) without the second norm, its tokens on one axis or as those of ``h`` are."""
         own, x = self.own(leaves), flat(h)
         x = layer_norm(x, own, "ln_before") if self.ln_before else x
-        hidden = ACTIVATIONS[self.activation](narrow(x, own["down"]) + own["down_bias"])
-        change = hidden @ own["up"] + own["up_bias"]
+        hidden = ACTIVATIONS[self.activation](_biased(narrow(x, own["down"]), own.get("down_bias")))
+        change = _biased(hidden @ own["up"], own.get("up_bias"))
         scale = own["scale"] if "scale" in own else jnp.asarray(self.scale, change.dtype)
         change = context.dropout(change * scale, self.dropout)
         return self._gated(own, change, h, context) if self.gating else change
@@ -164,6 +168,10 @@ class BottleneckMethod(Step):
         rows = rows_of(h, context, self.name)
         gate = jax.nn.sigmoid(by_row(h, rows) @ own["gate"] + own["gate_bias"]).mean(axis=1, keepdims=True)
         return (by_row(change, rows) * gate).reshape(change.shape)
+
+
+def _biased(x: Tokens, bias: Array | None) -> Tokens:
+    return x if bias is None else x + bias
 
 
 def layer_norm(x: Float[Array, "*tokens features"], own: Leaves, name: str) -> Float[Array, "*tokens features"]:
