@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -380,6 +380,7 @@ class Decoder(_Module):
 
     scan_layers: bool = True
     remat: str | None = None
+    shared_segment: ClassVar[int] = -(2**15)  # the id of a segment at the beginning of rows that all others see, too
 
     @property
     def stacked_layers(self) -> str | None:
@@ -439,7 +440,8 @@ class Decoder(_Module):
           input_ids: the token ids.
           attention_mask: 1 for tokens, 0 for padding on either side; None: all are tokens. With a cache, of new tokens.
           position_ids: None: counted from 0, padding included; with a cache, tokens only, continuing those in it.
-          segment_ids: tokens attend within their own segment only (several examples packed in one row).
+          segment_ids: tokens attend within their own segment only (several examples packed in one row), and to that of
+            the id `shared_segment`, for virtual tokens that all examples share.
           cache: from `init_cache` or the previous call.
           logits_to_keep: the number of last positions to compute logits for; 0: all.
           deterministic: disables dropout on the attention weights; otherwise `rngs={"dropout": key}` is needed.
@@ -493,11 +495,16 @@ class Decoder(_Module):
         allowed = jnp.ones((1, 1, 1, length), bool)
         if attention_mask is not None:
             allowed = jnp.asarray(attention_mask, bool)[:, None, None, :]
+        shared = False
         if segment_ids is not None:
-            allowed &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+            shared = (segment_ids == self.shared_segment)[:, None, None, :]
+            allowed &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None] | shared
         full = near = ops.causal_mask(length, length) & allowed
-        if self.config.sliding is not False:
-            near = ops.causal_mask(length, length, self.config.sliding_window) & allowed
+        if (window := self.config.sliding_window) is not None and self.config.sliding is not False:
+            near = ops.causal_mask(length, length, window)
+            if segment_ids is not None:  # tokens of other texts lie between a token and those that all share
+                near = jnp.where(shared, (positions[:, :, None] - positions[:, None, :] < window)[:, None], near)
+            near &= full
         return Context(self._tables(positions), (full, near))
 
     def _cached_context(

@@ -55,13 +55,13 @@ METHODS = {
     "lora": jpeft.LoRA(rank=2, targets="all-linear"),
     "prefix": jpeft.PrefixTuning(length=3),
     "prompt": jpeft.methods.PromptTuning(length=7),  # longer than the window
-    "prompts": jpeft.Chain(
+    "all": jpeft.Chain(
         jpeft.methods.PromptTuning(length=2),
-        jpeft.methods.PromptTuning(length=1),
+        jpeft.PrefixTuning(length=3, shift_positions=True),
         jpeft.LoRA(rank=2, targets=r".*_proj"),
     ),
 }
-VIRTUAL = {"prompt": 7, "prompts": 3}
+VIRTUAL = {"prompt": 7, "all": 2}
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def greedy(prompts=PROMPTS, new=NEW, method=None, vocabulary=None):
         ("prefix", True),
         ("prompt", True),
         ("prompt", False),
-        pytest.param("prompts", True, marks=pytest.mark.exhaustive),
+        pytest.param("all", True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_greedy_decoding_equals_forward_passes_without_a_cache(method, scan_layers):
@@ -163,7 +163,7 @@ def test_up_to_the_last_position_of_the_model(length):
         assert [len(row) for row in rows] == [CONFIG.context - length] * 3
 
 
-@pytest.mark.parametrize("method", ["prompt", pytest.param("prompts", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("method", ["prompt", pytest.param("all", marks=pytest.mark.exhaustive)])
 def test_virtual_tokens_come_in_with_prompts_of_any_length(method):
     """A prompt of one token begins the cache too, alone and among others, also where it is not padded."""
     want, settings = greedy(method=method), {"method": method, "min_prompt_length": 1}
