@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 import jpeft
 from jpeft.core.tree import flatten, map_with_path
+from jpeft.methods.families.prompt_method import PromptMethod
 
 # --- owners that stand for other people's modules: matched by class name, as theirs are ----------------------------
 
@@ -360,6 +361,9 @@ WEIGHTS = (
 )  # fmt: skip
 _EVERYWHERE = {"LoRA", "IA3", "TrainableTokens"}
 
+# The uses that look token ids up in a table.
+PROMPTED = ("embed", "embed, tied by attend", "dense on tokens")
+
 # Arguments that suit the tiny weights of the uses, mostly 4 x 6; without them, a method is tried as it is by default.
 SMALL: dict[str, dict[str, Any]] = {
     "MiSS": {"rank": 3},
@@ -377,11 +381,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "OFT": {"blocks": 1},
     "BOFT": {"blocks": 1},
     "HRA": {"rank": 2},
+    "PromptTuning": {"length": 2},
+    "PTuning": {"length": 2, "hidden": 3},
+    "MultitaskPromptTuning": {"length": 2, "init_std": 0.5, "task_std": 0.5},
+    "CPT": {"token_ids": (1, 2), "epsilon": 9.0, "format_epsilon": 9.0},
 }
 
 
 def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
     """A method's default configuration, on the uses that its kind can act on."""
+    if issubclass(cls, PromptMethod):  # virtual tokens would be cut off, and of no effect on what is left
+        return Entry(lambda use: cls(**SMALL.get(cls.__name__, {}), keep=True), PROMPTED)
     if issubclass(cls, jpeft.methods.WeightMethod):
         is_ours = cls.__module__.startswith("jpeft.")
         uses = WEIGHTS if is_ours and cls.__name__ not in _EVERYWHERE else tuple(USES)
@@ -506,6 +516,11 @@ VARIANTS: dict[str, Entry] = {
         ("dense", "attention", "raw"),
     ),
     "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
+    "PTuning, LSTM": Entry(lambda u: jpeft.methods.PTuning(length=2, encoder="lstm", hidden=3, keep=True), PROMPTED),
+    "PromptTuning, from ids": Entry(
+        lambda u: jpeft.methods.PromptTuning(length=3, init_ids=(1, 2), keep=True), PROMPTED
+    ),
+    "Cartridge": Entry(lambda u: jpeft.methods.Cartridge(length=3, shift_positions=False), ("attention",)),
     "PrefixTuning, MLP": Entry(
         lambda u: jpeft.PrefixTuning(length=2, reparametrize=True, hidden=5, embedding=3), ("attention",)
     ),
