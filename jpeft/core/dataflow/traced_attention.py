@@ -271,7 +271,7 @@ def _arrays(step: Step) -> list[Atom]:
 
 
 def _beside(step: Step, x: Any) -> Any:
-    """The other operand of a product that contracts nothing, with the axes of the first; those it lacks have size one."""
+    """The other operand of a product that contracts nothing, in the axes of the first: one place where it has none."""
     batch, shape = step.node.params["dimension_numbers"][1], shape_of(step.node.inputs[step.operand])
     own = dict(zip(batch[step.operand], batch[1 - step.operand], strict=True))
     x = jnp.transpose(x, [own[i] for i in sorted(own)])
