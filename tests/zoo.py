@@ -336,6 +336,10 @@ class Model(nn.Module):
         _, y = kind(self.op, name="block")(x, None)
         return y * 2
 
+    def hidden_states(self, x):
+        """The states that X-LoRA's classifier gets: here the inputs."""
+        return x
+
 
 # --- the methods ----------------------------------------------------------------------------------------------------
 
@@ -360,6 +364,9 @@ WEIGHTS = (
     "dense", "einsum, experts", "fused qkv", "conv 2-D strided", "embed, tied by attend", "raw, in a loop",
 )  # fmt: skip
 _EVERYWHERE = {"LoRA", "IA3", "TrainableTokens"}
+
+# A method that treats tokens differently is tried on weights that see them.
+ROUTED = ("dense", "attention", "fused qkv")
 
 # The uses that look token ids up in a table.
 PROMPTED = ("embed", "embed, tied by attend", "dense on tokens")
@@ -514,6 +521,25 @@ VARIANTS: dict[str, Entry] = {
     "ParallelAdapter": Entry(
         lambda u: jpeft.methods.ParallelAdapter(size=3, activation="gelu", targets=r".*/op"),
         ("dense", "attention", "raw"),
+    ),
+    "Poly": Entry(lambda u: jpeft.methods.Poly(rank=2, n_skills=3, n_splits=2, **_parts(u)), ROUTED),
+    "MoLE": Entry(lambda u: jpeft.methods.MoLE(rank=2, n_experts=3, top_k=2, **_parts(u)), ROUTED),
+    "MoLE, frozen": Entry(
+        lambda u: jpeft.methods.MoLE(rank=2, n_experts=3, freeze_experts=True, alpha=3, **_parts(u)), ROUTED
+    ),
+    "XLoRA": Entry(lambda u: jpeft.methods.XLoRA(rank=2, n_experts=3, hidden_size=u.shape[-1], **_parts(u)), ROUTED),
+    "XLoRA, layerwise": Entry(
+        lambda u: jpeft.methods.XLoRA(
+            rank=2,
+            n_experts=3,
+            hidden_size=u.shape[-1],
+            layerwise=True,
+            depth=2,
+            size=5,
+            train_experts=True,
+            **_parts(u),
+        ),
+        ROUTED,
     ),
     "PrefixTuning": Entry(lambda u: jpeft.PrefixTuning(length=2), ("attention",)),
     "PTuning, LSTM": Entry(lambda u: jpeft.methods.PTuning(length=2, encoder="lstm", hidden=3, keep=True), PROMPTED),

@@ -52,11 +52,36 @@ class _ChangedAttention:
 
     def __call__(self, query: Any, key: Any, value: Any, mask: Any, prefix: Prefix | None = None) -> jax.Array:
         inner = self.attention if prefix is None else _with_prefix(self.attention, prefix)
-        leaves = self.active.used(self.active.leaves, key.dtype)
-        return self.active.action.method.attend(leaves, inner, query, key, value, mask, self.project)
+        leaves, action = self.active.used(self.active.leaves, key.dtype), self.active.action
+        if (on := self.active.leaves.get(action.mask)) is None:
+            return action.method.attend(leaves, inner, query, key, value, mask, self.project)
+        plain = _Plain(inner, (query, key, value, mask))
+        y = action.method.attend(leaves, plain, query, key, value, mask, self.project)
+        return jnp.where(on.reshape(()), y, plain.output().astype(y.dtype))
 
     def over(self, query: Any, keys: Any, values: Any) -> jax.Array:
         return self.attention.over(query, keys, values)
+
+
+class _Plain:
+    """An attention in a layer that a method may not act on: its output without the method is computed once."""
+
+    def __init__(self, attention: Attention | _ChangedAttention, operands: tuple[Any, ...]):
+        self.attention, self.operands, self.outputs = attention, operands, []
+
+    def __call__(self, query: Any, key: Any, value: Any, mask: Any, prefix: Prefix | None = None) -> jax.Array:
+        given = query, key, value, mask
+        if prefix is None and all(x is own for x, own in zip(given, self.operands, strict=True)):
+            return self.output()
+        return self.attention(query, key, value, mask, prefix)
+
+    def over(self, query: Any, keys: Any, values: Any) -> jax.Array:
+        return self.attention.over(query, keys, values)
+
+    def output(self) -> jax.Array:
+        if not self.outputs:
+            self.outputs.append(self.attention(*self.operands))
+        return self.outputs[0]
 
 
 def _with_prefix(attention: Any, prefix: Prefix) -> Any:

@@ -22,6 +22,7 @@ LINEAR, EMBEDDING, CONVOLUTION = "linear layer", "embedding", "convolution"
 # A parameter of a module of any other kind: a matrix, or those of experts [experts, in, out]. SWAPPED: PEFT takes the
 # axes of such a stack for [experts, out, in] unless its module has an attribute is_transposed.
 PARAMETER, SWAPPED = "parameter", "parameter with its axes swapped"
+ATTENTION = "attention"  # a module whose attention a method changes
 
 
 # What a folder of virtual tokens holds, whose tensors belong to no module: their embeddings, or their keys and values.
@@ -200,6 +201,7 @@ class HFSpec:
         ``"ln_tuning_layers."``. It has no ``tensors``.
       role: the field by which folders of other types can hold the method too.
       parameters: the field that names parameters to adapt, e.g. ``"target_parameters"``; empty if the type has none.
+      own_targets: whether the method's own fields say which modules it acts on, and its targets nothing.
       unpack: ``(tensors, config) -> tensors`` for a type that can write its tensors in a smaller form: all tensors by
         whole name, in the form that ``tensors`` declare. ``config`` has the type's fields. It raises ValueError.
       pack: ``(tensors, config) -> (tensors, config)``, its inverse: the tensors and the whole configuration to write.
@@ -233,6 +235,7 @@ class HFSpec:
     copies: str = ""
     role: Role | None = None
     parameters: str = ""
+    own_targets: bool = False
     unpack: Callable[[Tensors, Mapping[str, Any]], Tensors] | None = None
     pack: Callable[[Tensors, Mapping[str, Any]], tuple[Tensors, Mapping[str, Any]]] | None = None
     exported: Callable[[Any, Site, Mapping[str, Any]], tuple[Any, Mapping[str, Any]]] | None = None
@@ -241,6 +244,11 @@ class HFSpec:
     read: Callable[[Any, Site, Tensors], Tensors] | None = None
     read_as: str = ""
     implied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def acts_on(self) -> str:
+        """The kind of its sites: "weight" or "attention"."""
+        return "attention" if any(ATTENTION in tensor.kinds for tensor in self.tensors) else "weight"
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ def save(
     peft, leaves, base = _one_by_one(peft, leaves, flatten(peft.frontend.tree(params)))
     peft, leaves = _in_their_form(peft, leaves)
     names = of_model(peft.model) if prefix is None else Names.of(prefix)
-    weights = [a for a in peft.actions if a.site.kind == "weight"]
+    weights = [a for a in peft.actions if a.site.kind in ("weight", spec.acts_on)]
     adapted, others = (
         {layout.module_of(names, a.site): a for a in weights if form(type(a.method)) is form_}
         for form_ in (spec, beside)

@@ -16,7 +16,7 @@ from jpeft.binding import bind_survey
 from jpeft.core import stacking
 from jpeft.core.actions import Action, layer_mask
 from jpeft.core.geometry.base import Parts
-from jpeft.core.interchange import BIAS, MODULES_TO_SAVE, HFSpec, Role, form, is_stack, role
+from jpeft.core.interchange import ATTENTION, BIAS, MODULES_TO_SAVE, HFSpec, Role, form, is_stack, role
 from jpeft.core.loaded import check_loaded
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import Quantized
@@ -85,6 +85,7 @@ def load(
     survey, at = frontend.survey(model, params, inputs, kwargs), stacking.stacked_at(model)
     each = stacking.unroll_survey(survey, at)  # unstacked layers, as the file has them
     owners = {s.path[:-1] for s in each.leaves} | _parameter_owners(each)
+    owners |= {s.path for s in each.attentions} if config.spec.acts_on == ATTENTION else set()
     names = find(as_path(path), file.modules, owners, of_model(model)) if prefix is None else Names.of(prefix)
     folder = Folder(config, file, names, at, tuple(ignore), check_layout(experts))
     matched = match(folder, _without_absent_parts(model, folder, each))
@@ -155,6 +156,8 @@ def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Meth
     """The method with the settings of the configuration: those of most modules, and overrides at the others."""
     config = folder.config
     settings, overrides = config.settings(), {}
+    if config.spec.own_targets:
+        return _by_fields(folder, config.method(**settings, dtype=folder.file.dtype), survey)
     for field in config.spec.fields:
         if field.chooses:
             own = [site for module, site in sites.items() if config.value(field, folder.named(module))]
@@ -173,6 +176,22 @@ def _adapting(folder: Folder, sites: Mapping[str, Site], survey: Survey) -> Meth
         return config.method(**settings, dtype=folder.file.dtype, targets=targets, overrides=overrides)
     except ValueError as error:
         raise AdapterError(f"{folder.file.path.parent / CONFIG}: {error}") from error
+
+
+def _by_fields(folder: Folder, method: Method, survey: Survey) -> Method:
+    """The method, whose own fields say which modules it acts on.
+
+    Raises:
+      AdapterError: the file has other modules.
+    """
+    each = [own for site in method.sites(survey) for own in stacking.unroll_site(site, folder.at)]
+    chosen, found = {folder.module(site) for site in each if site.layers != ()}, set(folder.file.adapted)
+    if chosen != found:
+        raise AdapterError(
+            f"{folder.file.path} has a {method.name} for {', '.join(map(repr, sorted(found)))}, and {CONFIG} asks for "
+            f"{', '.join(map(repr, sorted(chosen)))}"
+        )
+    return method
 
 
 def _beside(folder: Folder, method: Any, value: Any, survey: Survey, tied: Collection[str]) -> Method:

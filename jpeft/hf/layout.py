@@ -11,6 +11,7 @@ from jpeft.core.geometry.contraction import Contraction
 from jpeft.core.geometry.convolution import Convolution
 from jpeft.core.geometry.traced import Traced
 from jpeft.core.interchange import (
+    ATTENTION,
     CONVOLUTION,
     EMBEDDING,
     LINEAR,
@@ -69,6 +70,8 @@ def _problem(site: Site, spec: HFSpec) -> str:
 
 def kind_of(site: Site) -> str:
     """The kind of torch module that a site is."""
+    if site.kind == "attention":
+        return ATTENTION
     if site.named or is_stack(site):
         return PARAMETER
     if site.lookup:

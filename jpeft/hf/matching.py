@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from jpeft.checks import shown
 from jpeft.core import stacking
-from jpeft.core.interchange import LINEAR, PARAMETER, is_stack
+from jpeft.core.interchange import ATTENTION, LINEAR, PARAMETER, is_stack
 from jpeft.core.sites import Site, Survey
 from jpeft.core.tree import nearest
 from jpeft.errors import AdapterError
@@ -42,6 +42,10 @@ class Folder:
     def module(self, site: Site) -> str:
         """The torch module of a site: for a leaf, its owner; for a bare parameter, its own name."""
         return layout.module_of(self.names, site)
+
+    def candidates(self, survey: Survey) -> Sequence[Site]:
+        """The sites that the method can act on."""
+        return survey.attentions if self.config.spec.acts_on == ATTENTION else survey.weights
 
     def named(self, module: str) -> str:
         """The module by which the configuration knows one, where it is a stack of several."""
@@ -96,13 +100,13 @@ def match(folder: Folder, survey: Survey) -> Matched:
 def _adapted(folder: Folder, survey: Survey) -> dict[str, Site]:
     """The weights that the method changes by torch module: those in the file must be those that are targeted."""
     spec = folder.config.spec
-    weights = {folder.module(s): s for s in survey.weights if spec.parameters or not s.named}
+    weights = {folder.module(s): s for s in folder.candidates(survey) if spec.parameters or not s.named}
     if spec.parameters:
         swapped = None if folder.layout is None else folder.layout == "swapped"
         collected = experts.collect(folder.config, folder.file, weights, swapped)
         folder.experts.named.update(collected.named)
         folder.experts.swapped.update(collected.swapped)
-    _check_modules(folder, weights, "weight")
+    _check_modules(folder, weights, spec.acts_on)
     return {module: layout.check_site(weights[module], spec) for module in sorted(folder.file.adapted)}
 
 
@@ -126,14 +130,15 @@ def _check_modules(folder: Folder, sites: Mapping[str, Site], noun: str) -> None
         if module not in sites:
             hint = nearest(module, sites)
             raise AdapterError(f"{file.path} has a {name} for {module!r}, which is not a {noun} of this model{hint}")
-        if not folder.targets(module, sites[module], module in linear):
+        if not (config.spec.own_targets or folder.targets(module, sites[module], module in linear)):
             raise AdapterError(
                 f"{file.path} has a {name} for {module!r}, which {CONFIG} does not target: target_modules is "
                 f"{shown(config.target_modules)}"
             )
     for module, site in sites.items():
         known = module in file.adapted or named(folder.ignore, module) or not folder.names.covers(site.path)
-        if not known and folder.targets(module, site, module in linear and not site.head):
+        own = config.spec.own_targets
+        if not (known or own) and folder.targets(module, site, module in linear and not site.head):
             raise AdapterError(f"{file.path} has no {name} for {module!r}, which target_modules names")
 
 
@@ -171,7 +176,7 @@ def stacked(folder: Folder, matched: Matched, survey: Survey) -> Matched:
     """
     adapted = {}
     sites = matched.adapted.values()
-    for site, found in _gather(folder, sites, survey.weights):
+    for site, found in _gather(folder, sites, folder.candidates(survey)):
         modules, layers = [folder.module(s) for s in found if s], tuple(i for i, s in enumerate(found) if s)
         for other in modules[1:]:
             if difference := folder.config.difference(folder.named(modules[0]), folder.named(other)):

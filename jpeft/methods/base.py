@@ -285,7 +285,7 @@ class Method:
         """A site as the method sees it, with the layers that the overrides give."""
         if (layers := self.fields_at(site).get(LAYERS)) is None:
             return prepared
-        count = site.stack[0][1] if site.stack and site.kind in ("weight", "output") else 0
+        count = site.stack[0][1] if site.stack and site.kind != "leaf" else 0
         if max(layers) >= count:
             what = f"has {count} layers" if count else "is no weight or module that a scan stacks"
             raise ValueError(f"{self.name}: overrides give {site.name!r} the layers {list(layers)}, but it {what}")

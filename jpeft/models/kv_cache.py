@@ -41,8 +41,8 @@ def init_cache(model: Any, batch: int, capacity: int, dtype: Any = None) -> dict
     }
 
 
-def grow_cache(cache: Mapping[str, jax.Array], capacity: int) -> dict[str, jax.Array]:
-    """The same cache with free slots up to `capacity`.
+def grow_cache(cache: Mapping[str, Any], capacity: int) -> dict[str, Any]:
+    """The same cache with free slots up to `capacity`, and so any other in it, such as that of X-LoRA's first pass.
 
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> cfg = DecoderConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
@@ -50,7 +50,9 @@ def grow_cache(cache: Mapping[str, jax.Array], capacity: int) -> dict[str, jax.A
     (2, 3, 2, 32, 8)
     """
     free = (0, capacity - cache["seen"].shape[1])
+    inner = {name: grow_cache(held, capacity) for name, held in cache.items() if isinstance(held, Mapping)}
     return {
+        **inner,
         "key": jnp.pad(cache["key"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
         "value": jnp.pad(cache["value"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
         "seen": jnp.pad(cache["seen"], ((0, 0), free)),
