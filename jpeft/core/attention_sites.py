@@ -23,16 +23,21 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
       jaxpr: the trace of the call.
       origins: what each input of the jaxpr is, see `jpeft.core.dataflow.attention.find`.
     """
-    sites = [_registered_site(record, path) for path in record.heads]
     hidden: dict[Path, str] = {}
     calls: dict[int, list[Any]] = {}
-    for found in find(jaxpr, origins):
-        if found.call is not None and not record.callers[found.call].hooked:
+    registered: dict[Path, Any] = {}
+    for found in find(jaxpr, origins, {number: call.path for number, call in record.calls.items()}):
+        if found.call is not None and not (caller := record.callers[found.call]).hooked:
             calls.setdefault(found.call, []).append(found)
+        elif found.call is not None and found.layout is not None:
+            registered.setdefault(caller.path, found.projections)
+    sites = [_registered_site(record, path, registered.get(path, "")) for path in record.heads]
     by_method: dict[tuple[Path, str], list[tuple[Any, ...]]] = {}
+    projections: dict[Path, list[Any]] = {}
     for number, own in calls.items():
         caller = record.callers[number]
         by_method.setdefault((caller.path, caller.name), []).append(tuple(a.layout for a in own))
+        projections.setdefault(caller.path, [a.projections for a in own])
         for found in own:
             if found.reason:
                 hidden.setdefault(caller.path, found.reason)
@@ -41,7 +46,8 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
         if any(len(set(layouts)) > 1 for layouts in methods.values()):
             hidden[path] = "its calls attend in different ways"
         else:
-            sites += _found_sites(record, path, {name: layouts[0] for name, layouts in methods.items()})
+            own = {name: layouts[0] for name, layouts in methods.items()}
+            sites += _found_sites(record, path, own, projections[path] if len(methods) == 1 else ())
     sites = [site for site in sites if site.path not in record.flow.transformed]
     known = {site.path for site in sites} | hidden.keys()
     for path, module in record.modules.items():
@@ -51,12 +57,14 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
     return tuple(sites), tuple(rest)
 
 
-def _registered_site(record: Record, path: Path) -> Site:
+def _registered_site(record: Record, path: Path, projections: Any) -> Site:
     site = Site(path=path, kind="attention", owner=_owner(record, path), stack=scope_stack(record, path))
-    return dataclasses.replace(site, heads=record.heads[path])
+    return dataclasses.replace(site, heads=record.heads[path], projections=_inside(path, projections))
 
 
-def _found_sites(record: Record, path: Path, methods: dict[str, tuple[Any, ...]]) -> list[Site]:
+def _found_sites(
+    record: Record, path: Path, methods: dict[str, tuple[Any, ...]], projections: Sequence[Any]
+) -> list[Site]:
     """The sites in one module: with a name of its own each, if there are several."""
     places = [(name, layouts, i) for name, layouts in methods.items() for i, layout in enumerate(layouts) if layout]
     return [
@@ -69,9 +77,19 @@ def _found_sites(record: Record, path: Path, methods: dict[str, tuple[Any, ...]]
             heads=layouts[place].heads,
             stack=scope_stack(record, path),
             attention=FoundAttention(name, layouts, place),
+            projections=_inside(path, projections[place]) if projections else "",
         )
         for i, (name, layouts, place) in enumerate(places)
     ]
+
+
+def _inside(path: Path, projections: Any) -> Any:
+    """Projections whose parameters a module can read: those in the module and below; else why it cannot."""
+    for one in () if isinstance(projections, str) else projections:
+        for parameter in (one.weight, *(() if one.bias is None else (one.bias,))):
+            if parameter[: len(path)] != path:
+                return f"{join(parameter)!r} lies outside of it"
+    return projections
 
 
 def _owner(record: Record, path: Path) -> str:

@@ -22,6 +22,7 @@ from jpeft.core.attention import Hook
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.attention import evaluate
 from jpeft.core.dataflow.jaxprs import bind
+from jpeft.core.dataflow.projections import Projection
 from jpeft.core.dataflow.replace import Change
 from jpeft.core.dataflow.traced_attention import TracedAttention
 from jpeft.core.dataflow.views import LOOKUP, Product
@@ -38,6 +39,7 @@ from jpeft.core.operation import (
 )
 from jpeft.core.quantized import Quantized
 from jpeft.core.sites import Site
+from jpeft.core.tree import Path
 
 # whether a method draws random numbers -> those that it draws in this call
 Draw = Callable[[bool], Dropout]
@@ -86,9 +88,15 @@ class ModuleCall(ABC):
             raise ValueError(f"{self.name} cannot run again on another input: only a module without others inside can")
         return self._rerun(x)
 
-    def project(self, states: Any) -> tuple[Any, Any]:
+    def project(self, site: Site, states: Any) -> tuple[Any, Any]:
         """See `jpeft.core.method.Project`."""
-        raise ValueError(f"the projections of {self.name} to keys and values are not known")
+        if isinstance(site.projections, str):
+            raise ValueError(_no_projections(site))
+        return tuple(self._projected(one, len(site.path), states) for one in site.projections)  # pyright: ignore
+
+    def _projected(self, projection: Projection, depth: int, states: Any) -> Any:
+        weight = self.value_below(projection.weight[depth:])
+        return projection(states, weight, projection.bias and self.value_below(projection.bias[depth:]))
 
     def on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
         """The call with other arguments."""
@@ -121,6 +129,10 @@ class ModuleCall(ABC):
     @abstractmethod
     def value(self, name: str) -> jax.Array | None:
         """A parameter as the module reads it, dequantized; None if the module has none of that name."""
+
+    @abstractmethod
+    def value_below(self, path: Path) -> jax.Array:
+        """A parameter of the module or of one inside of it as that module reads it, dequantized."""
 
     @abstractmethod
     def without(self, adapter_leaves: Collection[str]) -> Call:
@@ -221,7 +233,8 @@ def _with_changed_attention(call: ModuleCall, actions: Sequence[Active], run: Ca
     if not actions:
         return run(call)
     if (hook := call.hook) is not None:
-        wrap = functools.partial(attend, actions, call.project)
+        project = functools.partial(call.project, actions[0].site)
+        wrap = functools.partial(attend, actions, project)
         return hook(lambda *args, **kwargs: run(call.on(args, kwargs)), call.args, call.kwargs, call.module, wrap)
     own = [(active, found) for active in actions if (found := active.site.attention) and found.call == call.name]
     if not own:
@@ -231,7 +244,8 @@ def _with_changed_attention(call: ModuleCall, actions: Sequence[Active], run: Ca
     def change(place: int, attention: TracedAttention) -> Any:
         changed = [active for active, found in own if found.place == place]
         arrays = attention.query, attention.key, attention.value
-        return attend(changed, call.project, functools.partial(_traced, attention), *arrays, None)
+        project = functools.partial(call.project, changed[0].site)
+        return attend(changed, project, functools.partial(_traced, attention), *arrays, None)
 
     def traced(call: Any) -> Any:
         token = _calls.set(itertools.count())
@@ -242,6 +256,14 @@ def _with_changed_attention(call: ModuleCall, actions: Sequence[Active], run: Ca
 
     chosen = [layout if place in places else None for place, layout in enumerate(layouts)]
     return call.with_trace(traced, lambda jaxpr, consts: evaluate(jaxpr, consts, chosen, change))
+
+
+def _no_projections(site: Site) -> str:
+    reason = site.projections or "the trace of the model does not show them"
+    return (
+        f"the projections of {site.name!r} to keys and values are not known: {reason}; a method that projects states "
+        f"needs them; leave it out with exclude=[{site.name!r}]"
+    )
 
 
 def _traced(attention: TracedAttention, query: Any, key: Any, value: Any, mask: Any, prefix: Any = None) -> Any:

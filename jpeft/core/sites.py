@@ -87,6 +87,8 @@ class Site:
       role: set by a method for its own use, such as "feedforward".
       layers: of a weight that a scan stacks, the layers that the method acts on; None for all.
       attention: for an attention that no hook is registered for, how it was found.
+      projections: for an attention, the parameters that project states to its keys and to its values, see
+        `jpeft.core.dataflow.projections`, or why they are not known.
     """
 
     path: Path
@@ -107,6 +109,7 @@ class Site:
     role: str = ""
     layers: tuple[int, ...] | None = None
     attention: FoundAttention | None = None
+    projections: tuple[Any, Any] | str = ""
 
     @property
     def name(self) -> str:

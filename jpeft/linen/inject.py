@@ -105,6 +105,12 @@ class _LinenCall(ModuleCall):
     def value(self, name: str) -> jax.Array | None:
         return meta.unbox(self.variables.get(name))
 
+    def value_below(self, path: Path) -> jax.Array:
+        found: Any = self.variables
+        for name in path:
+            found = found[name]
+        return jnp.asarray(meta.unbox(found))
+
     def without(self, adapter_leaves: Collection[str]) -> Call:
         own = {n: v for n, v in self.variables.items() if n not in adapter_leaves}
         shapes = {n: jnp.shape(peek(v)) for n, v in own.items() if not isinstance(v, (Mapping, Marker))}

@@ -26,7 +26,7 @@ from jpeft.core.operation import whole_geometry
 from jpeft.core.quantized import Quantized, dequantize_leaf
 from jpeft.core.signatures import by_position, owner_of
 from jpeft.core.sites import Site, without_stack
-from jpeft.core.tree import split_arrays
+from jpeft.core.tree import Path, split_arrays
 from jpeft.nnx import attention, layers
 from jpeft.nnx.adapted import original
 from jpeft.nnx.dropout import draw, dropout
@@ -195,6 +195,12 @@ class _NnxCall(ModuleCall):
 
     def value(self, name: str) -> jax.Array | None:
         return _plain_value(self.module, name)
+
+    def value_below(self, path: Path) -> jax.Array:
+        owner = next(module for at, module in modules(self.module) if at == path[:-1])
+        if CHANGES in vars(owner):
+            return jnp.asarray(_plain_value(owner, path[-1]))
+        return jnp.asarray(dequantize_leaf(raw(vars(owner)[path[-1]])))
 
     def without(self, adapter_leaves: Collection[str]) -> Call:
         shapes = {n: np.shape(raw(v)) for n, v in variables(self.module).items() if _is_base(v, self.changes, n)}

@@ -18,7 +18,7 @@ attentions to the innermost call around them; `evaluate` leaves those in marked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,10 @@ from jpeft.core.dataflow.axes import Origins, scan_counts
 from jpeft.core.dataflow.jaxprs import bind
 from jpeft.core.dataflow.layout import Arrangement, Layout, NoAttention, Unclear, layout_of
 from jpeft.core.dataflow.program import Atom, Node, Program, Value, flatten
+from jpeft.core.dataflow.projections import NotFound, Parameters, Projection, find_projection
 from jpeft.core.dataflow.softmax import Match, matches
 from jpeft.core.dataflow.traced_attention import TracedAttention
+from jpeft.core.tree import Path
 
 # (number of the attention in the call, the attention) -> its output
 Change = Callable[[int, TracedAttention], Any]
@@ -45,25 +47,29 @@ class Attention:
       place: its number among the attentions of that call.
       layout: what its axes are; None if the trace does not show that, or if it is no attention, as in a router.
       reason: what the trace does not show.
+      projections: the parameters that project states to its keys and to its values, or why they are not known.
     """
 
     call: int | None
     place: int
     layout: Layout | None
     reason: str = ""
+    projections: tuple[Projection, Projection] | str = ""
 
 
-def find(jaxpr: Any, origins: Sequence[str]) -> list[Attention]:
+def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None = None) -> list[Attention]:
     """The attentions of a model.
 
     Args:
       jaxpr: the trace of its call, with `marks.begin_call` and `marks.end_call` around the calls of its modules.
       origins: what each input of the jaxpr is: `axes.WEIGHT`, `axes.DATA` or, for other variables (a cache, keys of
         random numbers), `axes.STATE`.
+      owners: the path of the module of each call that `marks.mark` numbers.
     """
     program = flatten(jaxpr)
     found = matches(program)
     known = Origins(program, origins) if found else None
+    parameters = Parameters.of(program, owners or {})
     counts: dict[int | None, int] = {}
     out = []
     for match in found:
@@ -74,12 +80,24 @@ def find(jaxpr: Any, origins: Sequence[str]) -> list[Attention]:
                 raise Unclear(f"it lies in a {match.product.within.name!r}, which has a derivative of its own")
             assert known is not None
             layout = layout_of(match, known)
-            out.append(Attention(call, place, layout))
+            out.append(Attention(call, place, layout, projections=_projections(match, layout, parameters)))
         except NoAttention:
             out.append(Attention(call, place, None))
         except Unclear as e:
             out.append(Attention(call, place, None, str(e)))
     return out
+
+
+def _projections(match: Match, layout: Layout, parameters: Parameters) -> tuple[Projection, Projection] | str:
+    heads, key_dim, value_dim = layout.heads
+    key, value = match.dot.inputs[match.key], match.product.inputs[1 - match.operand]
+    try:
+        return (
+            find_projection(key, (heads, key_dim), parameters),
+            find_projection(value, (heads, value_dim), parameters),
+        )
+    except NotFound as e:
+        return str(e)
 
 
 def evaluate(

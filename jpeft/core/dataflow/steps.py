@@ -37,6 +37,9 @@ def step(eqn: Any, view: View) -> tuple[View | None, ...]:
         return (view.slice(p["start_indices"], p["limit_indices"]) if is_dense else None,)
     if name == "split":
         return _split(view, p["sizes"], p["axis"])
+    if name == "unstack":
+        axis, count = p["axis"] % len(view.axes), len(eqn.outvars)
+        return tuple(None if v is None else v.squeeze([axis]) for v in _split(view, [1] * count, axis))
     if name == "rev":
         return (View(view.axes, view.fixed, True),)
     return (None,) * len(eqn.outvars)
