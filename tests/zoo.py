@@ -410,6 +410,12 @@ def entry_of(cls: type[jpeft.methods.Method]) -> Entry:
     return Entry(lambda use: cls(targets=r".*/op(/.*)?"), SOME)
 
 
+def _members() -> dict[str, jpeft.methods.Method]:
+    """Members of a composition. What does not train is as it starts, and must have an effect."""
+    start = {"init_weights": "bert", "init_std": 1.0}
+    return {name: jpeft.Bottleneck(size=n, **start, targets=r".*/op") for name, n in (("a", 2), ("b", 3))}
+
+
 # Other configurations of methods that jpeft has, beside each one's default.
 VARIANTS: dict[str, Entry] = {
     # It acts from one of these tokens on, which each row of the use has.
@@ -517,6 +523,25 @@ VARIANTS: dict[str, Entry] = {
         )
         for name in ("LoReFT", "NoReFT", "DiReFT")
     },
+    "Stack": Entry(lambda u: jpeft.methods.Stack(members=_members(), frozen=["a"]), (*SOME, "raw")),
+    "Average": Entry(lambda u: jpeft.methods.Average(members=_members(), weights=(3, 1), learn_weights=True), SOME),
+    "Average of weights": Entry(
+        lambda u: jpeft.methods.Average(
+            members={"a": jpeft.LoRA(rank=2, **_parts(u)), "b": jpeft.methods.VeRA(rank=3, **_parts(u))},
+            learn_weights=True,
+            train_members=True,
+        ),
+        WEIGHTS,
+    ),
+    "AdapterFusion": Entry(lambda u: jpeft.methods.AdapterFusion(members=_members()), (*SOME, "raw")),
+    "AdapterFusion of LoReFT": Entry(
+        lambda u: jpeft.methods.AdapterFusion(
+            members={n: jpeft.methods.LoReFT(rank=i, targets=r".*/op") for i, n in ((1, "a"), (2, "b"))},
+            train_members=True,
+            residual_before=True,
+        ),
+        ("dense",),
+    ),
     # One output for each input.
     "ParallelAdapter": Entry(
         lambda u: jpeft.methods.ParallelAdapter(size=3, activation="gelu", targets=r".*/op"),

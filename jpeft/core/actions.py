@@ -57,7 +57,7 @@ class Action:
     @property
     def non_trainable(self) -> frozenset[str]:
         """Names of the leaves that never train."""
-        return self.method.non_trainable | {self.mask}
+        return frozenset(n for n in self.stored if not self.method.trains(n)) | {self.mask}
 
     def apply(self, used: Leaves, stored: Leaves, base: Any, x: Any) -> jax.Array:
         """The method's output for one matrix; in a layer that it does not act on, that of the original operation.

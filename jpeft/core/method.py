@@ -116,6 +116,10 @@ class Method(Protocol):
         """The method with the overrides for a site applied."""
         ...
 
+    def trains(self, leaf: str) -> bool:
+        """Whether a leaf, at a site or shared, ever trains."""
+        ...
+
     def mergeable(self, site: Site) -> bool:
         """Whether what the method does at a site can be merged into the base's leaves."""
         ...

@@ -103,8 +103,8 @@ class Peft:
     def non_trainable_paths(self) -> frozenset[Path]:
         """Paths of the adapter leaves that never train."""
         own = {a.leaf_path(n) for a in self.actions for n in a.stored if n in a.non_trainable}
-        frozen = {slug: m.non_trainable for slug, m in zip(slugs(self.method), self.method.methods(), strict=True)}
-        return frozenset(own | {path for path in self.shared_paths if path[1] in frozen[path[0]]})
+        by_slug = dict(zip(slugs(self.method), self.method.methods(), strict=True))
+        return frozenset(own | {path for path in self.shared_paths if not by_slug[path[0]].trains(path[1])})
 
     @property
     def mergeable(self) -> bool:

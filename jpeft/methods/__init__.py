@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jpeft.methods.adalora import AdaLoRA as AdaLoRA
+from jpeft.methods.adapter_fusion import AdapterFusion as AdapterFusion
 from jpeft.methods.alora import ALoRA as ALoRA
+from jpeft.methods.average import Average as Average
 from jpeft.methods.base import AttentionMethod as AttentionMethod
 from jpeft.methods.base import LeafMethod as LeafMethod
 from jpeft.methods.base import Method as Method
@@ -33,6 +35,7 @@ from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.eva import redistribute as redistribute
 from jpeft.methods.experts import with_experts as with_experts
+from jpeft.methods.families.members import with_members as with_members
 from jpeft.methods.fourierft import FourierFT as FourierFT
 from jpeft.methods.gralora import GraLoRA as GraLoRA
 from jpeft.methods.hira import HiRA as HiRA
@@ -57,6 +60,7 @@ from jpeft.methods.reft import NoReFT as NoReFT
 from jpeft.methods.road import RoAd as RoAd
 from jpeft.methods.shira import SHiRA as SHiRA
 from jpeft.methods.spelling import no_field
+from jpeft.methods.stack import Stack as Stack
 from jpeft.methods.table import Table
 from jpeft.methods.table import table as _table
 from jpeft.methods.train import Train as Train

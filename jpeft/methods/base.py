@@ -181,6 +181,10 @@ class Method:
         """
         return leaves
 
+    def trains(self, leaf: str) -> bool:
+        """Whether a leaf ever trains; by default all but the ``non_trainable``."""
+        return leaf not in self.non_trainable
+
     def mergeable(self, site: Site) -> bool:
         """Whether what the method does at a site can be merged into the base's leaves."""
         return True

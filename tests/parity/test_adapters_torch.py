@@ -18,7 +18,9 @@ from adapters import (
     LoReftConfig,
     NoReftConfig,
     SeqBnConfig,
+    StaticAdapterFusionConfig,
 )
+from adapters.composition import Average, Fuse, Stack
 
 import jpeft
 from jpeft import models
@@ -56,19 +58,29 @@ def bases(tmp_path_factory):
     return base
 
 
-def oracle(config, **own):
-    """The torch model with adapters by name, whose parameters are all away from their start."""
+def oracle(config, setup=None, fusion=None, **own):
+    """The torch model with adapters by name, whose parameters are all away from their start.
+
+    Args:
+      config: of the model.
+      setup: a composition; by default, the first adapter is active.
+      fusion: the configuration of a fusion.
+      **own: the adapters' configurations.
+    """
     model = torch_model(config)
     adapters.init(model)
     for name, adapter in own.items():
         model.add_adapter(name, config=adapter)
+    if fusion is not None:
+        model.add_adapter_fusion(setup, fusion)
     torch.manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             # An orthogonal matrix is stored as reflections, and starts at random.
-            if any(part in key for part in ("adapters.", "refts.", "shared_parameters.")) and "parametri" not in key:
+            added = ("adapters.", "refts.", "shared_parameters.", "adapter_fusion_layer.")
+            if any(part in key for part in added) and "parametri" not in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    model.set_active_adapters(next(iter(own)))
+    model.set_active_adapters(setup or next(iter(own)))
     return model
 
 
@@ -288,3 +300,82 @@ def test_representation_fine_tuning(kind, name, bases):
     else:
         leaves = {("model", "layers", name): np.stack([own[name] for own in layers]) for name in layers[0]}
     check(method, bases(kind), leaves, torch_outputs(model))
+
+
+# --- compositions -----------------------------------------------------------------------------------------------------
+
+NORMED = {"a": SeqBnConfig(reduction_factor=4), "b": SeqBnConfig(reduction_factor=2, non_linearity="gelu")}
+PLAIN = {"a": DoubleSeqBnConfig(reduction_factor=4), "b": DoubleSeqBnConfig(reduction_factor=2)}
+MEMBERS = {
+    "norms": (
+        NORMED,
+        {"a": jpeft.Bottleneck(**PFEIFFER), "b": jpeft.Bottleneck(**PFEIFFER | {"size": 8}, activation="gelu")},
+        "LayerNorm",
+    ),
+    "outputs": (PLAIN, {name: jpeft.methods.Houlsby(size=n) for name, n in (("a", 4), ("b", 8))}, "dense"),
+}
+FUSIONS = {
+    "dynamic": ("dynamic", {}),
+    "static": (StaticAdapterFusionConfig(), {"value": False}),
+    "value after, no key": (
+        StaticAdapterFusionConfig(key=False, value=True, value_before_softmax=False),
+        {"key": False, "value_initialized": False},
+    ),
+}
+
+
+def trained(model, method, base, at):
+    """Each member's adapter by itself."""
+    out = {}
+    for name in method.named:
+        places = bert_places(model, name).items()
+        own = {(*path.split("/"), at, leaf): x for path, a in places for leaf, x in bottleneck_leaves(a).items()}
+        out[name] = unflatten({path: jnp.asarray(x) for path, x in own.items()})
+    peft = method.bind(*base, IDS)
+    return peft, jpeft.methods.with_members(peft, peft.init(jax.random.key(0), base[1]), out)
+
+
+def compared(peft, params, adapter, expected):
+    got = jax.jit(lambda p, a: peft.apply(p, a, IDS, attention_mask=MASK))(params, adapter)
+    np.testing.assert_allclose(got[MASK == 1], expected[MASK == 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_stacks(kind, bases):
+    configs, members, at = MEMBERS[kind]
+    model = oracle(BERT, Stack("a", "b"), **configs)
+    peft, adapter = trained(model, jpeft.methods.Stack(members=members), bases("bert"), at)
+    compared(peft, bases("bert")[1], adapter, torch_outputs(model))
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_averages(kind, bases):
+    configs, members, at = MEMBERS[kind]
+    # AdapterHub's library takes the mean of the weighted outputs, and so divides by their number once more.
+    model = oracle(BERT, Average("a", "b", weights=[1.4, 0.6], normalize_weights=False), **configs)
+    method = jpeft.methods.Average(members=members, weights=[7, 3])
+    peft, adapter = trained(model, method, bases("bert"), at)
+    compared(peft, bases("bert")[1], adapter, torch_outputs(model))
+
+
+@pytest.mark.parametrize(("kind", "fusion"), [("norms", f) for f in FUSIONS] + [("outputs", "dynamic")])
+def test_fusions(kind, fusion, bases):
+    (configs, members, at), (config, fields) = MEMBERS[kind], FUSIONS[fusion]
+    setup = Fuse("a", "b")
+    model = oracle(BERT, setup, config, **configs)
+    peft, adapter = trained(model, jpeft.methods.AdapterFusion(members=members, **fields), bases("bert"), at)
+    leaves = flatten(adapter)
+    for i, layer in enumerate(model.encoder.layer):
+        for path, module in ((("attention", "output"), layer.attention.output), (("output",), layer.output)):
+            if setup.name in module.adapter_fusion_layer:
+                for key, value in module.adapter_fusion_layer[setup.name].named_parameters():
+                    name = key.replace(".weight", "").replace(".", "_")
+                    leaf = ("encoder", "layer", str(i), *path, at, f"fusion_{name}")
+                    assert leaves[leaf].shape == value.shape
+                    leaves[leaf] = jnp.asarray(value.detach().numpy().T)
+    adapter = unflatten(leaves)
+    compared(peft, bases("bert")[1], adapter, torch_outputs(model))
+    if fusion == "dynamic":
+        model.train_adapter_fusion(setup)
+        expected = model.get_fusion_regularization_loss().item()
+        np.testing.assert_allclose(peft.penalty(adapter), expected, rtol=1e-5)
