@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jpeft.checks import BOOL, NUMBER, Rule, is_ids, one_of, or_none
 from jpeft.core.geometry import Lookup
+from jpeft.core.geometry.embedding import Embedding, TracedTable
 from jpeft.core.method import Inputs, Leaves, Linear
 from jpeft.core.sites import FUSED, Site, Survey
 from jpeft.core.targets import Matched, Targets
@@ -32,6 +33,7 @@ TABLES = (
     "input_embedding", "word_embedding", "token_embedding", "embed",
 )  # fmt: skip
 NORMAL, VOCABULARY = "normal", "vocabulary"
+_READ_ELSEWHERE = "read elsewhere"
 _ONE_HOT = "one_hot"  # a leaf that is there where rows are multiplied by the table, which is not looked up
 _NEXT = "next_virtual_id"  # in the context: the id of the first virtual token of another method
 
@@ -109,6 +111,9 @@ class PromptMethod(WeightMethod):
         return [Matched("targets", "the table of token embeddings (the default)", len(sites))]
 
     def prepare(self, site: Site) -> Site:
+        if site.via != FUSED and isinstance(site.geometry, Embedding) and not isinstance(site.geometry, TracedTable):
+            # Read elsewhere too, as by a tied head: only the lookups in calls of the table's module matter.
+            return dataclasses.replace(super().prepare(site), via=FUSED, role=_READ_ELSEWHERE)
         if site.via != FUSED:
             raise ValueError(
                 f"{self.name}: the lookups in {site.name!r} are not seen (path taken: {site.via}), and no embedding "
@@ -143,9 +148,15 @@ class PromptMethod(WeightMethod):
         """In the context, the id of the method's first row; None in a call that continues a cache."""
         return f"{self.slug}_first_id"
 
+    @property
+    def _seen(self) -> str:
+        """In the context, a list that is not empty once the table's module was called."""
+        return f"{self.slug}_seen"
+
     def enter(self, inputs: Inputs) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         if inputs.continues:
-            return continued(inputs, self.virtual_tokens()), {self._entered: None}
+            given, full = continued(inputs, self.name, self.virtual_tokens())
+            return given, {self._entered: None, "full": full}
         if (argument := find_ids(inputs, self.name)) is None:
             return inputs.arguments, {}
         first = inputs.context.get(_NEXT, inputs.sites[0].inputs)
@@ -155,10 +166,20 @@ class PromptMethod(WeightMethod):
             given = with_tokens(longer, self.name, name, first + rows, self.pad)
             longer = dataclasses.replace(longer, arguments=given)
         context = {self._entered: first, _NEXT: first + self.rows(), _ids(self): longer.arguments[argument]}
-        context |= {"added": tuple(rows.shape[-1] for rows in found.values())}
+        context |= {"added": tuple(rows.shape[-1] for rows in found.values()), self._seen: []}
+        context |= {"is_read_elsewhere": inputs.sites[0].role == _READ_ELSEWHERE}
         return longer.arguments, {**context, "plain": None if self.keep else inputs.outputs()}
 
     def leave(self, output: Any, context: Mapping[str, Any]) -> Any:
+        if context.get(self._seen) == [] and context["is_read_elsewhere"]:
+            raise ValueError(
+                f"{self.name}: the model reads its table of embeddings without calling the table's module, and virtual "
+                "tokens have no rows there; call the module in the model, as nn.Embed is"
+            )
+        if (full := context.get("full")) is not None:  # and traced: NaN, not the output of an overwritten cache
+            return jax.tree.map(
+                lambda y: jnp.where(full, jnp.nan, y) if jnp.issubdtype(y.dtype, jnp.floating) else y, output
+            )
         plain = context.get("plain")
         return output if plain is None else cut(self.name, output, plain, context["added"])
 
@@ -166,6 +187,7 @@ class PromptMethod(WeightMethod):
         y = base(x)
         if not (isinstance(x, Lookup) or _ONE_HOT in leaves):  # the output head
             return y
+        base.context.get(self._seen, []).append(True)
         if self._entered not in base.context:
             raise ValueError(
                 f"{self.name}: token ids are embedded, and none are among the arguments of the model's own call, where "

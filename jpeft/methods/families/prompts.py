@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jpeft.core.method import Inputs
 from jpeft.core.signatures import signature_of
@@ -150,7 +151,7 @@ def _longer_square(mask: jax.Array, n: int) -> jax.Array:
     """
     keys, seen = mask.shape[-1], jnp.ones((n,), mask.dtype)
     first = mask[..., :1, :]
-    sees_later = (first[..., 1:] != 0).any(-1, keepdims=True)
+    sees_later = first[..., 1:].astype(bool).any(-1, keepdims=True)
     own = jnp.where(sees_later, jnp.ones((n, n), mask.dtype), jnp.tri(n, dtype=mask.dtype))
     rest = jnp.where(sees_later, first, jnp.zeros_like(first))
     rest = jnp.broadcast_to(rest, (*own.shape[:-1], keys))
@@ -179,22 +180,36 @@ def _longer_segments(inputs: Inputs, name: str, argument: str, value: Any, n: in
 # --- a call that continues a cache, in which the virtual tokens are ---------------------------------------------------
 
 
-def continued(inputs: Inputs, n: int) -> dict[str, Any]:
+def continued(inputs: Inputs, name: str, n: int) -> tuple[dict[str, Any], Any]:
     """The arguments of a call that continues a cache which begins with ``n`` virtual tokens.
 
     Positions that are given count from the text's first token, and a mask of the cache's places has none for them.
+
+    Returns:
+      The arguments, and whether the call's tokens have no place in the cache: a traced boolean, or None if not known.
+
+    Raises:
+      ValueError: they have none.
     """
-    given = dict(inputs.arguments)
+    given, places, last = dict(inputs.arguments), None, None
     ids = next((x for name, x in given.items() if is_ids(x) and name.removeprefix(DECODER) in IDS), None)
     for other, value in inputs.arguments.items():
         own = other.removeprefix(DECODER)
         if own in POSITIONS and is_array(value):
             given[other] = jnp.asarray(value) + n
+            last = given[other].max()
         elif own in MASKS and is_array(value) and ids is not None:
             keys = value.shape[-1]
             if keys > ids.shape[-1] and _has_places(inputs, keys):
                 given[other] = before(value, jnp.ones((n,), value.dtype))[..., :keys]
-    return given
+                places = keys
+    full = None if places is None or last is None else last >= places
+    if full is not None and not isinstance(full, Tracer) and bool(full):
+        raise ValueError(
+            f"{name}: the cache has {places} places, of which {n} hold virtual tokens, and the next token's would be "
+            f"number {int(last)}; give it {n} more"
+        )
+    return given, full
 
 
 # --- positions --------------------------------------------------------------------------------------------------------
