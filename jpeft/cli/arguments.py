@@ -231,7 +231,9 @@ def _arranged(words: Sequence[str], known: Mapping[str, Option]) -> tuple[list[s
             raise UsageError(f"unknown option {name}{nearest(name, entries) or hint}")
         if not sign and entry.type is not bool:
             word = f"{name}={_value(name, entry, rest, known)}"
-        named.append(word.lower() if entry.choices is not None else word)
+        if entry.choices is not None:
+            word = f"{name}={entry.spelled(word.partition('=')[2])}"
+        named.append(word)
     return named, others
 
 

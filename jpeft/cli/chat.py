@@ -57,7 +57,9 @@ def _read_line(interactive: bool) -> str | None:
 
 
 def _encode(generator: Any, conversation: Any) -> Any:
-    ids, limit = generator.tokenizer.encode_chat(conversation.messages), generator.model.config.max_position_embeddings
+    ids = generator.tokenizer.encode_chat(conversation.messages)
+    virtual = 0 if generator.peft is None else generator.peft.virtual_tokens
+    limit = generator.model.config.max_position_embeddings - virtual
     if len(ids) >= limit:
         raise UserError(f"the conversation has {len(ids)} tokens, and the model takes at most {limit}: start a new one")
     return ids

@@ -102,6 +102,10 @@ class PrefixTuning(AttentionMethod):
     def enter(self, inputs: Inputs) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         return shifted_positions(inputs, self.name, self.length), {}
 
+    def virtual_tokens(self) -> int:
+        """The positions before the first token. The prefix itself takes no place in a cache."""
+        return self.length if self.shift_positions else 0
+
     # --- keys and values ---
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:

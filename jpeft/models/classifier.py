@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jpeft.models.bert import LOGITS, POOLED, STATES, Bert, sequence_logits
@@ -18,7 +19,8 @@ class Classifier(nn.Module):
     """Logits from the mean of an encoder's states over the tokens that are not padding.
 
     Attributes:
-        encoder: any Linen module `(input_ids, attention_mask=, deterministic=) -> [batch, length, hidden]`.
+        encoder: any Linen module `(input_ids, attention_mask=, deterministic=) -> [batch, length, hidden]`, which takes
+            `position_ids` too, if they are given.
         num_labels: the number of classes.
         pretrained: whether the head is that of HuggingFace's sequence classifier, on the first token; see
             `with_own_head`.
@@ -30,14 +32,22 @@ class Classifier(nn.Module):
     num_labels: int
     pretrained: bool = False
 
+    @nn.nowrap
+    def default_positions(self, input_ids: Int[Array, "batch length"]) -> Int[Array, "#batch length"]:
+        """The positions of a call that gives none: the encoder's own."""
+        own = getattr(self.encoder, "default_positions", None)
+        return jnp.arange(input_ids.shape[1])[None] if own is None else own(input_ids)
+
     @nn.compact
     def __call__(
         self,
         input_ids: Int[Array, "batch length"],
         attention_mask: Int[Array, "batch length"],
         deterministic: bool = True,
+        position_ids: Int[Array, "#batch length"] | None = None,
     ) -> Float[Array, "batch labels"]:
-        states = self.encoder(input_ids, attention_mask=attention_mask, deterministic=deterministic)
+        options = {} if position_ids is None else {"position_ids": position_ids}
+        states = self.encoder(input_ids, attention_mask=attention_mask, deterministic=deterministic, **options)
         if self.pretrained:
             features = states if states.ndim == 2 else states[:, 0]
             return sequence_logits(cast(Any, self.encoder), features, self.num_labels, deterministic)

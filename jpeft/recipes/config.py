@@ -14,7 +14,8 @@ from jpeft.checks import NUMBER, Rule, is_int, is_rate, is_size
 from jpeft.errors import UserError
 from jpeft.recipes import options
 from jpeft.recipes.assets import CONVERSATIONS, DATA, MODELS
-from jpeft.recipes.options import MACHINES, MEMORY, METHOD, OUTPUT, TRAINING, WHAT, option
+from jpeft.recipes.options import ANY_TEXT, MACHINES, MEMORY, METHOD, OUTPUT, TRAINING, WHAT, option
+from jpeft.recipes.spelling import spelled
 from jpeft.storage import absolute, as_path, is_remote, reason
 
 CLASSIFY, CHAT = "classify", "chat"
@@ -102,7 +103,7 @@ class Config:
         "begin from an adapter: a run (whose model it also takes), or a folder that jpeft or PEFT saved; the method is "
         "the adapter's", METHOD, None, path=True, metavar="FOLDER",
     )  # fmt: skip
-    method: str | None = option("how to fine-tune", METHOD, None, shown="lora", choices=_method_names)
+    method: str | None = option("how to fine-tune", METHOD, None, shown="lora", choices=_method_names, spelled=spelled)
     rank: int | None = option("rank, for methods that have one", METHOD, None, shown="by method, 8 for lora")
     alpha: float | None = option(
         "numerator of the scale alpha/rank", METHOD, None, shown="twice the rank, or the ratio of the method's default"
@@ -113,6 +114,10 @@ class Config:
     targets: str | Sequence[str] | None = option(
         "all-linear, names such as query,value, or a regular expression for whole paths", METHOD, None,
         shown="those of the method", rule=_TARGETS, metavar="TARGETS",
+    )  # fmt: skip
+    init_text: str | None = option(
+        "a text whose tokens' embeddings a prompt starts from, for methods with init_ids or token_ids", METHOD, None,
+        rule=ANY_TEXT, metavar="TEXT",
     )  # fmt: skip
     settings: Mapping[str, Any] = option(
         "any other field of the method, such as length=32; may be repeated", METHOD, {}, rule=_SETTINGS,
@@ -173,6 +178,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.method is None and self.adapter is None:
             object.__setattr__(self, "method", "lora")
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", spelled(self.method))
         # The demonstration's limit of steps must not cut other data short, or a given number of epochs.
         if self.task == CHAT and self.steps is None and self.epochs is None and self.data in (None, *CONVERSATIONS):
             object.__setattr__(self, "steps", _DEMONSTRATION_STEPS)

@@ -119,7 +119,7 @@ def _check(path: Path, name: Any, value: Any, known: Mapping[str, Option], elsew
         is_text = entry.type is str and not entry.literals and isinstance(value, int | float | datetime.date)
         hint = "; in quotes it is a text" if is_text and not isinstance(value, bool) else ""
         raise UserError(f"{path}: {str(error).replace('`', chr(39))}{hint}") from error
-    if entry.choices is not None and value.lower() not in entry.values:
+    if entry.choices is not None and entry.spelled(value) not in entry.values:
         listed = ", ".join(entry.values)
         raise UserError(f"{path}: {name!r} must be one of {listed}, got {shown(value)}{nearest(value, entry.values)}")
 

@@ -9,6 +9,7 @@ from jpeft.errors import UserError
 from jpeft.methods import METHODS
 from jpeft.methods.base import Method
 from jpeft.methods.train import Train
+from jpeft.recipes.spelling import spelled
 
 FULL = "full"  # trains everything: `Train` with the target `.*`
 
@@ -29,11 +30,11 @@ def method_class(name: str) -> type[Method]:
     'PrefixTuning'
     """
     names = method_names()
-    if name.lower() not in names:
+    if spelled(name) not in names:
         raise UserError(
             f"`method` {name}: unknown method{nearest(name, [*names])}; expected one of {', '.join(sorted(names))}"
         )
-    return names[name.lower()]
+    return names[spelled(name)]
 
 
 def name_of(method: Method) -> str:
@@ -46,4 +47,4 @@ def name_of(method: Method) -> str:
 
 
 def _name(kind: type[Method]) -> str:
-    return kind.__name__.removesuffix("Tuning").lower()
+    return spelled(kind.__name__)

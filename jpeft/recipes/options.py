@@ -60,6 +60,7 @@ class Option:
         tasks: the tasks that use it; empty for all.
         rule: what its values must be, if its type does not say it.
         choices: a function that gives the names it may have, if they are found at run time.
+        spelled: a function that gives a name as it is among the choices, from another spelling of it.
         names: names with a meaning of their own, of an option that otherwise takes a path.
         path: whether its values are paths, names aside.
         flag: the name on the command line, if it is not made from the field's.
@@ -81,6 +82,7 @@ class Option:
     tasks: tuple[str, ...] = ()
     rule: Rule | None = None
     choices: Callable[[], Collection[str]] | None = None
+    spelled: Callable[[str], str] = str.lower
     names: tuple[str, ...] = ()
     path: bool = False
     flag: str | None = None

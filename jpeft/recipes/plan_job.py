@@ -64,6 +64,7 @@ def build(config: Config, mesh: AbstractMesh, setup: Setup) -> Work:
     check_mesh(config, mesh)
     abstract = task.abstract(config, *_abstract_model(config), setup)
     peft = base.bind(method, abstract.model, abstract.params, abstract.inputs)
+    base.check_length(config.max_length, abstract.positions, peft.virtual_tokens)
     tx, key = optimizer(config, _STEPS, peft), jax.random.key(0)
     step = training_step(peft, task.loss_fn(peft, train_mode=bool(config.dropout), mesh=mesh), tx, config)
     state = TrainState.create(peft, peft.init(key, abstract.params), tx, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jpeft.checks import is_int, nearest
@@ -14,13 +15,15 @@ from jpeft.methods.train import Train
 from jpeft.parallel.batches import data_ways
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
 from jpeft.recipes import tasks
+from jpeft.recipes.assets import resolve_model
 from jpeft.recipes.config import Config, Setup, parse_targets
-from jpeft.recipes.method_names import FULL, method_class
+from jpeft.recipes.method_names import FULL, method_class, method_names
 from jpeft.recipes.options import options
 from jpeft.recipes.tasks.base import Job, NullReporter, Reporter
 from jpeft.storage import as_path
 
 _SETUP = Setup()
+_IDS = ("init_ids", "token_ids")  # the fields of methods that hold the tokens a prompt starts from
 
 
 def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SETUP) -> Job:
@@ -30,7 +33,8 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
     """
     if config.adapter is not None and not as_path(config.adapter).is_dir():
         raise UserError(f"`adapter` {config.adapter}: no such folder; expected a run, or one that jpeft or PEFT saved")
-    method, mesh = None if config.adapter is not None else build_method(config), setup.mesh
+    ids = None if config.init_text is None else _init_ids(config, (reporter or NullReporter()).say)
+    method, mesh = None if config.adapter is not None else build_method(config, ids), setup.mesh
     if mesh is not None:
         check_mesh(config, mesh)
     try:
@@ -41,16 +45,30 @@ def prepare(config: Config, reporter: Reporter | None = None, setup: Setup = _SE
         raise UserError(f"`mesh`: {config.model}: {error}") from error  # an axis of a weight that does not divide
 
 
-def build_method(config: Config) -> Method:
+def _init_ids(config: Config, say: Callable[[str], None]) -> Sequence[int]:
+    """The token ids of the text that a prompt starts from."""
+    if config.adapter is not None:
+        raise UserError(f"`init_text`: the run begins from `adapter` {config.adapter}, not from a text")
+    ids = tasks.find(config.task).text_ids(resolve_model(config.model, say), config.init_text)
+    if not ids:
+        raise UserError(f"`init_text` {config.init_text!r} has no tokens; give some text")
+    return ids
+
+
+def build_method(config: Config, init_ids: Sequence[int] | None = None) -> Method:
     """The method of a configuration, with what its task trains beside it, such as a classification head.
+
+    Args:
+        config: the configuration.
+        init_ids: the token ids of its `init_text`.
 
     >>> import jpeft
     >>> build_method(Config()) == jpeft.Chain(jpeft.LoRA(rank=8, alpha=16), jpeft.Train("classifier"))
     True
     """
     assert config.method is not None, "the method is that of an adapter"
-    kind, name = method_class(config.method), config.method.lower()
-    fields = _method_fields(config, kind)
+    kind, name = method_class(config.method), config.method
+    fields = _method_fields(config, kind) | _ids_field(config, kind, init_ids)
     if name == FULL:
         if "targets" in fields:
             raise UserError("`method` full trains everything; `method` train takes `targets`")
@@ -68,6 +86,19 @@ def build_method(config: Config) -> Method:
     except (ValueError, TypeError) as error:
         raise UserError(f"`method` {config.method}: {error}") from error
     return task.complete(method)
+
+
+def _ids_field(config: Config, kind: type[Method], init_ids: Sequence[int] | None) -> dict[str, Any]:
+    """The field of a method that holds the tokens a prompt starts from; none without them."""
+    if init_ids is None:
+        return {}
+    allowed = {entry.name for entry in dataclasses.fields(kind)}
+    if (field := next((name for name in _IDS if name in allowed), None)) is None:
+        kinds = [name for name, cls in method_names().items() if {*_IDS} & {f.name for f in dataclasses.fields(cls)}]
+        raise UserError(f"`init_text`: `method` {config.method} starts from no tokens; {', '.join(kinds)} do")
+    if field in config.settings:
+        raise UserError(f"`init_text` contradicts `settings` {field}; give one")
+    return {field: list(init_ids)}
 
 
 def _method_fields(config: Config, kind: type[Method]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ METHODS = {
         jpeft.LoRA(rank=2, targets=r".*_proj"),
     ),
 }
-VIRTUAL = {"prompt": 7, "all": 2}
+VIRTUAL = {"prompt": 7, "all": 5}
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def run(prompts=PROMPTS, how=generate, method=None, scan_layers=True, **settings
 
 @functools.cache
 def uncached(method=None):
-    """A forward pass without a cache: ids `[batch, 56]`, padded on the right, to logits."""
+    """A forward pass without a cache: ids `[batch, length]`, padded on the right, to logits."""
     model, params, peft, adapter = setup(method)
     if peft is None:
         return jax.jit(lambda ids: model.apply({"params": params}, ids))
@@ -90,7 +90,7 @@ def uncached(method=None):
 
 
 def next_logits(rows, method=None):
-    ids = np.zeros((3, 56), np.int32)
+    ids = np.zeros((3, CONFIG.context - VIRTUAL.get(method, 8)), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     logits = np.asarray(uncached(method)(ids))
@@ -173,7 +173,7 @@ def test_virtual_tokens_come_in_with_prompts_of_any_length(method):
     assert [[step[i] for step in steps] for i in range(3)] == want
 
 
-@pytest.mark.parametrize("method", ["prompt"])
+@pytest.mark.parametrize("method", ["prompt", pytest.param("all", marks=pytest.mark.exhaustive)])
 def test_virtual_tokens_take_positions_of_the_model(method):
     virtual, length = VIRTUAL[method], 40
     prompts = [PROMPTS[1], (PROMPTS[0] * 4)[:length]]
@@ -181,7 +181,9 @@ def test_virtual_tokens_take_positions_of_the_model(method):
     for limit in (room, None):
         rows = run(prompts, max_new_tokens=limit, method=method)
         assert [len(row) for row in rows] == [room] * 2
-    with pytest.raises(GenerationError, match=rf"prompt 1 has 40 tokens; with {room + 1} new ones and the 7 virtual"):
+    with pytest.raises(
+        GenerationError, match=rf"prompt 1 has 40 tokens; with {room + 1} new ones and the {virtual} virtual"
+    ):
         run(prompts, max_new_tokens=room + 1, method=method)
     whole = prompts[1] + rows[1]
     assert greedy([whole[:-1]] * 3, 1, method)[0] == whole[-1:]

@@ -64,6 +64,7 @@ class AbstractModel:
         inputs: abstract inputs, enough to bind a method.
         names: the logical axis names of the parameters.
         batch: an abstract training batch.
+        positions: the number of tokens that the model takes.
     """
 
     model: Any
@@ -71,6 +72,7 @@ class AbstractModel:
     inputs: tuple[Any, ...]
     names: Any
     batch: Any
+    positions: int
 
 
 class Task(Protocol):
@@ -88,6 +90,10 @@ class Task(Protocol):
 
     def complete(self, method: Method) -> Method:
         """The method together with whatever else this task trains."""
+        ...
+
+    def text_ids(self, folder: Path, text: str) -> list[int]:
+        """The token ids of a text under the tokenizer of a model's folder, without special tokens."""
         ...
 
     def prepare(self, config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> Job:
@@ -255,13 +261,17 @@ def evaluation_data(
     return train, test
 
 
-def check_length(length: int, limit: int) -> None:
+def check_length(length: int, limit: int, virtual: int = 0) -> None:
     """Raises a UserError if rows of `length` tokens are longer than the model takes.
 
-    >>> check_length(128, limit=512)
+    Args:
+        virtual: the number of virtual tokens that a method puts before each row.
+
+    >>> check_length(128, limit=512, virtual=20)
     """
-    if length > limit:
-        raise UserError(f"`max_length` {length}: the model takes at most {limit} tokens")
+    if length + virtual > limit:
+        beside = f" beside the {virtual} virtual tokens of the method" if virtual else ""
+        raise UserError(f"`max_length` {length}: the model takes at most {limit - virtual} tokens{beside}")
 
 
 def bind(method: Method, model: Any, params: Any, inputs: Sequence[Any]) -> Peft:

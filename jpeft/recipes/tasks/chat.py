@@ -282,7 +282,7 @@ def samples(
         tokenizer.encode_chat(list(messages), **more)
         for (messages, _), more in zip(prompts, variables or [{}] * len(prompts), strict=True)
     ]
-    room = peft.model.config.max_position_embeddings - max(map(len, ids))
+    room = peft.model.config.max_position_embeddings - peft.virtual_tokens - max(map(len, ids))
     texts = generator.generate(ids, Settings(min(new_tokens, room)))
     return [
         Sample(messages[-1].get("content") or "", reference, text)
@@ -392,6 +392,14 @@ def complete(method: Method) -> Method:
     return method
 
 
+def text_ids(folder: Path, text: str) -> list[int]:
+    """The token ids of a text, without special tokens.
+
+    >>> text_ids(resolve_model("smollm2"), "Solve the problem.")  # doctest: +SKIP
+    """
+    return chat_template.read(folder).tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ChatJob:
     """Reads the conversations, loads the language model, and binds the method."""
     train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)
@@ -409,6 +417,7 @@ def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Se
     tokenizer = load_chat_tokenizer(path, model, config.max_length, template)
     complete = functools.partial(with_rows, model=model, rows=rows)
     config, peft, start = begin(config, method, model, params, example_inputs(), complete, reporter.say)
+    base.check_length(config.max_length, model.config.max_position_embeddings, peft.virtual_tokens)
     encoded, test_encoded = (_encode(part, tokenizer, config.max_length, reporter) for part in (train, test))
     batches = conversations.Batches(
         encoded, config.batch_size, config.max_length, config.seed, config.epochs, config.packed
@@ -463,7 +472,6 @@ def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractM
     """An abstract language model, and a batch for it."""
     if not isinstance(model, Decoder):
         raise UserError(f"`model` {config.model}: an encoder; plan for it with `task` classify")
-    base.check_length(config.max_length, model.config.max_position_embeddings)
     ids = abstract_ids(config.batch_size, config.max_length)
     return AbstractModel(
         model=model.clone(remat=setup.remat),
@@ -471,6 +479,7 @@ def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractM
         inputs=example_inputs(),
         names=logical_names(model),
         batch=Batch(ids, ids, ids, ids, weight=cast(Any, jax.ShapeDtypeStruct(ids.shape, jnp.float32))),
+        positions=model.config.max_position_embeddings,
     )
 
 

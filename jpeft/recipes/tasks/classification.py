@@ -343,6 +343,15 @@ def complete(method: Method) -> Method:
     return Chain(method, Train(HEAD))
 
 
+def text_ids(folder: Path, text: str) -> list[int]:
+    """The token ids of a text, without special tokens.
+
+    >>> text_ids(resolve_model("minilm"), "Is the review good?")  # doctest: +SKIP
+    """
+    tokenizer = reading.load_tokenizer(folder, len(text) + 8)  # special tokens, which are not counted then
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ClassificationJob:
     """Reads the data, loads the encoder under its head, and binds the method."""
     _check_remat(setup)
@@ -373,6 +382,8 @@ def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Se
         return with_rows(own, classifier.encoder, rows, "encoder/")
 
     config, peft, start = begin(config, method, classifier, params, example_inputs(), whole, reporter.say)
+    positions = labeled.length_limit(cast(Any, classifier.encoder).config)
+    base.check_length(config.max_length, positions, peft.virtual_tokens)
     encoded, test_encoded = (
         encode(part.texts, tokenizer, classifier, config.max_length, part_ids)
         for part, part_ids in zip((train, test), ids, strict=True)
@@ -444,6 +455,7 @@ def abstract(config: Config, model: Any, params: Any, setup: Setup) -> AbstractM
         inputs=example_inputs(),
         names={"encoder": logical_names(model)},
         batch=Batch(ids, ids, labels=row, weight=weight, rows=row),
+        positions=labeled.length_limit(model.config),
     )
 
 
