@@ -32,6 +32,7 @@ from jpeft.core.operation import (
     Dropout,
     Operation,
     change_attend,
+    change_inputs,
     change_output,
     no_dropout,
     whole_geometry,
@@ -178,9 +179,15 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Draw, is_inne
         then the output is not the module's.
     """
     on = {kind: [a for a in actions if a.site.kind == kind] for kind in ("weight", "attention", "output")}
+    is_whole = call.method == "__call__" and not is_inner
+    for active in on["output"]:
+        if is_whole and active.action.method.feeds:
+            drop = dropout(active.action.method.draws)
+            args, kwargs = change_inputs(active, (call.args, call.kwargs), drop)
+            call = dataclasses.replace(call, args=args, kwargs=kwargs)
     with _marked(call):
         y = _with_changed_attention(call, on["attention"], lambda call: _with_weights(call, on["weight"], dropout))
-    if call.method == "__call__" and not is_inner:
+    if is_whole:
         for active in on["output"]:
             drop = dropout(active.action.method.draws)
             y = change_output(active, (call.args, call.kwargs), y, drop, call.rerun)

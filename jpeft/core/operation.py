@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.core.actions import Active, merge_layer, merge_matrix
 from jpeft.core.geometry import Call, Lookup, Parts, Patches, attend
 from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.nested import first_array, replace_first
 from jpeft.core.sites import Site, map_axes
+from jpeft.core.tree import split_arrays
 
 
 def whole_geometry(site: Site) -> Any:
@@ -54,6 +56,30 @@ def change_output(active: Active, inputs: Any, y: Any, dropout: Callable[[Any, f
     if (on := active.leaves.get(active.action.mask)) is not None:
         changed = jnp.where(on.reshape(()), changed, out)
     return replace_first(y, changed)
+
+
+def change_inputs(active: Active, inputs: Any, dropout: Callable[[Any, float], Any]) -> Any:
+    """A call's arguments, with the floating arrays among them changed by one action.
+
+    Args:
+      active: the action.
+      inputs: the arguments.
+      dropout: the method's dropout.
+    """
+    arrays, restore = split_arrays(inputs)
+    places = [i for i, x in enumerate(arrays) if np.ndim(x) and jnp.issubdtype(x.dtype, jnp.floating)]
+    given = tuple(arrays[i] for i in places)
+    leaves = active.used(active.leaves, given[0].dtype if given else jnp.float32)
+    context = ModuleContext(active.context, dropout, _not_yet)
+    on = active.leaves.get(active.action.mask)
+    for i, x in zip(places, active.action.method.feed(leaves, given, context), strict=True):
+        changed = x.astype(arrays[i].dtype)
+        arrays[i] = changed if on is None else jnp.where(on.reshape(()), changed, arrays[i])
+    return restore(arrays)
+
+
+def _not_yet(x: Any) -> Any:
+    raise ValueError("a method that changes the inputs of a module cannot run it before")
 
 
 # --- calls of linear layers -------------------------------------------------------------------------------------------

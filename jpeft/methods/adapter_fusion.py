@@ -1,7 +1,7 @@
 """AdapterFusion: attention over what several trained adapters add (Pfeiffer et al. 2021,
 https://arxiv.org/abs/2005.00247).
 
-h <- h + Σ_i softmax_i((h Q + q) · (c_i K + k)) c_i V            c_i: what adapter i adds to h
+h <- h + Σ_i softmax_i((h Q + q) · c_i K) c_i V            c_i: what adapter i adds to h
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AdapterFusion(Composition):
       dtype: dtype of the leaves that are no member's.
 
     Leaves at a site: those of the members, with their names in front, ``fr_bottleneck_down``, and ``fusion_query
-    [features, features]``, ``fusion_query_bias``, ``fusion_key``, ``fusion_key_bias`` and ``fusion_value``.
+    [features, features]``, ``fusion_query_bias``, ``fusion_key`` and ``fusion_value``.
 
     >>> import jpeft
     >>> members = {"squad": jpeft.Bottleneck(), "mnli": jpeft.Bottleneck(), "qqp": jpeft.Bottleneck()}
@@ -107,7 +107,8 @@ class AdapterFusion(Composition):
         for own, name in zip(jax.random.split(key), ("query", "key"), strict=True):
             if getattr(self, name):
                 leaves[f"fusion_{name}"] = normal(own, shape, self.init_std, self.dtype)
-                leaves[f"fusion_{name}_bias"] = jnp.zeros((site.outputs,), self.dtype)
+        if self.query:  # one of the keys would shift all scores alike, which the softmax does not see
+            leaves["fusion_query_bias"] = jnp.zeros((site.outputs,), self.dtype)
         if self.value and self.value_initialized:
             eye = jnp.eye(site.outputs)
             leaves["fusion_value"] = jnp.where(eye == 1, 1.0, _OFF_DIAGONAL).astype(self.dtype)

@@ -482,6 +482,18 @@ class OutputMethod(Method):
     def candidates(self, survey: Survey) -> Sequence[Site]:
         return survey.outputs
 
+    @property
+    def feeds(self) -> bool:
+        """Whether `feed` changes anything."""
+        return type(self).feed is not OutputMethod.feed
+
+    def feed(self, leaves: Leaves, inputs: tuple[Array, ...], context: ModuleContext) -> tuple[Array, ...]:
+        """The floating arrays among a module's arguments, in their order, as the module gets them.
+
+        It runs before the module, which cannot run again then; `apply` runs after it.
+        """
+        return inputs
+
     def apply(
         self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: ModuleContext
     ) -> Float[Array, "*tokens features"]:

@@ -145,6 +145,35 @@ def test_only_a_norm_can_run_again():
         )
 
 
+class AddNorm(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, residual, scale=2):
+        return jnp.tanh(self.dense(x) + scale * residual)
+
+
+class Sublayer(nnx.Module):
+    def __init__(self):
+        self.output = AddNorm()
+
+    def __call__(self, x, residual):
+        return self.output(x, residual=residual)
+
+
+def test_a_parallel_adapter_is_added_to_a_residual_connection():
+    model, x, residual = Sublayer(), numbers(3, 4), numbers(3, 6)
+    peft = ParallelAdapter(residual=True, size=2).bind(model, x, residual)
+    adapter = moved(peft, params := nnx.state(model, nnx.Param))
+    own, h = float64(adapter["output"]), np.asarray(residual, np.float64)
+    hidden = np.maximum(h @ own["parallel_down"] + own["parallel_down_bias"], 0)
+    expected = model(x, residual + 4 * (hidden @ own["parallel_up"] + own["parallel_up_bias"]))
+    np.testing.assert_allclose(peft.apply(params, adapter, x, residual), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"second floating input is a residual .* of 6 features, and .* gets \(3, 4\)"):
+        dense = ParallelAdapter(residual=True, targets=["dense"]).bind(model, x, residual)
+        dense.apply(params, moved(dense, params), x, residual)
+
+
 def test_dropout_is_on_the_change_and_off_without_a_key():
     model, x = nn.Sequential([nn.Dense(64)]), numbers(8, 4)
     params = parameters(model, x)

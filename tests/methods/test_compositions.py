@@ -99,7 +99,7 @@ def test_compositions_nest_with_members_of_any_kind_and_come_back_from_json():
     peft = method.bind(MODEL, PARAMS, X)
     adapter = moved(peft, PARAMS, 1.0)
     trains = {path[-1] for path in flatten(adapter) if path not in peft.non_trainable_paths}
-    fusions = {"query", "query_bias", "key", "key_bias", "value"}
+    fusions = {"query", "query_bias", "key", "value"}
     assert trains == {f"both_fusion_{name}" for name in fusions}
     assert np.abs(outputs((peft, adapter)) - BASE).max() > 1e-2
     half = Average(members={"stack": method, "none": FR})

@@ -198,10 +198,11 @@ def _members(what: str, given: Any) -> Members:
     if len(set(names)) < len(names):
         raise ValueError(f"{what}.members: two have the same name; got {names}")
     for name, member in members:
-        if len(member.methods()) != 1 or member.enters or member.arguments or member.observes is not None:
+        beyond = member.enters or member.arguments or getattr(member, "feeds", False)
+        if len(member.methods()) != 1 or beyond or member.observes is not None:
             raise ValueError(
-                f"{what}: {member.name} cannot be a member, as {name!r} is: members act at single sites, not on the "
-                "model's own call, and start without data"
+                f"{what}: {member.name} cannot be a member, as {name!r} is: a member is one method, which changes what "
+                "leaves a module, not what enters it or the model, and starts without data"
             )
     return members
 
