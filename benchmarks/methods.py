@@ -50,6 +50,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "CPT": {"token_ids": tuple(range(16))},
     "TrainableTokens": {"indices": tuple(range(16)), "targets": r".*(embed_tokens|word_embeddings)"},
     "Train": {"targets": r".*[nN]orm.*"},
+    "XLoRA": {"n_experts": 4, "hidden_size": 512},
 }
 COMMON = {"vocab_size": 2048, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 LLAMA = {**COMMON, "model_type": "llama", "intermediate_size": 1536, "tie_word_embeddings": False}

@@ -271,6 +271,16 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
     return f"; nearest: {', '.join(close[:n])}" if close else ""
 
 
+def natural(path: Path) -> list[tuple[Any, ...]]:
+    """A key that sorts paths by the numbers in them.
+
+    >>> sorted([("layer_10",), ("layer_2",)], key=natural)
+    [('layer_2',), ('layer_10',)]
+    """
+    split = ["".join(c if c.isdigit() else f" {c} " for c in part).split() for part in path]
+    return [tuple((0, int(x), "") if x.isdigit() else (1, 0, x) for x in part) for part in split]
+
+
 def size_bytes(tree: Tree) -> int:
     """The bytes of a tree's leaves, from their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

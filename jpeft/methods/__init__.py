@@ -34,6 +34,7 @@ from jpeft.methods.cpt import CPT as CPT
 from jpeft.methods.delora import DeLoRA as DeLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.eva import redistribute as redistribute
+from jpeft.methods.experts import with_classifier as with_classifier
 from jpeft.methods.experts import with_experts as with_experts
 from jpeft.methods.families.members import with_members as with_members
 from jpeft.methods.fourierft import FourierFT as FourierFT
@@ -41,6 +42,7 @@ from jpeft.methods.gralora import GraLoRA as GraLoRA
 from jpeft.methods.hira import HiRA as HiRA
 from jpeft.methods.hra import HRA as HRA
 from jpeft.methods.ia3 import IA3 as IA3
+from jpeft.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from jpeft.methods.loha import LoHa as LoHa
 from jpeft.methods.lokr import LoKr as LoKr
 from jpeft.methods.lora import LoRA as LoRA

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from jpeft.core.sites import stack_back, stack_first
-from jpeft.core.tree import Path, box_as, like, unflatten
+from jpeft.core.targets import matches_entry
+from jpeft.core.tree import Path, box_as, join, like, natural, unflatten
 from jpeft.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -57,6 +60,82 @@ def with_experts(peft: Peft, adapter: Any, experts: Sequence[tuple[Peft, Any]]) 
         for name, parts, axis in zip(names, zip(*each, strict=True), (-1, -2), strict=True):
             leaves[name] = box_as(leaves[name], stack_back(jnp.concatenate(parts, axis), action.site.stack))
     return like(unflatten(leaves), adapter)
+
+
+def with_classifier(peft: Peft, adapter: Any, tensors: Mapping[str, Any], order: Sequence[str] = ()) -> Any:
+    """The adapter of an X-LoRA with the classifier that HuggingFace PEFT has trained.
+
+    PEFT 0.21 does not save it whole: of names like ``internal_xlora_classifier.layers.0.weight``, it drops those that
+    hold the name of a LoRA between dots. Take the tensors from the model itself, before it is saved:
+    ``model.base_model.internal_xlora_classifier.state_dict()``.
+
+    Args:
+      peft: a bound `XLoRA`.
+      adapter: its adapter. It is not changed.
+      tensors: the classifier's tensors as numpy arrays, by names that end in ``layers.<n>.weight`` or ``.bias``.
+      order: with ``layerwise``, the names of a layer's weights in torch's order, such as ``["q_proj", "v_proj"]``.
+
+    Raises:
+      ValueError: a layer of the classifier is missing, or has another shape; a weight is not in ``order``.
+    """
+    method: Any = peft.method
+    if not hasattr(method, "layerwise"):
+        raise ValueError(f"with_classifier fills an XLoRA, and this is {method.name}")
+    leaves, layers = dict(peft.check(adapter)), _layers(tensors)
+    if len(layers) != method.depth:
+        raise ValueError(
+            f"XLoRA.depth is {method.depth}, and the classifier has the layers {[n for n, _ in layers]}: PEFT drops "
+            "some as it saves; take them from model.base_model.internal_xlora_classifier.state_dict()"
+        )
+    *trunk, (_, (head, bias)) = layers
+    new: dict[Path, np.ndarray] = {}
+    for i, (_, (kernel, shift)) in enumerate(trunk):
+        new |= {(method.slug, f"kernel_{i}"): kernel, (method.slug, f"bias_{i}"): shift}
+    if method.layerwise:
+        new |= _heads(peft, head, bias, order)
+    else:
+        new |= {(method.slug, "xlora_head"): head, (method.slug, "xlora_head_bias"): bias}
+    for path, x in new.items():
+        old = meta.unbox(leaves[path])
+        if old.shape != x.shape:
+            raise ValueError(f"{join(path)!r} is {list(old.shape)}, and PEFT's classifier has {list(x.shape)} for it")
+        leaves[path] = box_as(leaves[path], jnp.asarray(x, old.dtype))
+    return like(unflatten(leaves), adapter)
+
+
+def _layers(tensors: Mapping[str, Any]) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """The kernel ``[in, out]`` and bias of each layer with its number, in order."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for name, x in tensors.items():
+        if match := re.search(r"(?:^|\.)layers\.(\d+)\.(weight|bias)$", name):
+            found.setdefault(int(match[1]), {})[match[2]] = np.asarray(x)
+    whole = {n: own for n, own in found.items() if own.keys() == {"weight", "bias"}}
+    return [(n, (own["weight"].T, own["bias"])) for n, own in sorted(whole.items())]
+
+
+def _heads(peft: Peft, head: np.ndarray, bias: np.ndarray, order: Sequence[str]) -> dict[Path, np.ndarray]:
+    """The part of PEFT's last layer at each weight: one after the other, as torch lists the weights of all layers."""
+    method: Any = peft.method
+    count, places = method.n_experts, {}  # the index of each weight's outputs, of all its layers
+    seen = dict.fromkeys(order, 0)
+    for action in sorted(peft.actions, key=lambda action: natural(action.site.path)):
+        site = action.site
+        name = next((entry for entry in order if matches_entry(entry, site.name)), None)
+        if name is None:
+            raise ValueError(f"{site.name!r} is none of order={list(order)}, the weights of a layer in torch's order")
+        layers = range(seen[name], seen[name] + (site.stack[0][1] if site.stack else 1))
+        seen[name] += len(layers)
+        places[action] = [(layer * len(order) + list(order).index(name)) * count for layer in layers]
+    if (total := sum(seen.values()) * count) != bias.size or len(set(seen.values())) > 1:
+        raise ValueError(
+            f"PEFT's classifier has {bias.size} outputs, and the weights of order={list(order)} take {total}"
+        )
+    out = {}
+    for action, first in places.items():
+        for leaf, x in (("xlora_head", head), ("xlora_head_bias", bias)):
+            own = [x[..., i : i + count] for i in first]
+            out[action.leaf_path(leaf)] = np.stack(own) if action.site.stack else own[0]
+    return out
 
 
 def _factors(index: int, peft: Peft, adapter: Any, mixtures: Mapping[Path, Action]) -> dict[Path, tuple[Any, Any]]:

@@ -8,7 +8,6 @@ o is the attention's output, and g starts at zero.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from jpeft.checks import NUMBER, POSITIVE_INT, Rule, or_none
 from jpeft.core.interchange import ATTENTION, Field, HFSpec, Tensor, Tensors
 from jpeft.core.method import Attend, Leaves, Project
 from jpeft.core.sites import Site, Survey
+from jpeft.core.tree import natural
 from jpeft.methods.base import LAYERS, AttentionMethod, normal
 
 
@@ -86,7 +86,7 @@ class LlamaAdapter(AttentionMethod):
         if self.last_layers > count:
             raise ValueError(f"{self.name}.last_layers is {self.last_layers}, and the model has {count} attentions")
         if not stacks:
-            return sorted(found, key=_in_order)[-self.last_layers :]
+            return sorted(found, key=lambda site: natural(site.path))[-self.last_layers :]
         chosen = tuple(range(count - self.last_layers, count))
         return [site if len(chosen) == count else dataclasses.replace(site, layers=chosen) for site in found]
 
@@ -102,12 +102,6 @@ class LlamaAdapter(AttentionMethod):
         out = attend(query, key, value, mask)
         own = attend.over(query, *project(leaves["adaption_prompt"]))
         return out + leaves["adaption_gate"].astype(out.dtype) * own.astype(out.dtype)
-
-
-def _in_order(site: Site) -> list[tuple[bool, int, str]]:
-    """A key that sorts numbers in paths as numbers."""
-    parts = (part for name in site.path for part in re.split(r"(\d+)", name))
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 # --- the form in HuggingFace PEFT -------------------------------------------------------------------------------------

@@ -142,8 +142,8 @@ class Poly(WeightMethod):
                 f"{self.name}: {TASKS} must be integers [batch], or one for all rows, got {ids.dtype.name}"
                 f"{list(ids.shape)}"
             )
-        if not isinstance(ids, Tracer) and ids.size:
-            low, high = int(np.min(ids)), int(np.max(ids))
+        if not isinstance(given, Tracer) and ids.size:
+            low, high = int(np.min(np.asarray(given))), int(np.max(np.asarray(given)))
             if low < 0 or high >= self.n_tasks:
                 raise ValueError(
                     f"{self.name}: {TASKS} must be in 0..{self.n_tasks - 1}, of n_tasks={self.n_tasks}, got "

@@ -57,7 +57,7 @@ class XLoRA(WeightMethod):
       scale: c, the factor on the experts' outputs.
       train_experts: whether the LoRAs train too.
       states: path of the module whose output holds the hidden states, such as "model/norm"; "" for the model's own
-        output. By default the model's method ``hidden_states``, which jpeft's decoders have.
+        output. By default the model's method ``hidden_states``, as jpeft's decoders have it, or else its output.
       dtype: dtype of the leaves.
       targets, exclude, overrides, parts: see `WeightMethod`. Weights that see all tokens of the call: no embeddings,
         convolutions or experts.
@@ -179,17 +179,10 @@ class XLoRA(WeightMethod):
 
     def _first_pass(self, inputs: Inputs, cache: Mapping[str, Any] | None) -> tuple[Any, Any] | None:
         """The hidden states of the base, and the cache of the first pass; None for a call of a part of the model."""
-        method, arguments = "", inputs.arguments
+        arguments, own = inputs.arguments, None
         if not any(map(is_array, jax.tree.leaves(arguments))):  # a helper, such as one that a module's setup calls
             return None
-        if self.states is None:
-            if not hasattr(type(inputs.model), HIDDEN_STATES):
-                raise ValueError(
-                    f"{self.name}: {type(inputs.model).__name__} has no method {HIDDEN_STATES!r}; say which module's "
-                    "output holds the last hidden states, as in states='model/norm'"
-                )
-            method = HIDDEN_STATES
-        own = None
+        method = HIDDEN_STATES if self.states is None and hasattr(type(inputs.model), HIDDEN_STATES) else ""
         if cache is not None:
             own = cache.get(FIRST_PASS)
             if own is None and inputs.continues:
@@ -205,9 +198,10 @@ class XLoRA(WeightMethod):
         output, states = found[0], first_array(found[1])
         if states is None or states.shape[-1] != self.hidden_size:
             shape = "no array" if states is None else list(states.shape)
-            where = self.states if self.states is not None else HIDDEN_STATES
+            where = f"of {self.states!r}" if self.states else f"by {HIDDEN_STATES!r}" if method else "of the model"
             raise ValueError(
-                f"{self.name}.hidden_size is {self.hidden_size}, and the hidden states {where!r} are {shape}"
+                f"{self.name}.hidden_size is {self.hidden_size}, and the output {where} is {shape}; say which module's "
+                "output holds the last hidden states, as in states='model/norm'"
             )
         return states, None if own is None else _cache_in(output, own, self.name)
 

@@ -35,6 +35,7 @@ _REQUIRED = {
     "Train": 'r".*/LayerNorm/(scale|bias)"',
     "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]',
     "VBLoRA": "num_vectors=32, vector_length=16",
+    "XLoRA": "n_experts=3, hidden_size=64",
 }
 
 _SETUP = """\

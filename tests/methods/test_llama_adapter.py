@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import meta
 
 import jpeft
 from jpeft.core import stacking
 from jpeft.core.attending import Attention
 from jpeft.core.tree import flatten, unflatten
-from jpeft.methods.llama_adapter import LlamaAdapter
+from jpeft.methods import LlamaAdapter
 from jpeft.models.decoder import Decoder, DecoderConfig
 from tests.contract import close, differ
 from tests.zoo import moved, parameters
@@ -65,6 +66,42 @@ def test_a_gate_adds_what_queries_find_in_the_projected_prompt():
         leaves | {"adaption_gate": jnp.zeros(1)}, Attention(attended), *arrays, mask, project
     )
     close(shut, attended(*arrays, mask))
+
+
+def test_flax_attentions_find_what_they_find_in_a_prompt_by_themselves():
+    """The oracle is the module itself, called with the prompt as its keys and values."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    mask = nn.make_causal_mask(x[..., 0], dtype=bool)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, prompt=None):
+            attention = nn.MultiHeadDotProductAttention(2, qkv_features=12, out_features=6, name="attention")
+            return attention(x, mask=mask) if prompt is None else attention(x, prompt, prompt)
+
+    class Nnx(nnx.Module):
+        def __init__(self):
+            self.attention = nnx.MultiHeadAttention(2, 8, 12, 6, decode=False, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, prompt=None):
+            return self.attention(x, mask=mask) if prompt is None else self.attention(x, prompt, prompt)
+
+    def check(peft, params, call, bias):
+        adapter = moved(peft, params, 0.8)
+        (prompt, gate) = (adapter["attention"][f"adaption_{name}"] for name in ("prompt", "gate"))
+        alone = call(x, jnp.broadcast_to(prompt, (2, 3, 8)))
+        want = call(x) + gate * (alone - bias)
+        assert differ(want, call(x))
+        close(jax.jit(peft.apply)(params, adapter, x), want)
+
+    model = Net()
+    params = parameters(model, x)
+    method = LlamaAdapter(length=3)
+    bias = params["attention"]["out"]["bias"]
+    check(method.bind(model, params, x), params, lambda *args: model.apply({"params": params}, *args), bias)
+    own = Nnx()
+    own.attention.out.bias.set_value(bias)
+    check(method.bind(own, x), nnx.state(own, nnx.Param), own, bias)
 
 
 @pytest.mark.parametrize("last_layers", [None, 1, 2, 3])

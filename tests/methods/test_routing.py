@@ -308,9 +308,9 @@ def test_what_has_no_first_pass_is_refused():
     states = model.apply({"params": params}, IDS, method="hidden_states")
     assert peft.apply(params, adapter, states, method="logits").shape == (3, 7, 41)  # a part without a site
     for fields, expected in [
-        ({"hidden_size": 8}, r"hidden_size is 8, and the hidden states 'hidden_states' are \[3, 7, 16\]"),
+        ({"hidden_size": 8}, r"hidden_size is 8, and the output by 'hidden_states' is \[3, 7, 16\]"),
         ({"states": "model/normal"}, "does not call a module 'model/normal'; give the path of one that it calls"),
-        ({"states": ""}, r"hidden_size is 16, and the hidden states '' are \[3, 7, 41\]"),
+        ({"states": ""}, r"hidden_size is 16, and the output of the model is \[3, 7, 41\]; say which module's"),
     ]:
         own, tree = bound(dataclasses.replace(MIXTURES["xlora"], **fields), model, params)
         with pytest.raises(ValueError, match=expected):
@@ -324,17 +324,7 @@ def test_what_has_no_first_pass_is_refused():
 
     model, x = Net(), jnp.ones((2, 3, 4))
     variables = model.init(jax.random.key(0), x)
-    own, tree = bound_on(XLoRA(n_experts=2, hidden_size=4, targets="op"), model, variables, x[:, :1])
-    for fields, expected in [
-        ({}, "Net has no method 'hidden_states'; say which"),
-        ({"states": "op"}, "keeps keys and"),
-    ]:
-        own, tree = bound_on(XLoRA(n_experts=2, hidden_size=4, targets="op", **fields), model, variables, x[:, :1])
-        held = variables if fields else {"params": variables["params"]}
-        with pytest.raises(ValueError, match=expected):
-            own.apply(held, tree, x[:, :1], mutable=["cache"] if fields else False)
-
-
-def bound_on(method, model, variables, *inputs):
-    peft = method.bind(model, variables, *inputs, mutable=["cache"])
-    return peft, peft.init(jax.random.key(0), variables["params"])
+    peft = XLoRA(n_experts=2, hidden_size=4, targets="op").bind(model, variables, x[:, :1], mutable=["cache"])
+    adapter = peft.init(jax.random.key(0), variables["params"])
+    with pytest.raises(ValueError, match="keeps keys and values in the model or in an argument that is no mapping"):
+        peft.apply(variables, adapter, x[:, :1], mutable=["cache"])

@@ -209,6 +209,10 @@ def _forward(
     bias: tuple[Path, list[tuple[Atom, Atom]], View] | None = None
     for following, place, output in [*trail, (None, 0, 0)]:
         if (axes := _heads_of(view, heads)) is not None:
+            if following is not None and following.name == "convert_element_type":
+                continue
+            if following is not None and following.name.startswith("add") and bias is None:
+                bias = _bias_of(following.inputs[1 - place], view, parameters)  # of heads, as the product is
             own = None if bias is None else _of_bias(axes, bias[1], bias[2], view.fixed)
             return Projection(path, View((*inputs, *axes), view.fixed), None if bias is None else bias[0], own, heads)
         if following is None:

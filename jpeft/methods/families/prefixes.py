@@ -13,7 +13,7 @@ from flax.core import meta
 from jpeft.core.actions import Action, used_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.sites import map_axes, stack_back, stack_first
-from jpeft.core.tree import Path, Tree, like, unflatten
+from jpeft.core.tree import Path, Tree, like, natural, unflatten
 
 KEY, VALUE = "prefix_key", "prefix_value"
 Prefixes = dict[str, dict[str, Any]]  # by site, a key and a value [layers..., length, kv_heads, head_dim]
@@ -28,13 +28,7 @@ def prefix_actions(peft: Peft) -> list[Action]:
     found = [a for a in peft.actions if a.site.kind == "attention" and hasattr(a.method, "stored")]
     if not found:
         raise ValueError(f"{peft.method.name} has no keys and values before an attention's own; PrefixTuning has")
-    return sorted(found, key=lambda action: _natural(action.site.path))
-
-
-def _natural(path: Path) -> list[tuple[Any, ...]]:
-    """A path in the order of its numbers: ``layer_2`` before ``layer_10``."""
-    split = ["".join(c if c.isdigit() else f" {c} " for c in part).split() for part in path]
-    return [tuple((0, int(x), "") if x.isdigit() else (1, 0, x) for x in part) for part in split]
+    return sorted(found, key=lambda action: natural(action.site.path))
 
 
 def prefixes(peft: Peft, adapter: Tree) -> Prefixes:
