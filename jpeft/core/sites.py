@@ -85,6 +85,7 @@ class Site:
       bias: whether the owner has a bias.
       named: whether the weight is named ``owner/leaf``: a raw weight, or one of several in its scope.
       role: set by a method for its own use, such as "feedforward".
+      calls_alone: set by a method that acts in calls of the weight's module alone, whatever else reads the weight.
       layers: of a weight that a scan stacks, the layers that the method acts on; None for all.
       attention: for an attention that no hook is registered for, how it was found.
       projections: for an attention, the parameters that project states to its keys and to its values, see
@@ -107,6 +108,7 @@ class Site:
     bias: bool = False
     named: bool = False
     role: str = ""
+    calls_alone: bool = False
     layers: tuple[int, ...] | None = None
     attention: FoundAttention | None = None
     projections: tuple[Any, Any] | str = ""

@@ -103,7 +103,7 @@ def _problem(peft: Peft, treedef: Any, leaves: tuple[Any, ...]) -> str | None:
 
 def _same_use(bound: Site, now: Site) -> bool:
     """Whether the change of a weight that was bound reaches all uses of it in another call."""
-    if bound.via == MERGE:
+    if bound.via == MERGE or bound.calls_alone:
         return True
     if now.via == MERGE:
         return False

@@ -192,7 +192,8 @@ class NnxFrontEnd:
             found = survey(model, inputs, own, method)
         except Exception:  # the call itself raises it too, or it needs values
             return None
-        bound = {a.site.weight_path for a in peft.actions if a.site.kind == "weight" and a.site.via != MERGE}
+        sites = [a.site for a in peft.actions if a.site.kind == "weight" and not a.site.calls_alone]
+        bound = {site.weight_path for site in sites if site.via != MERGE}
         via = {site.weight_path: site.via for site in found.weights if site.weight_path in bound}
         boxes = [path for path, way in via.items() if way == BOX]
         unread = {path for path, way in via.items() if way == MERGE} | (set(boxes) - set(found.boxable(boxes)))

@@ -111,6 +111,7 @@ class PromptMethod(WeightMethod):
         return [Matched("targets", "the table of token embeddings (the default)", len(sites))]
 
     def prepare(self, site: Site) -> Site:
+        site = dataclasses.replace(site, calls_alone=site.lookup)
         if site.via != FUSED and isinstance(site.geometry, Embedding) and not isinstance(site.geometry, TracedTable):
             # Read elsewhere too, as by a tied head: only the lookups in calls of the table's module matter.
             return dataclasses.replace(super().prepare(site), via=FUSED, role=_READ_ELSEWHERE)

@@ -87,13 +87,13 @@ def with_tokens(inputs: Inputs, name: str, argument: str, tokens: jax.Array, pad
     for other, value in inputs.arguments.items():
         if other == argument or not is_array(value) or _side(other) != side:
             continue
-        own = other.removeprefix(side)
+        own, value = other.removeprefix(side), jnp.asarray(value)
         if other in pad:
             given[other] = before(value, jnp.full((n,), pad[other], value.dtype))
         elif own in MASKS:
-            given[other] = _longer_mask(inputs, name, other, jnp.asarray(value), n, length)
+            given[other] = _longer_mask(inputs, name, other, value, n, length)
         elif own in POSITIONS:
-            given[other] = before(jnp.asarray(value) + n, jnp.arange(n, dtype=value.dtype))
+            given[other] = before(value + n, jnp.arange(n, dtype=value.dtype))
         elif own in TYPES:
             given[other] = before(value, jnp.zeros((n,), value.dtype))
         elif own in SEGMENTS:
@@ -166,7 +166,7 @@ def _has_places(inputs: Inputs, keys: int) -> bool:
     return any(keys in np.shape(x) for x in jax.tree.leaves(held))
 
 
-def _longer_segments(inputs: Inputs, name: str, argument: str, value: Any, n: int) -> jax.Array:
+def _longer_segments(inputs: Inputs, name: str, argument: str, value: jax.Array, n: int) -> jax.Array:
     """Segment ids in which virtual tokens belong to all segments of a row."""
     shared = getattr(inputs.model, "shared_segment", None)
     if shared is None:
@@ -174,7 +174,7 @@ def _longer_segments(inputs: Inputs, name: str, argument: str, value: Any, n: in
             f"{name}: {argument!r} tells apart texts that are packed in a row, and {type(inputs.model).__name__} has "
             "no segment that all texts see, for the virtual tokens; give one text in each row"
         )
-    return before(value, jnp.full((n,), shared, jnp.asarray(value).dtype))
+    return before(value, jnp.full((n,), shared, value.dtype))
 
 
 # --- a call that continues a cache, in which the virtual tokens are ---------------------------------------------------
@@ -194,9 +194,9 @@ def continued(inputs: Inputs, name: str, n: int) -> tuple[dict[str, Any], Any]:
     given, places, last = dict(inputs.arguments), None, None
     ids = next((x for name, x in given.items() if is_ids(x) and name.removeprefix(DECODER) in IDS), None)
     for other, value in inputs.arguments.items():
-        own = other.removeprefix(DECODER)
+        own, value = other.removeprefix(DECODER), jnp.asarray(value) if is_array(value) else value
         if own in POSITIONS and is_array(value):
-            given[other] = jnp.asarray(value) + n
+            given[other] = value + n
             last = given[other].max()
         elif own in MASKS and is_array(value) and ids is not None:
             keys = value.shape[-1]
