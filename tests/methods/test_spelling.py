@@ -114,6 +114,7 @@ def test_signatures_copies_and_pickles_are_those_of_any_dataclass(name):
         "Train": {"targets": "x"},
         "TrainableTokens": {"indices": (1,)},
         "ALoRA": {"invocation_tokens": (1,)},
+        "XLoRA": {"n_experts": 2, "hidden_size": 8},
     }
     method = cls(**required.get(name, {}))
     assert copy.deepcopy(method) == method == pickle.loads(pickle.dumps(method))
