@@ -10,7 +10,8 @@ import pytest
 
 import jpeft
 from jpeft.core.tree import flatten, unflatten
-from tests.foreign.test_transformers import MODELS, _as_transformers_runs  # noqa: F401: a fixture
+from tests.foreign.test_transformers import MODELS
+from tests.foreign.test_transformers import _as_transformers_runs as _as_transformers_runs
 from tests.foreign.test_transformers import pytestmark as pytestmark
 from tests.zoo import moved
 

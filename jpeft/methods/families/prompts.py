@@ -191,7 +191,8 @@ def continued(inputs: Inputs, name: str, n: int) -> tuple[dict[str, Any], Any]:
     Raises:
       ValueError: they have none.
     """
-    given, places, last = dict(inputs.arguments), None, None
+    given, places = dict(inputs.arguments), None
+    last: Any = None
     ids = next((x for name, x in given.items() if is_ids(x) and name.removeprefix(DECODER) in IDS), None)
     for other, value in inputs.arguments.items():
         own, value = other.removeprefix(DECODER), jnp.asarray(value) if is_array(value) else value
