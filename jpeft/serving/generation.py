@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     vocabulary: int | None = None,
     min_prompt_length: int = 16,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Continues a batch of prompts.
 
@@ -70,6 +71,7 @@ def generate(
       key: the random key for sampling.
       vocabulary: never generate ids from here on; for embeddings with more rows than the tokenizer has tokens.
       min_prompt_length: pad prompts to at least this length. A larger one means fewer programs to compile.
+      arguments: arguments of the model's call that are the adapter's own, such as `{"task_ids": jnp.array([0, 1])}`.
 
     Returns:
       The new tokens of each prompt, including its stop id.
@@ -87,7 +89,7 @@ def generate(
     [5, 5]
     """
     settings = _Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
-    decoding = _Decoding(_Forward.of(model, peft, adapter), (params, adapter), prompts, settings)
+    decoding = _Decoding.of(model, params, peft, adapter, arguments, prompts, settings)
     decoding.advance(decoding.limit - 1)
     return decoding.rows()
 
@@ -107,6 +109,7 @@ def stream(
     key: Key[Array, ""] | None = None,
     vocabulary: int | None = None,
     min_prompt_length: int = 16,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the tokens of `generate` step by step: the new token of each row, None once the row has ended.
 
@@ -120,7 +123,7 @@ def stream(
     5
     """
     settings = _Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
-    return _Decoding(_Forward.of(model, peft, adapter), (params, adapter), prompts, settings).steps()
+    return _Decoding.of(model, params, peft, adapter, arguments, prompts, settings).steps()
 
 
 def bucket(length: int, min_prompt_length: int, most: int) -> int:
@@ -133,6 +136,14 @@ def bucket(length: int, min_prompt_length: int, most: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
+
+
+class _Trees(NamedTuple):
+    """What the model runs on: its parameters, an adapter or None, and arguments of the call that are the adapter's."""
+
+    params: Any
+    adapter: Any
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -163,14 +174,14 @@ class _Forward:
         return 0 if self.peft is None else self.peft.virtual_tokens
 
     def __call__(
-        self, trees: tuple[Any, Any], input_ids: jax.Array, cache: Any, continues: bool, **kwargs: Any
+        self, trees: _Trees, input_ids: jax.Array, cache: Any, continues: bool, **kwargs: Any
     ) -> tuple[jax.Array, Any]:
         """The logits and the cache; `continues`: whether an earlier call has begun the cache."""
-        params, adapter = trees
+        params, adapter, arguments = trees
         if self.peft is None:
             return self.model.apply({"params": params}, input_ids, cache=cache, **kwargs)
         with continuing(continues):
-            return self.peft.apply(params, adapter, input_ids, cache=cache, **kwargs)
+            return self.peft.apply(params, adapter, input_ids, cache=cache, **arguments, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -289,7 +300,16 @@ class _State(NamedTuple):
 class _Decoding:
     """The generation of one batch. Prefill runs at once, decode on request."""
 
-    def __init__(self, forward: _Forward, trees: Any, prompts: Sequence[Sequence[int]], settings: _Settings):
+    @classmethod
+    def of(cls, model: Any, params: Any, peft: Any, adapter: Any, arguments: Any, *rest: Any) -> _Decoding:
+        forward, given = _Forward.of(model, peft, adapter), dict(arguments or {})
+        own = {name for member in (() if peft is None else peft.method.methods()) for name in member.arguments}
+        if unknown := [name for name in given if name not in own]:
+            known = f"{peft.method.name} has {', '.join(sorted(own)) or 'none'}" if peft else "there is no adapter"
+            raise GenerationError(f"arguments: {unknown[0]!r} is none of the adapter's own; {known}")
+        return cls(forward, _Trees(params, adapter, given), *rest)
+
+    def __init__(self, forward: _Forward, trees: _Trees, prompts: Sequence[Sequence[int]], settings: _Settings):
         settings.check()
         config, virtual = forward.model.config, forward.virtual_tokens
         rows = _check_prompts(prompts, config, settings.max_new_tokens or 1, virtual)

@@ -52,18 +52,8 @@ def working_directory(home, monkeypatch, tmp_path):
 def job(out, *more):
     files = ["--task", "chat", "--model", "llama", "--data", "sums.jsonl", "--eval", "more.jsonl", "--out", str(out)]
     sizes = ["--batch-size", "2", "--max-length", str(WIDTH), "--steps", "6", "--samples", "1", "--quantize", "none"]
-    return [
-        "finetune",
-        *files,
-        *sizes,
-        "--method",
-        "prompt_tuning",
-        "--init-text",
-        TEXT,
-        "--checkpoint-every",
-        "2",
-        *more,
-    ]
+    method = () if "--method" in more else ("--method", "prompt_tuning", "--init-text", TEXT)
+    return ["finetune", *files, *sizes, "--checkpoint-every", "2", *method, *more]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +146,8 @@ def test_generation_counts_virtual_tokens_among_the_positions(finished):
     ("method", "more"),
     [
         ("p-tuning", ("--set", "length=3", "--set", "hidden=8")),
-        ("Cartridge", ("--set", "length=3")),  # positions of tokens begin after it
+        # positions of tokens begin after it
+        pytest.param("Cartridge", ("--set", "length=3"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_classifier_predicts_as_it_was_evaluated(method, more):
@@ -186,8 +177,9 @@ def test_a_step_with_virtual_tokens_is_planned():
 
 MISTAKES = {
     "length": (["--max-length", "109"], "--max-length 109: the model takes at most 108 tokens beside the 20 virtual"),
-    "text": (["--method", "lora"], "--init-text: --method lora starts from no tokens; "),
+    "text": (["--method", "lora", "--init-text", TEXT], "--init-text: --method lora starts from no tokens; "),
     "twice": (["--set", "init_ids=[5,6]"], "--init-text contradicts --set init_ids; give one"),
+    "tasks": (["--method", "multitask_prompt", "--set", "tasks=2"], "task_ids must be integers, the task of each text"),
     "empty": (["--init-text", ""], "--init-text '' has no tokens; give some text"),
 }
 

@@ -189,6 +189,23 @@ def test_virtual_tokens_take_positions_of_the_model(method):
     assert greedy([whole[:-1]] * 3, 1, method)[0] == whole[-1:]
 
 
+def test_rows_of_several_tasks():
+    """Each under its own prompt, as alone without a cache."""
+    model, params = tiny()
+    peft = jpeft.methods.MultitaskPromptTuning(length=3, tasks=2).bind(model, params, IDS)
+    adapter = filled(jax.eval_shape(peft.init, KEY, params), seed=1)
+    under = {"peft": peft, "adapter": adapter, "max_new_tokens": 4}
+    rows = generate(model, params, PROMPTS, **under, arguments={"task_ids": jnp.array([1, 0, 1])})
+    forward = jax.jit(lambda ids, tasks: peft.apply(params, adapter, ids, task_ids=tasks))
+    whole = [[*prompt, *row] for prompt, row in zip(PROMPTS, rows, strict=True)]
+    ids = jnp.array([[*row, *[0] * (24 - len(row))] for row in whole])
+    found = forward(ids, jnp.array([1, 0, 1])).argmax(-1)
+    for prompt, row, best in zip(PROMPTS, rows, found, strict=True):
+        assert best[len(prompt) - 1 : len(prompt) + 3].tolist() == row
+    with pytest.raises(GenerationError, match=r"'tasks' is none of the adapter's own; .* has task_ids"):
+        generate(model, params, PROMPTS, **under, arguments={"tasks": 0})
+
+
 def test_a_longer_bucket_gives_the_same_tokens():
     assert run(min_prompt_length=32) == greedy()
 

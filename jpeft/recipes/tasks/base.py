@@ -275,11 +275,18 @@ def check_length(length: int, limit: int, virtual: int = 0) -> None:
 
 
 def bind(method: Method, model: Any, params: Any, inputs: Sequence[Any]) -> Peft:
-    """The method bound to the model; targets that match nothing and unsuitable fields raise a UserError."""
+    """The method bound to the model; targets that match nothing and unsuitable fields raise a UserError.
+
+    So does a method that refuses the model's call, such as one that needs arguments of its own.
+    """
     try:
-        return method.bind(model, params, *inputs)
+        peft = method.bind(model, params, *inputs)
+        if peft.entries:
+            leaves = {path: jax.ShapeDtypeStruct(*leaf) for path, leaf in peft.structure}
+            jax.eval_shape(peft.apply, params, unflatten(leaves), *inputs)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return peft
 
 
 @dataclass(frozen=True)
