@@ -46,8 +46,12 @@ PACKAGES = ("jax", "flax", "optax")
 TORCH_PACKAGES = ("torch", "transformers", "peft")
 # Arguments of methods that need some.
 OPTIONS: dict[str, Mapping[str, Any]] = {
+    "AdapterFusion": {"members": {"a": jpeft.Bottleneck(), "b": jpeft.Bottleneck()}},
     "ALoRA": {"invocation_tokens": (1,)},
+    "Average": {"members": {"a": jpeft.LoRA(), "b": jpeft.LoRA()}, "train_members": True},
     "CPT": {"token_ids": tuple(range(16))},
+    "ParallelAdapter": {"targets": r".*/(mlp|attention/self)"},
+    "Stack": {"members": {"a": jpeft.Bottleneck(), "b": jpeft.Bottleneck()}},
     "TrainableTokens": {"indices": tuple(range(16)), "targets": r".*(embed_tokens|word_embeddings)"},
     "Train": {"targets": r".*[nN]orm.*"},
     "XLoRA": {"n_experts": 4, "hidden_size": 512},

@@ -25,7 +25,6 @@ from jpeft.methods.beft import BEFT as BEFT
 from jpeft.methods.bitfit import BitFit as BitFit
 from jpeft.methods.boft import BOFT as BOFT
 from jpeft.methods.bottleneck import Bottleneck as Bottleneck
-from jpeft.methods.bottleneck import Houlsby as Houlsby
 from jpeft.methods.c3a import C3A as C3A
 from jpeft.methods.cartridge import Cartridge as Cartridge
 from jpeft.methods.chain import Chain as Chain
@@ -40,6 +39,7 @@ from jpeft.methods.families.members import with_members as with_members
 from jpeft.methods.fourierft import FourierFT as FourierFT
 from jpeft.methods.gralora import GraLoRA as GraLoRA
 from jpeft.methods.hira import HiRA as HiRA
+from jpeft.methods.houlsby import Houlsby as Houlsby
 from jpeft.methods.hra import HRA as HRA
 from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.llama_adapter import LlamaAdapter as LlamaAdapter

@@ -1,5 +1,4 @@
-"""Bottleneck adapters after a sublayer (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751; Pfeiffer et al. 2021,
-https://arxiv.org/abs/2005.00247).
+"""Bottleneck adapters after a sublayer (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247; Houlsby et al. 2019).
 
 h <- h + B(h)                    B(h) = s (f(h D + d) U + u),  D: [features, size], U: [size, features]
 y <- LN(x + B(LN(x)))            at a norm LN after a residual connection x, with ``original_ln_before``
@@ -16,7 +15,7 @@ from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site
 from jpeft.methods.families.bottleneck import BottleneckMethod, layer_norm
 from jpeft.methods.families.steps import Tokens
-from jpeft.methods.families.sublayers import BOTH, NORM, OUTPUT
+from jpeft.methods.families.sublayers import NORM, OUTPUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,24 +100,3 @@ class Bottleneck(BottleneckMethod):
             return x, y + change
         x = x + change.astype(x.dtype)
         return x, context.rerun(x)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Houlsby(Bottleneck):
-    """Bottlenecks after both sublayers, attention and feed-forward: AdapterHub's "double_seq_bn".
-
-    A `Bottleneck` with other defaults; its fields and leaves are the same.
-
-    Attributes:
-      sublayers: by default "both".
-      activation: by default "swish".
-      targets, reduction, size, scale, dropout, init_weights, dtype, …: see `jpeft.Bottleneck`.
-
-    >>> import jpeft
-    >>> method = jpeft.methods.Houlsby(reduction=16)
-    """
-
-    sublayers: str = BOTH
-    activation: str = "swish"
-
-    paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"

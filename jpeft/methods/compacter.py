@@ -137,10 +137,10 @@ class Compacter(Bottleneck):
             {"left": (n, inputs, r), "right": (n, r, outputs)} if self.factorized_phm_w else {"w": (n, inputs, outputs)}
         )
         leaves = {}
-        for own, (part, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
+        for own, (part, dims) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
             is_zero = self.init_weights == IDENTITY and name == "up" and part != "left"
-            std = 0.0 if is_zero else math.sqrt(2 / (shape[1] + shape[2]))
-            leaves[f"{name}_{part}"] = normal(own, shape, std, self.dtype)
+            std = 0.0 if is_zero else math.sqrt(2 / (dims[1] + dims[2]))
+            leaves[f"{name}_{part}"] = normal(own, dims, std, self.dtype)
         return leaves
 
     def _rule(self, key: Key[Array, ""], std: float, bound: float) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from typing import Any
 _NAMES: Mapping[str, str] = {
     "encoder_hidden_size": "hidden",
     "exclude_modules": "exclude",
+    "factorized_phm_W": "factorized_phm_w",
     "init_lora_weights": "init_weights",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -19,8 +20,11 @@ _NAMES: Mapping[str, str] = {
     "prefix_projection": "reparametrize",
     "r": "rank",
     "reduction_factor": "reduction",
+    "scaling": "scale",
+    "shared_W_phm": "shared_w_phm",
     "target_modules": "targets",
     "token_indices": "indices",
+    "use_gating": "gating",
     "use_rslora": "rslora",
 }
 _NOT_NEEDED = (
@@ -28,11 +32,18 @@ _NOT_NEEDED = (
 )  # fmt: skip
 _LAYERS = "name the layers in targets, as in targets=r'.*/layer/(0|1)/.*'"
 _OVERRIDES = "give overrides by target pattern, as in overrides={{r'.*/query': {{{field!r}: 16}}}}"
+_SUBLAYERS = "sublayers is 'attention', 'feed_forward' or 'both', or name the modules in targets"
+_ORIGINAL_LN = "original_ln_before=True at norms is both, see jpeft.Bottleneck; False is neither"
 # What takes the place of fields that have no counterpart.
 _INSTEAD: Mapping[str, str] = {
     "alpha_pattern": _OVERRIDES.format(field="alpha"),
     "rank_pattern": _OVERRIDES.format(field="rank"),
     "bias": "BitFit trains biases, as in Chain(LoRA(...), BitFit())",
+    **dict.fromkeys(("mh_adapter", "output_adapter", "cross_adapter"), _SUBLAYERS),
+    **dict.fromkeys(("original_ln_after", "residual_before_ln"), _ORIGINAL_LN),
+    "is_parallel": "jpeft.methods.ParallelAdapter is a method of its own",
+    "phm_layer": "jpeft.methods.Compacter is a method of its own",
+    "leave_out": "name the layers in exclude, as in exclude=r'.*/layer/(0|1)/.*'",
     "layers_pattern": _LAYERS,
     "layers_to_transform": _LAYERS,
     "modules_to_save": "Train trains them, as in Chain(LoRA(...), Train(r'classifier'))",

@@ -30,8 +30,13 @@ _KINDS: tuple[tuple[type, str, str], ...] = (
 )
 # Arguments of examples, for methods that do not act without.
 _REQUIRED = {
+    "AdapterFusion": 'members={"fr": jpeft.Bottleneck(), "de": jpeft.Bottleneck(size=4)}, train_members=True',
     "ALoRA": 'invocation_tokens=[5, 7], targets=["query", "value"]',
+    "Average": 'members={"fr": jpeft.LoRA(rank=8), "de": jpeft.LoRA(rank=4)}, train_members=True',
+    "Compacter": "reduction=16",
     "CPT": "token_ids=[5, 7, 9], token_types=[1, 2, 3]",
+    "ParallelAdapter": "residual=True",
+    "Stack": 'members={"fr": jpeft.Bottleneck(), "ner": jpeft.Bottleneck(size=4)}, frozen=["fr"]',
     "Train": 'r".*/LayerNorm/(scale|bias)"',
     "TrainableTokens": 'indices=[5, 7], targets=["word_embeddings"]',
     "VBLoRA": "num_vectors=32, vector_length=16",

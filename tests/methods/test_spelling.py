@@ -36,6 +36,12 @@ LORA, TRAIN = jpeft.LoRA, jpeft.Train
     (lambda: jpeft.IA3(r=2), "IA3 has no field 'r'; its fields are dtype"),
     (lambda: jpeft.PrefixTuning(num_virtual_tokens=8), "it is called 'length'"),
     (lambda: jpeft.Bottleneck(reduction_factor=8), "it is called 'reduction'"),
+    (lambda: jpeft.Bottleneck(scaling="learned"), "it is called 'scale'"),
+    (lambda: jpeft.Bottleneck(mh_adapter=True), "sublayers is 'attention', 'feed_forward' or 'both'"),
+    (lambda: jpeft.Bottleneck(residual_before_ln=False), "original_ln_before=True at norms is both"),
+    (lambda: jpeft.Bottleneck(is_parallel=True), "jpeft.methods.ParallelAdapter is a method of its own"),
+    (lambda: jpeft.methods.Compacter(shared_W_phm=True), "it is called 'shared_w_phm'"),
+    (lambda: jpeft.methods.LoReFT(r=4), "it is called 'rank'"),
     (lambda: TRAIN(target_modules="x"), "Train has no field 'target_modules'; it is called 'targets'"),
     (lambda: Chain(LORA(), targets="x"), "Chain has no field 'targets'; it takes none by name"),
     (lambda: LORA(overrides={"q": {"r": 16}}), r"overrides\['q'\]: LoRA has no field 'r'; it is called 'rank'"),
@@ -110,6 +116,7 @@ def test_signatures_copies_and_pickles_are_those_of_any_dataclass(name):
         field.name for field in sorted(fields(cls), key=lambda f: f.kw_only)
     ]
     required = {
+        **dict.fromkeys(("AdapterFusion", "Average", "Stack"), {"members": {"a": LORA()}}),
         "CPT": {"token_ids": (1,)},
         "Train": {"targets": "x"},
         "TrainableTokens": {"indices": (1,)},
