@@ -15,8 +15,10 @@ from tests.models.test_decoder import attended
 N, QUERIES, SCALE = 3, 6, 0.4
 PATHS = {"cpu": ("cpu", 512), "tpu": ("tpu", 512), "blocks": ("tpu", 3)}
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-@pytest.fixture(params=PATHS)
+
+@pytest.fixture(params=["cpu", pytest.param("tpu", marks=pytest.mark.exhaustive), "blocks"])
 def path(request, monkeypatch):
     """The backend that the operation is traced for: on TPUs whole, and in blocks of queries."""
     target, block = PATHS[request.param]
@@ -87,11 +89,11 @@ def test_gradients_are_those_of_longer_keys(path, masked):
 def test_a_query_that_sees_nothing_else_attends_to_the_prefix_alone(path):
     x = operands()
     mask = jnp.asarray(padding([6, 0]))[:, None, None]
-    got = run(path, *x, mask=mask)
+    got = jax.jit(functools.partial(run, path, mask=mask))(*x)
     query, _, _, key, value = (each[1:2] if each.ndim == 4 else each[None] for each in x)
     alone = jax.nn.dot_product_attention(*(jnp.asarray(each, jnp.float32) for each in (query, key, value)), scale=SCALE)
     np.testing.assert_allclose(got[1:], alone, atol=3e-6)
-    gradient = jax.grad(lambda *x: run(path, *x, mask=mask).sum(), argnums=(1, 2, 3, 4))(*map(jnp.asarray, x))
+    gradient = jax.jit(jax.grad(lambda *x: run(path, *x, mask=mask).sum(), argnums=(1, 2, 3, 4)))(*map(jnp.asarray, x))
     assert all(np.isfinite(leaf).all() for leaf in gradient)
     assert not np.any(gradient[0][1]) and not np.any(gradient[1][1])
 
@@ -100,8 +102,9 @@ def test_half_precision_rounds_no_more_than_over_longer_keys(path):
     x = [np.asarray(jnp.asarray(each, jnp.bfloat16), np.float64) for each in operands(kv=4)]
     want = np.stack([attended(*row, SCALE) for row in zip(*longer(*x), strict=True)])
     with compiling_for(path), jax.numpy_dtype_promotion("standard"):  # for JAX's own function
-        whole = ops.attention(*(jnp.asarray(each, jnp.bfloat16) for each in longer(*x)), scale=SCALE)
-    got = run(path, *x, dtype=jnp.bfloat16)
+        attend = jax.jit(functools.partial(ops.attention, scale=SCALE))
+        whole = attend(*(jnp.asarray(each, jnp.bfloat16) for each in longer(*x)))
+    got = jax.jit(functools.partial(run, path, dtype=jnp.bfloat16))(*x)
     assert got.dtype == jnp.bfloat16
     error, theirs = (np.abs(np.asarray(each, np.float64) - want) for each in (got, whole))
     assert error.mean() < 1.2 * theirs.mean() and error.max() < 2 * theirs.max()
@@ -119,7 +122,7 @@ def test_dropout_acts_on_the_weights_of_a_prefix_too():
 
     want = jax.nn.dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in longer(query, key, value, *prefix)))
     rngs = jax.random.split(jax.random.key(0), 2000)
-    np.testing.assert_allclose(run(prefix, True, rngs[0]), want, atol=3e-6)
+    np.testing.assert_allclose(jax.jit(run, static_argnums=1)(prefix, True, rngs[0]), want, atol=3e-6)
     runs = np.asarray(jax.jit(jax.vmap(functools.partial(run, prefix, False)))(rngs))
     np.testing.assert_allclose(runs.mean(0), want, atol=0.1)
     only = jax.jit(lambda values: run((prefix[0], values), False, rngs[0]) - run(prefix, False, rngs[0]))
