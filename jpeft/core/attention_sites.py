@@ -27,9 +27,17 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
     calls: dict[int, list[Any]] = {}
     registered: dict[Path, Any] = {}
     for found in find(jaxpr, origins, {number: call.path for number, call in record.calls.items()}):
-        if found.call is not None and not (caller := record.callers[found.call]).hooked:
+        if found.call is None:
+            continue
+        caller = record.callers[found.call]
+        if found.place < 0:  # followed no further, or in a kernel
+            if not caller.hooked and (
+                not found.kernel or _is_like_attention(found.kernel + _owner(record, caller.path))
+            ):
+                hidden.setdefault(caller.path, found.reason)
+        elif not caller.hooked:
             calls.setdefault(found.call, []).append(found)
-        elif found.call is not None and found.layout is not None:
+        elif found.layout is not None:
             registered.setdefault(caller.path, found.projections)
     sites = [_registered_site(record, path, registered.get(path, "")) for path in record.heads]
     by_method: dict[tuple[Path, str], list[tuple[Any, ...]]] = {}
@@ -48,7 +56,7 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
         else:
             own = {name: layouts[0] for name, layouts in methods.items()}
             sites += _found_sites(record, path, own, projections[path] if len(methods) == 1 else ())
-    sites = [site for site in sites if site.path not in record.flow.transformed]
+    sites = [site for site in sites if site.path not in record.flow.transformed and site.path not in hidden]
     known = {site.path for site in sites} | hidden.keys()
     for path, module in record.modules.items():
         if _is_like_attention(module.owner) and not any(p[: len(path)] == path for p in known):
@@ -96,5 +104,5 @@ def _owner(record: Record, path: Path) -> str:
     return record.modules[path].owner if path in record.modules else "Attention"
 
 
-def _is_like_attention(owner: str) -> bool:
-    return "attention" in owner.lower() or "attn" in owner.lower()
+def _is_like_attention(name: str) -> bool:
+    return any(part in name.lower() for part in ("attention", "attn", "mha", "flash"))

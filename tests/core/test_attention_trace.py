@@ -1,6 +1,7 @@
 """Attentions found in a trace: prefixed, they equal the same attention of keys and values prepended by hand."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -322,3 +323,96 @@ def test_another_number_of_attentions_is_refused():
     closed = traced(function, w, X)
     with pytest.raises(ValueError, match="this call has 1 attentions, but 2 where it was bound"):
         evaluate(closed.jaxpr, closed.consts, [None, None], lambda n, attention: attention.out, [])
+
+
+# --- a softmax in other forms -----------------------------------------------------------------------------------------
+
+
+def with_sink(q, k, v, mask, bias, how="slice"):
+    """A logit of each head that no key has, as in gpt-oss."""
+    s = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, repeated(k)), -1e30)
+    sink = jnp.broadcast_to(jnp.arange(1.0, 1 + HEADS * GROUPS)[:, None, None], (*s.shape[:-1], 1))
+    p = jax.nn.softmax(jnp.concatenate([s, sink], axis=-1), axis=-1)
+    p = p[..., :-1] if how == "slice" else jnp.split(p, [s.shape[-1]], axis=-1)[0]
+    return jnp.einsum("bhqk,bkhd->bqhd", p, repeated(v))
+
+
+def divided_last(q, k, v, mask, bias):
+    """The product with values before the division."""
+    s = jnp.where(mask[:, None], jnp.einsum("bqhd,bkhd->bqhk", q, repeated(k)), -1e30)
+    e = jnp.exp(s - s.max(-1, keepdims=True))
+    return jnp.einsum("bqhk,bkhd->bqhd", e, repeated(v)) / e.sum(-1)[..., None]
+
+
+def per_head(q, k, v, mask, bias):
+    """Probabilities scaled by head."""
+    s = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, repeated(k)), -1e30)
+    scale = jnp.arange(1.0, 1 + HEADS * GROUPS) / 6
+    p = jnp.einsum("bhqk,h->bhqk", jax.nn.softmax(s), scale)
+    return jnp.einsum("bhqk,bkhd->bqhd", p * scale[:, None, None], repeated(v))
+
+
+OTHER_CORES = {
+    "sink": with_sink, "sink, split": functools.partial(with_sink, how="split"), "divided last": divided_last,
+    "scaled": per_head,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_CORES)
+def test_prefixed_attention_of_another_form(name):
+    w, function = weights(), functools.partial(model, OTHER_CORES[name])
+    want, got = function(w, X, (KEYS, VALUES)), jax.jit(functools.partial(prefixed, function))(w, X)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    again = changed(
+        function, lambda n, attention: attention.rerun(2 * attention.query, value=attention.value + 1), w, X
+    )
+    scaled = functools.partial(model, lambda q, k, v, mask, bias: OTHER_CORES[name](2 * q, k, v + 1, mask, bias))
+    np.testing.assert_allclose(again, scaled(w, X), rtol=0, atol=2e-5)
+
+
+def blockwise(q, k, v, mask, bias):
+    """A softmax over one block of keys after the other."""
+
+    def one(carry, operands):
+        m, total, y = carry
+        k, v = operands
+        s = jnp.einsum("bqhd,bkhd->bqhk", q, k)
+        new = jnp.maximum(m, s.max(-1))
+        e, old = jnp.exp(s - new[..., None]), jnp.exp(m - new)
+        y = y * old[..., None] + jnp.einsum("bqhk,bkhd->bqhd", e, v)
+        return (new, total * old + e.sum(-1), y), None
+
+    start = jnp.full(q.shape[:-1], -1e30), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
+    blocks = [repeated(y)[:, :, None].swapaxes(0, 1) for y in (k, v)]
+    (_, total, y), _ = jax.lax.scan(one, start, tuple(blocks))
+    return y / total[..., None]
+
+
+def of_two_products(q, k, v, mask, bias):
+    """A softmax over the logits of a cache and of own keys."""
+    halves = [(k[:, :2], v[:, :2]), (k[:, 2:], v[:, 2:])]
+    s = jnp.concatenate([jnp.einsum("bqhd,bkhd->bhqk", q, repeated(k)) for k, _ in halves], axis=-1)
+    p = jnp.split(jax.nn.softmax(s), [2], axis=-1)
+    return sum(jnp.einsum("bhqk,bkhd->bqhd", p, repeated(v)) for p, (_, v) in zip(p, halves, strict=True))
+
+
+def in_rule(q, k, v, mask, bias):
+    attention = jax.custom_vjp(lambda q, k, v: grouped(q, k, v, CAUSAL, None))
+    attention.defvjp(lambda *xs: (attention(*xs), xs), lambda xs, g: xs)
+    return attention(q, k, v)
+
+
+REASONS = {
+    "blocks": (blockwise, "an online softmax"),
+    "two products": (of_two_products, "the logits of several products"),
+    "rule": (in_rule, "lies in a 'custom_vjp_call.*', which has a derivative of its own"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_why_an_attention_cannot_change(name):
+    core, reason = REASONS[name]
+    w, function = weights(), functools.partial(model, core)
+    found = find(traced(function, w, X).jaxpr, origins(w))
+    assert found and all(a.layout is None for a in found)
+    assert any(re.search(reason, a.reason) for a in found), found

@@ -27,10 +27,18 @@ from jax.extend.core import Literal, jaxpr_as_fun
 
 from jpeft.core.dataflow.axes import Origins, scan_counts
 from jpeft.core.dataflow.jaxprs import bind
-from jpeft.core.dataflow.layout import Arrangement, Layout, NoAttention, Unclear, layout_of
+from jpeft.core.dataflow.layout import (
+    Arrangement,
+    Layout,
+    NoAttention,
+    Unclear,
+    keys_are_parameters,
+    layout_of,
+)
 from jpeft.core.dataflow.program import Atom, Node, Program, Value, flatten
 from jpeft.core.dataflow.projections import NotFound, Parameters, Projection, find_projection
-from jpeft.core.dataflow.softmax import Match, matches
+from jpeft.core.dataflow.softmax import found, matches
+from jpeft.core.dataflow.softmax_facts import Match
 from jpeft.core.dataflow.traced_attention import TracedAttention
 from jpeft.core.tree import Path
 
@@ -47,6 +55,7 @@ class Attention:
       place: its number among the attentions of that call.
       layout: what its axes are; None if the trace does not show that, or if it is no attention, as in a router.
       reason: what the trace does not show.
+      kernel: the name of a kernel that may hide one.
       projections: the parameters that project states to its keys and to its values, or why they are not known.
     """
 
@@ -54,6 +63,7 @@ class Attention:
     place: int
     layout: Layout | None
     reason: str = ""
+    kernel: str = ""
     projections: tuple[Projection, Projection] | str = ""
 
 
@@ -67,12 +77,12 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
       owners: the path of the module of each call that `marks.mark` numbers.
     """
     program = flatten(jaxpr)
-    found = matches(program)
-    known = Origins(program, origins) if found else None
+    matched, lost = found(program)
+    known = Origins(program, origins) if matched or lost else None
     parameters = Parameters.of(program, owners or {})
     counts: dict[int | None, int] = {}
     out = []
-    for match in found:
+    for match in matched:
         call = match.calls[-1] if match.calls else None
         place = counts[call] = counts.get(call, -1) + 1
         try:
@@ -85,7 +95,9 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
             out.append(Attention(call, place, None))
         except Unclear as e:
             out.append(Attention(call, place, None, str(e)))
-    return out
+    # Those that `evaluate` does not count have no number.
+    others = [one for one in lost if one.dot is None or known is None or not keys_are_parameters(*one.dot, known)]
+    return out + [Attention(one.calls[-1] if one.calls else None, -1, None, one.reason, one.kernel) for one in others]
 
 
 def _projections(match: Match, layout: Layout, parameters: Parameters) -> tuple[Projection, Projection] | str:
@@ -116,17 +128,17 @@ def evaluate(
       ValueError: the call has other attentions than those of the layouts.
     """
     program = flatten(jaxpr, consts)
-    found = [match for match in matches(program) if not match.calls]
-    if len(found) != len(layouts):
+    own = [match for match in matches(program) if not match.calls]
+    if len(own) != len(layouts):
         raise ValueError(
-            f"this call has {len(found)} attentions, but {len(layouts)} where it was bound; "
+            f"this call has {len(own)} attentions, but {len(layouts)} where it was bound; "
             "bind with inputs of the same form"
         )
     changed = {}
-    for n, (match, layout) in enumerate(zip(found, layouts, strict=True)):
+    for n, (match, layout) in enumerate(zip(own, layouts, strict=True)):
         if layout is not None:
             try:
-                changed[match.product] = n, match, Arrangement(match, layout), layout
+                changed[match.end] = n, match, Arrangement(match, layout), layout
             except Unclear as e:
                 raise ValueError(f"attention {n} of this call: {e}; bind with inputs of the same form") from e
     around = {node for _, match, *_ in changed.values() for node, _ in match.trail}
@@ -137,7 +149,7 @@ class _Evaluation:
     """An evaluation of a program with changed attentions.
 
     Attributes:
-      changed: the last products of the attentions that change, with the number, match, arrangement and layout of each.
+      changed: the last equations of the attentions that change, with the number, match, arrangement and layout of each.
       around: the loops, branches and checkpoints that they lie in.
       change: see `evaluate`.
     """

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jpeft.core.dataflow.axes import DATA, REPEAT, STATE, UNKNOWN, VMAP, WEIGHT, Origins, strongest
 from jpeft.core.dataflow.factors import Axis, Factor, places_of, refined
-from jpeft.core.dataflow.program import shape_of
-from jpeft.core.dataflow.softmax import Match, free_axes, free_outputs
+from jpeft.core.dataflow.program import Node, shape_of
+from jpeft.core.dataflow.softmax_facts import Match, free_axes, free_outputs
 
 # The roles of factors of axes.
 EXAMPLE = "example"
@@ -86,6 +86,12 @@ def layout_of(match: Match, origins: Origins) -> Layout:
     sizes = {role: _product(seen, role) for role in (HEAD, GROUP)}
     heads = sizes[HEAD], _features(match, k), _value_features(match, origins)
     return Layout(tuple(seen[0]), tuple(seen[1]), tuple(seen[2]), heads, sizes[GROUP])
+
+
+def keys_are_parameters(dot: Node, key: int, origins: Origins) -> bool:
+    """Whether the free axes of an operand of a product are those of parameters alone."""
+    axes = origins.of(dot.inputs[key])
+    return all(f.tag == WEIGHT for i in free_axes(dot, key) for f in axes[i])
 
 
 def _product(axes: Iterable[Iterable[Roles]], role: str) -> int:
@@ -245,12 +251,13 @@ class Arrangement:
         places |= _features_of(features, shape)
         free = {p: [own[i] for i in free_axes(product, p)], v: [places[i] for i in features]}
         out = [*(own[i] for i in batch[p]), *free[0], *free[1]]
-        return tuple(places[i] for i in range(len(shape))), tuple(out)
+        return tuple(places[i] for i in range(len(shape))), self.of(match.axes, out)
 
-    def of(self, axes: Sequence[Axis]) -> Parts:
-        """The parts of an array whose axes are factors of those of the product of queries and keys."""
-        left = [list(axis) for axis in self._axes]
-        return tuple(tuple(part for f in axis for part in _taken(left[f.tag], self._axes[f.tag], f)) for axis in axes)
+    def of(self, axes: Sequence[Axis], whole: Sequence[tuple[Part, ...]] | None = None) -> Parts:
+        """The parts of an array whose axes are factors of those of another: of the product of queries and keys."""
+        whole = self._axes if whole is None else whole
+        left = [list(axis) for axis in whole]
+        return tuple(tuple(part for f in axis for part in _taken(left[f.tag], whole[f.tag], f)) for axis in axes)
 
     def all(self, role: str) -> tuple[Part, ...]:
         """All parts of a role, in order."""

@@ -27,7 +27,7 @@ from jpeft.core.dataflow.layout import (
     restored,
 )
 from jpeft.core.dataflow.program import Atom, Node, Value, dtype_of, shape_of
-from jpeft.core.dataflow.softmax import Match, Step
+from jpeft.core.dataflow.softmax_facts import Match, Step
 
 
 class TracedAttention:
@@ -72,7 +72,7 @@ class TracedAttention:
 
     @functools.cached_property
     def out(self) -> Float[Array, "*batch queries heads value_dim"]:
-        return self._out(self._read(self._match.product.outputs[0]))
+        return self._out(self._read(self._match.end.outputs[0]))
 
     @functools.cached_property
     def lse(self) -> Float[Array, "*batch queries heads"]:
@@ -161,13 +161,17 @@ class TracedAttention:
                 operands[operand] = self._restored(x, parts, roles, match.dot.inputs[operand])
         if query is not None or key is not None:
             changed[match.dot.outputs[0]] = bind(match.dot.eqn, operands)[0]
-        for node in self._between:
-            if any(isinstance(atom, Value) and atom in changed for atom in node.inputs):
-                changed.update(zip(node.outputs, bind(node.eqn, self._operands(node, changed)), strict=True))
-        operands = self._operands(match.product, changed)
-        if value is not None:
-            operands[1 - match.operand] = self._restored(value, arrangement.value, (KEY, HEAD, FEATURE), self._value)
-        return self._out(bind(match.product.eqn, operands)[0])
+        end = match.end.outputs[0]
+        for node in [*self._between, match.end]:
+            given = None
+            if node is match.product and value is not None:
+                given = self._restored(value, arrangement.value, (KEY, HEAD, FEATURE), self._value)
+            if given is not None or any(isinstance(atom, Value) and atom in changed for atom in node.inputs):
+                operands = self._operands(node, changed)
+                if given is not None:
+                    operands[1 - match.operand] = given
+                changed.update(zip(node.outputs, bind(node.eqn, operands), strict=True))
+        return self._out(changed.get(end, self._read(end)))
 
     def _operands(self, node: Node, changed: Mapping[Value, Any]) -> list[Any]:
         is_new = [isinstance(atom, Value) and atom in changed for atom in node.inputs]
@@ -177,7 +181,7 @@ class TracedAttention:
 
     def restored(self, out: Float[Array, "*batch queries heads value_dim"]) -> Any:
         """An output in the module's own layout and dtype."""
-        atom = self._match.product.outputs[0]
+        atom = self._match.end.outputs[0]
         return self._restored(self._with_groups(out), self._arrangement.out, _OF_QUERY, atom)
 
     @property
