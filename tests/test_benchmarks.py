@@ -1,5 +1,5 @@
 """`benchmarks/gpu.py` on a CPU: its cases, limits and tables, and the whole script with jax, flax and optax alone; and
-`benchmarks/methods.py` and `benchmarks/nnx.py` on tiny models."""
+`benchmarks/methods.py`, `benchmarks/nnx.py` and `benchmarks/prompts.py` on tiny models."""
 
 import importlib
 import json
@@ -142,6 +142,29 @@ def test_steps_of_nnx_models_compute_the_same(scripts, tmp_path, capsys, model):
     head, _, _, functional, *_ = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
     row = dict(zip(map(str.strip, head), map(str.strip, functional), strict=True))
     assert row["temporaries MiB"] == f"{ours['temporary_bytes'] / 2**20:.1f}" and float(row["set up s"]) > 0
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.exhaustive  # nine programs; with torch another eight models
+@pytest.mark.filterwarnings("ignore")  # torch's and peft's own
+@pytest.mark.parametrize("torch", [False, True])
+def test_prompts_and_prefixes_are_measured_against_lora_and_the_base(scripts, tmp_path, capsys, torch):
+    if torch:
+        pytest.importorskip("peft")
+    file = tmp_path / "prompts.json"
+    argv = ["--tiny", "--rounds", "1", "--json", str(file), *([] if torch else ["--no-torch"])]
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        scripts("prompts").main(argv)
+    found = json.loads(file.read_text())
+    methods = ["LoRA q, v", "prefix", "prefix, network", "prompt"]
+    for part, base in (("train", []), ("decode", ["base"])):
+        ours = [*base, *methods]
+        assert list(found[part]) == ours + [f"torch {name}" for name in ours if torch]
+        first = ours[0]
+        assert found[part][first]["ratios"][first] == {"median": 1, "fastest": 1}
+    flops = {name: found["train"][name]["flops"] for name in methods}
+    assert flops["prefix"] < 1.1 * flops["LoRA q, v"]
+    assert "### Decoding a token" in capsys.readouterr().out
 
 
 def unit_record(quality, method, side, hits):
