@@ -131,7 +131,7 @@ def _without_absent_parts(model: Any, folder: Folder, survey: Survey) -> Survey:
 def _method(folder: Folder, matched: Matched, survey: Survey, tied: Collection[str]) -> Method:
     """The method that acts on the matched sites and no others. ``tied``: heads that are their embedding."""
     if folder.config.spec.prompt:
-        members = [prompts.method_of(folder.config, folder.file.dtype)]
+        members = [prompts.method_of(folder.config, folder.file)]
     elif matched.copied:
         members = [_training(folder.config.method, matched.copied, survey)]
     else:

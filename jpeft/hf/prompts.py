@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
@@ -17,7 +18,8 @@ from jpeft.core.actions import Action, used_leaves
 from jpeft.core.interchange import EMBEDDINGS, HFSpec, form
 from jpeft.core.peft import Peft
 from jpeft.core.tree import Path, Tree
-from jpeft.hf.config import Config
+from jpeft.errors import AdapterError
+from jpeft.hf.config import CONFIG, Config
 from jpeft.hf.tensors import TensorFile
 from jpeft.methods import METHODS
 from jpeft.methods.base import Method
@@ -35,13 +37,20 @@ def is_prompt(action: Action) -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def method_of(config: Config, dtype: str) -> Method:
-    """The method of a folder's configuration."""
+def method_of(config: Config, file: TensorFile) -> Method:
+    """The method of a folder's configuration.
+
+    Raises:
+      AdapterError: fields that do not fit one another.
+    """
     spec = config.spec
     cls: Any = METHODS[spec.read_as] if spec.read_as else config.method
     names = {field.name for field in dataclasses.fields(cls)}
     settings = {k: v for k, v in {**config.settings(), **spec.implied}.items() if k in names}
-    return cls(**settings, dtype=dtype)
+    try:
+        return cls(**settings, dtype=file.dtype)
+    except ValueError as error:
+        raise AdapterError(f"{file.path.parent / CONFIG}: {error}") from error
 
 
 def read_leaves(peft: Peft, file: TensorFile, config: Config) -> dict[Path, np.ndarray]:
@@ -131,7 +140,8 @@ def contents(peft: Peft, adapter: Tree, task_type: str | None) -> Contents:
     for field in spec.fields:
         config[field.key] = field.of(method, site, config)
     rest = dataclasses.replace(peft, actions=tuple(a for a in peft.actions if not is_prompt(a)))
-    return Contents({k: np.asarray(x) for k, x in tensors.items()}, config, rest)
+    dtype = jnp.dtype(method.dtype)  # what was computed is wider
+    return Contents({k: np.asarray(x).astype(dtype) for k, x in tensors.items()}, config, rest)
 
 
 def _check(peft: Peft, actions: list[Action], spec: HFSpec, task_type: str | None) -> None:

@@ -204,8 +204,10 @@ def continued(inputs: Inputs, name: str, n: int) -> tuple[dict[str, Any], Any]:
             if keys > ids.shape[-1] and _has_places(inputs, keys):
                 given[other] = before(value, jnp.ones((n,), value.dtype))[..., :keys]
                 places = keys
-    full = None if places is None or last is None else last >= places
-    if full is not None and not isinstance(full, Tracer) and bool(full):
+    if places is None or last is None:
+        return given, None
+    full = last >= places
+    if not isinstance(full, Tracer) and bool(full):
         raise ValueError(
             f"{name}: the cache has {places} places, of which {n} hold virtual tokens, and the next token's would be "
             f"number {int(last)}; give it {n} more"
