@@ -1,13 +1,16 @@
 """Prefixes on attentions that nobody registered equal keys and values prepended by hand, in modules of every form."""
 
 import functools
+from collections import Counter
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jpeft
+from jpeft.core.dataflow.walk import primitives
 from jpeft.core.tree import flatten
 from tests.linen.foreign_attentions import (
     BATCH,
@@ -193,3 +196,54 @@ def test_vmapped_over_prefixes_and_rows(name):
     run = jax.jit(lambda a, inputs: by_hand(case.model, params, a, *inputs))
     for row, own in enumerate(adapters):
         close(jax.tree.map(lambda x, i=row: x[i], got), run(own, jax.tree.map(lambda x, i=row: x[i], rows)))
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A step of a decoder with a cache of 512 places, as an argument."""
+
+    @nn.compact
+    def __call__(self, x, keys, values, index):
+        q, k, v = (nn.DenseGeneral((8, 32), use_bias=False, name=name)(x) for name in "qkv")
+        k = jax.lax.dynamic_update_slice(keys, k, (0, index, 0, 0))
+        v = jax.lax.dynamic_update_slice(values, v, (0, index, 0, 0))
+        seen = jnp.arange(keys.shape[1]) <= index
+        p = jax.nn.softmax(jnp.where(seen, jnp.einsum("bqhd,bkhd->bhqk", q, k) * 32**-0.5, -1e30))
+        y = nn.DenseGeneral(256, axis=(-2, -1), name="o")(jnp.einsum("bhqk,bkhd->bqhd", p, v))
+        return nn.Dense(256, name="down")(nn.gelu(nn.Dense(1024, name="up")(y))), k, v
+
+
+def wide():
+    """The model, its abstract parameters, a bound prefix, and the arguments of a step of base and adapter."""
+    cache = jax.ShapeDtypeStruct((4, 512, 8, 32), jnp.float32)
+    inputs = jax.ShapeDtypeStruct((4, 1, 256), jnp.float32), cache, cache, jax.ShapeDtypeStruct((), jnp.int32)
+    model = Wide()
+    params = jax.eval_shape(lambda *xs: model.init(jax.random.key(0), *xs)["params"], *inputs)
+    peft = jpeft.PrefixTuning(length=16).bind(model, params, *inputs)
+    adapter = jax.eval_shape(lambda p: peft.init(jax.random.key(0), p), params)
+    return model, peft, (params, adapter, *inputs)
+
+
+def test_a_step_costs_little_more_than_without_a_prefix():
+    model, peft, inputs = wide()
+
+    def base(params, adapter, *inputs):
+        return model.apply({"params": params}, *inputs)
+
+    jax.config.update("jax_disable_most_optimizations", False)  # what is compared is what XLA makes of it
+    plain, adapted = (jax.jit(f, donate_argnums=(3, 4)).lower(*inputs).compile() for f in (base, peft.apply))
+    for name in ("flops", "bytes accessed"):
+        assert adapted.cost_analysis()[name] <= 1.1 * plain.cost_analysis()[name], name
+    assert adapted.memory_analysis().temp_size_in_bytes <= 1.1 * plain.memory_analysis().temp_size_in_bytes + 1e5
+
+
+def test_a_prefix_adds_two_products_and_copies_no_keys():
+    model, peft, inputs = wide()
+    plain = Counter(primitives(jax.make_jaxpr(lambda p, a, *xs: model.apply({"params": p}, *xs))(*inputs).jaxpr))
+    adapted = Counter(primitives(jax.make_jaxpr(peft.apply)(*inputs).jaxpr))
+    added = adapted - plain
+    assert not plain - adapted - Counter({"jit": 9, "pjit": 9, "custom_jvp_call": 9})  # calls that stand in place
+    assert added["dot_general"] == 2 and added["concatenate"] == 0 and added["dynamic_update_slice"] == 0
+    assert added.total() < 60
