@@ -21,8 +21,7 @@ from jpeft.core.method import Inputs, Leaves
 from jpeft.core.sites import Site
 from jpeft.core.tree import Path, Tree, flatten, is_array, like, unflatten
 from jpeft.methods.base import normal
-from jpeft.methods.families.prompt_method import NORMAL, START_RULES, PromptMethod, start
-from jpeft.methods.prompt_tuning import IGNORED
+from jpeft.methods.families.prompt_method import HF_STARTS, NORMAL, START_RULES, PromptMethod, start
 
 TASK_IDS = "task_ids"
 _OF_TASKS = ("task_cols", "task_rows")
@@ -79,7 +78,7 @@ class MultitaskPromptTuning(PromptMethod):
             Field("num_ranks", "rank", default=1, rule=POSITIVE_INT),
         ),
         constants={"num_transformer_submodules": 1},
-        ignored=IGNORED | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"},
+        ignored=HF_STARTS | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"},
         prompt=EMBEDDINGS,
         expanded=False,
     )

@@ -16,9 +16,7 @@ from jpeft.checks import BOOL, POSITIVE_INT, Rule, is_int
 from jpeft.core.interchange import EMBEDDINGS, Field, HFSpec, Tensor
 from jpeft.core.method import Inputs, Leaves
 from jpeft.core.sites import Site
-from jpeft.methods.families.prompt_method import NORMAL, START_RULES, PromptMethod, decoder_ids, start
-
-IGNORED = frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"})
+from jpeft.methods.families.prompt_method import HF_STARTS, NORMAL, START_RULES, PromptMethod, decoder_ids, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ class PromptTuning(PromptMethod):
                 write=lambda m, site, config: 2 if m.decoder else 1,
             ),
         ),
-        ignored=IGNORED,
+        ignored=HF_STARTS,
         prompt=EMBEDDINGS,
     )
 

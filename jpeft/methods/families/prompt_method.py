@@ -19,8 +19,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int, Key
 
 from jpeft.checks import BOOL, NUMBER, Rule, is_ids, one_of, or_none
-from jpeft.core.geometry import Lookup
-from jpeft.core.geometry.embedding import Embedding, TracedTable
+from jpeft.core.geometry.embedding import Embedding, Lookup, TracedTable
 from jpeft.core.method import Inputs, Leaves, Linear
 from jpeft.core.sites import FUSED, Site, Survey
 from jpeft.core.targets import Matched, Targets
@@ -225,6 +224,8 @@ START_RULES: Mapping[str, Rule] = {
     "init_ids": or_none((is_ids, "token ids, one or more")),
     "init_std": NUMBER,
 }
+# The same in HuggingFace PEFT.
+HF_STARTS = frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"})
 
 
 def start(method: Any, count: int, key: Key[Array, ""], site: Site, w: Any) -> Float[Array, "count features"]:
