@@ -168,13 +168,14 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{k} {v}" for k, v in out["machine"].items()))
     with tempfile.TemporaryDirectory() as scratch:
         if args.tiny:
-            args.batch, args.length, args.new, folder = 2, 12, 4, Path(scratch)
+            args.batch, args.length, args.new = 2, 12, 4
             model = Decoder(TINY)
             params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"])
-            jpeft.models.save(folder, model, params)
         else:
-            folder = resolve_model("smollm2")
-            model, params = jpeft.models.load(folder)
+            model, params = jpeft.models.load(resolve_model("smollm2"))
+        folder = Path(scratch) / "model"  # torch reads the float32 weights that jpeft writes
+        if args.torch:
+            jpeft.models.save(folder, model, params)
         for name in args.only.split(","):
             out[name] = parts[name](args, folder, model, params)
     if args.json:

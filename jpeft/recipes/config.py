@@ -116,8 +116,8 @@ class Config:
         shown="those of the method", rule=_TARGETS, metavar="TARGETS",
     )  # fmt: skip
     init_text: str | None = option(
-        "a text whose tokens' embeddings a prompt starts from, for methods with init_ids or token_ids", METHOD, None,
-        rule=ANY_TEXT, metavar="TEXT",
+        "a text that a prompt starts from, or a prefix, from the first of its tokens", METHOD, None, rule=ANY_TEXT,
+        metavar="TEXT",
     )  # fmt: skip
     settings: Mapping[str, Any] = option(
         "any other field of the method, such as length=32; may be repeated", METHOD, {}, rule=_SETTINGS,

@@ -32,8 +32,9 @@ from jpeft.errors import UserError
 from jpeft.hardware import utilization
 from jpeft.io import CONFIG as ADAPTER_CONFIG
 from jpeft.io import save
-from jpeft.methods import from_dict
+from jpeft.methods import from_dict, prefix_start
 from jpeft.methods.base import Method
+from jpeft.methods.prefix import PrefixTuning
 from jpeft.parallel.distributed import Heartbeat, watched
 from jpeft.parallel.hosts import broadcast, check_same, is_main_process, largest, on_all_hosts
 from jpeft.recipes import run_folder, tasks
@@ -320,11 +321,25 @@ def _open_loggers(job: Job, folder: Path, setup: Setup, first_step: int) -> Logg
 def _fresh(job: Job, key: jax.Array, reporter: Reporter) -> Any:
     """A new adapter; where its method starts from data, from the first training batches."""
     if not job.peft.observes:
-        return job.peft.init(key, job.params)
+        fresh = job.peft.init(key, job.params)
+        return fresh if job.config.init_text is None else _from_text(job, fresh)
     reporter.say(f"observing {_OBSERVED} batches for the start of {job.peft.method.name}")
     batches = [batch for batch, _ in itertools.islice(job.batches(0), _OBSERVED)]
     found = observe(cast(Method, job.peft.method), job.peft.model, job.params, job.loss_fn(), batches)
     return job.peft.init(key, job.params, statistics=found)
+
+
+def _from_text(job: Job, fresh: Any) -> Any:
+    """The adapter, with the keys and values of the text that a prefix starts from; embeddings start from it already."""
+    method = cast(Method, job.peft.method).methods()[0]
+    if not isinstance(method, PrefixTuning):
+        return fresh
+    task, text = tasks.find(job.config.task), job.config.init_text
+    inputs = task.text_inputs(task.text_ids(job.model, text))
+    try:
+        return prefix_start.from_text(job.peft, job.params, fresh, *inputs)
+    except ValueError as error:
+        raise UserError(f"`init_text`: {error}") from error
 
 
 def _restore(

@@ -11,6 +11,7 @@ from jpeft.core.placement import AnyMesh
 from jpeft.errors import UserError
 from jpeft.methods import from_dict
 from jpeft.methods.base import Method
+from jpeft.methods.prefix import PrefixTuning
 from jpeft.methods.train import Train
 from jpeft.parallel.batches import data_ways
 from jpeft.parallel.mesh import DATA_AXES, SEQUENCE_AXIS
@@ -92,13 +93,20 @@ def _ids_field(config: Config, kind: type[Method], init_ids: Sequence[int] | Non
     """The field of a method that holds the tokens a prompt starts from; none without them."""
     if init_ids is None:
         return {}
-    allowed = {entry.name for entry in dataclasses.fields(kind)}
-    if (field := next((name for name in _IDS if name in allowed), None)) is None:
-        kinds = [name for name, cls in method_names().items() if {*_IDS} & {f.name for f in dataclasses.fields(cls)}]
-        raise UserError(f"`init_text`: `method` {config.method} starts from no tokens; {', '.join(kinds)} do")
+    if issubclass(kind, PrefixTuning):  # from the keys and values of the text, see `finetune`
+        return {}
+    if not (allowed := _ids_fields(kind)):
+        kinds = [name for name, cls in method_names().items() if issubclass(cls, PrefixTuning) or _ids_fields(cls)]
+        raise UserError(f"`init_text`: `method` {config.method} starts from no text; {', '.join(kinds)} do")
+    field = allowed[0]
     if field in config.settings:
         raise UserError(f"`init_text` contradicts `settings` {field}; give one")
     return {field: list(init_ids)}
+
+
+def _ids_fields(kind: type[Method]) -> list[str]:
+    """The fields of a method that hold the tokens a prompt starts from."""
+    return [entry.name for entry in dataclasses.fields(kind) if entry.name in _IDS]
 
 
 def _method_fields(config: Config, kind: type[Method]) -> dict[str, Any]:

@@ -104,6 +104,20 @@ def test_a_prompt_starts_from_a_text_and_trains(finished):
     assert result["trainable_parameters"] == tensor.size == VIRTUAL * 64
 
 
+def test_a_cartridge_starts_from_the_keys_and_values_of_a_text(capsys):
+    """Its first token stays that of the text."""
+    start = ["--method", "cartridge", "--set", "length=4", "--init-text", "good nice tea of the cup", "--steps", "1"]
+    assert main([*runs.job("run"), *start]) == 0
+    run = classification.open_run("run")
+    ids = jnp.asarray([classification.text_ids(Path("bert"), start[5])])
+    variables, options = {"params": run.params["encoder"]}, {"capture_intermediates": True}
+    _, seen = run.classifier.encoder.apply(variables, ids, mutable=["intermediates"], **options)
+    (value,) = (x[0] for path, x in flatten(seen["intermediates"]).items() if path[-2:] == ("value", "__call__"))
+    (kept,) = (x for path, x in flatten(run.adapter).items() if path[-1] == "frozen_value")
+    np.testing.assert_allclose(kept.reshape(-1), value[0], atol=1e-5)
+    assert "--init-text: " in failure(capsys, *runs.job("short"), *start, "--set", "length=9")
+
+
 def test_a_stopped_run_resumes_to_the_same_adapter(finished, capsys, monkeypatch):
     count = itertools.count(1)
 
@@ -177,7 +191,7 @@ def test_a_step_with_virtual_tokens_is_planned():
 
 MISTAKES = {
     "length": (["--max-length", "109"], "--max-length 109: the model takes at most 108 tokens beside the 20 virtual"),
-    "text": (["--method", "lora", "--init-text", TEXT], "--init-text: --method lora starts from no tokens; "),
+    "text": (["--method", "lora", "--init-text", TEXT], "--init-text: --method lora starts from no text; "),
     "twice": (["--set", "init_ids=[5,6]"], "--init-text contradicts --set init_ids; give one"),
     "tasks": (["--method", "multitask_prompt", "--set", "tasks=2"], "task_ids must be integers, the task of each text"),
     "empty": (["--init-text", ""], "--init-text '' has no tokens; give some text"),

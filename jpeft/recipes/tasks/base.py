@@ -96,6 +96,10 @@ class Task(Protocol):
         """The token ids of a text under the tokenizer of a model's folder, without special tokens."""
         ...
 
+    def text_inputs(self, ids: Sequence[int]) -> tuple[Any, ...]:
+        """The inputs of the model for one text."""
+        ...
+
     def prepare(self, config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> Job:
         """Reads the data, loads the model and binds the method, or that of the adapter that the run begins from."""
         ...

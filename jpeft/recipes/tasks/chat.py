@@ -400,6 +400,15 @@ def text_ids(folder: Path, text: str) -> list[int]:
     return chat_template.read(folder).tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def text_inputs(ids: Sequence[int]) -> tuple[Any, ...]:
+    """The inputs of a language model for one text.
+
+    >>> text_inputs([5, 6])[0].shape
+    (1, 2)
+    """
+    return (jnp.asarray([ids], jnp.int32),)
+
+
 def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ChatJob:
     """Reads the conversations, loads the language model, and binds the method."""
     train_file, eval_file = resolve_conversations(config.data, config.eval, reporter.say)

@@ -352,6 +352,15 @@ def text_ids(folder: Path, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def text_inputs(ids: Sequence[int]) -> tuple[Any, ...]:
+    """The inputs of a classifier for one text, all of whose tokens are seen.
+
+    >>> [x.shape for x in text_inputs([5, 6])]
+    [(1, 2), (1, 2)]
+    """
+    return jnp.asarray([ids], jnp.int32), jnp.ones((1, len(ids)), jnp.int32)
+
+
 def prepare(config: Config, method: Method | None, reporter: Reporter, setup: Setup) -> ClassificationJob:
     """Reads the data, loads the encoder under its head, and binds the method."""
     _check_remat(setup)
