@@ -152,7 +152,14 @@ def from_dict(config: Mapping[str, Any]) -> Method:
     unknown = sorted(set(config) - {*fields, "method"})
     if unknown:
         raise ValueError(no_field(METHODS[name], unknown[0], fields))
-    return METHODS[name](**{k: v for k, v in config.items() if k != "method"})
+    return METHODS[name](**{k: _members(v) if k == "members" else v for k, v in config.items() if k != "method"})
+
+
+def _members(given: Any) -> Any:
+    """The members of a composition from pairs of a name and a configuration; anything else as it is."""
+    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        return given
+    return [(name, from_dict(member)) for name, member in given]
 
 
 class _Callable(types.ModuleType):

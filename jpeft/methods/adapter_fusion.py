@@ -19,8 +19,7 @@ from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site
 from jpeft.methods.base import normal
 from jpeft.methods.families.low_rank import flat
-from jpeft.methods.families.members import Composition, part
-from jpeft.methods.families.steps import Tokens, added, change_of
+from jpeft.methods.families.members import Composition, Tokens, part
 
 _OFF_DIAGONAL = 1e-6  # of V at first, in AdapterHub's library
 _POSITIVE: Rule = (lambda value: NUMBER[0](value) and value > 0, "a number above 0")
@@ -118,7 +117,7 @@ class AdapterFusion(Composition):
 
     def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
         h = flat(y)
-        changes = [flat(change_of(member, part(leaves, name), x, y, context)) for name, member in self.members]
+        changes = [flat(member.change(part(leaves, name), x, y, context)) for name, member in self.members]
         seen = jnp.stack([h + change if self.residual_before else change for change in changes], axis=-2)
         query, keys = _linear(leaves, "query", h), _linear(leaves, "key", seen)
         scores = context.dropout(jnp.einsum("...d,...nd->...n", query, keys), self.dropout)
@@ -127,7 +126,7 @@ class AdapterFusion(Composition):
         return (mixed - h if self.residual_before else mixed).reshape(y.shape)
 
     def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
-        return added(self.members[-1][1], change, x, y, context)
+        return self.members[-1][1].add(change, x, y, context)
 
     @property
     def penalized(self) -> bool:

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Key
 from jpeft.checks import BOOL, NUMBER
 from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site, Survey
-from jpeft.methods.families.members import Composition, part
-from jpeft.methods.families.steps import Tokens, added, change_of
+from jpeft.methods.families.members import Composition, Tokens, part
 
 _WEIGHTS = "average_weights"
 
@@ -91,11 +90,11 @@ class Average(Composition):
         return {_WEIGHTS: given / given.sum() if self.normalize_weights or self.weights is None else given}
 
     def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
-        changes = [change_of(member, part(leaves, name), x, y, context) for name, member in self.members]
+        changes = [member.change(part(leaves, name), x, y, context) for name, member in self.members]
         return _weighted(leaves, changes)
 
     def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
-        return added(self.members[-1][1], change, x, y, context)
+        return self.members[-1][1].add(change, x, y, context)
 
     def apply(self, leaves: Leaves, *call: Any) -> Tokens:
         """The changed output: of a module, ``(leaves, x, y, context)``; of a weight, ``(leaves, base, x)``."""

@@ -471,10 +471,13 @@ class OutputMethod(Method):
     """The base class of methods that change a module's output ``[..., features]``.
 
     Of a module that returns several arrays, in tuples or mappings, it is the first floating one, the least nested one:
-    ``y`` in ``(y, cache)`` and in ``(cache, y)``. A subclass defines ``init`` and ``apply``.
+    ``y`` in ``(y, cache)`` and in ``(cache, y)``. A subclass defines ``init``, and ``apply`` or ``change``.
     """
 
-    parameters: ClassVar[Mapping[str, Sequence[str] | None]] = {"apply": ("leaves", "x", "y", "context")}
+    parameters: ClassVar[Mapping[str, Sequence[str] | None]] = {
+        "apply": ("leaves", "x", "y", "context"), "change": ("leaves", "x", "y", "context"),
+        "add": ("change", "x", "y", "context"),
+    }  # fmt: skip
 
     def mergeable(self, site: Site) -> bool:
         return False
@@ -507,7 +510,25 @@ class OutputMethod(Method):
             `jpeft.core.method.Linear.context`; and functions for dropout and to run the module again, see
             `jpeft.core.method.ModuleContext`.
         """
-        raise TypeError(f"{self.name} does not define apply")
+        if type(self).change is OutputMethod.change:
+            raise TypeError(f"{self.name} defines neither apply nor change")
+        return self.add(self.change(leaves, x, y, context), x, y, context)[1]
+
+    def change(
+        self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: ModuleContext
+    ) -> Float[Array, "*tokens features"]:
+        """What the method adds: by default the difference. Compositions add it up. Arguments as for `apply`."""
+        return self.apply(leaves, x, y, context) - y
+
+    def add(
+        self,
+        change: Float[Array, "*tokens features"],
+        x: Any,
+        y: Float[Array, "*tokens features"],
+        context: ModuleContext,
+    ) -> tuple[Any, Float[Array, "*tokens features"]]:
+        """The module's input and output for what comes after, when a change has been added."""
+        return x, y + change
 
 
 @dataclass(frozen=True, kw_only=True)

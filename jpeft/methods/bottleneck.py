@@ -6,20 +6,14 @@ y <- LN(x + B(LN(x)))            at a norm LN after a residual connection x, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jpeft.checks import BOOL, Rule
-from jpeft.core.method import Leaves, ModuleContext
-from jpeft.core.sites import Site
-from jpeft.methods.families.bottleneck import BottleneckMethod, layer_norm
-from jpeft.methods.families.steps import Tokens
-from jpeft.methods.families.sublayers import NORM, OUTPUT
+from jpeft.methods.families.bottleneck import SequentialBottleneck
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck(BottleneckMethod):
+class Bottleneck(SequentialBottleneck):
     """A small two-layer network after a sublayer, before the model's own residual connection.
 
     By default it is at the feed-forward sublayers, which are found by the names of modules: ``output/dense`` in BERT,
@@ -58,45 +52,4 @@ class Bottleneck(BottleneckMethod):
     >>> method = jpeft.Bottleneck(targets=r".*/output/dense", reduction=16)
     """
 
-    original_ln_before: bool = False
-    adapter_residual_before_ln: bool = False
-
     paper: ClassVar[str] = "https://arxiv.org/abs/2005.00247"
-    rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("original_ln_before", "adapter_residual_before_ln"), BOOL)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.adapter_residual_before_ln and (self.original_ln_before or not self.ln_after):
-            why = "original_ln_before adds to a norm's input" if self.ln_after else "it needs ln_after"
-            raise ValueError(f"{self.name}.adapter_residual_before_ln normalizes h + B(h): {why}")
-
-    @property
-    def identity_at_init(self) -> bool:
-        """Whether U starts at zero, and no norm of its own is around the residual connection."""
-        return super().identity_at_init and not self.adapter_residual_before_ln
-
-    @property
-    def place(self) -> str:
-        return NORM if self.original_ln_before else OUTPUT
-
-    def prepare(self, site: Site) -> Site:
-        if self.original_ln_before and site.inputs != site.outputs:
-            raise ValueError(
-                f"{self.name}: with original_ln_before, targets are norms, and {site.name!r} is a {site.owner} of "
-                f"{site.inputs} features to {site.outputs}; name the norms after residual connections"
-            )
-        return super().prepare(site)
-
-    def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
-        change = self.network(leaves, y, context).reshape(y.shape)
-        if not self.ln_after:
-            return change
-        if self.adapter_residual_before_ln:
-            return layer_norm(y + change, self.own(leaves), "ln_after") - y
-        return layer_norm(change, self.own(leaves), "ln_after")
-
-    def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
-        if not self.original_ln_before:
-            return x, y + change
-        x = x + change.astype(x.dtype)
-        return x, context.rerun(x)

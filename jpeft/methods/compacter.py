@@ -19,8 +19,7 @@ from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, Rule, one_of
 from jpeft.core.method import Leaves
 from jpeft.core.sites import Site
 from jpeft.methods.base import normal
-from jpeft.methods.bottleneck import Bottleneck
-from jpeft.methods.families.bottleneck import IDENTITY
+from jpeft.methods.families.bottleneck import IDENTITY, SequentialBottleneck
 from jpeft.methods.families.sublayers import BOTH
 
 _RULES = ("rule", "rule_left", "rule_right")
@@ -28,7 +27,7 @@ _LAYERS = ("down", "up")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compacter(Bottleneck):
+class Compacter(SequentialBottleneck):
     """Bottlenecks after both sublayers whose matrices are sums of Kronecker products, with small factors.
 
     Compacter++ is ``Compacter(sublayers="feed_forward")``; AdapterHub's has ``original_ln_before`` too.

@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jpeft.methods.bottleneck import Bottleneck
+from jpeft.methods.families.bottleneck import SequentialBottleneck
 from jpeft.methods.families.sublayers import BOTH
 
 
 @dataclass(frozen=True, kw_only=True)
-class Houlsby(Bottleneck):
+class Houlsby(SequentialBottleneck):
     """Bottlenecks after both sublayers, attention and feed-forward: AdapterHub's "double_seq_bn".
 
-    A `Bottleneck` with other defaults; its fields and leaves are the same.
+    A `jpeft.Bottleneck` with other defaults; its fields and leaves are the same.
 
     Attributes:
       sublayers: by default "both".

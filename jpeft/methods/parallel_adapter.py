@@ -16,8 +16,7 @@ from jaxtyping import Array
 from jpeft.checks import BOOL, Rule
 from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site
-from jpeft.methods.families.bottleneck import MAM, BottleneckMethod, layer_norm
-from jpeft.methods.families.steps import Tokens
+from jpeft.methods.families.bottleneck import MAM, BottleneckMethod, Tokens, layer_norm
 from jpeft.methods.families.sublayers import ADD_NORM, MODULE
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jpeft.core.method import Leaves, ModuleContext
-from jpeft.methods.families.members import Composition, part
-from jpeft.methods.families.steps import Tokens, added, change_of
+from jpeft.methods.families.members import Composition, Tokens, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +48,15 @@ class Stack(Composition):
     def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
         total, seen = None, (x, y)
         for name, member in self.members:
-            change = change_of(member, part(leaves, name), *seen, context)
-            total, seen = change if total is None else total + change, added(member, change, *seen, context)
+            change = member.change(part(leaves, name), *seen, context)
+            total, seen = change if total is None else total + change, member.add(change, *seen, context)
         assert total is not None
         return total
 
     def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
-        return added(self.members[-1][1], change, x, y, context)
+        return self.members[-1][1].add(change, x, y, context)
 
     def apply(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
         for name, member in self.members:
-            x, y = added(member, change_of(member, part(leaves, name), x, y, context), x, y, context)
+            x, y = member.add(member.change(part(leaves, name), x, y, context), x, y, context)
         return y

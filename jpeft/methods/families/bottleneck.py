@@ -18,17 +18,17 @@ from jpeft.checks import BOOL, NUMBER, POSITIVE_INT, RATE, Rule, one_of, or_none
 from jpeft.core.method import Leaves, ModuleContext, widened
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import Targets
-from jpeft.methods.base import check_fields, normal
+from jpeft.methods.base import OutputMethod, check_fields, normal
 from jpeft.methods.families.activations import ACTIVATION, ACTIVATIONS
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import flat, narrow
 from jpeft.methods.families.positions import by_row, rows_of
-from jpeft.methods.families.steps import Step, Tokens
-from jpeft.methods.families.sublayers import AT_SUBLAYERS, FEED_FORWARD, SUBLAYERS, with_sublayers
+from jpeft.methods.families.sublayers import AT_SUBLAYERS, FEED_FORWARD, NORM, OUTPUT, SUBLAYERS, with_sublayers
 
 IDENTITY, BERT, MAM, HOULSBY = "identity", "bert", "mam_adapter", "houlsby"
 LEARNED, CHANNEL = "learned", "channel"
 _EPSILON = 1e-5  # of torch's LayerNorm
+Tokens = Float[Array, "*tokens features"]
 
 
 def _is_scale(value: Any) -> bool:
@@ -40,7 +40,7 @@ def _is_reduction(value: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BottleneckMethod(Step):
+class BottleneckMethod(OutputMethod):
     """The base class of methods that add the output of a small network."""
 
     sublayers: str = FEED_FORWARD
@@ -168,6 +168,53 @@ class BottleneckMethod(Step):
         rows = rows_of(h, context, self.name)
         gate = jax.nn.sigmoid(by_row(h, rows) @ own["gate"] + own["gate_bias"]).mean(axis=1, keepdims=True)
         return (by_row(change, rows) * gate).reshape(change.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialBottleneck(BottleneckMethod):
+    """The base class of bottlenecks after a module: their network sees its output."""
+
+    original_ln_before: bool = False
+    adapter_residual_before_ln: bool = False
+
+    rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("original_ln_before", "adapter_residual_before_ln"), BOOL)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_residual_before_ln and (self.original_ln_before or not self.ln_after):
+            why = "original_ln_before adds to a norm's input" if self.ln_after else "it needs ln_after"
+            raise ValueError(f"{self.name}.adapter_residual_before_ln normalizes h + B(h): {why}")
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether U starts at zero, and no norm of its own is around the residual connection."""
+        return super().identity_at_init and not self.adapter_residual_before_ln
+
+    @property
+    def place(self) -> str:
+        return NORM if self.original_ln_before else OUTPUT
+
+    def prepare(self, site: Site) -> Site:
+        if self.original_ln_before and site.inputs != site.outputs:
+            raise ValueError(
+                f"{self.name}: with original_ln_before, targets are norms, and {site.name!r} is a {site.owner} of "
+                f"{site.inputs} features to {site.outputs}; name the norms after residual connections"
+            )
+        return super().prepare(site)
+
+    def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
+        change = self.network(leaves, y, context).reshape(y.shape)
+        if not self.ln_after:
+            return change
+        if self.adapter_residual_before_ln:
+            return layer_norm(y + change, self.own(leaves), "ln_after") - y
+        return layer_norm(change, self.own(leaves), "ln_after")
+
+    def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
+        if not self.original_ln_before:
+            return x, y + change
+        x = x + change.astype(x.dtype)
+        return x, context.rerun(x)
 
 
 def _biased(x: Tokens, bias: Array | None) -> Tokens:

@@ -19,17 +19,17 @@ from jpeft.core.method import Leaves
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import Matched, TargetError
 from jpeft.core.tree import Path, flatten, join, like, peek, unflatten
-from jpeft.methods.base import Method
-from jpeft.methods.families.steps import Step
+from jpeft.methods.base import Method, OutputMethod
 
 if TYPE_CHECKING:
     from jpeft.core.peft import Peft
 
-Members = tuple[tuple[str, Method], ...]
+Members = tuple[tuple[str, Any], ...]  # names and methods
+Tokens = Float[Array, "*tokens features"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composition(Step):
+class Composition(OutputMethod):
     """The base class of methods that are made of members, each with a name.
 
     A member's leaf ``down`` is ``<name>_down`` here, at a site and among those that sites share.
@@ -182,11 +182,9 @@ _KINDS = {"weight": "weights", "attention": "attentions", "leaf": "leaves of the
 
 
 def _members(what: str, given: Any) -> Members:
-    """Members as pairs, from a mapping of methods, or from pairs of which the methods may be configurations."""
-    from jpeft.methods import from_dict
-
+    """Members as pairs, from a mapping or from pairs."""
     pairs = list(given.items()) if isinstance(given, Mapping) else [tuple(pair) for pair in given]
-    members = tuple((name, from_dict(m) if isinstance(m, Mapping) else m) for name, m in pairs)
+    members: Members = tuple(pairs)  # type: ignore[assignment]
     if not members or not all(isinstance(member, Method) for _, member in members):
         raise ValueError(f"{what}.members must be methods by name, as in {{'fr': Bottleneck()}}; got {shown(given)}")
     names = [name for name, _ in members]

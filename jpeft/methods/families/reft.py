@@ -23,8 +23,8 @@ from jpeft.methods.families.activations import ACTIVATION, ACTIVATIONS
 from jpeft.methods.families.kaiming import kaiming
 from jpeft.methods.families.low_rank import flat, narrow
 from jpeft.methods.families.positions import places, real_tokens, rows_of
-from jpeft.methods.families.steps import Tokens
 
+Tokens = Float[Array, "*tokens features"]
 _COUNT: Rule = (lambda value: is_int(value) and 0 <= value < 2**31, "an integer, 0 or more")
 # A layer of a list, "encoder/layer/0" or "Transformer/encoderblock_0", that is in no other: T5's blocks hold layers.
 _ITEM = r"(layers?|h|blocks?|\w*block)[/_]\d+"
@@ -125,11 +125,11 @@ class ReFT(OutputMethod):
         h = flat(y)
         out = h
         for unit, where in self._positions(y, context).items():
-            changed = context.dropout(h + self.change(leaves, unit, h), self.dropout)
+            changed = context.dropout(h + self._added(leaves, unit, h), self.dropout)
             out = jnp.where(where.reshape(*h.shape[:-1], 1), changed, out)
         return out.reshape(y.shape)
 
-    def change(self, leaves: Leaves, unit: str, h: Tokens) -> Tokens:
+    def _added(self, leaves: Leaves, unit: str, h: Tokens) -> Tokens:
         """What an intervention adds at every token."""
         source, bias, r = (leaves[f"reft_{unit}_{name}"] for name in ("source", "bias", "rotation"))
         target = ACTIVATIONS[self.activation](narrow(h, source) + bias)
