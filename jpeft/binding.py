@@ -200,7 +200,7 @@ def _claim(
         if path in structure:
             raise ValueError(
                 f"two methods of the chain both keep a leaf at {join(path)!r} (the second is {method.name}); "
-                "give them different targets"
+                "give them different targets; two that change a module's output can be members of jpeft.methods.Stack"
             )
         if not stands_in and (path in base or any(p[: len(path)] == path for p in base)):
             raise ValueError(f"{method.name} would keep a leaf at {join(path)!r}, where the model has one already")

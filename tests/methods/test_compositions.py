@@ -136,6 +136,7 @@ def test_mistakes_are_told(make, message):
 @pytest.mark.parametrize(("method", "message"), [
     (Stack(members={"a": jpeft.LoRA()}), "the member 'a' acts on weights; its members act on the outputs of modules"),
     (Average(members={"a": FR, "b": jpeft.Bottleneck(targets="layers_0")}), "'a' and 'b' differ at 'layers_2'"),
+    (jpeft.Chain(FR, DE), r"both keep a leaf at 'layers_2/bottleneck_down' .* can be members of jpeft.methods.Stack"),
     (Average(members={"a": jpeft.LoRA(dropout=0.1)}), r"'a' \(LoRA\) at 'layers_0' drops entries of its input"),
 ])  # fmt: skip
 def test_members_that_cannot_be_together(method, message):
