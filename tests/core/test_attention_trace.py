@@ -260,6 +260,20 @@ def test_layouts_found_for_one_example_serve_others(name):
     np.testing.assert_allclose(got, function(w, X, (KEYS, VALUES)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("bound", "run"), [(1, BATCH), (BATCH, 1)])
+def test_a_batch_of_one_that_matmul_leaves_out(bound, run):
+    def core(q, k, v, mask, bias):
+        q, k, v = (y.swapaxes(1, 2) for y in (q, repeated(k), repeated(v)))
+        return (jax.nn.softmax(jnp.where(mask, q @ k.mT, -1e30)) @ v).swapaxes(1, 2)
+
+    w, function = weights(), functools.partial(model, core)
+    layouts = [a.layout for a in find(traced(function, w, X[:bound]).jaxpr, origins(w))]
+    closed = traced(function, w, X[:run])
+    change = lambda n, attention: attention.prefixed(KEYS, VALUES)  # noqa: E731
+    got = evaluate(closed.jaxpr, closed.consts, layouts, change, [*jax.tree.leaves(w), X[:run]])[0]
+    np.testing.assert_allclose(got, function(w, X[:run], (KEYS, VALUES)), rtol=0, atol=1e-5)
+
+
 def test_prefixes_of_examples():
     w, function = weights(), functools.partial(model, grouped)
     keys, values = jax.random.normal(jax.random.key(3), (2, BATCH, PREFIX, HEADS, DIM))

@@ -69,11 +69,11 @@ class Foreign:
     tied: bool = False
     generates: Any = None
 
-    def load(self):
+    def load(self, **options):
         config = getattr(transformers, self.config)(**self.fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = getattr(transformers, self.model)(config, seed=0)
+            model = getattr(transformers, self.model)(config, seed=0, **options)
         # Their initial weights, of deviation 0.02, are nearly linear and nearly zero; norms keep theirs.
         drawn = flatten(numbers(model.params, 0.3))
         kept = {p: x for p, x in flatten(model.params).items() if "norm" in "/".join(p).lower() or "ln_" in "/".join(p)}

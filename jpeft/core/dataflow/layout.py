@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -226,9 +227,14 @@ class Arrangement:
         dot, q, k = match.dot, 1 - match.key, match.key
         contracted, batch = dot.params["dimension_numbers"]
         free = [free_axes(dot, i) for i in (0, 1)]
-        if (len(batch[q]), len(free[q]), len(free[k])) != tuple(map(len, (layout.batch, layout.query, layout.key))):
-            raise Unclear("its product of queries and keys has other axes than where it was bound")
-        roles = (*layout.batch, *(layout.query if q == 0 else layout.key), *(layout.key if q == 0 else layout.query))
+        of_batch, of_query, of_key = _aligned(
+            (layout.batch, layout.query, layout.key),
+            [
+                [shape_of(dot.inputs[i])[axis] for axis in axes]
+                for i, axes in ((q, batch[q]), (q, free[q]), (k, free[k]))
+            ],
+        )
+        roles = (*of_batch, *(of_query if q == 0 else of_key), *(of_key if q == 0 else of_query))
         self._axes = _parts(roles, dot.outputs[0].shape)
         operands = []
         for operand in (0, 1):
@@ -262,6 +268,68 @@ class Arrangement:
     def all(self, role: str) -> tuple[Part, ...]:
         """All parts of a role, in order."""
         return tuple(p for axis in self._axes for p in axis if p.role == role)
+
+
+def _aligned(layout: Sequence[Sequence[Roles]], sizes: Sequence[Sequence[int]]) -> Sequence[Sequence[Roles]]:
+    """The roles of the axes in this call, for each group of axes in a layout.
+
+    `jnp.matmul` leaves out a batch of one, here or where the attention was bound.
+
+    Raises:
+      Unclear: the axes are others than those of the layout.
+    """
+    if [len(axes) for axes in layout] == [len(axes) for axes in sizes]:
+        return layout
+    groups = [_alignments(tuple(roles), tuple(own)) for roles, own in zip(layout, sizes, strict=True)]
+    has_examples = any(role == EXAMPLE for axes in layout for roles in axes for role, _ in roles)
+    possible = [made for made in itertools.product(*groups) if _is_possible(made, has_examples)]
+    costs = {made: sum(one.cost for one in made) for made in possible}
+    best = [made for made, cost in costs.items() if cost == min(costs.values())]
+    if len(best) != 1:
+        why = " and which are examples is not clear: bind with inputs of several examples" if best else ""
+        raise Unclear(f"its product of queries and keys has other axes than where it was bound{why}")
+    return [one.roles for one in best[0]]
+
+
+@dataclass(frozen=True)
+class _Alignment:
+    """Roles for the axes of a group, of which some are left out of the layout, and others added as examples."""
+
+    roles: tuple[Roles, ...] = ()
+    cost: int = 0
+    left_out: int = 0
+    added: int = 0
+
+    def then(self, *roles: Roles, cost: int = 0, left_out: int = 0, added: int = 0) -> _Alignment:
+        return _Alignment((*roles, *self.roles), self.cost + cost, self.left_out + left_out, self.added + added)
+
+
+def _alignments(roles: tuple[Roles, ...], sizes: tuple[int, ...]) -> list[_Alignment]:
+    if not roles and not sizes:
+        return [_Alignment()]
+    out = []
+    if roles and sizes and _fits(roles[0], sizes[0]):
+        out += [rest.then(roles[0]) for rest in _alignments(roles[1:], sizes[1:])]
+    if roles and all(role == EXAMPLE or size == 1 for role, size in roles[0]):
+        out += [rest.then(cost=1, left_out=1) for rest in _alignments(roles[1:], sizes)]
+    if sizes:
+        several = int(sizes[0] > 1)
+        example = ((EXAMPLE, None),)
+        out += [rest.then(example, cost=1 + several, added=several) for rest in _alignments(roles, sizes[1:])]
+    return out
+
+
+def _fits(roles: Roles, n: int) -> bool:
+    known = math.prod(size for _, size in roles if size is not None)
+    return n % known == 0 and (n == known or any(size is None for _, size in roles))
+
+
+def _is_possible(made: Sequence[_Alignment], has_examples: bool) -> bool:
+    """Whether examples that are added in one group are left out of others, or of the whole layout."""
+    added = sum(one.added for one in made)
+    if not has_examples and added == made[0].added:  # in the axes that queries and keys share
+        return added <= 1
+    return added <= sum(one.left_out for one in made)
 
 
 def _features_of(axes: Sequence[int], shape: Sequence[int]) -> dict[int, tuple[Part, ...]]:
