@@ -33,6 +33,7 @@ BLOCKS = {
     "segments, not known to be causal": ((11, 11), {"mask": SEEN}),
     "both ways": ((11, 11), {"mask": SEEN | SEEN.swapaxes(2, 3)}),
     "keys that all see": ((11, 11), {"mask": (SEGMENTS < 2)[:, None, None]}),
+    "keys that all see, in a causal call": ((11, 11), {"mask": (SEGMENTS < 2)[:, None, None], "causal": True}),
     "whole blocks": ((12, 12), {}),
 }
 
