@@ -48,7 +48,8 @@ def save(
     It takes a method that declares a form in such folders (`LoRA`), alone or in a `Chain` with `BitFit` (of all biases,
     or of those where the method is) and `Train` (of whole modules); or `Train` alone, as LN_TUNING. A part of a
     model, such as a classifier's encoder, is saved alone with its own peft and trees. Layers that a decoder of
-    `jpeft.models` stacks are written one by one, as torch has them.
+    `jpeft.models` stacks are written one by one, as torch has them. Of virtual tokens a folder holds the embeddings, or
+    the keys and values, without a network that computes them; PEFT runs them by ``task_type``, which must be given.
 
     Args:
       path: the folder; it appears whole or not at all. An adapter that is there is replaced.
