@@ -430,3 +430,64 @@ def test_why_an_attention_cannot_change(name):
     found = find(traced(function, w, X).jaxpr, origins(w))
     assert found and all(a.layout is None for a in found)
     assert any(re.search(reason, a.reason) for a in found), found
+
+
+# --- jax.nn.dot_product_attention -------------------------------------------------------------------------------------
+
+LENGTHS = jnp.array([QUERIES, QUERIES - 2])
+NEAR = jnp.abs(jnp.arange(QUERIES)[:, None] - jnp.arange(QUERIES)) <= 1
+OPTIONS = {
+    "causal": ({"is_causal": True}, CAUSAL),
+    "window": ({"local_window_size": (1, 1)}, NEAR),
+    "causal window": ({"is_causal": True, "local_window_size": 1}, NEAR & CAUSAL),
+    "key lengths": ({"key_value_seq_lengths": LENGTHS}, (jnp.arange(QUERIES) < LENGTHS[:, None])[:, None, None]),
+    "query lengths": ({"query_seq_lengths": LENGTHS}, jnp.ones_like(CAUSAL)),
+    "xla": ({"implementation": "xla", "scale": 0.3}, jnp.ones_like(CAUSAL)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_arguments_of_jax_attention(name):
+    options, mask = OPTIONS[name]
+
+    def by_hand(q, k, v, _, bias):
+        seen = jnp.broadcast_to(mask, (BATCH, 1, QUERIES, QUERIES))
+        scale = {"scale": options["scale"]} if "scale" in options else {}
+        return jax.nn.dot_product_attention(q, k, v, mask=padded(seen, True), **scale)
+
+    def core(q, k, v, _, bias):
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+    w = weights()
+    want = model(by_hand, w, X, (KEYS, VALUES))
+    got = jax.jit(functools.partial(prefixed, functools.partial(model, core)))(w, X)
+    seen = jnp.arange(QUERIES) < (LENGTHS if name == "query lengths" else LENGTHS[:1])[:, None]
+    np.testing.assert_allclose(got * seen[..., None], want * seen[..., None], rtol=0, atol=1e-5)
+
+
+def test_cudnn_is_refused_by_name(monkeypatch):
+    kernels = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 90500)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda *_: True, raising=False)
+
+    def attention(w, x):
+        q = jnp.einsum("btd,dhk->bthk", x, w["q"]).astype(jnp.bfloat16)
+        return jax.nn.dot_product_attention(q, q, q, implementation="cudnn")
+
+    w = {"q": jnp.ones((8, HEADS, 64))}
+    x = jnp.ones((BATCH, 64, 8))
+    (found,) = find(traced(attention, w, x).jaxpr, origins(w))
+    assert found.layout is None and "of cuDNN" in found.reason and "implementation='xla'" in found.reason
+
+
+def test_a_kernel_is_named():
+    pallas = pytest.importorskip("jax.experimental.pallas")
+
+    def flash_attention_kernel(x, y):
+        y[...] = jnp.exp(x[...])
+
+    def attention(w, x):
+        return pallas.pallas_call(flash_attention_kernel, out_shape=x, interpret=True)(x)
+
+    (found,) = find(traced(attention, {}, X).jaxpr, origins({}))
+    assert found.layout is None and "flash_attention_kernel" in found.reason and found.kernel

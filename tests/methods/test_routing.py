@@ -1,6 +1,7 @@
 """Poly, MoLE and X-LoRA: against the base with weights that numpy has merged, and against the experts by themselves."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,7 @@ CONFIG = DecoderConfig(
 TARGETS = ["q_proj", "down_proj"]
 
 
+@functools.cache
 def decoder(boxed=False, **fields):
     model = Decoder(CONFIG, **fields)
     params = parameters(model, IDS)
@@ -186,17 +188,23 @@ def test_a_weights_input_mixes_its_experts(top_k):
     close(jax.jit(peft.apply)(params, own, x) - model.apply({"params": params}, x), change)
 
 
-def trained(model, params):
-    """Three LoRAs of other ranks, scales, weights, layers and starts, with their outputs."""
+@functools.cache
+def trained():
+    """Three LoRAs of other ranks, scales, weights, layers and starts; and the outputs of each and of the base."""
+    model, params = decoder()
     methods = [
         jpeft.LoRA(rank=2, alpha=3, targets=TARGETS),
         jpeft.LoRA(rank=1, targets=["q_proj"], overrides={"q_proj": {"layers": [1]}}),
         jpeft.LoRA(rank=1, rslora=True, init_weights="pissa", targets=["down_proj"]),
     ]
-    return [bound(method, model, params) for method in methods]
+    loras = [bound(method, model, params) for method in methods]
+    run = jax.jit(
+        lambda params, adapters: [peft.apply(params, x, IDS) for (peft, _), x in zip(loras, adapters, strict=True)]
+    )
+    return loras, run(params, [adapter for _, adapter in loras]), model.apply({"params": params}, IDS)
 
 
-def chosen(adapter, slug, index, count):
+def chosen(adapter, index, count):
     """A mixture's adapter whose gates choose one expert."""
     tree = flatten(adapter)
     for path, x in tree.items():
@@ -214,27 +222,30 @@ MIXTURES = {
 }
 
 
+@functools.cache
+def mixture(name):
+    return bound(MIXTURES[name], *decoder())
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_chosen_expert_is_the_lora_that_was_trained(name):
-    model, params = decoder()
-    peft, fresh = bound(MIXTURES[name], model, params)
-    loras = trained(model, params)
+    (peft, fresh), (loras, outputs, base) = mixture(name), trained()
     run = jax.jit(peft.apply)
-    for index, (lora, own) in enumerate(loras):
+    for index, want in enumerate(outputs):
         order = loras if name != "mole" else loras[index:] + loras[:index]  # of equal gates, the first is chosen
-        mixture = with_experts(peft, chosen(fresh, peft.method.slug, index, 3), order)
-        want = lora.apply(params, own, IDS)
-        assert differ(want, model.apply({"params": params}, IDS))
-        close(run(params, mixture, IDS), want, 2e-5)
+        adapter = with_experts(peft, chosen(fresh, index, 3), order)
+        assert differ(want, base)
+        close(run(decoder()[1], adapter, IDS), want, 2e-5)
     labels = flatten(peft.labels(fresh))
     frozen = {path[-1] for path, label in labels.items() if label == "frozen"}
     assert frozen == set(peft.method.expert_leaves)
 
 
 def test_what_is_no_expert_is_refused():
-    model, params = decoder()
+    model, params = decoder(boxed=True)
     peft, adapter = bound(MIXTURES["mole"], model, params)
-    loras = trained(model, params)
+    loras, *_ = trained()
+    assert jax.tree.structure(with_experts(peft, adapter, loras)) == jax.tree.structure(adapter)  # with its boxes
     with pytest.raises(ValueError, match="MoLE has n_experts=3, and with_experts got 2 LoRAs"):
         with_experts(peft, adapter, loras[:2])
     for index, method, expected in [
@@ -258,22 +269,27 @@ def test_what_is_no_expert_is_refused():
 # --- the first pass ---------------------------------------------------------------------------------------------------
 
 
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
+
+
+@functools.cache
+def base_tokens():
+    return jpeft.generate(*decoder(), PROMPTS, max_new_tokens=6, min_prompt_length=4)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_greedy_decoding_with_a_cache_is_that_without(name):
-    model, params = decoder(boxed=True)
-    peft, adapter = bound(MIXTURES[name], model, params)
-    adapter = with_experts(peft, adapter, trained(model, params))
+    (model, params), (peft, fresh), (loras, *_) = decoder(), mixture(name), trained()
+    adapter = with_experts(peft, fresh, loras)
     whole = jax.jit(lambda ids: peft.apply(params, adapter, ids))
-    prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
-    new = jpeft.generate(model, params, prompts, peft=peft, adapter=adapter, max_new_tokens=6, min_prompt_length=4)
-    for prompt, found in zip(prompts, new, strict=True):
+    new = jpeft.generate(model, params, PROMPTS, peft=peft, adapter=adapter, max_new_tokens=6, min_prompt_length=4)
+    for prompt, found in zip(PROMPTS, new, strict=True):
         ids = np.zeros((1, 16), np.int32)
         ids[0, : len(prompt)] = prompt
         for i in range(len(prompt), len(prompt) + 6):  # of one length, as later tokens change nothing
             ids[0, i] = np.asarray(whole(jnp.asarray(ids)))[0, i - 1].argmax()
         assert found == ids[0, len(prompt) : len(prompt) + 6].tolist()
-    base = jpeft.generate(model, params, prompts, max_new_tokens=6, min_prompt_length=4)
-    assert base != new
+    assert new != base_tokens()
 
 
 def test_the_first_pass_sees_the_base_alone():
@@ -300,8 +316,7 @@ def test_the_first_pass_sees_the_base_alone():
 
 
 def test_what_has_no_first_pass_is_refused():
-    model, params = decoder()
-    peft, adapter = bound(MIXTURES["xlora"], model, params)
+    (model, params), (peft, adapter) = decoder(), mixture("xlora")
     cache = init_cache(model, 3, 16)
     with pytest.raises(ValueError, match="this call continues a cache without 'first_pass'"):
         peft.apply(params, adapter, IDS[:, :1], cache=cache)

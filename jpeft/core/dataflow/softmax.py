@@ -48,6 +48,7 @@ def found(program: Program) -> tuple[list[Match], list[Lost]]:
 _IN_BLOCKS = "its softmax is normalized after products with blocks of values: an online softmax"
 _OF_SEVERAL = "its softmax runs over the logits of several products"
 _IN_KERNEL = "its softmax is hidden in the kernel {!r}, which gives no normalizer"
+_IN_CUDNN = "its softmax is hidden in a kernel of cuDNN, whose normalizer has no gradient; use implementation='xla'"
 _KERNELS = {"pallas_call", "tpu_custom_call", "ffi_call", "custom_call", "triton_kernel_call"}
 _CUDNN = "dot_product_attention_fwd"  # jax.nn.dot_product_attention(..., implementation="cudnn")
 
@@ -67,7 +68,8 @@ class _Finder:
             for i, body in enumerate(node.bodies):
                 yield from self.run(body, (*trail, (node, i)), calls)
             if kernel := _kernel(node):
-                self.lost.append(Lost(_IN_KERNEL.format(kernel), calls, kernel=kernel))
+                reason = _IN_CUDNN if kernel == _CUDNN else _IN_KERNEL.format(kernel)
+                self.lost.append(Lost(reason, calls, kernel=kernel))
             if node.parts:
                 made = [self.fact(part) for part in node.parts]
             else:
@@ -153,7 +155,7 @@ class _Finder:
 def _kernel(node: Node) -> str:
     """The name of a kernel that an equation runs; "" for another equation."""
     if node.name.startswith(_CUDNN):
-        return f"{_CUDNN} of cuDNN"
+        return _CUDNN
     if node.name not in _KERNELS:
         return ""
     names = (node.params.get(name) for name in ("name", "name_and_src_info", "call_target_name"))
