@@ -116,7 +116,7 @@ def test_signatures_copies_and_pickles_are_those_of_any_dataclass(name):
         field.name for field in sorted(fields(cls), key=lambda f: f.kw_only)
     ]
     required = {
-        **dict.fromkeys(("AdapterFusion", "Average", "Stack"), {"members": {"a": LORA()}}),
+        **{name: {"members": {"a": LORA()}} for name in ("AdapterFusion", "Average", "Stack")},
         "CPT": {"token_ids": (1,)},
         "Train": {"targets": "x"},
         "TrainableTokens": {"indices": (1,)},
