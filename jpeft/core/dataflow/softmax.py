@@ -158,7 +158,9 @@ def _kernel(node: Node) -> str:
         return _CUDNN
     if node.name not in _KERNELS:
         return ""
-    names = (node.params.get(name) for name in ("name", "name_and_src_info", "call_target_name"))
+    names = [node.params.get(name) for name in ("name", "name_and_src_info", "call_target_name")]
+    debug = getattr(node.params.get("jaxpr"), "debug_info", None)  # "kernel at file:line"
+    names.append(str(getattr(debug, "func_src_info", "") or "").partition(" ")[0])
     return next((str(getattr(name, "name", name)) for name in names if name), node.name)
 
 
