@@ -149,7 +149,7 @@ def test_layers_that_cannot_be_chosen_are_refused():
         LlamaAdapter(last_layers=1).bind(model, parameters(model, x), x)
 
 
-@pytest.mark.parametrize("chosen", [(1,), (0, 2)])
+@pytest.mark.parametrize("chosen", [pytest.param((1,), marks=pytest.mark.exhaustive), (0, 2)])
 def test_an_attention_method_in_some_layers_of_a_scan_is_that_in_single_layers(chosen):
     model, params = decoder()
     method = jpeft.PrefixTuning(length=2, overrides={".*": {"layers": list(chosen)}})

@@ -60,7 +60,7 @@ def mixed_by_hand(model, params, peft, adapter, task, splits):
     return unflatten(tree)
 
 
-@pytest.mark.parametrize("remat", [None, "full"])
+@pytest.mark.parametrize("remat", [pytest.param(None, marks=pytest.mark.exhaustive), "full"])
 def test_each_row_runs_under_the_mixture_of_its_task(remat):
     model, params = decoder(remat=remat)
     peft, adapter = bound(Poly(rank=2, n_tasks=3, n_skills=3, n_splits=2, targets=TARGETS), model, params)
@@ -277,7 +277,7 @@ def base_tokens():
     return jpeft.generate(*decoder(), PROMPTS, max_new_tokens=6, min_prompt_length=4)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ["xlora", "mole", pytest.param("xlora, layerwise", marks=pytest.mark.exhaustive)])
 def test_greedy_decoding_with_a_cache_is_that_without(name):
     (model, params), (peft, fresh), (loras, *_) = decoder(), mixture(name), trained()
     adapter = with_experts(peft, fresh, loras)

@@ -27,7 +27,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["Llama", "Mistral"])
+@pytest.fixture(scope="module", params=["Llama", pytest.param("Mistral", marks=pytest.mark.exhaustive)])
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
