@@ -219,9 +219,27 @@ def unroll_site(site: Site, at: str | None) -> list[Site]:
     count = site.stack[0][1] if site.stack else site.stored[0]
     layers = [None if site.layers is None else tuple({i} & {*site.layers}) for i in range(count)]
     return [
-        dataclasses.replace(site, path=path, stored=site.stored[1:], stack=site.stack[1:], layers=layers[i])
+        dataclasses.replace(
+            site,
+            path=path,
+            stored=site.stored[1:],
+            stack=site.stack[1:],
+            layers=layers[i],
+            projections=_unrolled_projections(site.projections, at, count, i),
+        )
         for i, path in enumerate(numbered(site.path, at, count))
     ]
+
+
+def _unrolled_projections(projections: Any, at: str, layers: int, layer: int) -> Any:
+    """The projections of an attention in one layer; see `Site.projections`."""
+    if isinstance(projections, str):
+        return projections
+
+    def own(path: tree.Path | None) -> tree.Path | None:
+        return None if path is None else numbered(path, at, layers)[layer if _is_below(path, at) else 0]
+
+    return tuple(dataclasses.replace(p, weight=own(p.weight), bias=own(p.bias)) for p in projections)
 
 
 def unroll_survey(seen: Survey, at: str | None) -> Survey:

@@ -47,8 +47,8 @@ class Compacter(SequentialBottleneck):
       phm_bias: whether there are d and u.
       init_weights: "compacter": W_i, or its factors, are normal with the standard deviation of Glorot and Bengio; or
         "identity": those of U are zero (R_i, if factorized), so that a fresh adapter changes nothing.
-      reduction, size, activation, scale, ln_before, ln_after, adapter_residual_before_ln, gating, dropout, init_std,
-        dtype, exclude, overrides: see `jpeft.Bottleneck`.
+      reduction, size, activation, scale, gating, dropout, init_std, dtype, exclude, overrides: see `jpeft.Bottleneck`.
+      ln_before, ln_after, adapter_residual_before_ln: see `jpeft.Bottleneck`.
 
     Leaves at a site: ``compacter_down_left [n, features/n, r]``, ``compacter_down_right [n, r, size/n]`` and
     ``compacter_down_bias [size]``, the same of ``compacter_up``, and those of `jpeft.Bottleneck` that are asked for. A

@@ -21,7 +21,8 @@ class Houlsby(SequentialBottleneck):
     Attributes:
       sublayers: by default "both".
       activation: by default "swish".
-      targets, reduction, size, scale, dropout, init_weights, dtype, …: see `jpeft.Bottleneck`.
+      targets, reduction, size, scale, gating, dropout, init_weights, init_std, dtype: see `jpeft.Bottleneck`.
+      original_ln_before, ln_before, ln_after, adapter_residual_before_ln, exclude, overrides: see `jpeft.Bottleneck`.
 
     >>> import jpeft
     >>> method = jpeft.methods.Houlsby(reduction=16)

@@ -1,4 +1,4 @@
-"""MoLE: LoRA experts mixed by token (Zadouri et al. 2023, https://arxiv.org/abs/2309.05444, MoLORA).
+"""MoLE: LoRA experts mixed by token as MoLORA has them (Zadouri et al. 2023, https://arxiv.org/abs/2309.05444).
 
 y = x W + s Σ_i g_i (x A_i) B_i          g = softmax(x G / τ), A_i: [in, r], B_i: [r, out], G: [in, experts]
 

@@ -51,8 +51,8 @@ class NoReFT(ReFT):
     """LoReFT without orthogonal directions: they may be any, which costs no decomposition.
 
     Attributes:
-      targets, rank, prefix_positions, suffix_positions, tied_weights, activation, dropout, dtype, exclude, overrides:
-        see `jpeft.methods.LoReFT`.
+      targets, rank, prefix_positions, suffix_positions, tied_weights: see `jpeft.methods.LoReFT`.
+      activation, dropout, dtype, exclude, overrides: see `jpeft.methods.LoReFT`.
 
     Leaves at a site: those of `jpeft.methods.LoReFT`.
 
@@ -66,8 +66,8 @@ class DiReFT(ReFT):
     """LoReFT without orthogonal directions, that adds to a subspace and takes nothing away: a LoRA of states.
 
     Attributes:
-      targets, rank, prefix_positions, suffix_positions, tied_weights, activation, dropout, dtype, exclude, overrides:
-        see `jpeft.methods.LoReFT`.
+      targets, rank, prefix_positions, suffix_positions, tied_weights: see `jpeft.methods.LoReFT`.
+      activation, dropout, dtype, exclude, overrides: see `jpeft.methods.LoReFT`.
 
     Leaves at a site: those of `jpeft.methods.LoReFT`.
 

@@ -6,6 +6,8 @@ import inspect
 import re
 from typing import Any
 
+from jpeft.methods import METHODS
+
 _SECTION = re.compile(r"^(Args|Attributes):$")
 _ENTRY = re.compile(r"^ {2}(\w[\w, *]*): (.*)$")
 
@@ -44,16 +46,23 @@ def markdown(text: str) -> str:
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each field.
+    """What the docstrings of a class, its bases and the methods that they refer to say of each field.
 
     >>> import jpeft
     >>> field_help(jpeft.LoRA)["rank"][:2], field_help(jpeft.LoRA)["exclude"][:22]
     ('r,', 'the sites to leave out')
     """
     found: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
     for base in cls.__mro__:
         for name, text in _entries(vars(base).get("__doc__") or "").items():
-            if name not in found and not text.startswith("see `"):  # that refers to the base's docstring
+            if reference := re.match(r"see (?:\{[\w:]+\})?`[~\w.]*?(\w+)`", text):
+                elsewhere.setdefault(name, reference[1])
+            else:
+                found.setdefault(name, text)
+    for name, other in elsewhere.items():
+        if name not in found and other in METHODS and METHODS[other] is not cls:
+            if text := field_help(METHODS[other]).get(name):
                 found[name] = text
     return found
 

@@ -48,7 +48,7 @@ import jax, jax.numpy as jnp, jpeft, optax
 from jpeft.models.bert import Bert, BertConfig
 
 config = BertConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    intermediate_size=128, max_position_embeddings=16)
+                    intermediate_size=128, max_position_embeddings=64)
 model, ids = Bert(config), jnp.array([[1, 5, 7, 2]])
 params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
 """
@@ -77,7 +77,7 @@ def table() -> str:
     """The methods as a Markdown table, with the parameters that each trains on MiniLM by default.
 
     >>> print(table().splitlines()[2][:59])
-    | `Bottleneck` | A small two-layer network on each target's
+    | `Bottleneck` | A small two-layer network after a sublayer
     """
     rows = [
         ("method", "what it does", "family", "paper", "acts on", "parameters on MiniLM", "merges", "HuggingFace PEFT"),

@@ -140,7 +140,7 @@ BAD = {
     "a number for a text": ("text: 5", "'text' must be a non-empty text, got 5; in quotes it is a text"),
     "an empty text": ("label: ''", "run.yaml: 'label' must be a non-empty text, got ''"),
     "a long value": (f"rank: {'x' * 9999}", "xxx…xxx"),
-    "a method": ("method: lorra", "run.yaml: 'method' must be one of adalora, alora, beft, bitfit"),
+    "a method": ("method: lorra", "run.yaml: 'method' must be one of adalora, adapterfusion, alora"),
     "a date": ("settings: {init: 2024-01-01}", "run.yaml: 'settings' must be fields by name"),
     "a mapping within itself": ("settings: &s {init: *s}", "run.yaml: 'settings' must be fields by name"),
     "of another task": (

@@ -108,7 +108,7 @@ def test_outputs_and_attentions_are_named_by_their_module():
     assert names(["attention"], method=jpeft.Bottleneck) == ["layer_0/attention", "layer_1/attention"]
     with pytest.raises(TargetError, match="no module has a name that tells that it is the output of a feed-forward"):
         names(None, method=jpeft.Bottleneck)
-    with pytest.raises(TargetError, match="matches nothing; the model has nothing that PrefixTuning can act on"):
+    with pytest.raises(TargetError, match="cannot act on 2 of 2 attentions"):
         names(None, method=jpeft.PrefixTuning)
 
 

@@ -505,7 +505,7 @@ def test_mistakes_in_planning(there, capsys, more, says):
 
 @pytest.mark.parametrize("more, says", [
     ("--dtype half", "--dtype must be one of float32, bfloat16, float16, got 'half'"),
-    ("--method lore", "did you mean 'lora'?"),
+    ("--method loraa", "did you mean 'lora'?"),
     ("--set length", "expected NAME=VALUE"), ("--seq many", "--seq must be an integer, got 'many'"),
 ])  # fmt: skip
 def test_mistakes_in_typing(capsys, more, says):
