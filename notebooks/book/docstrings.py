@@ -61,9 +61,9 @@ def field_help(cls: type) -> dict[str, str]:
             else:
                 found.setdefault(name, text)
     for name, other in elsewhere.items():
-        if name not in found and other in METHODS and METHODS[other] is not cls:
-            if text := field_help(METHODS[other]).get(name):
-                found[name] = text
+        told = field_help(METHODS[other]) if other in METHODS and METHODS[other] is not cls else {}
+        if name not in found and name in told:
+            found[name] = told[name]
     return found
 
 
