@@ -51,6 +51,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "Average": {"members": {"a": jpeft.LoRA(), "b": jpeft.LoRA()}, "train_members": True},
     "CPT": {"token_ids": tuple(range(16))},
     "ParallelAdapter": {"targets": r".*/(mlp|attention/self)"},
+    "PrefixTuning": {"shift_positions": True},  # as PEFT counts positions
     "Stack": {"members": {"a": jpeft.Bottleneck(), "b": jpeft.Bottleneck()}},
     "TrainableTokens": {"indices": tuple(range(16)), "targets": r".*(embed_tokens|word_embeddings)"},
     "Train": {"targets": r".*[nN]orm.*"},
@@ -149,12 +150,20 @@ def torch_step(name: str, work: Workload, folder: Path, adapter: Path) -> Varian
         model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False)
     if work.remat:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+    is_prompt = bool(getattr(form(METHODS[name]), "prompt", ""))
+    model = PeftModel.from_pretrained(model, adapter, is_trainable=not is_prompt).train()
+    if is_prompt:  # which PEFT does not load to be trained
+        for parameter in model.prompt_encoder.parameters():
+            parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     ids = torch.tensor(work.ids()).long()
 
+    # PEFT's outermost model alone takes the virtual tokens in, and drops the arguments of other methods.
+    run = model if is_prompt else model.base_model
+    tasks = {"task_ids": torch.zeros(work.rows).long()} if "task_ids" in METHODS[name].arguments else {}
+
     def step() -> None:
-        logits = model(input_ids=ids[:, :-1])[0]
+        logits = run(input_ids=ids[:, :-1], **tasks)[0][:, -work.length :]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), (ids[:, 1:] % logits.shape[-1]).flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -182,15 +191,21 @@ class Steps:
         step, peft, adapter = jax_step(self.work, self.model, self.params, configured(name))
         if self.base is None:
             return [step]
-        if getattr(form(type(peft.method)), "task_type", "") and self.work.config["model_type"] == "bert":
+        spec, is_encoder = form(type(peft.method)), self.work.config["model_type"] == "bert"
+        if getattr(spec, "task_type", "") and is_encoder:
             step.facts["no_torch"] = "PEFT computes it in causal language models alone"
             return [step]
+        if getattr(spec, "prompt", "") and peft.method.arguments and is_encoder:
+            step.facts["no_torch"] = "PEFT gives no task ids to models for features"
+            return [step]
         try:
-            jpeft.hf.save(self.scratch / name, peft, adapter, self.params)
-        except ValueError as error:  # no form in a folder of HuggingFace's
+            task = "FEATURE_EXTRACTION" if is_encoder else "CAUSAL_LM"
+            more = {"task_type": task} if getattr(spec, "prompt", "") else {}
+            jpeft.hf.save(self.scratch / name, peft, adapter, self.params, **more)
+            return [step, torch_step(name, self.work, self.base, self.scratch / name)]
+        except ValueError as error:  # no form in a folder of HuggingFace's, or none for this model
             step.facts["no_torch"] = str(error)
             return [step]
-        return [step, torch_step(name, self.work, self.base, self.scratch / name)]
 
 
 def measured(steps: Steps, names: Sequence[str], rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
