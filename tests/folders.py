@@ -62,6 +62,13 @@ def write_bert(folder):
     byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 
+def work_in(folder, home, monkeypatch):
+    """Makes a folder, with links to everything in `home`, the working directory; nothing compiled is kept on disk."""
+    link(home, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("jpeft.serving.text_generator.keep_compiled", lambda: None)
+
+
 def link(home, folder):
     """Makes everything in `home` seen in a folder of the test's own."""
     for path in home.iterdir():

@@ -157,7 +157,8 @@ def _run_plain(
         return None if y is None else (y, y)
     if not method:
         return call.plain("", *named.back(arguments), path)
-    signature = inspect.signature(getattr(type(call.module), method))
+    signature = signature_of(getattr(type(call.module), method))
+    assert signature is not None
     given = {name: arguments[name] for name in signature.parameters if name in arguments}
     try:
         signature.bind(call.module, **given)

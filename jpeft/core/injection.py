@@ -23,7 +23,7 @@ from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.attention import evaluate
 from jpeft.core.dataflow.jaxprs import bind
 from jpeft.core.dataflow.projections import Projection
-from jpeft.core.dataflow.replace import Change
+from jpeft.core.dataflow.replace import Change, Evaluate
 from jpeft.core.dataflow.traced_attention import TracedAttention
 from jpeft.core.dataflow.views import LOOKUP, Product
 from jpeft.core.geometry import Call, Geometry, Parts, TracedTable
@@ -161,8 +161,8 @@ class ModuleCall(ABC):
         """
 
     @abstractmethod
-    def with_trace(self, run: Callable[[Any], Any], evaluate: Callable[[Any, Sequence[Any]], list[Any]]) -> Any:
-        """The outputs of ``run(call)``, as ``evaluate(jaxpr, consts)`` computes them from its trace.
+    def with_trace(self, run: Callable[[Any], Any], evaluate: Evaluate) -> Any:
+        """The outputs of ``run(call)``, as ``evaluate`` computes them from its trace, of which no constant is a weight.
 
         ``call`` is this call, or the same of a copy of the module.
         """
@@ -184,7 +184,7 @@ def run_call(call: ModuleCall, actions: Sequence[Active], dropout: Draw, is_inne
         if is_whole and active.action.method.feeds:
             drop = dropout(active.action.method.draws)
             args, kwargs = change_inputs(active, (call.args, call.kwargs), drop)
-            call = dataclasses.replace(call, args=args, kwargs=kwargs)
+            call = call.on(args, kwargs)
     with _marked(call):
         y = _with_changed_attention(call, on["attention"], lambda call: _with_weights(call, on["weight"], dropout))
     if is_whole:
@@ -262,7 +262,7 @@ def _with_changed_attention(call: ModuleCall, actions: Sequence[Active], run: Ca
             _calls.reset(token)
 
     chosen = [layout if place in places else None for place, layout in enumerate(layouts)]
-    return call.with_trace(traced, lambda jaxpr, consts: evaluate(jaxpr, consts, chosen, change))
+    return call.with_trace(traced, lambda jaxpr, consts, _: evaluate(jaxpr, consts, chosen, change))
 
 
 def _no_projections(site: Site) -> str:

@@ -301,7 +301,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ModuleContext(Mapping[str, Any]):
-    """What an output method sees beside a module's input and output.
+    """The call around a module, as an output method sees it.
 
     A mapping of the arguments of the model's own call by name, for a method that `reads_context`.
 

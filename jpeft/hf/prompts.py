@@ -101,7 +101,7 @@ def _heads(actions: list[Action]) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a folder has of virtual tokens.
+    """The tensors of a folder of virtual tokens.
 
     Attributes:
       tensors: by name.
@@ -115,7 +115,7 @@ class Contents:
 
 
 def contents(peft: Peft, adapter: Tree, task_type: str | None) -> Contents:
-    """What a folder has of an adapter's virtual tokens.
+    """The tensors of an adapter's virtual tokens in a folder.
 
     Raises:
       ValueError: the folder cannot say what the method does.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from flax.core.scope import union_filters
 from jax.core import Tracer
 
 from jpeft.core.actions import Action, Active
-from jpeft.core.dataflow.replace import Change, evaluate
+from jpeft.core.dataflow.replace import Change, Evaluate, evaluate
 from jpeft.core.entering import RootCall, context_of, not_called, run_root
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
@@ -139,11 +139,8 @@ class _LinenCall(ModuleCall):
         with opened({sites[name].weight_path: value for name, value in values.items()}):
             return rewrite.run(self.module, functools.partial(run, self), values, functools.partial(evaluate, change))
 
-    def with_trace(self, run: Callable[[Any], Any], evaluate: Callable[[Any, Sequence[Any]], list[Any]]) -> Any:
-        def of_trace(jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str]) -> list[Any]:
-            return evaluate(jaxpr, consts)
-
-        return rewrite.run(self.module, functools.partial(run, self), {}, of_trace)
+    def with_trace(self, run: Callable[[Any], Any], evaluate: Evaluate) -> Any:
+        return rewrite.run(self.module, functools.partial(run, self), {}, evaluate)
 
 
 @dataclass(frozen=True)

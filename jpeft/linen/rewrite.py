@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from jpeft.core.dataflow.replace import Evaluate
 from jpeft.core.tree import Path, flatten, split_arrays
-
-# (jaxpr, the values of its constants, the names of the constants that are weights) -> its outputs
-Evaluate = Callable[[Any, Sequence[Any], Mapping[Any, str]], list[Any]]
 
 
 def run(module: nn.Module, call: Callable[[], Any], weights: Mapping[str, Any], evaluate: Evaluate) -> Any:

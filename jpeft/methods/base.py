@@ -277,13 +277,17 @@ class Method:
           TargetError: a target or an override matches nothing.
           ValueError: the method cannot act on a site.
         """
-        targets = self.default_targets() if self.targets is None else self.targets
-        chosen = select(self.candidates(survey), targets, self.exclude, what=self.name, others=survey.names)
+        chosen = self._select(self.candidates(survey), survey)
         for pattern in self.overrides:
             if not any(override_matches(pattern, site) for site in chosen):
                 names = ", ".join(s.name for s in chosen[:8])
                 raise TargetError(f"{self.name}: overrides pattern {pattern!r} matches none of its sites: {names}")
         return [self._on_layers(self.at(s).prepare(s), s) for s in chosen]
+
+    def _select(self, candidates: Sequence[Any], survey: Survey) -> list[Any]:
+        """The candidates that its targets match and ``exclude`` does not."""
+        targets = self.default_targets() if self.targets is None else self.targets
+        return select(candidates, targets, self.exclude, what=self.name, others=survey.names)
 
     def _on_layers(self, prepared: Site, site: Site) -> Site:
         """A site as the method sees it, with the layers that the overrides give."""
@@ -517,7 +521,7 @@ class OutputMethod(Method):
     def change(
         self, leaves: Leaves, x: Any, y: Float[Array, "*tokens features"], context: ModuleContext
     ) -> Float[Array, "*tokens features"]:
-        """What the method adds: by default the difference. Compositions add it up. Arguments as for `apply`."""
+        """The method's term: by default the difference. Compositions add terms up. Arguments as for `apply`."""
         return self.apply(leaves, x, y, context) - y
 
     def add(
@@ -552,17 +556,15 @@ class AttentionMethod(Method):
     def default_targets(self) -> Targets:
         return r".*"
 
-    def sites(self, survey: Survey) -> list[Site]:
-        targets = self.default_targets() if self.targets is None else self.targets
+    def _select(self, candidates: Sequence[Any], survey: Survey) -> list[Any]:
         # Of modules that only have the name of an attention, those are told that targets name, or all if there is none.
         told = [h for h in survey.hidden_attentions if h.seen or self.targets is not None or not survey.attentions]
-        candidates = [*survey.attentions, *told]
-        if not candidates:
+        if not candidates and not told:
             raise TargetError(f"{self.name} acts on attentions, and this model has none")
-        chosen = select(candidates, targets, self.exclude, what=self.name, others=survey.names)
+        chosen = super()._select([*candidates, *told], survey)
         if missed := [site for site in chosen if isinstance(site, HiddenAttention)]:
             raise TargetError(_hidden(self.name, missed, len(survey.attentions)))
-        return super().sites(dataclasses.replace(survey, find_attentions=lambda: (tuple(chosen), ())))
+        return chosen
 
     def attend(
         self, leaves: Leaves, attend: Attend, query: Array, key: Array, value: Array, mask: Any, project: Project

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jpeft.core.actions import Action, Active, merge_layer, merge_stored
-from jpeft.core.dataflow.replace import Change, evaluate
+from jpeft.core.dataflow.replace import Change, Evaluate, evaluate
 from jpeft.core.entering import Entry, RootCall, context_of, run_root
 from jpeft.core.geometry import Call, Contraction, Geometry
 from jpeft.core.injection import ModuleCall, run_call, unchanged
@@ -227,11 +227,8 @@ class _NnxCall(ModuleCall):
         values = {name: jnp.asarray(self.value(name)) for name in sites}
         return _Rewritten(self, run, values)(functools.partial(evaluate, change))
 
-    def with_trace(self, run: Callable[[Any], Any], evaluate: Callable[[Any, Sequence[Any]], list[Any]]) -> Any:
-        def of_trace(jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str]) -> list[Any]:
-            return evaluate(jaxpr, consts)
-
-        return _Rewritten(self, run, {})(of_trace)
+    def with_trace(self, run: Callable[[Any], Any], evaluate: Evaluate) -> Any:
+        return _Rewritten(self, run, {})(evaluate)
 
 
 class _Rewritten:
@@ -244,7 +241,7 @@ class _Rewritten:
         self.call, self.run, self.values, self.tag = call, run, values, object()
         self.restore: Callable[[list[Any]], Any] = list
 
-    def __call__(self, evaluate: Callable[[Any, Sequence[Any], Mapping[Any, str]], list[Any]]) -> Any:
+    def __call__(self, evaluate: Evaluate) -> Any:
         """The outputs, as ``evaluate`` computes them from the trace, its constants and those that are weights."""
         call = self.call
         with nnx.update_context(self.tag):

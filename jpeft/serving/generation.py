@@ -139,7 +139,7 @@ def bucket(length: int, min_prompt_length: int, most: int) -> int:
 
 
 class _Trees(NamedTuple):
-    """What the model runs on: its parameters, an adapter or None, and arguments of the call that are the adapter's."""
+    """The trees of a call: the model's parameters, an adapter or None, and arguments that are the adapter's."""
 
     params: Any
     adapter: Any

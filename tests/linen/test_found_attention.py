@@ -81,6 +81,26 @@ def test_a_prefix_equals_keys_and_values_prepended_by_hand(name):
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True)) > 0.1
 
 
+def test_targets_and_exclude_choose_among_found_attentions():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q, k, v = (nn.DenseGeneral((2, 4), name=name)(x) for name in "qkv")
+            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+            return nn.Dense(x.shape[-1])(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], -1))
+
+    model, x = nn.Sequential([Plain(), Plain()]), jnp.ones((1, 3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def chosen(**fields):
+        return [site.name for site in jpeft.PrefixTuning(length=2, **fields).bind(model, params, x).sites]
+
+    assert chosen() == ["layers_0", "layers_1"]
+    assert chosen(exclude=["layers_0"]) == chosen(exclude=r".*_0") == chosen(targets="layers_1") == ["layers_1"]
+    with pytest.raises(jpeft.core.targets.TargetError, match="exclude 'layers_2' matches nothing"):
+        chosen(exclude=["layers_2"])
+
+
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 NEXT = TOKENS[:, :1]

@@ -29,7 +29,7 @@ from jpeft.recipes.prepare import NullReporter, build_method, prepare
 from jpeft.recipes.tasks import chat
 from jpeft.text import chat_template, conversations
 from jpeft.text.conversations import Batches
-from tests.folders import link, write_bert, write_llama
+from tests.folders import work_in, write_bert, write_llama
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
 WIDTH = 64
@@ -58,9 +58,7 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def working_directory(home, monkeypatch, tmp_path):
     """A directory of its own for each test, with links to the models and the data."""
-    link(home, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jpeft.serving.text_generator.keep_compiled", lambda: None)
+    work_in(tmp_path, home, monkeypatch)
 
 
 def job(out, *more):

@@ -21,7 +21,7 @@ from jpeft.files import read_safetensors, serialize
 from jpeft.recipes import generate
 from jpeft.serving import text_generator
 from jpeft.text import chat_template
-from tests.folders import byte_tokenizer, link, write_bert, write_llama
+from tests.folders import byte_tokenizer, link, work_in, write_bert, write_llama
 
 pytestmark = pytest.mark.usefixtures("keep_compiled")
 SMALL = ["--max-new-tokens", "6"]
@@ -49,9 +49,7 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def working_directory(home, monkeypatch, tmp_path):
     """A directory of its own for each test, with links to the models and adapters."""
-    link(home, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(text_generator, "keep_compiled", lambda: None)
+    work_in(tmp_path, home, monkeypatch)
 
 
 def output_of(capsys, *arguments, stdin=None, monkeypatch=None):

@@ -24,7 +24,7 @@ from jpeft.recipes.tasks import chat, classification
 from jpeft.serving.text_generator import Settings
 from jpeft.text.conversations import Batches
 from tests.cli import runs
-from tests.folders import link, write_llama
+from tests.folders import work_in, write_llama
 from tests.recipes.test_chat_task import by_hand, noisy_adapter, sums, trained, write
 
 pytestmark = pytest.mark.usefixtures("keep_compiled", "standard_promotion")
@@ -44,9 +44,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def working_directory(home, monkeypatch, tmp_path):
-    link(home, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jpeft.serving.text_generator.keep_compiled", lambda: None)
+    work_in(tmp_path, home, monkeypatch)
 
 
 def job(out, *more):

@@ -1,4 +1,4 @@
-"""Where every axis of every array of a program comes from: a parameter's axis, the data, a broadcast, a vmap.
+"""The origin of every axis of every array of a program: a parameter's axis, the data, a broadcast, a vmap.
 
 An axis is a product of factors (`jpeft.core.dataflow.factors`); the tag of a factor is its origin. Where arrays meet,
 the stronger origin wins: a vmap is stronger than data, data than a parameter, that than state or a constant, and a
@@ -187,7 +187,7 @@ _BODIES: Mapping[str, Callable[[Origins, Node], list[Axes]]] = {"scan": _scan, "
 
 
 def _elementwise(node: Node, inputs: Sequence[Axes]) -> list[Axes]:
-    """Of each output, the axes of the operands of its shape; axes of one place are broadcast to others."""
+    """The axes of each output: those of the operands of its shape; axes of one place are broadcast to others."""
     out = []
     for value in node.outputs:
         shape = value.shape

@@ -34,6 +34,7 @@ Axes = tuple[Axis, ...]
 
 
 def places_of(axis: Axis) -> int:
+    """The number of places of an axis."""
     return math.prod(f.size for f in axis)
 
 

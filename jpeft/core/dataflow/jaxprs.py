@@ -1,4 +1,4 @@
-"""What every walk over a jaxpr needs: the jaxprs in an equation, and its outputs."""
+"""Helpers of every walk over a jaxpr: the jaxprs in an equation, and its outputs."""
 
 from __future__ import annotations
 

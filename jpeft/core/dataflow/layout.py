@@ -1,4 +1,4 @@
-"""What the axes of an attention are: examples, queries, keys, heads, and groups of heads that share keys and values."""
+"""The roles of an attention's axes: examples, queries, keys, heads, and groups of heads that share keys and values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NoAttention(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the axes of the product of queries and keys are, as the module sees them.
+    """The roles of the axes of the product of queries and keys, as the module sees them.
 
     Attributes:
       batch: the axes that both operands share, in the order of the equation.

@@ -14,6 +14,8 @@ from jpeft.core.dataflow.views import DOT, LOOKUP, Product, View
 # The output in place of a dot or a lookup: a function of the name of the weight, the equation, the product, the other
 # operand and the weight.
 Change = Callable[[str, Any, Product, Any, Any], Any]
+# (jaxpr, the values of its constants, the names of the constants that are weights) -> its outputs
+Evaluate = Callable[[Any, Sequence[Any], Mapping[Any, str]], list[Any]]
 
 
 def evaluate(change: Change, jaxpr: Any, consts: Sequence[Any], weights: Mapping[Any, str]) -> list[Any]:

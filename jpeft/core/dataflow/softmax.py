@@ -85,7 +85,7 @@ class _Finder:
         return None if isinstance(atom, Literal) else self.facts.get(atom)
 
     def step(self, node: Node) -> Any:
-        """What the (first) output of an equation is."""
+        """The fact of the (first) output of an equation."""
         known = [(i, fact) for i, atom in enumerate(node.inputs) if (fact := self.fact(atom)) is not None]
         if any(not isinstance(fact, Mixed) for _, fact in known):  # a bias may be of several products
             known = [(i, fact) for i, fact in known if not isinstance(fact, Mixed) or fact.stage]
@@ -99,7 +99,7 @@ class _Finder:
         return None
 
     def product(self, node: Node, known: Known) -> Any:
-        """What the output of a product is."""
+        """The fact of the output of a product."""
         linear = [own for i, fact in known if (own := scaled(node, i, fact)) is not None]
         if len(linear) == 1:
             return linear[0]

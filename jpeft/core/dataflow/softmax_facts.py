@@ -1,4 +1,4 @@
-"""What the arrays between the two products of an attention are, as `jpeft.core.dataflow.softmax` follows them."""
+"""The facts of the arrays between the two products of an attention, as `jpeft.core.dataflow.softmax` follows them."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Exp:
+    """The exponentials of logits."""
+
     logits: Logits
     axes: Axes
 
@@ -91,6 +93,8 @@ class LogSum:
 
 @dataclass(frozen=True, eq=False)
 class LogProbabilities:
+    """The logarithm of a softmax."""
+
     sum: Sum
     axes: Axes
 

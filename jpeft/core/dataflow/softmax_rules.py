@@ -1,4 +1,4 @@
-"""What the output of an equation is, from what its operands are: logits, exponentials, their sum or probabilities."""
+"""The fact of an equation's output, from those of its operands: logits, exponentials, their sum or probabilities."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def moved(node: Node, axes: Axes) -> Axes | None:
 
 
 def in_shape(node: Node, operand: int) -> bool:
+    """Whether an operand of an equation has the shape of its output."""
     return shape_of(node.inputs[operand]) == node.outputs[0].shape
 
 

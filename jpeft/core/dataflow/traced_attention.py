@@ -90,7 +90,7 @@ class TracedAttention:
         return heads.reshape(*heads.shape[:-2], -1)
 
     def _shift(self, shift: Atom, axes: tuple[int, ...]) -> Any:
-        """What was taken off every row of the logits: it is the same at all keys."""
+        """The shift that was taken off every row of the logits: it is the same at all keys."""
         m = self._read(shift)
         if not jnp.ndim(m):
             return m
@@ -229,7 +229,7 @@ class TracedAttention:
         return operands[0] / operands[1] if step.node.name == "div" else operands[0] * operands[1]
 
     def _scaled(self, p: Any) -> Any:
-        """What the module multiplies its probabilities with, on others ``[batch..., kv_heads, groups, queries, n]``.
+        """Other probabilities ``[batch..., kv_heads, groups, queries, n]``, multiplied as the module's own are.
 
         Dropout, which differs from key to key, is left out with the scaling that belongs to it.
         """

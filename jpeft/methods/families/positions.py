@@ -51,7 +51,7 @@ def by_row(y: Float[Array, "*tokens features"], rows: Rows) -> Float[Array, "bat
 
 
 def real_tokens(context: Mapping[str, Any], rows: Rows, what: str) -> Bool[Array, "batch length"] | None:
-    """Which tokens are no padding, by the call's attention mask; None if it has none.
+    """Whether each token is no padding, by the call's attention mask; None if it has none.
 
     Raises:
       ValueError: it has one for each of two sequences of this shape, or one of another shape.

@@ -59,7 +59,7 @@ def is_ids(value: Any) -> bool:
 
 
 def _side(argument: str) -> str:
-    """What stands before the names of the arguments that belong to these token ids."""
+    """The prefix of the names of the arguments that belong to these token ids."""
     return DECODER if argument.startswith(DECODER) else ""
 
 

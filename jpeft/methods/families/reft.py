@@ -130,7 +130,7 @@ class ReFT(OutputMethod):
         return out.reshape(y.shape)
 
     def _added(self, leaves: Leaves, unit: str, h: Tokens) -> Tokens:
-        """What an intervention adds at every token."""
+        """The term that an intervention adds at every token."""
         source, bias, r = (leaves[f"reft_{unit}_{name}"] for name in ("source", "bias", "rotation"))
         target = ACTIVATIONS[self.activation](narrow(h, source) + bias)
         return (target - narrow(h, r) if self.subtracts else target) @ r.T

@@ -1,4 +1,4 @@
-"""What methods that treat tokens differently need: weights that see tokens, and which tokens a weight sees."""
+"""Helpers of methods that treat tokens differently: weights that see tokens, and which tokens a weight sees."""
 
 from __future__ import annotations
 
