@@ -30,6 +30,7 @@ METHODS = {
     "lora": jpeft.LoRA(rank=4, targets="all-linear", init_weights="random"),
     "prefix": jpeft.PrefixTuning(length=3),
     "bottleneck": jpeft.Bottleneck(),
+    "bottleneck, at a module": jpeft.Bottleneck(targets="Conv_0"),
 }
 RNG = np.random.default_rng(0)
 TX = optax.sgd(0.1)
@@ -266,7 +267,7 @@ EXHAUSTIVE = [
     (bert, "prefix", None, CUBE),
     (bert, "bottleneck", None, CUBE),
     (foreign, "prefix", None, CUBE),
-    (foreign, "bottleneck", None, CUBE),
+    (foreign, "bottleneck, at a module", None, CUBE),
     *((kind, "lora", "nf4", CUBE) for kind in (decoder, bert, foreign)),
     *((decoder, "lora", None, dims) for dims in ((8, 1, 1), (1, 8, 1), (1, 1, 8))),
     (bert, "lora", None, (1, 1, 8)),

@@ -23,7 +23,7 @@ from transformers.models.t5 import modeling_flax_t5
 import jpeft
 from jpeft.core.interchange import HFSpec, form
 from jpeft.core.tree import flatten
-from jpeft.hf.config import PROVENANCE, Config, read_config
+from jpeft.hf.config import PROVENANCE, SIZES, Config, read_config
 from jpeft.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, transformers' and peft's own
@@ -384,6 +384,8 @@ def test_changed_base_is_refused_and_its_conversion_loads(init, twins, tmp_path)
 OF_PEFT = {name: spec for name, method in METHODS.items() if isinstance(spec := form(method), HFSpec)}
 REQUIRED = {  # fields without a default of use
     "ADALORA": {"total_step": 10}, "IA3": {"feedforward_modules": []}, "TRAINABLE_TOKENS": {"token_indices": [1]},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+    "CPT": {"cpt_token_ids": [1], "cpt_mask": [1], "cpt_tokens_type_mask": [1], "task_type": "CAUSAL_LM"},
 }  # fmt: skip
 
 
@@ -393,9 +395,12 @@ def test_every_field_of_peft_is_known(name, tmp_path):
     spec = OF_PEFT[name]
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[spec.peft_type]
     own = {**spec.when, **{key: [1] for key in spec.given}, **REQUIRED.get(spec.peft_type, {})}
-    kind(target_modules=["query"], **own).save_pretrained(tmp_path)
+    if not spec.prompt:
+        own["target_modules"] = ["query"]
+    kind(**own).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     common = {f.name for f in fields(Config)} - {"method", "own", "parameters"} | PROVENANCE
+    common |= SIZES if spec.prompt else set()
     assert not json.loads(file.read_text()).keys() - common - spec.known
     assert read_config(file, METHODS.values()).method is METHODS[name]
 
