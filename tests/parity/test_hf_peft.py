@@ -395,8 +395,10 @@ def test_every_field_of_peft_is_known(name, tmp_path):
     spec = OF_PEFT[name]
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[spec.peft_type]
     own = {**spec.when, **{key: [1] for key in spec.given}, **REQUIRED.get(spec.peft_type, {})}
-    if not spec.prompt:
+    if spec.prompt == "":
         own["target_modules"] = ["query"]
+    elif spec.peft_type != "ADAPTION_PROMPT":  # as get_peft_model fills in
+        own |= {"num_virtual_tokens": 1, "num_transformer_submodules": 1}
     kind(**own).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     common = {f.name for f in fields(Config)} - {"method", "own", "parameters"} | PROVENANCE
