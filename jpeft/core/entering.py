@@ -174,9 +174,11 @@ def not_called(path: Path) -> str:
 
 def _positions(entry: Entry, module: Any) -> int | None:
     """The number of positions that a model has, by its tables and its configuration."""
-    own = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    known = [n for n in (entry.positions, own) if isinstance(n, int)]
-    return min(known, default=None)
+    config = getattr(module, "config", None)
+    # A configuration that scales its positions says how many it has then.
+    own = (getattr(config, name, None) for name in ("context", "max_position_embeddings"))
+    known = [entry.positions, next((n for n in own if isinstance(n, int)), None)]
+    return min((n for n in known if n is not None), default=None)
 
 
 def context_of(function: Any, module: Any, has_cache: bool, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jpeft.core.actions import Action, cast_leaves, merge_matrix, used_leaves
 from jpeft.core.method import ModuleContext
+from jpeft.core.operation import no_dropout
 from jpeft.core.peft import Peft
 from jpeft.core.sites import stack_first
 from jpeft.core.tree import Path, join, peek
@@ -124,7 +125,7 @@ def _gives_back(action: Action, shared: Mapping[str, Any], leaves: Mapping[str, 
         if site.kind == "output":
             used = cast_leaves(used_leaves(action, shared, own), jnp.float32)
             x = _numbers((2, site.inputs)) if site.inputs else jnp.zeros((2,), jnp.int32)
-            context = ModuleContext({}, lambda x, rate: x, _not_known)
+            context = ModuleContext({}, no_dropout, _not_known)
             return _same(lambda y: method.apply(used, x, y, context), (2, site.outputs))
         b = _numbers((site.outputs,)) if site.bias else None
         w = _numbers((site.inputs, site.outputs))

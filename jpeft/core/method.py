@@ -7,7 +7,7 @@ classes that methods extend are in `jpeft.methods.base`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -299,6 +299,16 @@ class Linear(Protocol):
         ...
 
 
+class Drops(Protocol):
+    """The dropout of a method in a call, see `ModuleContext`."""
+
+    def __call__(self, x: Any, rate: float) -> Any: ...
+
+    def part(self, index: int) -> Drops:
+        """That of a part of the method."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ModuleContext(Mapping[str, Any]):
     """The call around a module, as an output method sees it.
@@ -314,8 +324,12 @@ class ModuleContext(Mapping[str, Any]):
     """
 
     arguments: Mapping[str, Any]
-    dropout: Callable[[Any, float], Any]
+    dropout: Drops
     rerun: Callable[[Any], Any]
+
+    def part(self, index: int) -> ModuleContext:
+        """The context of one of the methods of which a method is made, whose dropout is independent of the others'."""
+        return replace(self, dropout=self.dropout.part(index))
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -14,7 +14,7 @@ import numpy as np
 
 from jpeft.core.actions import Active, merge_layer, merge_matrix
 from jpeft.core.geometry import Call, Lookup, Parts, Patches, attend
-from jpeft.core.method import Leaves, ModuleContext
+from jpeft.core.method import Drops, Leaves, ModuleContext
 from jpeft.core.nested import first_array, replace_first
 from jpeft.core.sites import Site, map_axes
 from jpeft.core.tree import split_arrays
@@ -25,7 +25,7 @@ def whole_geometry(site: Site) -> Any:
     return site.geometry.inner if isinstance(site.geometry, Parts) else site.geometry
 
 
-def change_output(active: Active, inputs: Any, y: Any, dropout: Callable[[Any, float], Any], rerun: Any) -> Any:
+def change_output(active: Active, inputs: Any, y: Any, dropout: Drops, rerun: Any) -> Any:
     """A module's output with its first floating array changed by one action.
 
     Args:
@@ -58,7 +58,7 @@ def change_output(active: Active, inputs: Any, y: Any, dropout: Callable[[Any, f
     return replace_first(y, changed)
 
 
-def change_inputs(active: Active, inputs: Any, dropout: Callable[[Any, float], Any]) -> Any:
+def change_inputs(active: Active, inputs: Any, dropout: Drops) -> Any:
     """A call's arguments, with the floating arrays among them changed by one action.
 
     Args:
@@ -269,6 +269,10 @@ class Dropout:
 
     def __call__(self, x: Any, rate: float) -> Any:
         return x if self.key is None else dropped(self.key, self.deterministic, x, rate)
+
+    def part(self, index: int) -> Dropout:
+        """The random numbers of a part of the method, independent of other parts'."""
+        return self if self.key is None else dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
 
     def sampled(self, sample: Callable[[jax.Array], jax.Array], otherwise: jax.Array) -> jax.Array:
         if self.key is None:

@@ -19,7 +19,7 @@ from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site
 from jpeft.methods.base import normal
 from jpeft.methods.families.low_rank import flat
-from jpeft.methods.families.members import Composition, Tokens, part
+from jpeft.methods.families.members import Composition, Tokens, changes
 
 _OFF_DIAGONAL = 1e-6  # of V at first, in AdapterHub's library
 _POSITIVE: Rule = (lambda value: NUMBER[0](value) and value > 0, "a number above 0")
@@ -117,8 +117,8 @@ class AdapterFusion(Composition):
 
     def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
         h = flat(y)
-        changes = [flat(member.change(part(leaves, name), x, y, context)) for name, member in self.members]
-        seen = jnp.stack([h + change if self.residual_before else change for change in changes], axis=-2)
+        found = [flat(change) for change in changes(self, leaves, x, y, context)]
+        seen = jnp.stack([h + change if self.residual_before else change for change in found], axis=-2)
         query, keys = _linear(leaves, "query", h), _linear(leaves, "key", seen)
         scores = context.dropout(jnp.einsum("...d,...nd->...n", query, keys), self.dropout)
         shares = jax.nn.softmax(scores / jnp.asarray(self.temperature, scores.dtype))

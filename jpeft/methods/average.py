@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from jpeft.checks import BOOL, NUMBER
 from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site, Survey
-from jpeft.methods.families.members import Composition, Tokens, part
+from jpeft.methods.families.members import Composition, Tokens, changes, part
 
 _WEIGHTS = "average_weights"
 
@@ -90,8 +90,7 @@ class Average(Composition):
         return {_WEIGHTS: given / given.sum() if self.normalize_weights or self.weights is None else given}
 
     def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
-        changes = [member.change(part(leaves, name), x, y, context) for name, member in self.members]
-        return _weighted(leaves, changes)
+        return _weighted(leaves, changes(self, leaves, x, y, context))
 
     def add(self, change: Tokens, x: Any, y: Tokens, context: ModuleContext) -> tuple[Any, Tokens]:
         return self.members[-1][1].add(change, x, y, context)
@@ -111,6 +110,6 @@ class Average(Composition):
         return new, b + _weighted(leaves, [own - b for _, own in merged])  # type: ignore[operator]
 
 
-def _weighted(leaves: Leaves, changes: Sequence[Array]) -> Array:
+def _weighted(leaves: Leaves, terms: Sequence[Array]) -> Array:
     weights = leaves[_WEIGHTS]
-    return sum((weights[i] * change for i, change in enumerate(changes)), jnp.zeros_like(changes[0]))
+    return sum((weights[i] * term for i, term in enumerate(terms)), jnp.zeros_like(terms[0]))

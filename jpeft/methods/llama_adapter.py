@@ -29,7 +29,8 @@ class LlamaAdapter(AttentionMethod):
     """A learned prompt in each of the last layers, to which all queries attend beside their own keys.
 
     The attention projects the prompt to keys and values by its own weights, without position encoding. What the queries
-    find there is scaled by a gate and added to what they find without it.
+    find there is scaled by a gate and added to what they find without it. Other methods on these weights, in a Chain,
+    do not change the prompt's keys and values.
 
     Attributes:
       length: number of virtual tokens.

@@ -47,9 +47,10 @@ class Stack(Composition):
 
     def change(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
         total, seen = None, (x, y)
-        for name, member in self.members:
-            change = member.change(part(leaves, name), *seen, context)
-            total, seen = change if total is None else total + change, member.add(change, *seen, context)
+        for i, (name, member) in enumerate(self.members):
+            own = context.part(i)
+            change = member.change(part(leaves, name), *seen, own)
+            total, seen = change if total is None else total + change, member.add(change, *seen, own)
         assert total is not None
         return total
 
@@ -57,6 +58,7 @@ class Stack(Composition):
         return self.members[-1][1].add(change, x, y, context)
 
     def apply(self, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> Tokens:
-        for name, member in self.members:
-            x, y = member.add(member.change(part(leaves, name), x, y, context), x, y, context)
+        for i, (name, member) in enumerate(self.members):
+            own = context.part(i)
+            x, y = member.add(member.change(part(leaves, name), x, y, own), x, y, own)
         return y

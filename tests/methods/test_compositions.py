@@ -3,6 +3,8 @@
 `tests/parity/test_adapters_torch.py` has AdapterHub's library for an oracle.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,21 @@ def test_an_average_is_that_of_the_changes():
     got = outputs(composed(Average(members={"fr": FR, "de": DE}, weights=[3, 1]), fr=fr[1], de=de[1]))
     expected = BASE + 0.75 * (outputs(fr) - BASE) + 0.25 * (outputs(de) - BASE)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Average, Stack])
+def test_members_drop_apart(kind):
+    """Of two members with the same leaves, an average without dropout is that of one."""
+    half = dataclasses.replace(FR, dropout=0.5)
+    _, own = trained(half, 1)
+    peft, adapter = composed(kind(members={"a": half, "b": half}), a=own, b=own)
+    key = {"dropout": jax.random.key(3)}
+    single = half.bind(MODEL, PARAMS, X)
+    both = peft.apply(PARAMS, adapter, X, rngs=key) - BASE
+    one = single.apply(PARAMS, own, X, rngs=key) - BASE
+    kept = jnp.abs(one) > 0
+    assert 0.2 < kept.mean() < 0.8
+    assert 0.2 < ((both != 0) & ~kept).sum() / (~kept).sum() < 0.95
 
 
 @pytest.mark.parametrize("targets", ["layers_2", r"layers_\d"])

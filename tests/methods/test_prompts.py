@@ -21,6 +21,7 @@ from jpeft.methods.multitask_prompt import from_source
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.models.kv_cache import init_cache
+from jpeft.models.rotary import Rotary
 from tests.zoo import moved, numbers, parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -192,6 +193,35 @@ def test_masks_of_any_form_grow_and_outputs_are_cut_wherever_they_are(name):
     same(peft.apply(params, adapter, ids, mask), cut)
     kept = dataclasses.replace(PROMPT, keep=True).bind(model, params, ids, mask)
     same(kept.apply(params, adapter, ids, mask=mask), expected)
+
+
+class Caching(nn.Module):
+    """Its keys are an output too."""
+
+    named: bool = True
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(ROWS, 8, name="embed")(ids)
+        keys = nn.DenseGeneral((2, 4))(x)
+        return (x, {"cache": keys}) if self.named else (x, (keys,))
+
+
+def test_a_cache_keeps_the_prompt_and_is_known_by_its_name():
+    params, peft, adapter = adapted(Caching(), PROMPT, IDS)
+    x, held = peft.apply(params, adapter, IDS)
+    assert x.shape == (2, LENGTH, 8) and held["cache"].shape == (2, N + LENGTH, 2, 4)
+    peft = PROMPT.bind(Caching(named=False), params, IDS)
+    with pytest.raises(ValueError, match=r"output \(2, 8, 2, 4\) holds 3 virtual tokens.*under a name with 'cache'"):
+        peft.apply(params, adapter, IDS)
+
+
+def test_scaled_rotary_positions_count_as_positions():
+    scaled = dataclasses.replace(DECODER, max_position_embeddings=6, rotary=Rotary(rope_type="linear", factor=2.0))
+    params, peft, adapter = adapted(Decoder(scaled), PROMPT, IDS)
+    assert peft.apply(params, adapter, IDS).shape == (2, LENGTH, ROWS)
+    with pytest.raises(ValueError, match="are 13 positions, and the model has 12"):
+        peft.apply(params, adapter, LONG)
 
 
 def test_an_argument_of_ones_own_grows_as_it_is_told():

@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
 from jpeft.checks import shown
-from jpeft.core.method import Leaves
+from jpeft.core.method import Leaves, ModuleContext
 from jpeft.core.sites import Site, Survey
 from jpeft.core.targets import Matched, TargetError
 from jpeft.core.tree import Path, flatten, join, like, peek, unflatten
@@ -203,6 +203,11 @@ def _members(what: str, given: Any) -> Members:
                 "leaves a module, not what enters it or the model, and starts without data"
             )
     return members
+
+
+def changes(method: Composition, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> list[Tokens]:
+    """What each member by itself adds to an output."""
+    return [member.change(part(leaves, name), x, y, context.part(i)) for i, (name, member) in enumerate(method.members)]
 
 
 def part(leaves: Leaves, name: str) -> dict[str, Any]:

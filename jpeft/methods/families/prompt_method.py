@@ -47,7 +47,8 @@ class PromptMethod(WeightMethod):
     Attributes:
       pad: for arguments of the model's call that are shaped like the token ids and that are not known: what they hold
         for virtual tokens, by name, as in ``{"language_ids": 0}``.
-      keep: whether outputs keep the places of the virtual tokens.
+      keep: whether outputs keep the places of the virtual tokens. Those in a cache of keys and values, an output with
+        "cache" or "past_key_values" in its name, are kept in any case.
       dtype: dtype of the leaves.
       targets: path of the table of token embeddings; by default it is known by its name, or the only one.
       exclude, overrides: see `Method`.
@@ -167,6 +168,7 @@ class PromptMethod(WeightMethod):
             longer = dataclasses.replace(longer, arguments=given)
         context = {self._entered: first, _NEXT: first + self.rows(), _ids(self): longer.arguments[argument]}
         context |= {"added": tuple(rows.shape[-1] for rows in found.values()), self._seen: []}
+        context["token_axes"] = jnp.ndim(inputs.arguments[argument])
         context |= {"is_read_elsewhere": inputs.sites[0].role == _READ_ELSEWHERE}
         return longer.arguments, {**context, "plain": None if self.keep else inputs.outputs()}
 
@@ -181,7 +183,7 @@ class PromptMethod(WeightMethod):
                 lambda y: jnp.where(full, jnp.nan, y) if jnp.issubdtype(y.dtype, jnp.floating) else y, output
             )
         plain = context.get("plain")
-        return output if plain is None else cut(self.name, output, plain, context["added"])
+        return output if plain is None else cut(self.name, output, plain, context["added"], context["token_axes"])
 
     def apply(self, leaves: Leaves, base: Linear, x: Any) -> Float[Array, "*tokens out"]:
         y = base(x)

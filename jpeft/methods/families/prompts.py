@@ -264,16 +264,17 @@ def _default_positions(inputs: Inputs, name: str, argument: str, ids: Any) -> ja
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def cut(name: str, output: Any, plain: Any, added: Sequence[int]) -> Any:
+def cut(name: str, output: Any, plain: Any, added: Sequence[int], ndim: int) -> Any:
     """Outputs without the virtual tokens: an axis that is longer than in the plain outputs loses its first places.
 
-    A cache of keys and values keeps them.
+    A cache of keys and values keeps them, and is known by its name.
 
     Args:
       name: the method's name, for the error.
       output: the outputs with virtual tokens.
       plain: the shapes of the outputs without.
       added: the numbers by which an axis may be longer.
+      ndim: the number of axes of the token ids.
 
     Raises:
       ValueError: it is not clear where virtual tokens lie in an output.
@@ -291,6 +292,13 @@ def cut(name: str, output: Any, plain: Any, added: Sequence[int]) -> Any:
             raise ValueError(
                 f"{name}: an output has the shape {np.shape(x)} with {added[0]} virtual tokens and {np.shape(like)} "
                 "without; where they lie in it is not clear: set keep=True and take them off yourself"
+            )
+        grown = [axis for axis, extra in enumerate(more) if extra]
+        if len(grown) == 1 and np.ndim(x) > ndim + 1 and grown[0] != np.ndim(x) - 1:
+            raise ValueError(
+                f"{name}: an output {np.shape(x)} holds {added[0]} virtual tokens, and it may be a cache of keys and "
+                "values, which keeps them; return caches under a name with 'cache' in it, or set keep=True and take "
+                "virtual tokens off the other outputs yourself"
             )
         return x[tuple(slice(extra, None) for extra in more)]
 
