@@ -47,7 +47,7 @@ def by_hand(model, params, adapter, *inputs, **kwargs):
     return model.apply({"params": params, COLLECTION: adapter}, *inputs, **kwargs)
 
 
-def close(got, want, tolerance=4e-5):  # float32: the logits are large, and a softmax enlarges what rounds them
+def close(got, want, tolerance=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(
