@@ -96,8 +96,13 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
         except Unclear as e:
             out.append(Attention(call, place, None, str(e)))
     # Those that `evaluate` does not count have no number.
-    others = [one for one in lost if one.dot is None or known is None or not keys_are_parameters(*one.dot, known)]
+    others = [one for one in lost if one.dot is None or known is None or not _is_of_parameters(*one.dot, known)]
     return out + [Attention(one.calls[-1] if one.calls else None, -1, None, one.reason, one.kernel) for one in others]
+
+
+def _is_of_parameters(dot: Node, key: int, known: Origins) -> bool:
+    """Whether the keys of a product are parameters or, if it is not known which operand they are, any of the two is."""
+    return any(keys_are_parameters(dot, operand, known) for operand in ((0, 1) if key < 0 else (key,)))
 
 
 def _projections(match: Match, layout: Layout, parameters: Parameters) -> tuple[Projection, Projection] | str:

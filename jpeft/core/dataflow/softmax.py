@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 from jpeft.core.dataflow.factors import Axes, Axis, joined
 from jpeft.core.dataflow.program import Atom, Node, Program, Value
 from jpeft.core.dataflow.softmax_facts import (
+    Derived,
     Exp,
     Known,
     Logits,
@@ -28,9 +29,10 @@ from jpeft.core.dataflow.softmax_facts import (
     Probabilities,
     Sum,
     axes_of,
+    dots_of,
     free_outputs,
 )
-from jpeft.core.dataflow.softmax_rules import RULES, in_shape, scaled
+from jpeft.core.dataflow.softmax_rules import RULES, derived, in_shape, is_test, scaled
 
 
 def matches(program: Program) -> list[Match]:
@@ -42,11 +44,16 @@ def found(program: Program) -> tuple[list[Match], list[Lost]]:
     """The attentions of a program, and those that are followed no further."""
     finder = _Finder()
     matched = list(finder.run(program, (), ()))
-    return matched, [*finder.lost, *(lost for lost in finder.numerators.values() if lost is not None)]
+    unfinished = (lost for lost in finder.numerators.values() if lost is not None)
+    return matched, [*finder.lost, *unfinished, *finder.changed]
 
 
 _IN_BLOCKS = "its softmax is normalized after products with blocks of values: an online softmax"
 _OF_SEVERAL = "its softmax runs over the logits of several products"
+_CHANGED = (
+    "its softmax is not one of its logits alone: they, their exponentials or the probabilities are changed by what "
+    "depends on them or on other products, and what that is for other keys is not known"
+)
 _IN_KERNEL = "its softmax is hidden in the kernel {!r}, which gives no normalizer"
 _IN_CUDNN = "its softmax is hidden in a kernel of cuDNN, whose normalizer has no gradient; use implementation='xla'"
 _KERNELS = {"pallas_call", "tpu_custom_call", "ffi_call", "custom_call", "triton_kernel_call"}
@@ -59,6 +66,7 @@ class _Finder:
         self.calls: dict[Node, tuple[int, ...]] = {}  # the calls that a product lies in
         self.numerators: dict[Node, Lost | None] = {}  # those that no quotient has followed
         self.lost: list[Lost] = []
+        self.changed: list[Lost] = []
 
     def run(self, program: Program, trail: tuple[Any, ...], calls: tuple[int, ...]) -> Iterator[Match]:
         for node in program.nodes:
@@ -79,6 +87,8 @@ class _Finder:
                 made = made if isinstance(made, list) else [made]
                 if (match := self.match(node, trail, calls)) is not None:
                     yield match
+                    if node.name != "dot_general":  # no longer a part of the attention
+                        made = [None]
             self.facts.update({v: fact for v, fact in zip(node.outputs, made, strict=False) if fact is not None})
 
     def fact(self, atom: Atom) -> Any:
@@ -91,11 +101,20 @@ class _Finder:
             known = [(i, fact) for i, fact in known if not isinstance(fact, Mixed) or fact.stage]
         if node.name == "dot_general":
             return self.product(node, known)
-        if not known:
+        if not known or is_test(node, known):
+            return None
+        fact = self.followed(node, known)
+        return derived(node, known) if fact is None else fact
+
+    def followed(self, node: Node, known: Known) -> Any:
+        """The fact of the output of an equation that is no product; None if it is followed no further."""
+        own = [(i, fact) for i, fact in known if not isinstance(fact, Derived)]
+        dots = frozenset[Node]().union(*(dots_of(fact) for _, fact in own))
+        if any(dots & fact.dots for _, fact in known if isinstance(fact, Derived)):
             return None
         for kinds, rule in RULES:
-            if any(isinstance(fact, kinds) for _, fact in known):
-                return rule(node, known)
+            if any(isinstance(fact, kinds) for _, fact in own):
+                return rule(node, own)
         return None
 
     def product(self, node: Node, known: Known) -> Any:
@@ -107,6 +126,10 @@ class _Finder:
             contracted = node.params["dimension_numbers"][0][operand]
             if isinstance(fact, Mixed) and fact.stage == 3 and contracted:
                 self.lost.append(Lost(_OF_SEVERAL, self.calls[node]))
+            if isinstance(fact, Derived) and fact.exp and contracted:
+                self.changed += [Lost(_CHANGED, self._shared(dot, self.calls[node]), (dot, -1)) for dot in fact.dots]
+            if _mixes_heads(fact, contracted):
+                return Derived(dots_of(fact), isinstance(fact, Probabilities))
             if not isinstance(fact, Exp) or not contracted:
                 continue
             if (key := _is_over(fact.axes, contracted, fact.logits)) is not None:
@@ -148,8 +171,22 @@ class _Finder:
         key = _is_over(probabilities.axes, contracted, logits, probabilities.sum.summed)
         if key is None:
             return None
-        shared = [a for a, b in zip(self.calls[logits.dot], calls, strict=False) if a == b]
-        return Match(logits.dot, product, end, axes, probabilities, operand, key, trail, tuple(shared))
+        shared = self._shared(logits.dot, calls)
+        return Match(logits.dot, product, end, axes, probabilities, operand, key, trail, shared)
+
+    def _shared(self, dot: Node, calls: Sequence[int]) -> tuple[int, ...]:
+        """The calls that a product lies in too."""
+        return tuple(a for a, b in zip(self.calls[dot], calls, strict=False) if a == b)
+
+
+def _mixes_heads(fact: Any, contracted: Sequence[int]) -> bool:
+    """Whether a product of logits or probabilities contracts axes that both operands of theirs share, and no other."""
+    if not isinstance(fact, (Logits, Probabilities)) or not contracted:
+        return False
+    (dot,) = dots_of(fact)
+    shared = len(dot.params["dimension_numbers"][1][0])
+    tags = {f.tag for i in contracted for f in fact.axes[i]}
+    return bool(tags) and all(tag < shared for tag in tags)
 
 
 def _kernel(node: Node) -> str:

@@ -37,6 +37,7 @@ class Logits:
       axes: the axes, as factors of the axes of the product, whose tags are the numbers of these.
       steps: the functions since the product, in order.
       shift: what a stable softmax has subtracted of every row.
+      over: the axes of the logits along which the shift is the same.
       own: where other logits were added to a row, the axis, and the first place and the number of its own.
     """
 
@@ -44,14 +45,34 @@ class Logits:
     axes: Axes
     steps: tuple[Step, ...] = ()
     shift: Atom | None = None
+    over: Axis = ()
     own: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A value that depends on the logits of a whole row by their maximum."""
+    """A value that depends on logits by their maximum alone.
+
+    Attributes:
+      dot: the product that the logits are of.
+      over: the axes of the logits that the maximum is over.
+    """
 
     dot: Node
+    over: Axis
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A value that depends on products in a way that is followed no further.
+
+    Attributes:
+      dots: the products.
+      exp: whether it depends on them by an exponential.
+    """
+
+    dots: frozenset[Node]
+    exp: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +171,8 @@ class Lost:
     Attributes:
       reason: why.
       calls: the marked calls that contain it, outermost first.
-      dot: its product of queries and keys, with the operand that is the keys, if it is one only where that is data.
+      dot: its product of queries and keys, with the operand that is the keys, if it is one only where that is data; -1
+        if it is one only where both operands are.
       kernel: the name of a kernel that may be one.
     """
 
@@ -189,6 +211,19 @@ class Match:
     @property
     def sum(self) -> Sum:
         return self.probabilities.sum
+
+
+def dots_of(fact: Any) -> frozenset[Node]:
+    """The products that a value depends on."""
+    if isinstance(fact, Derived):
+        return fact.dots
+    if isinstance(fact, (Logits, Row)):
+        return frozenset({fact.dot})
+    if isinstance(fact, Mixed):
+        return frozenset()
+    if isinstance(fact, (Exp, Sum)):
+        return frozenset({fact.logits.dot})
+    return dots_of(fact.exp if isinstance(fact, Numerator) else fact.sum)
 
 
 def axes_of(dot: Node) -> Axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from jpeft.core.dataflow.factors import Axes, Axis, reshape
+from jpeft.core.dataflow.factors import Axes, Axis, joined, places_of, reshape
 from jpeft.core.dataflow.program import Atom, Node, shape_of
 from jpeft.core.dataflow.softmax_facts import (
+    Derived,
     Exp,
     Known,
     Logits,
@@ -23,6 +25,7 @@ from jpeft.core.dataflow.softmax_facts import (
     Row,
     Step,
     Sum,
+    dots_of,
     free_axes,
 )
 
@@ -39,6 +42,29 @@ _IDENTITY = frozenset({
 # What keeps a sum, which is positive.
 _KEEPS_SUM = frozenset({"reshape", "squeeze", "transpose", "broadcast_in_dim", "stop_gradient", "abs"})
 _BINARY = frozenset({"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "select_n", "clamp"})
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+_NEGLIGIBLE = 1e-5  # in a sum that is at least one: the constant that keeps it from being zero
+
+
+def derived(node: Node, known: Known) -> Derived | None:
+    """The fact of what is followed no further."""
+    dots = frozenset[Node]().union(*(dots_of(fact) for _, fact in known))
+    exp = node.name in ("exp", "exp2") or any(
+        fact.exp if isinstance(fact, Derived) else not isinstance(fact, (Logits, Row, Mixed)) for _, fact in known
+    )
+    return Derived(dots, exp) if dots else None
+
+
+def is_test(node: Node, known: Known) -> bool:
+    """Whether an equation tells apart only what is no number, infinite, or a sum of nothing."""
+    if node.name == "is_finite":
+        return not all(isinstance(fact, Row) for _, fact in known)
+    if node.name not in _COMPARISONS:
+        return False
+    if node.inputs[0] is node.inputs[1]:  # x != x
+        return True
+    is_sum = len(known) == 1 and isinstance(known[0][1], Sum)
+    return any(_is_all(a, np.isinf) or (is_sum and _is_all(a, lambda x: x == 0)) for a in node.inputs)
 
 
 def moved(node: Node, axes: Axes) -> Axes | None:
@@ -71,15 +97,16 @@ def _on_logits(node: Node, known: Known) -> Any:
     logits = [(i, f) for i, f in known if isinstance(f, Logits)]
     others = [f for _, f in known if not isinstance(f, Logits)]
     # Of the sum of products (relative positions), that of the most batch axes is the product of queries and keys.
-    operand, fact = max(logits, key=lambda pair: len(pair[1].dot.params["dimension_numbers"][1][0]))
+    operand, fact = max(logits, key=lambda pair: _shared_axes(pair[1].dot))
     if node.name == "concatenate":
         return Mixed() if len(logits) > 1 else _longer(node, operand, fact)
-    if any(f.dot is fact.dot for i, f in logits if i != operand):
+    rest = [f.dot for i, f in logits if i != operand]
+    if fact.dot in rest or any(_shared_axes(dot) == _shared_axes(fact.dot) > 0 for dot in rest):
         return None
     if (axes := moved(node, fact.axes)) is not None:
         return replace(fact, axes=axes) if len(known) == 1 else None
     if node.name == "reduce_max":
-        return Row(fact.dot)
+        return Row(fact.dot, joined(f for i in node.params["axes"] for f in fact.axes[int(i)]))
     if not in_shape(node, operand):
         return None
     if node.name == "exp" and fact.axes:
@@ -89,8 +116,8 @@ def _on_logits(node: Node, known: Known) -> Any:
         if node.name != "sub" or operand != 0:
             return None
         if isinstance(other, Row) and other.dot is fact.dot and fact.shift is None:
-            return replace(fact, shift=node.inputs[1])
-        if isinstance(other, LogSum) and other.sum.logits.dot is fact.dot:
+            return replace(fact, shift=node.inputs[1], over=other.over)
+        if isinstance(other, LogSum) and _changed(other.sum.logits) == _changed(fact):
             return LogProbabilities(other.sum, fact.axes)
         return None
     if fact.shift is not None and node.name not in (*_IDENTITY, "select_n"):
@@ -100,12 +127,23 @@ def _on_logits(node: Node, known: Known) -> Any:
     return None
 
 
+def _shared_axes(dot: Node) -> int:
+    """The number of axes that both operands of a product share."""
+    return len(dot.params["dimension_numbers"][1][0])
+
+
+def _changed(logits: Logits) -> list[Any]:
+    """The product of logits, and the functions of it that change its values."""
+    return [logits.dot, *(step for step in logits.steps if step.node.name not in _IDENTITY)]
+
+
 def _on_exp(node: Node, known: Known) -> Any:
     ((operand, fact), *more) = sorted(known, key=lambda pair: not isinstance(pair[1], Exp))
     if (axes := moved(node, fact.axes)) is not None:
         return replace(fact, axes=axes)
     if node.name == "reduce_sum":
-        return Sum(fact.logits, node, fact.axes)
+        total = Sum(fact.logits, node, fact.axes)
+        return total if fact.logits.shift is None or _covers(fact.logits.over, total.summed) else None
     if not in_shape(node, operand):
         return None
     others = [f for _, f in more]
@@ -119,6 +157,11 @@ def _on_exp(node: Node, known: Known) -> Any:
     return fact if node.name in _IDENTITY or _is_masked(node, operand) else None
 
 
+def _covers(axis: Axis, part: Axis) -> bool:
+    """Whether all factors of an axis, or more of each, are among those of another."""
+    return all(any(f.tag == own.tag and f.size >= own.size for f in axis) for own in part)
+
+
 def _is_masked(node: Node, operand: int) -> bool:
     """Whether an equation multiplies an operand with another, or sets places of it to zero."""
     if node.name == "mul":
@@ -127,10 +170,16 @@ def _is_masked(node: Node, operand: int) -> bool:
 
 
 def _is_zero(atom: Atom) -> bool:
+    return _is_all(atom, lambda x: x == 0)
+
+
+def _is_all(atom: Atom, test: Callable[[Any], Any]) -> bool:
+    """Whether an array is one constant of which something holds."""
     if isinstance(atom, Literal):
-        return not np.any(atom.val)
+        return bool(np.all(test(np.asarray(atom.val))))
     node = atom.node
-    return node is not None and node.name in (*_IDENTITY, "broadcast_in_dim", "reshape") and _is_zero(node.inputs[0])
+    kept = (*_IDENTITY, "broadcast_in_dim", "reshape")
+    return node is not None and node.name in kept and _is_all(node.inputs[0], test)
 
 
 def _on_sum(node: Node, known: Known) -> Any:
@@ -143,19 +192,14 @@ def _on_sum(node: Node, known: Known) -> Any:
         if name == "log" and not fact.inverse:
             return LogSum(fact)
         if (name == "div" and operand == 1) or (name == "integer_pow" and node.params["y"] == -1):
-            is_one = name != "div" or _is_one(node.inputs[0])
+            is_one = name != "div" or _is_all(node.inputs[0], lambda x: x == 1)
             return replace(fact, inverse=True) if is_one and not fact.inverse else None
         if name in ("max", "add", "select_n") and not fact.inverse:  # a sum that is not zero
-            return fact
+            others = [a for i, a in enumerate(node.inputs) if i != operand and (name != "select_n" or i)]
+            small = name == "select_n" or all(_is_all(a, lambda x: abs(x) <= _NEGLIGIBLE) for a in others)
+            return fact if small and all(_is_all(a, np.isfinite) for a in others) else None
     is_same = name in _IDENTITY or name in _KEEPS_SUM
     return fact if is_same else None
-
-
-def _is_one(atom: Atom) -> bool:
-    if isinstance(atom, Literal):
-        return bool(np.all(np.asarray(atom.val) == 1))
-    node = atom.node
-    return node is not None and node.name in (*_IDENTITY, "broadcast_in_dim", "reshape") and _is_one(node.inputs[0])
 
 
 def _on_log_probabilities(node: Node, known: Known) -> Any:
@@ -263,7 +307,16 @@ def _on_numerator(node: Node, known: Known) -> Any:
 
 
 def _on_row(node: Node, known: Known) -> Any:
-    return known[0][1] if all(isinstance(f, Row) for _, f in known) else None
+    facts = [fact for _, fact in known]
+    if not all(isinstance(fact, Row) for fact in facts):
+        return None
+    rest = [a for i, a in enumerate(node.inputs) if i not in dict(known)]
+    rows = math.prod(facts[0].dot.outputs[0].shape) // places_of(facts[0].over)
+    if not all(math.prod(shape_of(a)) <= rows or _is_all(a, lambda x: x == x) for a in rest):
+        return None  # it may differ from key to key
+    if node.name.startswith(("reduce", "cum", "arg", "sort", "gather", "dynamic", "concatenate", "scatter")):
+        return None
+    return min(facts, key=lambda fact: len(fact.over))
 
 
 RULES: Sequence[tuple[Any, Callable[[Node, Known], Any]]] = (

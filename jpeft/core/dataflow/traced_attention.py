@@ -82,10 +82,13 @@ class TracedAttention:
         d = self._read(node.outputs[0])
         if d.dtype.itemsize < 4:
             d = jnp.sum(self._read(node.inputs[0]).astype(jnp.float32), axes)
-        is_empty = d == 0
+        is_empty, shift = d == 0, None
+        if total.logits.shift is not None:
+            shift = self._shift(total.logits.shift, axes).astype(d.dtype)
+            is_empty = is_empty | (shift == -jnp.inf)  # a row that is masked everywhere, whose sum is nan
         lse = jnp.where(is_empty, -jnp.inf, jnp.log(jnp.where(is_empty, jnp.ones_like(d), d)))
-        if (shift := total.logits.shift) is not None:
-            lse = lse + self._shift(shift, axes).astype(d.dtype)
+        if shift is not None:
+            lse = jnp.where(is_empty, lse, lse + shift)
         heads = self._in_order(lse, self._arrangement.sum, (QUERY, HEAD, GROUP))
         return heads.reshape(*heads.shape[:-2], -1)
 
