@@ -11,6 +11,7 @@ from jpeft.core.sites import FoundAttention, HiddenAttention, Site
 from jpeft.core.survey import Record, scope_stack
 from jpeft.core.tree import Path, join
 
+_UNSEEN_CALL = "it lies in no call of a module that is seen"
 _UNSEEN = "no softmax over its keys is seen"
 Sites = tuple[tuple[Site, ...], tuple[HiddenAttention, ...]]
 
@@ -26,8 +27,10 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
     hidden: dict[Path, str] = {}
     calls: dict[int, list[Any]] = {}
     registered: dict[Path, Any] = {}
+    outside = False
     for found in find(jaxpr, origins, {number: call.path for number, call in record.calls.items()}):
         if found.call is None:
+            outside |= found.layout is not None
             continue
         caller = record.callers[found.call]
         if found.place < 0:  # followed no further, or in a kernel
@@ -56,6 +59,8 @@ def attention_sites(record: Record, jaxpr: Any, origins: Sequence[str]) -> Sites
         else:
             own = {name: layouts[0] for name, layouts in methods.items()}
             sites += _found_sites(record, path, own, projections[path] if len(methods) == 1 else ())
+    if outside and not sites:  # all lie outside of the calls of modules
+        hidden.setdefault((), _UNSEEN_CALL)
     sites = [site for site in sites if site.path not in record.flow.transformed and site.path not in hidden]
     known = {site.path for site in sites} | hidden.keys()
     for path, module in record.modules.items():

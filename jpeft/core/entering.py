@@ -16,7 +16,7 @@ from jpeft.core.actions import Action
 from jpeft.core.method import Inputs, Leaves, Method, slugs
 from jpeft.core.nested import first_array
 from jpeft.core.signatures import signature_of
-from jpeft.core.sites import Site
+from jpeft.core.sites import Site, is_of_positions
 from jpeft.core.tree import Path, join
 
 CACHED = "cached"  # in the context: whether the model keeps keys and values of earlier calls
@@ -64,16 +64,12 @@ def entries(method: Method, actions: Sequence[Action], weights: Sequence[Site]) 
       actions: its actions.
       weights: the model's weights, among which are its tables of positions.
     """
-    tables = [site.inputs for site in weights if site.lookup and _is_of_positions(site.name)]
+    tables = [site.inputs for site in weights if site.lookup and is_of_positions(site.name)]
     return tuple(
         Entry(member, tuple(a.site for a in actions if a.member == i), min(tables, default=None), slug)
         for i, (member, slug) in enumerate(zip(method.methods(), slugs(method), strict=True))
         if member.enters or member.arguments
     )
-
-
-def _is_of_positions(name: str) -> bool:
-    return any(part in name.lower() for part in ("position", "wpe"))
 
 
 def model_kwargs(method: Method, kwargs: Mapping[str, Any]) -> dict[str, Any]:

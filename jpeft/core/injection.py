@@ -39,7 +39,7 @@ from jpeft.core.operation import (
     with_item,
 )
 from jpeft.core.quantized import Quantized
-from jpeft.core.sites import Site
+from jpeft.core.sites import Site, no_projections
 from jpeft.core.tree import Path
 
 # whether a method draws random numbers -> those that it draws in this call
@@ -92,7 +92,7 @@ class ModuleCall(ABC):
     def project(self, site: Site, states: Any) -> tuple[Any, Any]:
         """See `jpeft.core.method.Project`."""
         if isinstance(site.projections, str):
-            raise ValueError(_no_projections(site))
+            raise ValueError(no_projections(site))
         return tuple(self._projected(one, len(site.path), states) for one in site.projections)  # pyright: ignore
 
     def _projected(self, projection: Projection, depth: int, states: Any) -> Any:
@@ -263,14 +263,6 @@ def _with_changed_attention(call: ModuleCall, actions: Sequence[Active], run: Ca
 
     chosen = [layout if place in places else None for place, layout in enumerate(layouts)]
     return call.with_trace(traced, lambda jaxpr, consts, _: evaluate(jaxpr, consts, chosen, change))
-
-
-def _no_projections(site: Site) -> str:
-    reason = site.projections or "the trace of the model does not show them"
-    return (
-        f"the projections of {site.name!r} to keys and values are not known: {reason}; a method that projects states "
-        f"needs them; leave it out with exclude=[{site.name!r}]"
-    )
 
 
 def _traced(attention: TracedAttention, query: Any, key: Any, value: Any, mask: Any, prefix: Any = None) -> Any:

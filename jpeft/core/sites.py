@@ -187,6 +187,7 @@ class Survey:
       boxable: of some parameters, those that the model itself reads in a way that opens a box, so that it can be given
         boxes for them.
       find_attentions: finds its attentions, and those that cannot be acted on.
+      lost_ids: ``(path of a table, its rows) -> reason``: why ids beyond the table do not reach its lookup alone.
     """
 
     weights: tuple[Site, ...]
@@ -197,6 +198,7 @@ class Survey:
     form: Hashable = None
     boxable: Callable[[Collection[Path]], Collection[Path]] = lambda paths: ()
     find_attentions: Callable[[], tuple[tuple[Site, ...], tuple[HiddenAttention, ...]]] = lambda: ((), ())
+    lost_ids: Callable[[Path, int], str] = lambda table, rows: ""
 
     @functools.cached_property
     def attentions(self) -> tuple[Site, ...]:
@@ -211,6 +213,20 @@ class Survey:
     @functools.cached_property
     def _found(self) -> tuple[tuple[Site, ...], tuple[HiddenAttention, ...]]:
         return self.find_attentions()
+
+
+def is_of_positions(name: str) -> bool:
+    """Whether a weight is a table of positions, by its name."""
+    return any(part in name.lower() for part in ("position", "wpe"))
+
+
+def no_projections(site: Site) -> str:
+    """The error of a method that projects states at an attention whose projections are not known."""
+    reason = site.projections or "the trace of the model does not show them"
+    return (
+        f"the projections of {site.name!r} to keys and values are not known: {reason}; a method that projects states "
+        f"needs them; leave it out with exclude=[{site.name!r}]"
+    )
 
 
 def without_stack(stored: tuple[int, ...], stack: Stack) -> tuple[int, ...]:

@@ -250,7 +250,12 @@ def _has_cache(module: nn.Module) -> bool:
 
 def _outputs(model: nn.Module, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The shapes of the outputs that a model has without methods, see `_plain_pass`."""
-    return jax.eval_shape(_plain_pass(model, module, method, args, kwargs), dict(module.variables))
+    plain, variables = _plain_pass(model, module, method, args, kwargs), dict(module.variables)
+    try:
+        return jax.eval_shape(plain, variables)
+    except RecursionError:  # inside its own nn.jit
+        with jax.disable_jit():
+            return jax.eval_shape(plain, variables)
 
 
 def _plain_pass(

@@ -17,6 +17,7 @@ import numpy as np
 
 from jpeft.core.attention_sites import attention_sites
 from jpeft.core.dataflow.axes import DATA, STATE, WEIGHT
+from jpeft.core.dataflow.lookups import lost_ids
 from jpeft.core.dataflow.walk import unused, walk
 from jpeft.core.signatures import by_position, owner_of
 from jpeft.core.sites import Survey
@@ -45,6 +46,7 @@ def survey(model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...]
     return record.survey(
         boxable=functools.partial(_boxable, record, call, plain),
         find_attentions=functools.partial(attention_sites, record, plain, origins),
+        lost_ids=functools.partial(lost_ids, plain, origins, list(leaves)),
     )
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Key
 from jpeft.checks import NUMBER, POSITIVE_INT, Rule, or_none
 from jpeft.core.interchange import ATTENTION, Field, HFSpec, Tensor, Tensors
 from jpeft.core.method import Attend, Leaves, Project
-from jpeft.core.sites import Site, Survey
+from jpeft.core.sites import Site, Survey, no_projections
 from jpeft.core.tree import natural
 from jpeft.methods.base import LAYERS, AttentionMethod, normal
 
@@ -69,6 +69,8 @@ class LlamaAdapter(AttentionMethod):
                 f"{self.name}: a prompt has the features of the attention's input, and those of {site.name!r} are not "
                 f"known; leave it out with exclude=[{site.name!r}]"
             )
+        if isinstance(site.projections, str):
+            raise ValueError(no_projections(site))
         return site
 
     def sites(self, survey: Survey) -> list[Site]:

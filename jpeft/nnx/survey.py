@@ -18,6 +18,7 @@ from flax import nnx
 from jpeft.core.attention_sites import attention_sites
 from jpeft.core.dataflow import marks
 from jpeft.core.dataflow.axes import DATA, STATE, WEIGHT
+from jpeft.core.dataflow.lookups import lost_ids
 from jpeft.core.dataflow.walk import unused, walk
 from jpeft.core.signatures import by_position, form_of, owner_of
 from jpeft.core.sites import Survey
@@ -60,6 +61,7 @@ def survey(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
         boxable=functools.partial(_boxable, call, plain),
         form=form,
         find_attentions=functools.partial(attention_sites, record, plain, origins),
+        lost_ids=functools.partial(lost_ids, plain, origins, list(record.leaves)),
     )
 
 

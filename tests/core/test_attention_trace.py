@@ -437,6 +437,77 @@ def test_why_an_attention_cannot_change(name):
     assert any(re.search(reason, a.reason) for a in found), found
 
 
+def with_probabilities(function, prepare=lambda s: s):
+    """An attention whose probabilities are a function of its logits and its mask, which no prefix can follow."""
+
+    def core(q, k, v, mask, bias):
+        s = jnp.where(mask, prepare(jnp.einsum("bqhd,bkhd->bhqk", q, repeated(k))), -1e9)
+        return jnp.einsum("bhqk,bkhd->bqhd", function(s, mask), repeated(v))
+
+    return core
+
+
+def renormalized(p):
+    return p / (p.sum(-1, keepdims=True) + 1e-13)
+
+
+def of_more_queries(q, k, v, mask, bias):
+    q, k = (jnp.stack([y, jnp.tanh(y)]) for y in (q, repeated(k)))
+    s = jnp.einsum("bqhd,bkhd->bhqk", q[0], k[0]) + jnp.einsum("bqhd,bkhd->bhqk", q[1], k[1])
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(mask, s, -1e9)), repeated(v))
+
+
+MIX = jnp.eye(HEADS * GROUPS) + 0.1
+LIKE_SOFTMAX = {
+    "one more in the sum": with_probabilities(lambda s, m: (e := jnp.exp(s)) / (1 + e.sum(-1, keepdims=True))),
+    "the sum or more": with_probabilities(lambda s, m: (e := jnp.exp(s)) / jnp.maximum(e.sum(-1, keepdims=True), 20)),
+    "normalized twice": with_probabilities(lambda s, m: renormalized(jax.nn.softmax(s) * m.astype(s.dtype))),
+    "squared": with_probabilities(lambda s, m: renormalized(jax.nn.softmax(s) ** 2)),
+    "less the mean": with_probabilities(lambda s, m: jax.nn.softmax(s), lambda s: s - s.mean(-1, keepdims=True)),
+    "less the largest of heads": with_probabilities(
+        lambda s, m: (e := jnp.exp(s - s.max(1, keepdims=True))) / e.sum(-1, keepdims=True)
+    ),
+    "times the entropy": with_probabilities(
+        lambda s, m: (p := jax.nn.softmax(s)) * -(p * jnp.log(p + 1e-9)).sum(-1, keepdims=True)
+    ),
+    "above a threshold": with_probabilities(lambda s, m: jnp.where((p := jax.nn.softmax(s)) > 0.1, p, 0.0)),
+    "the largest two": with_probabilities(
+        lambda s, m: jax.nn.softmax(jnp.where(s >= jax.lax.top_k(s, 2)[0][..., -1:], s, -1e9))
+    ),
+    "heads mixed before": with_probabilities(
+        lambda s, m: jax.nn.softmax(s), lambda s: jnp.einsum("bhqk,hg->bgqk", s, MIX)
+    ),
+    "heads mixed after": with_probabilities(lambda s, m: jnp.einsum("bhqk,hg->bgqk", jax.nn.softmax(s), MIX)),
+    "powers of two": with_probabilities(lambda s, m: (e := jnp.exp2(s)) / e.sum(-1, keepdims=True)),
+    "with the uniform": with_probabilities(lambda s, m: 0.9 * jax.nn.softmax(s) + 0.1 / QUERIES),
+    "two products of queries and keys": of_more_queries,
+}
+
+
+@pytest.mark.parametrize("name", LIKE_SOFTMAX)
+def test_what_is_no_softmax_of_its_logits_alone_is_told(name):
+    w, function = weights(), functools.partial(model, LIKE_SOFTMAX[name])
+    found = find(traced(function, w, X).jaxpr, origins(w))
+    assert found and all(a.layout is None and "changed by what depends on them" in a.reason for a in found), found
+
+
+def test_rows_that_are_masked_everywhere_see_the_prefix_alone():
+    """Their logits are -inf, and the module's own outputs of them nan."""
+
+    def core(q, k, v, mask, bias):
+        own = jnp.arange(mask.shape[1]) >= mask.shape[1] - QUERIES
+        mask = mask & ~(own & (jnp.arange(QUERIES) < 2)[:, None])
+        s = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, repeated(k)), -jnp.inf)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(s), repeated(v))
+
+    w, function = weights(), functools.partial(model, core)
+    assert jnp.isnan(function(w, X)).any()
+    runs = [jax.jit(jax.value_and_grad(lambda prefix, run=run: jnp.sin(run(w, X, prefix)).sum()))
+            for run in (functools.partial(prefixed, function), function)]  # fmt: skip
+    for a, b in zip(*(jax.tree.leaves(run((KEYS, VALUES))) for run in runs), strict=True):
+        close(a, b)
+
+
 # --- jax.nn.dot_product_attention -------------------------------------------------------------------------------------
 
 LENGTHS = jnp.array([QUERIES, QUERIES - 2])

@@ -242,6 +242,47 @@ def test_a_table_that_is_multiplied_by_one_hot_rows_is_named():
     same(peft.apply(params, adapter, IDS)["states"][0], expected["states"][0][:, N:])
 
 
+class EncoderDecoder(nn.Module):
+    """Its table is multiplied by the one-hot rows of an encoder's ids and of a decoder's, as T5X has it."""
+
+    rows: int = ROWS
+
+    @nn.compact
+    def __call__(self, encoder_input_tokens, decoder_input_tokens):
+        table = nn.Dense(8, use_bias=False, name="embed")
+        x, y = (table(jax.nn.one_hot(ids, self.rows)) for ids in (encoder_input_tokens, decoder_input_tokens))
+        return nn.MultiHeadDotProductAttention(2, name="attention")(y, x)
+
+
+@pytest.mark.parametrize("length", [LENGTH, LENGTH + N, 1])
+def test_one_hot_rows_of_other_ids_get_no_prompt(length):
+    model, others = EncoderDecoder(), jnp.ones((2, length), jnp.int32)
+    params, peft, adapter = adapted(model, PromptTuning(length=N, targets=["embed"]), IDS, others)
+    leaves = flatten(params)
+    leaves["embed", "kernel"] = jnp.concatenate([leaves["embed", "kernel"], adapter["embed"]["prompt"]])
+    expected = EncoderDecoder(ROWS + N).apply({"params": unflatten(leaves)}, front(IDS, VIRTUAL), others)
+    same(jax.jit(peft.apply)(params, adapter, IDS, others), expected)
+
+
+class Jitted(nn.Module):
+    """Its call is jitted, as DeepMind's gemma has it."""
+
+    rows: int = ROWS
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(self.rows, 8, name="embed")(ids)
+        return x + nn.Dense(8)(x.cumsum(-2))
+
+
+def test_a_model_whose_call_is_jitted_gets_a_prompt():
+    params, peft, adapter = adapted(Jitted(), PROMPT, IDS)
+    full = longer(params, adapter["embed"]["prompt"], ("embed", "embedding"))
+    expected = Jitted(ROWS + N).apply({"params": full}, front(IDS, VIRTUAL))
+    same(jax.jit(peft.apply)(params, adapter, IDS), expected[:, N:])
+
+
 def test_two_prompts_and_a_method_of_weights_in_one_chain():
     model = Decoder(DECODER)
     chain = jpeft.Chain(PROMPT, jpeft.LoRA(rank=2, targets=["q_proj"]), PTuning(length=2, hidden=4))
@@ -465,6 +506,53 @@ def test_calls_whose_arguments_cannot_grow_are_refused(name):
 def test_models_without_one_table_of_tokens_are_refused(model, inputs, method, message):
     with pytest.raises(ValueError, match=message):
         method.bind(model, parameters(model, *inputs), *inputs)
+
+
+class Changing(nn.Module):
+    """It changes its token ids before it looks them up."""
+
+    change: Callable[[Any], Any]
+    second: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        x = nn.Embed(ROWS, 8, name="embed")(self.change(tokens))
+        if self.second:
+            x = x + nn.Embed(ROWS, 8, name="bigrams")(jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1])
+        return x + nn.Embed(12, 8, name="wpe")(jnp.cumsum(tokens != 0, -1))
+
+
+LOST = "ids beyond the table 'embed', and the model changes its token ids before it looks them up"
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (Changing(lambda ids: jnp.clip(ids, 0, ROWS - 1)), LOST),
+    (Changing(lambda ids: ids % ROWS), LOST),
+    (Changing(lambda ids: jnp.where(ids < ROWS, ids, 0)), LOST),
+    (Changing(lambda ids: ids + 1), LOST),
+    (Changing(lambda ids: ids, second=True), "look up rows of 'bigrams/embedding' too, which has none for virtual"),
+])  # fmt: skip
+def test_models_whose_tables_no_virtual_id_reaches_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        PROMPT.bind(model, parameters(model, IDS), IDS)
+
+
+@pytest.mark.parametrize("change", [lambda ids: jnp.where(ids == -100, 0, ids), lambda ids: ids[:, ::-1].reshape(-1)])
+def test_ids_may_be_changed_in_ways_that_keep_virtual_ids(change):
+    model = nn.Sequential([change, nn.Embed(ROWS, 8, name="embed")])
+    params = nn.meta.unbox(parameters(model, IDS))
+    assert len(PROMPT.bind(model, params, IDS).sites) == 1
+
+
+def test_a_table_of_positions_is_not_taken_for_one_of_tokens():
+    class OneHot(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            table = self.param("table", nn.initializers.normal(), (ROWS, 8))
+            return jax.nn.one_hot(tokens, ROWS) @ table + nn.Embed(12, 8, name="wpe")(jnp.arange(tokens.shape[-1]))
+
+    with pytest.raises(ValueError, match=r"looks up no table of embeddings.*one-hot rows is named by targets"):
+        PROMPT.bind(OneHot(), parameters(OneHot(), IDS), IDS)
 
 
 @pytest.mark.parametrize("head", [False, True])

@@ -714,3 +714,23 @@ def test_nothing_of_the_model_is_changed(fails, tmp_path, monkeypatch):
     for other in (tuned, detached, peft.merge(model, adapter), peft.module(model, adapter)):
         nnx.update(other, jax.tree.map(lambda x: x * 0, nnx.state(other, nnx.Param)))
     assert snapshot(model) == before and flatten(adapter)[("a", "lora_a")].any()
+
+
+class LinenLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x, x), None
+
+
+class LinenLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(LinenLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
+def test_one_prefix_is_not_shared_by_layers_whose_calls_are_not_seen():
+    x = jnp.ones((2, 3, 8))
+    model = One(nnx.bridge.ToNNX(LinenLayers(), rngs=rngs()).lazy_init(x))
+    with pytest.raises(ValueError, match="it lies in a loop over layers, of which the calls are not seen"):
+        jpeft.PrefixTuning(length=2).bind(model, x)

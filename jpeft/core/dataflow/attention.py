@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from jpeft.core.dataflow.axes import Origins, scan_counts
+from jpeft.core.dataflow.axes import WEIGHT, Origins, scan_counts
 from jpeft.core.dataflow.jaxprs import bind
 from jpeft.core.dataflow.layout import (
     Arrangement,
@@ -90,6 +90,8 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
                 raise Unclear(f"it lies in a {match.product.within.name!r}, which has a derivative of its own")
             assert known is not None
             layout = layout_of(match, known)
+            if any(_is_over_layers(loop, known) for loop in match.loops):
+                raise Unclear("it lies in a loop over layers, of which the calls are not seen")
             out.append(Attention(call, place, layout, projections=_projections(match, layout, parameters)))
         except NoAttention:
             out.append(Attention(call, place, None))
@@ -98,6 +100,14 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
     # Those that `evaluate` does not count have no number.
     others = [one for one in lost if one.dot is None or known is None or not _is_of_parameters(*one.dot, known)]
     return out + [Attention(one.calls[-1] if one.calls else None, -1, None, one.reason, one.kernel) for one in others]
+
+
+def _is_over_layers(loop: Node, known: Origins) -> bool:
+    """Whether a loop takes one slice of a parameter after the other."""
+    if loop.name != "scan":
+        return False
+    axes = [known.of(atom) for atom in loop.inputs[sum(scan_counts(loop)) :]]
+    return any(own and own[0] and all(f.tag == WEIGHT for f in own[0]) for own in axes)
 
 
 def _is_of_parameters(dot: Node, key: int, known: Origins) -> bool:

@@ -64,6 +64,7 @@ class _Finder:
     def __init__(self) -> None:
         self.facts: dict[Value, Any] = {}
         self.calls: dict[Node, tuple[int, ...]] = {}  # the calls that a product lies in
+        self.depths: dict[Node, int] = {}  # how many calls a loop lies in
         self.numerators: dict[Node, Lost | None] = {}  # those that no quotient has followed
         self.lost: list[Lost] = []
         self.changed: list[Lost] = []
@@ -73,6 +74,8 @@ class _Finder:
             if node.name == "call_mark":
                 calls = _marked(node, calls)
                 continue
+            if node.bodies:
+                self.depths[node] = len(calls)
             for i, body in enumerate(node.bodies):
                 yield from self.run(body, (*trail, (node, i)), calls)
             if kernel := _kernel(node):
@@ -172,7 +175,8 @@ class _Finder:
         if key is None:
             return None
         shared = self._shared(logits.dot, calls)
-        return Match(logits.dot, product, end, axes, probabilities, operand, key, trail, shared)
+        loops = tuple(loop for loop, _ in trail if self.depths[loop] >= len(shared))
+        return Match(logits.dot, product, end, axes, probabilities, operand, key, trail, shared, loops)
 
     def _shared(self, dot: Node, calls: Sequence[int]) -> tuple[int, ...]:
         """The calls that a product lies in too."""

@@ -196,6 +196,7 @@ class Match:
       key: which operand of `dot` the keys are.
       trail: the loops, branches and checkpoints that it lies in, outermost first, with the number of the body.
       calls: the marked calls that contain it, outermost first.
+      loops: the loops, branches and checkpoints between the innermost call and it.
     """
 
     dot: Node
@@ -207,6 +208,7 @@ class Match:
     key: int
     trail: tuple[tuple[Node, int], ...]
     calls: tuple[int, ...]
+    loops: tuple[Node, ...] = ()
 
     @property
     def sum(self) -> Sum:

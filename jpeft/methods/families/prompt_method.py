@@ -8,6 +8,7 @@ table that is used again as the output head keeps its rows.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 from jpeft.checks import BOOL, NUMBER, Rule, is_ids, one_of, or_none
 from jpeft.core.geometry.embedding import Embedding, Lookup, TracedTable
 from jpeft.core.method import Inputs, Leaves, Linear
-from jpeft.core.sites import FUSED, Site, Survey
+from jpeft.core.sites import FUSED, Site, Survey, is_of_positions
 from jpeft.core.targets import Matched, Targets
 from jpeft.methods.base import WeightMethod, normal
 from jpeft.methods.families.prompts import DECODER, continued, cut, find_ids, with_tokens
@@ -93,7 +94,10 @@ class PromptMethod(WeightMethod):
     def sites(self, survey: Survey) -> list[Site]:
         found = _tables(survey) if self.targets is None else super().sites(survey)
         if len(found) == 1:
-            return [self.prepare(found[0])]
+            (site,) = found
+            if reason := survey.lost_ids(site.weight_path, site.inputs):
+                raise ValueError(f"{self.name}: virtual tokens are ids beyond the table {site.name!r}, and {reason}")
+            return [self.prepare(site)]
         names = ", ".join(repr(site.name) for site in found)
         what = f"looks up several tables of embeddings: {names}" if names else "looks up no table of embeddings"
         if self.targets is not None:
@@ -166,7 +170,8 @@ class PromptMethod(WeightMethod):
         for name, rows in found.items():
             given = with_tokens(longer, self.name, name, first + rows, self.pad)
             longer = dataclasses.replace(longer, arguments=given)
-        context = {self._entered: first, _NEXT: first + self.rows(), _ids(self): longer.arguments[argument]}
+        context = {self._entered: first, _NEXT: first + self.rows()}
+        context[_ids(self)] = tuple(longer.arguments[name] for name in found)
         context |= {"added": tuple(rows.shape[-1] for rows in found.values()), self._seen: []}
         context["token_axes"] = jnp.ndim(inputs.arguments[argument])
         context |= {"is_read_elsewhere": inputs.sites[0].role == _READ_ELSEWHERE}
@@ -197,22 +202,43 @@ class PromptMethod(WeightMethod):
             )
         if (first := base.context[self._entered]) is None:
             return y
-        # The product with one-hot rows has the ids of the call, of which those beyond the table give rows of zeros.
-        ids = x.ids if isinstance(x, Lookup) else base.context[_ids(self)].reshape(x.shape[:-1])
+        ids = x.ids if isinstance(x, Lookup) else self._ids_of_rows(x, base.context[_ids(self)])
+        if ids is None:
+            return y
         place = ids - first
         prompt = jnp.take(leaves["prompt"].astype(y.dtype), jnp.clip(place, 0, self.rows() - 1), axis=0)
         is_own = (place >= 0) & (place < self.rows())
+        if not isinstance(x, Lookup):
+            is_own = is_own & (x == 0).all(-1)  # ids beyond the table give rows of zeros
         return jnp.where(is_own[..., None], prompt, y)
+
+    def _ids_of_rows(self, x: Any, longer: Sequence[Any]) -> Any:
+        """The token ids whose one-hot rows ``x [..., table]`` are; None for those of other token ids.
+
+        Args:
+          x: the rows.
+          longer: the call's token ids with those of virtual tokens.
+
+        Raises:
+          ValueError: it is not clear which they are.
+        """
+        found = [ids for ids in longer if np.size(ids) == math.prod(x.shape[:-1])]
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.name}: one-hot rows {x.shape} are those of an encoder or of a decoder of as many tokens; "
+                "give texts of different lengths, or look the table up by token ids"
+            )
+        return found[0].reshape(x.shape[:-1]) if found else None
 
 
 def _ids(method: PromptMethod) -> str:
-    """In the context, the token ids with those of virtual tokens."""
+    """In the context, the token ids with those of virtual tokens, of each argument that has some."""
     return f"{method.slug}_ids"
 
 
 def _tables(survey: Survey) -> list[Site]:
-    """The tables of token embeddings by their names; without such a name all that are looked up."""
-    lookups = [site for site in survey.weights if site.lookup]
+    """The tables of token embeddings by their names; without such a name all that are looked up, but for positions."""
+    lookups = [site for site in survey.weights if site.lookup and not is_of_positions(site.name)]
     for name in TABLES:
         if found := [site for site in lookups if name in (site.path[-1:] or ("",))[0].lower()]:
             return found
