@@ -560,7 +560,11 @@ class AttentionMethod(Method):
         # Of modules that only have the name of an attention, those are told that targets name, or all if there is none.
         told = [h for h in survey.hidden_attentions if h.seen or self.targets is not None or not survey.attentions]
         if not candidates and not told:
-            raise TargetError(f"{self.name} acts on attentions, and this model has none")
+            raise TargetError(
+                f"{self.name} acts on attentions, and the trace of this model's call shows none: no softmax over keys "
+                f"between products with keys and with values. If a module attends in another way, move{_REGISTER}"
+                "(TheModule)"
+            )
         chosen = super()._select([*candidates, *told], survey)
         if missed := [site for site in chosen if isinstance(site, HiddenAttention)]:
             raise TargetError(_hidden(self.name, missed, len(survey.attentions)))
@@ -589,10 +593,15 @@ def _hidden(name: str, missed: Sequence[HiddenAttention], others: int) -> str:
     found = "".join(f"\n  {h.name or 'the model itself'!r} ({h.owner}): {h.reason}" for h in missed)
     hint = "leave them out with exclude=[...] or, to reach them, move" if others else "Move"
     return (
-        f"{name} cannot act on {len(missed)} of {len(missed) + others} attentions:{found}\n{hint} the attention into a "
-        f"method of its module, and register that:\n  def attend(self, query, key, value, mask): ...\n"
-        f"  jpeft.register_attention({missed[0].owner})"
+        f"{name} cannot act on {len(missed)} of {len(missed) + others} attentions:{found}\n{hint}{_REGISTER}"
+        f"({missed[0].owner})"
     )
+
+
+_REGISTER = (
+    " the attention into a method of its module, and register that:\n"
+    "  def attend(self, query, key, value, mask): ...\n  jpeft.register_attention"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

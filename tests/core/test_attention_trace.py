@@ -421,7 +421,13 @@ def in_rule(q, k, v, mask, bias):
     return attention(q, k, v)
 
 
+def of_several_values(q, k, v, mask, bias):
+    p = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, repeated(k)))
+    return sum(jnp.einsum("bhqk,bkhd->bqhd", p, repeated(y)) for y in (v, jnp.tanh(v)))
+
+
 REASONS = {
+    "several values": (of_several_values, "one softmax meet several values"),
     "blocks": (blockwise, "an online softmax"),
     "two products": (of_two_products, "the logits of several products"),
     "rule": (in_rule, "lies in a 'custom_vjp_call.*', which has a derivative of its own"),

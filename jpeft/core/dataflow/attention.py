@@ -19,7 +19,7 @@ attentions to the innermost call around them; `evaluate` leaves those in marked 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -81,7 +81,8 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
     known = Origins(program, origins) if matched or lost else None
     parameters = Parameters.of(program, owners or {})
     counts: dict[int | None, int] = {}
-    out = []
+    out: list[Attention] = []
+    sums: dict[Node, list[int]] = {}
     for match in matched:
         call = match.calls[-1] if match.calls else None
         place = counts[call] = counts.get(call, -1) + 1
@@ -92,11 +93,14 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
             layout = layout_of(match, known)
             if any(_is_over_layers(loop, known) for loop in match.loops):
                 raise Unclear("it lies in a loop over layers, of which the calls are not seen")
+            sums.setdefault(match.sum.node, []).append(len(out))
             out.append(Attention(call, place, layout, projections=_projections(match, layout, parameters)))
         except NoAttention:
             out.append(Attention(call, place, None))
         except Unclear as e:
             out.append(Attention(call, place, None, str(e)))
+    for place in (i for own in sums.values() if len(own) > 1 for i in own):
+        out[place] = replace(out[place], layout=None, reason="the probabilities of one softmax meet several values")
     # Those that `evaluate` does not count have no number.
     others = [one for one in lost if one.dot is None or known is None or not _is_of_parameters(*one.dot, known)]
     return out + [Attention(one.calls[-1] if one.calls else None, -1, None, one.reason, one.kernel) for one in others]

@@ -83,7 +83,7 @@ def _sources(atom: Atom) -> set[Value]:
 def _kept(program: Program, origins: Sequence[str], index: Atom, ids: Value, rows: int, some: bool = False) -> bool:
     """Whether an array holds all (or some) of the ids beyond the rows of a table, if the call is given those.
 
-    Other arrays of the call are ones, as masks are. True too for an array that depends on parameters.
+    Other arrays of the call are ones, as masks are. One that depends on parameters is taken to hold all, and not some.
     """
     probe = rows + np.arange(np.prod(ids.shape), dtype=np.int32).reshape(ids.shape)
     if probe.size and probe.max() > jnp.iinfo(ids.aval.dtype).max:
