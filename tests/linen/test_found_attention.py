@@ -75,7 +75,7 @@ def test_a_prefix_equals_keys_and_values_prepended_by_hand(name):
         jax.jit(jax.grad(functools.partial(loss, run), has_aux=True))(adapter) for run in runs
     )
     close(found, wanted)
-    close(got, want)
+    close(got, want, 1e-4)  # through large logits, gradients round more
     assert all(np.abs(g).max() > 0 for path, g in flatten(got).items())
     plain = case.model.apply({"params": params}, *case.inputs)
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True)) > 0.1
