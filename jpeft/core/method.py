@@ -305,7 +305,7 @@ class Drops(Protocol):
     def __call__(self, x: Any, rate: float) -> Any: ...
 
     def part(self, index: int) -> Drops:
-        """That of a part of the method."""
+        """The dropout of one part of the method."""
         ...
 
 

@@ -35,11 +35,11 @@ _STATES, _OWN_CACHE = "xlora_states", "xlora_cache"  # in the context
 class XLoRA(WeightMethod):
     """Trained LoRAs whose shares a classifier gives each token, from the last hidden states of the base.
 
-    The model runs twice: first without the LoRAs, for the states. Of other methods in a Chain, this pass has
-    only base weights that they train. The classifier trains without a gradient of the first
-    pass. In a causal model, a token's gates depend on the tokens up to it alone. With a cache of keys and values that
-    is an argument of the call, such as that of `jpeft.models`, the first pass has one of its own: it begins where the
-    model's does, and lies in the returned cache as ``"first_pass"``.
+    The model runs twice: first without the LoRAs, for the states. Of other methods in a Chain, this pass has only base
+    weights that they train. The classifier trains without a gradient of the first pass. In a causal model, a token's
+    gates depend on the tokens up to it alone. With a cache of keys and values that is an argument of the call, such as
+    that of `jpeft.models`, the first pass has one of its own: it begins where the model's does, and lies in the
+    returned cache as ``"first_pass"``.
 
     Put the LoRAs into a fresh adapter with `jpeft.methods.with_experts`; until then, experts that do not train are
     random.

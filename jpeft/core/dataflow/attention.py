@@ -99,8 +99,8 @@ def find(jaxpr: Any, origins: Sequence[str], owners: Mapping[int, Path] | None =
             out.append(Attention(call, place, None))
         except Unclear as e:
             out.append(Attention(call, place, None, str(e)))
-    for place in (i for own in sums.values() if len(own) > 1 for i in own):
-        out[place] = replace(out[place], layout=None, reason="the probabilities of one softmax meet several values")
+    for i in (i for own in sums.values() if len(own) > 1 for i in own):
+        out[i] = replace(out[i], layout=None, reason="the probabilities of one softmax meet several values")
     # Those that `evaluate` does not count have no number.
     others = [one for one in lost if one.dot is None or known is None or not _is_of_parameters(*one.dot, known)]
     return out + [Attention(one.calls[-1] if one.calls else None, -1, None, one.reason, one.kernel) for one in others]

@@ -12,12 +12,8 @@ from jax.extend.core import Literal
 
 from jpeft.core.dataflow.axes import DATA, WEIGHT
 from jpeft.core.dataflow.jaxprs import bind
-from jpeft.core.dataflow.program import Atom, Node, Program, Value, dtype_of, flatten, shape_of
+from jpeft.core.dataflow.program import IDENTITY, Atom, Node, Program, Value, dtype_of, flatten, shape_of
 from jpeft.core.tree import Path, join
-
-_SAME = frozenset({
-    "convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint", "optimization_barrier", "name",
-})  # fmt: skip
 
 
 def lost_ids(jaxpr: Any, origins: Sequence[str], parameters: Sequence[Path], table: Path, rows: int) -> str:
@@ -52,7 +48,7 @@ def lost_ids(jaxpr: Any, origins: Sequence[str], parameters: Sequence[Path], tab
 
 
 def _unchanged(atom: Atom) -> Atom:
-    while not isinstance(atom, Literal) and atom.node is not None and atom.node.name in _SAME:
+    while not isinstance(atom, Literal) and atom.node is not None and atom.node.name in IDENTITY:
         atom = atom.node.inputs[0]
     return atom
 

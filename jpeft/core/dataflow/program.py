@@ -14,6 +14,11 @@ from jpeft.core.dataflow.jaxprs import INLINED, open_jaxpr
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _CHECKPOINT = ("remat", "checkpoint")
 LOOPS = ("scan", "while", "cond")
+# Equations whose output has the values of their operand, up to rounding.
+IDENTITY = frozenset({
+    "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint", "optimization_barrier",
+    "pvary",
+})  # fmt: skip
 
 
 @dataclass(eq=False)

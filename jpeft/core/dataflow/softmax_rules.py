@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jpeft.core.dataflow.factors import Axes, Axis, joined, places_of, reshape
-from jpeft.core.dataflow.program import Atom, Node, shape_of
+from jpeft.core.dataflow.program import IDENTITY, Atom, Node, shape_of
 from jpeft.core.dataflow.softmax_facts import (
     Derived,
     Exp,
@@ -34,10 +34,6 @@ _UNARY = frozenset({
     "convert_element_type", "copy", "copy_p", "name", "neg", "tanh", "logistic", "sign", "abs", "sqrt", "rsqrt",
     "square", "integer_pow", "reduce_precision", "sharding_constraint", "optimization_barrier", "pvary", "erf",
     "log1p", "expm1",
-})  # fmt: skip
-_IDENTITY = frozenset({
-    "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint", "optimization_barrier",
-    "pvary",
 })  # fmt: skip
 # What keeps a sum, which is positive.
 _KEEPS_SUM = frozenset({"reshape", "squeeze", "transpose", "broadcast_in_dim", "stop_gradient", "abs"})
@@ -120,7 +116,7 @@ def _on_logits(node: Node, known: Known) -> Any:
         if isinstance(other, LogSum) and _changed(other.sum.logits) == _changed(fact):
             return LogProbabilities(other.sum, fact.axes)
         return None
-    if fact.shift is not None and node.name not in (*_IDENTITY, "select_n"):
+    if fact.shift is not None and node.name not in (*IDENTITY, "select_n"):
         return None
     if node.name in _UNARY or node.name in _BINARY:
         return replace(fact, steps=(*fact.steps, Step(node, operand, fact.axes)))
@@ -134,7 +130,7 @@ def _shared_axes(dot: Node) -> int:
 
 def _changed(logits: Logits) -> list[Any]:
     """The product of logits, and the functions of it that change its values."""
-    return [logits.dot, *(step for step in logits.steps if step.node.name not in _IDENTITY)]
+    return [logits.dot, *(step for step in logits.steps if step.node.name not in IDENTITY)]
 
 
 def _on_exp(node: Node, known: Known) -> Any:
@@ -154,7 +150,7 @@ def _on_exp(node: Node, known: Known) -> Any:
         return None
     if others:
         return None
-    return fact if node.name in _IDENTITY or _is_masked(node, operand) else None
+    return fact if node.name in IDENTITY or _is_masked(node, operand) else None
 
 
 def _covers(axis: Axis, part: Axis) -> bool:
@@ -166,11 +162,8 @@ def _is_masked(node: Node, operand: int) -> bool:
     """Whether an equation multiplies an operand with another, or sets places of it to zero."""
     if node.name == "mul":
         return True
-    return node.name == "select_n" and all(_is_zero(a) for i, a in enumerate(node.inputs) if i not in (0, operand))
-
-
-def _is_zero(atom: Atom) -> bool:
-    return _is_all(atom, lambda x: x == 0)
+    others = [a for i, a in enumerate(node.inputs) if i not in (0, operand)]
+    return node.name == "select_n" and all(_is_all(a, lambda x: x == 0) for a in others)
 
 
 def _is_all(atom: Atom, test: Callable[[Any], Any]) -> bool:
@@ -178,7 +171,7 @@ def _is_all(atom: Atom, test: Callable[[Any], Any]) -> bool:
     if isinstance(atom, Literal):
         return bool(np.all(test(np.asarray(atom.val))))
     node = atom.node
-    kept = (*_IDENTITY, "broadcast_in_dim", "reshape")
+    kept = (*IDENTITY, "broadcast_in_dim", "reshape")
     return node is not None and node.name in kept and _is_all(node.inputs[0], test)
 
 
@@ -196,9 +189,9 @@ def _on_sum(node: Node, known: Known) -> Any:
             return replace(fact, inverse=True) if is_one and not fact.inverse else None
         if name in ("max", "add", "select_n") and not fact.inverse:  # a sum that is not zero
             others = [a for i, a in enumerate(node.inputs) if i != operand and (name != "select_n" or i)]
-            small = name == "select_n" or all(_is_all(a, lambda x: abs(x) <= _NEGLIGIBLE) for a in others)
-            return fact if small and all(_is_all(a, np.isfinite) for a in others) else None
-    is_same = name in _IDENTITY or name in _KEEPS_SUM
+            test = np.isfinite if name == "select_n" else lambda x: abs(x) <= _NEGLIGIBLE
+            return fact if all(_is_all(a, test) for a in others) else None
+    is_same = name in IDENTITY or name in _KEEPS_SUM
     return fact if is_same else None
 
 
@@ -210,7 +203,7 @@ def _on_log_probabilities(node: Node, known: Known) -> Any:
         return replace(fact, axes=axes)
     if node.name == "exp":
         return Probabilities(fact.sum, fact.axes)
-    return fact if node.name in _IDENTITY else None
+    return fact if node.name in IDENTITY else None
 
 
 def _on_probabilities(node: Node, known: Known) -> Any:
@@ -221,7 +214,7 @@ def _on_probabilities(node: Node, known: Known) -> Any:
         return kept
     if (axes := moved(node, fact.axes)) is not None:
         return replace(fact, axes=axes)
-    if node.name in _IDENTITY:
+    if node.name in IDENTITY:
         return fact
     if not in_shape(node, operand):
         return None
@@ -303,7 +296,7 @@ def _on_numerator(node: Node, known: Known) -> Any:
     ((_, fact),) = known
     if (axes := moved(node, fact.axes)) is not None:
         return replace(fact, axes=axes)
-    return fact if node.name in _IDENTITY else None
+    return fact if node.name in IDENTITY else None
 
 
 def _on_row(node: Node, known: Known) -> Any:

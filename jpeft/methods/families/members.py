@@ -206,7 +206,7 @@ def _members(what: str, given: Any) -> Members:
 
 
 def changes(method: Composition, leaves: Leaves, x: Any, y: Tokens, context: ModuleContext) -> list[Tokens]:
-    """What each member by itself adds to an output."""
+    """The change of an output by each member alone."""
     return [member.change(part(leaves, name), x, y, context.part(i)) for i, (name, member) in enumerate(method.members)]
 
 
