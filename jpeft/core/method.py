@@ -40,8 +40,16 @@ class Method(Protocol):
       arguments: names of arguments of the model's call that are the method's own; the model does not get them.
       observes: the statistic of the data that ``init`` takes as its last argument, or None.
       penalty_reduction: how the terms of `penalty` combine, "sum" or "mean".
+      inert: names of fields that do not matter to what a trained adapter does, such as those of its start.
+      resizable: names of fields that may be larger than those of an adapter, whose leaves are padded with zeros.
+      rescaled: names of fields that differ from those of an adapter by factors on its leaves alone.
+      neutral: the number under which the method changes nothing at a site, if all its leaves there are it; or None.
     """
 
+    inert: ClassVar[frozenset[str]]
+    resizable: ClassVar[frozenset[str]]
+    rescaled: ClassVar[frozenset[str]]
+    neutral: ClassVar[float | None]
     roles: ClassVar[Mapping[str, Sequence[str | None]]]
     non_trainable: ClassVar[frozenset[str]]
     regenerated: ClassVar[frozenset[str]]
@@ -89,6 +97,10 @@ class Method(Protocol):
     @property
     def draws(self) -> bool:
         """Whether ``apply`` draws random numbers while the caller trains: by dropout or `Linear.sampled`."""
+        ...
+
+    def factors(self, other: Any) -> Mapping[str, float]:
+        """The factors on leaves, by name, under which it does what ``other``, of its class, does with them."""
         ...
 
     def columns(self) -> Mapping[str, str]:

@@ -61,6 +61,10 @@ class AdaLoRA(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
     learning_rate: ClassVar[float] = 1e-3
     penalty_reduction: ClassVar[str] = "mean"
+    inert: ClassVar[frozenset[str]] = WeightMethod.inert | {"orth_reg_weight"}
+    resizable: ClassVar[frozenset[str]] = frozenset({"rank"})
+    rescaled: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    neutral: ClassVar[float | None] = 0.0
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
         "adalora_a": ("in", None),
         "adalora_e": (None,),
@@ -75,6 +79,9 @@ class AdaLoRA(WeightMethod):
     def scale(self) -> float:
         """s, the factor on the update."""
         return (self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5)
+
+    def factors(self, other: AdaLoRA) -> Mapping[str, float]:
+        return {"adalora_e": other.scale / self.scale}
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         key_a, key_b = jax.random.split(key)

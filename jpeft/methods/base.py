@@ -66,6 +66,12 @@ class Method:
     - ``observes``: the statistic of the data that `init` takes, "covariance" or "gradient", see `jpeft.observe`; None
       for a start that needs no data.
     - ``penalty_reduction``: how `Peft.penalty` combines the terms of all matrices, "sum" or "mean".
+    - ``inert``: names of the fields that do not matter to what a trained adapter does, such as those of its start.
+    - ``resizable``: names of the fields that may be larger than those of an adapter: a rank, if zeros in place of the
+      leaves that it adds change nothing. `jpeft.stack` then takes adapters of any smaller rank.
+    - ``rescaled``: names of the fields that differ from those of an adapter by `factors` on its leaves alone.
+    - ``neutral``: the number under which the method changes nothing at a site, if all its leaves there are it. None, if
+      there is no such number: where it shall not act, its output is then not taken.
     - ``per_site``: names of the fields that ``overrides`` may set.
     - ``rules``: what its fields may be, by name: a predicate and its description, beside those of its base classes. A
       field ``dtype`` is checked and becomes a name in any case.
@@ -87,6 +93,12 @@ class Method:
     per_site: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 5e-4
     penalty_reduction: ClassVar[str] = "sum"
+    inert: ClassVar[frozenset[str]] = frozenset({
+        "targets", "exclude", "overrides", "dropout", "dtype", "init_weights", "init_std", "init_options", "init_ids",
+    })  # fmt: skip
+    resizable: ClassVar[frozenset[str]] = frozenset()
+    rescaled: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[float | None] = None
     family: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     rules: ClassVar[Mapping[str, Rule]] = {}
@@ -217,6 +229,14 @@ class Method:
     def penalty(self, leaves: Leaves) -> Float[Array, ""] | float:
         """The method's own term of the loss, for one matrix. See `Peft.penalty`."""
         return 0.0
+
+    def factors(self, other: Any) -> Mapping[str, float]:
+        """The factors on leaves, by name, under which it does what ``other`` does with them.
+
+        ``other`` is of its class, and differs from it at most in fields that are ``inert``, ``resizable`` or
+        ``rescaled``.
+        """
+        return {}
 
     def columns(self) -> Mapping[str, str]:
         """The method's own columns in `Peft.summary`; by default its ``rank``, if it has such a field."""

@@ -49,6 +49,7 @@ class C3A(WeightMethod):
 
     family: ClassVar[str] = "circulant"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.19342"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 0.3
     per_site: ClassVar[tuple[str, ...]] = ("block_size", "dtype", "parts")
     rules: ClassVar[Mapping[str, Rule]] = {"block_size": or_none(POSITIVE_INT)}

@@ -76,6 +76,8 @@ class Compacter(SequentialBottleneck):
     prefix: ClassVar[str] = "compacter"
     starts: ClassVar[tuple[str, ...]] = ("compacter", IDENTITY)
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.04647"
+    resizable: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[float | None] = None  # matrices may be shared by all sites  # type: ignore[assignment]
     rules: ClassVar[Mapping[str, Rule]] = {
         **dict.fromkeys(("phm_dim", "phm_rank"), POSITIVE_INT),
         **dict.fromkeys(

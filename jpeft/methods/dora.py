@@ -44,6 +44,8 @@ class DoRA(LoRA):
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {**LoRA.roles, "dora_m": ("out",)}
     uncast: ClassVar[frozenset[str]] = frozenset({"dora_m"})  # in low precision m would lose what it learned
 
+    neutral: ClassVar[float | None] = None  # the norms are those of the weight
+
     @property
     def identity_at_init(self) -> bool:
         """False for a dtype that may round the norms, and for "random"."""

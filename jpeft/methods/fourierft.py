@@ -53,6 +53,7 @@ class FourierFT(WeightMethod):
 
     family: ClassVar[str] = "spectral"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.03003"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 3e-2
     per_site: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "seed", "dtype", "parts")
     rules: ClassVar[Mapping[str, Rule]] = {"n_frequency": POSITIVE_INT, "scaling": NONZERO, "seed": SEED}

@@ -61,6 +61,7 @@ class GraLoRA(WeightMethod):
 
     family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.20355"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 2e-4
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
         "gralora_whole_a": ("in", None), "gralora_whole_b": (None, "out"),

@@ -49,6 +49,8 @@ class HiRA(WeightMethod):
     paper: ClassVar[str] = "https://openreview.net/forum?id=TwJrTz9cRS"
     learning_rate: ClassVar[float] = 4.5e-3
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"hira_a": ("in", None), "hira_b": (None, "out")}
+    resizable: ClassVar[frozenset[str]] = frozenset({"rank"})
+    neutral: ClassVar[float | None] = 0.0
     per_site: ClassVar[tuple[str, ...]] = ("rank", "dropout", "dtype", "parts")
     rules: ClassVar[Mapping[str, Rule]] = {"rank": POSITIVE_INT, "dropout": RATE}
 

@@ -42,6 +42,8 @@ class IA3(WeightMethod):
     family: ClassVar[str] = "scaling"
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
+    inert: ClassVar[frozenset[str]] = WeightMethod.inert | {"feedforward"}  # a site's role says it
+    neutral: ClassVar[float | None] = 1.0
     learning_rate: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:

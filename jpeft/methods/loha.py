@@ -45,9 +45,16 @@ class LoHa(LyCORIS, WeightMethod):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
+    resizable: ClassVar[frozenset[str]] = frozenset({"rank"})
+    rescaled: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    neutral: ClassVar[float | None] = 0.0
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
         f"loha_w{i}_{side}": axes for i in (1, 2) for side, axes in (("b", ("in", None)), ("a", (None, "out")))
     }
+
+    def factors(self, other: LoHa) -> Mapping[str, float]:
+        ratio = other.scale / self.scale
+        return {"loha_w2_b": ratio, "loha_t2_b": ratio}
 
     def init(self, key: Key[Array, ""], site: Site, w: Any) -> Leaves:
         r, outputs, count, leaves = self.rank, site.outputs, kernels.positions(site), {}

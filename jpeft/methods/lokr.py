@@ -64,6 +64,7 @@ class LoKr(LyCORIS, WeightMethod):
     decompose_factor: int = -1
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.14859"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 3e-3
     per_site: ClassVar[tuple[str, ...]] = (*LyCORIS.per_site, "decompose_both", "decompose_factor")
     rules: ClassVar[Mapping[str, Rule]] = {

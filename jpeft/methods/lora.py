@@ -122,6 +122,10 @@ class LoRA(WeightMethod):
         "rank", "alpha", "rslora", "dropout", "init_weights", "init_options", "freeze_a", "dtype", "parts"
     )  # fmt: skip
 
+    inert: ClassVar[frozenset[str]] = WeightMethod.inert | {"freeze_a"}
+    resizable: ClassVar[frozenset[str]] = frozenset({"rank"})
+    rescaled: ClassVar[frozenset[str]] = frozenset({"alpha", "rslora"})
+    neutral: ClassVar[float | None] = 0.0
     rules: ClassVar[Mapping[str, Rule]] = {
         "rank": POSITIVE_INT,
         "dropout": RATE,
@@ -157,6 +161,11 @@ class LoRA(WeightMethod):
         """s, the factor on A B."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def factors(self, other: LoRA) -> Mapping[str, float]:
+        # Of A B - A₀ B₀, both products.
+        ratio = other.scale / self.scale
+        return {"lora_b": ratio, "lora_start_b": ratio} if self._start in _SUBTRACTED else {"lora_b": ratio}
 
     @property
     def identity_at_init(self) -> bool:

@@ -57,6 +57,7 @@ class MiSS(WeightMethod):
 
     family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 1e-4
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"miss_block": (None, "out")}
     per_site: ClassVar[tuple[str, ...]] = ("rank", "variant", "mini_rank", "dropout", "dtype", "parts")

@@ -66,6 +66,9 @@ class MoLE(WeightMethod):
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {
         "mole_a": ("in", None), "mole_b": (None, "out"), "mole_gate": ("in", None)
     }  # fmt: skip
+    inert: ClassVar[frozenset[str]] = WeightMethod.inert | {"freeze_experts"}
+    rescaled: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    neutral: ClassVar[float | None] = 0.0
     expert_leaves: ClassVar[tuple[str, str]] = ("mole_a", "mole_b")
     per_site: ClassVar[tuple[str, ...]] = (
         "rank", "alpha", "n_experts", "top_k", "temperature", "freeze_experts", "dropout", "dtype", "parts"
@@ -83,6 +86,9 @@ class MoLE(WeightMethod):
     def scale(self) -> float:
         """s, the factor on the experts' outputs."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def factors(self, other: MoLE) -> Mapping[str, float]:
+        return {"mole_b": other.scale / self.scale}
 
     @property
     def identity_at_init(self) -> bool:

@@ -73,6 +73,8 @@ class Poly(WeightMethod):
 
     family: ClassVar[str] = "routing"
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.13914"
+    resizable: ClassVar[frozenset[str]] = frozenset({"rank"})
+    neutral: ClassVar[float | None] = 0.0
     reads_context: ClassVar[bool] = True
     arguments: ClassVar[tuple[str, ...]] = (TASKS,)
     uncast: ClassVar[frozenset[str]] = frozenset({"poly_router"})
@@ -121,6 +123,9 @@ class Poly(WeightMethod):
             "poly_b": jnp.zeros(shape_b, self.dtype) if self.init_weights else kaiming(key_b, shape_b, r, self.dtype),
             "poly_router": jax.random.uniform(key_r, logits, jnp.float32, -1e-3, 1e-3).astype(self.dtype),
         }
+
+    def factors(self, other: Poly) -> Mapping[str, float]:
+        return {"poly_b": self.rank / other.rank}  # the mean over ranks
 
     def enter(self, inputs: Inputs) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         if (given := inputs.context.get(TASKS)) is None:

@@ -65,6 +65,7 @@ class RandLoRA(WeightMethod):
 
     family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.00987"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 1e-4
     non_trainable: ClassVar[frozenset[str]] = frozenset({"randlora_a", "randlora_b"})
     regenerated: ClassVar[frozenset[str]] = non_trainable

@@ -53,6 +53,8 @@ class SHiRA(WeightMethod):
 
     family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.13175"
+    inert: ClassVar[frozenset[str]] = WeightMethod.inert | {"mask", "seed"}
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 3e-4
     non_trainable: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
     per_site: ClassVar[tuple[str, ...]] = ("rank", "mask", "seed", "dtype", "parts")

@@ -56,6 +56,7 @@ class VeRA(WeightMethod):
 
     family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"
+    neutral: ClassVar[float | None] = 0.0
     learning_rate: ClassVar[float] = 4e-3
     roles: ClassVar[Mapping[str, Sequence[str | None]]] = {"vera_lambda_d": (None,), "vera_lambda_b": ("out",)}
     non_trainable: ClassVar[frozenset[str]] = frozenset({"vera_a", "vera_b"})

@@ -59,6 +59,8 @@ class BottleneckMethod(OutputMethod):
     prefix: ClassVar[str] = "bottleneck"  # of the leaves' names
     starts: ClassVar[tuple[str, ...]] = (IDENTITY, BERT, MAM, HOULSBY)  # what init_weights may be
     family: ClassVar[str] = "bottleneck"
+    resizable: ClassVar[frozenset[str]] = frozenset({"size", "reduction"})
+    inert: ClassVar[frozenset[str]] = OutputMethod.inert | {"sublayers"}
     per_site: ClassVar[tuple[str, ...]] = (
         "reduction", "size", "activation", "scale", "ln_before", "ln_after", "dropout", "init_weights", "init_std",
         "dtype",
@@ -107,6 +109,10 @@ class BottleneckMethod(OutputMethod):
     def reads_context(self) -> bool:  # type: ignore[override]
         """Whether there is a gate, which is the mean over a row."""
         return self.gating
+
+    @property
+    def neutral(self) -> float | None:  # type: ignore[override]
+        return 0.0
 
     def features(self, site: Site) -> int:
         """The number of features that the network takes."""
@@ -189,6 +195,11 @@ class SequentialBottleneck(BottleneckMethod):
     def identity_at_init(self) -> bool:
         """Whether U starts at zero, and no norm of its own is around the residual connection."""
         return super().identity_at_init and not self.adapter_residual_before_ln
+
+    @property
+    def neutral(self) -> float | None:  # type: ignore[override]
+        """None with a norm of its own around the residual connection."""
+        return None if self.adapter_residual_before_ln else 0.0
 
     @property
     def place(self) -> str:
