@@ -18,6 +18,7 @@ from . import serving as serving
 from . import text as text
 from . import training as training
 from .core.attention import register_attention as register_attention
+from .core.bank import stack as stack
 from .core.geometry.registry import register_geometry as register_geometry
 from .core.peft import Peft as Peft
 from .core.targets import TargetError as TargetError

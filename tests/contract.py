@@ -216,6 +216,53 @@ def check_stacks(entries: Mapping[str, Entry], use: str, frontend: str = "linen"
         close(together, one_by_one, name=name)
 
 
+def check_banks(entries: Mapping[str, Entry], use: str, frontend: str = "linen") -> None:
+    """In one batch, each row runs under its own adapter of a bank, or none: as it does by itself.
+
+    Of adapters that are loaded and unloaded nothing is left, and nothing is traced again.
+    """
+    pefts, model, params, x = bound_together(entries, use, "scan", "float32", None, frontend)
+    x = jnp.concatenate([x, x[:2]])[:4] if USES[use].vocabulary else jnp.concatenate([x, -x])[:4]
+    adapters = {n: [moved(peft, params, seed=seed) for seed in range(3)] for n, peft in pefts.items()}
+    has_base = {n: not any(m.virtual_tokens() for m in peft.method.methods()) for n, peft in pefts.items()}
+    banks = {n: jpeft.stack(peft, dict(zip("ab", adapters[n], strict=False)), slots=4) for n, peft in pefts.items()}
+    changed = {n: bank.unload("a").load("c", adapters[n][2]).load("b", adapters[n][0]) for n, bank in banks.items()}
+    traces: list[None] = []
+    slots: dict[str, Any] = {}
+
+    @jax.jit
+    def run(params: Any, banks: Any, slots: Any) -> Any:
+        traces.append(None)
+        return {n: pefts[n].apply(params, bank, x, adapter_ids=slots[n]) for n, bank in banks.items()}
+
+    @jax.jit
+    def one_by_one(params: Any, adapters: Any) -> Any:
+        together = {
+            n: jax.lax.map(lambda own, n=n: pefts[n].apply(params, own[0], own[1][None]), (stacked, jnp.tile(x, tile)))
+            for n, stacked in adapters.items()
+        }
+        return together, [unmodified(model, params, row[None]) for row in x]
+
+    tile = (2, *(1 for _ in x.shape[1:]))
+    rows = {False: [*"abba", *"cbbb"], True: [*"ab a", *"cb b"]}  # of both banks, with the base or without
+    which = {"a": 0, "b": 1, "c": 2, " ": 0}
+    own = {
+        n: [adapters[n][which[c] if i < 4 or c != "b" else 0] for i, c in enumerate(rows[has_base[n]])] for n in pefts
+    }
+    stacked = {n: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for n, trees in own.items()}
+    each, base = one_by_one(params, stacked)
+    for n in pefts:
+        names = [c.strip() or None for c in rows[has_base[n]]]
+        slots[n] = [banks[n].ids(names[:4]), changed[n].ids(names[4:])]
+    for i, held in enumerate((banks, changed)):
+        got = run(params, held, {n: own[i] for n, own in slots.items()})
+        for n in pefts:
+            names = rows[has_base[n]][4 * i : 4 * i + 4]
+            want = [base[r] if c == " " else each[n][4 * i + r] for r, c in enumerate(names)]
+            close(got[n], jnp.concatenate(want, 1), name=n)
+    assert len(traces) == 1
+
+
 def check_saves(entry: Entry, folder: Path, frontend: str = "linen") -> None:
     """An adapter comes back from disk bit for bit."""
     peft, model, params, x = bound(entry, entry.uses[0], "scan", frontend)

@@ -26,6 +26,8 @@ from jpeft.core.frontend import FrontEnd, is_bypassed
 from jpeft.core.method import Method, slugs
 from jpeft.core.placement import place, replicated_like
 from jpeft.core.quantized import Quantized, requantize_leaf
+from jpeft.core.rows import PerRow
+from jpeft.core.rows import run as run_rows
 from jpeft.core.sites import BOX, FUSED, MERGE, Site, map_axes, stack_first
 from jpeft.core.statistics import check_statistics
 from jpeft.core.summary import Member, Row, summary
@@ -403,10 +405,13 @@ class Peft:
 
         Args:
           params: the base tree, or all variables ``{"params": ..., "batch_stats": ...}``.
-          adapter: the adapter, as from `init`.
+          adapter: the adapter, as from `init`; or a bank of adapters, as from `jpeft.stack`.
           *inputs: as for ``model.apply``.
-          **kwargs: as for ``model.apply``: rngs, mutable, method, capture_intermediates, ...
+          **kwargs: as for ``model.apply``: rngs, mutable, method, capture_intermediates, ... With a bank also
+            ``adapter_ids``, the adapter of each row: names, None for the base, or slots, see `jpeft.core.rows`.
         """
+        if isinstance(adapter, PerRow):
+            return run_rows(adapter, self, params, inputs, kwargs)
         if not is_bypassed():
             self.check_order(params, adapter, "peft.apply(params, adapter, *inputs)")
         return self.frontend.run(self, params, adapter, inputs, kwargs)

@@ -136,6 +136,13 @@ def test_a_fresh_adapter_changes_nothing_and_a_step_moves_every_leaf_that_trains
 
 @each_front_end
 @pytest.mark.parametrize("use", dict.fromkeys(entry.uses[0] for entry in METHODS.values()))
+def test_rows_of_a_batch_run_each_under_its_own_adapter(use, frontend):
+    entries = {name: entry for name, entry in METHODS.items() if entry.uses[0] == use}
+    contract.check_banks(entries, use, frontend)
+
+
+@each_front_end
+@pytest.mark.parametrize("use", sorted({entry.uses[0] for entry in METHODS.values()}))
 def test_stacked_adapters_give_what_each_gives_by_itself(use, frontend):
     entries = {name: entry for name, entry in METHODS.items() if entry.uses[0] == use}
     contract.check_stacks(entries, use, frontend)
