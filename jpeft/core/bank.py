@@ -198,7 +198,7 @@ class Bank(PerRow):
         return self.take(jnp.asarray(slot), params)
 
     def take(self, slots: jax.Array, params: Tree = None) -> dict[str, Any]:
-        """The adapters in slots, for ``peft``: their leaves with the axes of ``slots`` in front, but for `held`.
+        """The adapters in slots, for ``peft``: the axes of ``slots`` in front of leaves that are not held once.
 
         Args:
           slots: integers ``[...]``.
@@ -224,7 +224,7 @@ class Bank(PerRow):
 
     @property
     def axes(self) -> Any:
-        """The ``in_axes`` of `take`'s result for `jax.vmap`: 0, and None for leaves that all adapters share."""
+        """The ``in_axes`` of the adapters that `take` gives, for `jax.vmap`: 0, and None for leaves held once."""
         masks = {a.leaf_path(a.mask) for a in self.source.actions if _is_masked(a)}
         held = self._flat.keys() - self._stacked - masks
         return unflatten({p: None if p in held else 0 for p, _ in self.peft.structure})

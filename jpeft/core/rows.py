@@ -44,11 +44,6 @@ class PerRow:
         """The adapters in slots, as one tree for ``peft``."""
         raise TypeError(f"{type(self).__name__} does not define take")
 
-    @property
-    def axes(self) -> Any:
-        """The ``in_axes`` of `take`'s result."""
-        raise TypeError(f"{type(self).__name__} does not define axes")
-
 
 class Grouping(NamedTuple):
     """Rows by their adapters.
@@ -119,13 +114,13 @@ class _Call(NamedTuple):
       arrays: these arrays.
       run: ``run(adapter, arrays, rngs) -> outputs``.
       shapes: the adapter's leaves, abstract.
-      axes: their ``in_axes``.
+      peft: its Peft.
     """
 
     arrays: list[Any]
     run: Callable[[Any, Sequence[Any], Any], Any]
     shapes: Any
-    axes: Any
+    peft: Any
 
     @classmethod
     def of(cls, bank: PerRow, params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
@@ -140,7 +135,7 @@ class _Call(NamedTuple):
             return bank.peft.apply(given, adapter, *inputs, **own, **({} if rngs is None else {"rngs": rngs}))
 
         shapes = {p: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for p, (shape, dtype) in bank.peft.structure}
-        return cls(arrays, run, unflatten(shapes), bank.axes)
+        return cls(arrays, run, unflatten(shapes), bank.peft)
 
 
 class _Axes(NamedTuple):
@@ -248,7 +243,9 @@ def _mapped(call: _Call, axes: _Axes, adapters: Any, size: int, rngs: Any) -> An
     where = [None if axis is None else 0 for axis in axes.inputs]
     out_axes = [None if axis is None else 0 for axis in axes.outputs]
     try:
-        outputs = jax.vmap(one, (call.axes, where, None if rngs is None else 0), out_axes)(adapters, given, rngs)
+        outputs = jax.vmap(one, (call.peft.axes(adapters), where, None if rngs is None else 0), out_axes)(
+            adapters, given, rngs
+        )
     except ValueError as error:
         if "out_axes" not in str(error):
             raise
