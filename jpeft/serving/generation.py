@@ -14,28 +14,20 @@ On a CPU, unroll the layers (`jpeft.models.unroll`): a scan copies each layer's 
 from __future__ import annotations
 
 import functools
-import numbers
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
-from jpeft.checks import is_number
 from jpeft.core.entering import continuing
 from jpeft.core.peft import Peft
 from jpeft.models.decoder import Decoder
 from jpeft.models.kv_cache import grow_cache, init_cache
-
-_INVALID = -2  # the token of a row whose logits are not finite
-_STOP_IDS = 8  # stop ids are padded to a multiple of it
-
-
-class GenerationError(ValueError):
-    """Prompts or settings that generation cannot run with."""
+from jpeft.serving.sampling import INVALID, GenerationError, Sampling, Settings, check_prompts, sample
 
 
 def generate(
@@ -88,7 +80,7 @@ def generate(
     >>> [len(row) for row in generate(model, params, [[3, 1, 4], [1]], max_new_tokens=5)]
     [5, 5]
     """
-    settings = _Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
+    settings = Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
     decoding = _Decoding.of(model, params, peft, adapter, arguments, prompts, settings)
     decoding.advance(decoding.limit - 1)
     return decoding.rows()
@@ -122,7 +114,7 @@ def stream(
     >>> len(list(stream(model, params, [[3, 1, 4]], max_new_tokens=5)))
     5
     """
-    settings = _Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
+    settings = Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
     return _Decoding.of(model, params, peft, adapter, arguments, prompts, settings).steps()
 
 
@@ -184,88 +176,6 @@ class _Forward:
             return self.peft.apply(params, adapter, input_ids, cache=cache, **arguments, **kwargs)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Arguments of `generate`."""
-
-    max_new_tokens: int | None
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    stop_ids: Sequence[int] | None
-    key: Key[Array, ""] | None
-    vocabulary: int | None
-    min_prompt_length: int
-
-    def check(self) -> None:
-        for name in ("max_new_tokens", "top_k", "vocabulary"):
-            value = getattr(self, name)
-            if value is not None and not (_is_integer(value) and value > 0):
-                raise GenerationError(f"{name} must be a positive integer, got {value!r}")
-        if not (is_number(self.temperature) and self.temperature >= 0):
-            raise GenerationError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
-        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise GenerationError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
-        stop_ids = () if self.stop_ids is None else self.stop_ids
-        if not isinstance(stop_ids, Collection) or not all(map(_is_integer, stop_ids)):
-            raise GenerationError(f"stop_ids must be token ids, got {stop_ids!r}")
-        if self.temperature > 0 and self.key is None:
-            raise GenerationError("sampling with a temperature above 0 needs a key, e.g. key=jax.random.key(0)")
-
-    def sampling(self, config: Any, batch: int) -> _Sampling:
-        """The settings as arrays, with the defaults of a model's config."""
-        stop_ids = self.stop_ids
-        if stop_ids is None:
-            eos = config.eos_token_id
-            stop_ids = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
-        stops = [int(i) for i in stop_ids]
-        stops += [-1] * (-len(stops) % _STOP_IDS or (0 if stops else _STOP_IDS))
-        size = config.vocab_size
-        vocabulary = size if self.vocabulary is None else min(self.vocabulary, size)
-        key = jax.random.key(0) if self.key is None else self.key  # unused at a temperature of 0
-        return _Sampling(
-            keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
-            temperature=jnp.float32(self.temperature),
-            top_k=jnp.int32(vocabulary if self.top_k is None else min(self.top_k, vocabulary)),
-            top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
-            stop_ids=jnp.asarray(stops, jnp.int32),
-            vocabulary=jnp.int32(vocabulary),
-        )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], config: Any, new: int, virtual: int) -> list[np.ndarray]:
-    if not len(prompts):
-        raise GenerationError("no prompts")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row = np.asarray(prompt)
-        if row.ndim != 1 or not row.size:
-            found = "not a sequence of token ids" if row.size else "empty"
-            raise GenerationError(f"prompt {i} is {found}")
-        if not np.issubdtype(row.dtype, np.integer):
-            raise GenerationError(f"prompt {i} has the dtype {row.dtype.name}, expected integer token ids")
-        if row.min() < 0 or row.max() >= config.vocab_size:
-            bad = row[(row < 0) | (row >= config.vocab_size)][0]
-            raise GenerationError(
-                f"prompt {i} has the token id {bad}, but the vocabulary is 0 to {config.vocab_size - 1}"
-            )
-        if row.size + new + virtual > config.context:
-            raise GenerationError(
-                f"prompt {i} has {row.size} tokens; with {new} new ones{_and_virtual(virtual)} it exceeds the model's "
-                f"context of {config.context}; shorten it, or reduce max_new_tokens"
-            )
-        rows.append(row)
-    return rows
-
-
-def _and_virtual(virtual: int) -> str:
-    return f" and the {virtual} virtual tokens of the adapter" if virtual else ""
-
-
 def _left_padded(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
     """Token ids `[batch, width]`, padded on the left, and their mask."""
     ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
@@ -275,17 +185,6 @@ def _left_padded(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax
 
 
 # --------------------------------------------------------------------------------------------------------- decoding
-
-
-class _Sampling(NamedTuple):
-    """Sampling settings as arrays, so that other values compile nothing new."""
-
-    keys: Key[Array, " batch"]
-    temperature: Float[Array, ""]  # 0: greedy
-    top_k: Int[Array, ""]  # the size of the vocabulary: off
-    top_p: Float[Array, ""]  # 1: off
-    stop_ids: Int[Array, " stops"]
-    vocabulary: Int[Array, ""]  # ids from here on are never generated
 
 
 class _State(NamedTuple):
@@ -309,10 +208,10 @@ class _Decoding:
             raise GenerationError(f"arguments: {unknown[0]!r} is none of the adapter's own; {known}")
         return cls(forward, _Trees(params, adapter, given), *rest)
 
-    def __init__(self, forward: _Forward, trees: _Trees, prompts: Sequence[Sequence[int]], settings: _Settings):
+    def __init__(self, forward: _Forward, trees: _Trees, prompts: Sequence[Sequence[int]], settings: Settings):
         settings.check()
         config, virtual = forward.model.config, forward.virtual_tokens
-        rows = _check_prompts(prompts, config, settings.max_new_tokens or 1, virtual)
+        rows = check_prompts(prompts, config, settings.max_new_tokens or 1, virtual)
         longest, room = max(row.size for row in rows), config.context - virtual
         new = settings.max_new_tokens
         self.limit = min(256, room - longest) if new is None else int(new)
@@ -330,14 +229,14 @@ class _Decoding:
     def progress(self) -> tuple[int, np.ndarray]:
         """The number of new tokens, and which rows have ended."""
         count = int(self.state.count)
-        if bool((self.state.tokens[:, count - 1] == _INVALID).any()):
+        if bool((self.state.tokens[:, count - 1] == INVALID).any()):
             raise GenerationError("the model's logits are not finite (NaN or infinite); check its weights and dtype")
         return count, np.asarray(self.state.done)
 
     def rows(self) -> list[list[int]]:
         """The new tokens of each row, up to its stop id."""
         count, _ = self.progress()
-        stops = set(np.asarray(self.sampling.stop_ids).tolist())
+        stops = set(np.asarray(self.sampling.stop_ids[0]).tolist())
         rows = []
         for row in np.asarray(self.state.tokens)[:, :count].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in stops), count)
@@ -359,59 +258,31 @@ class _Decoding:
 
 @functools.partial(jax.jit, static_argnames=("forward", "capacity"))
 def _prefill(
-    forward: _Forward, trees: Any, ids: jax.Array, mask: jax.Array, sampling: _Sampling, capacity: int
+    forward: _Forward, trees: Any, ids: jax.Array, mask: jax.Array, sampling: Sampling, capacity: int
 ) -> _State:
     """Reads the prompts and samples the first token."""
     batch, width = ids.shape[0], ids.shape[1] + forward.virtual_tokens
     cache = init_cache(forward.model, batch, width)  # no wider, so that attention skips the empty slots
     logits, cache = forward(trees, ids, cache, continues=False, attention_mask=mask, logits_to_keep=1)
-    token = _sample(logits[:, -1], sampling, 0)
+    token = sample(logits[:, -1], sampling, 0)
     tokens = jnp.zeros((batch, capacity - width), jnp.int32).at[:, 0].set(token)
-    return _State(grow_cache(cache, capacity), tokens, jnp.isin(token, sampling.stop_ids), jnp.int32(1))
+    return _State(grow_cache(cache, capacity), tokens, sampling.stops(token), jnp.int32(1))
 
 
 @functools.partial(jax.jit, static_argnames="forward", donate_argnames="state")
-def _decode(forward: _Forward, trees: Any, state: _State, sampling: _Sampling, steps: jax.Array) -> _State:
+def _decode(forward: _Forward, trees: Any, state: _State, sampling: Sampling, steps: jax.Array) -> _State:
     """Generates up to `steps` more tokens, until every row has ended."""
     last = state.count + steps
 
     def unfinished(state: _State) -> jax.Array:
-        failed = (jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1) == _INVALID).any()
+        failed = (jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1) == INVALID).any()
         return (state.count < last) & ~state.done.all() & ~failed
 
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1)
         logits, cache = forward(trees, token, state.cache, continues=True)
-        token = _sample(logits[:, -1], sampling, state.count)
+        token = sample(logits[:, -1], sampling, state.count)
         tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
-        return _State(cache, tokens, state.done | jnp.isin(token, sampling.stop_ids), state.count + 1)
+        return _State(cache, tokens, state.done | sampling.stops(token), state.count + 1)
 
     return jax.lax.while_loop(unfinished, step, state)
-
-
-def _sample(logits: Float[Array, "batch vocabulary"], sampling: _Sampling, count: Any) -> Int[Array, " batch"]:
-    """The next token of each row."""
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocabulary, logits, -jnp.inf)
-
-    def sampled() -> jax.Array:
-        # The largest logit becomes 0, so that no temperature is low enough to make it infinite.
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-        off = (sampling.top_k >= sampling.vocabulary) & (sampling.top_p >= 1.0)
-        kept = jax.lax.cond(off, lambda: scaled, lambda: _most_likely(scaled, sampling.top_k, sampling.top_p))
-        keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, count)
-        return jax.vmap(jax.random.categorical)(keys, kept)
-
-    token = jax.lax.cond(sampling.temperature > 0, sampled, lambda: logits.argmax(axis=-1))
-    finite = jnp.isfinite(logits.max(axis=-1))
-    return jnp.where(finite, token, _INVALID).astype(jnp.int32)
-
-
-def _most_likely(logits: Float[Array, "batch vocabulary"], top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits of the `top_k` most likely tokens, and of these the fewest that make up `top_p`; -inf elsewhere."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ordered = jnp.take_along_axis(logits, order, axis=-1)
-    ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
-    share = jax.nn.softmax(ordered, axis=-1)
-    above = jnp.cumsum(share, axis=-1) - share
-    ordered = jnp.where((above < top_p) | (top_p >= 1), ordered, -jnp.inf)  # rounded, `above` may reach 1
-    return jnp.put_along_axis(logits, order, ordered, axis=-1, inplace=False)

@@ -16,7 +16,8 @@ from jpeft.core import tree
 from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.decoder import FULL, SLIDING, Decoder, DecoderConfig
 from jpeft.serving import generation
-from jpeft.serving.generation import GenerationError, _decode, _most_likely, _prefill, generate, stream
+from jpeft.serving.generation import _decode, _prefill, generate, stream
+from jpeft.serving.sampling import GenerationError, most_likely
 
 # A layer with full attention and one with a sliding window that is shorter than the prompts.
 CONFIG = DecoderConfig(
@@ -321,7 +322,7 @@ def test_top_k_and_top_p_keep_the_tokens_of_transformers():
         [[0.1], [1], [2], [4], [9], [30]]
     )
     logits = logits.astype(np.float32)
-    kept = jax.jit(_most_likely)
+    kept = jax.jit(most_likely)
     for k in (None, 1, 2, 7, 59, 60):
         for p in (None, 1e-4, 0.1, 0.5, 0.9, 0.999):
             got = kept(logits, jnp.int32(k or 60), jnp.float32(p or 1.0))
@@ -333,7 +334,7 @@ def test_top_p_of_one_keeps_every_token():
     """Also where the rounded sum of all shares before a token reaches 1."""
     logits = np.random.default_rng(0).normal(size=(16, 5000)).astype(np.float32)
     logits[:, 2000:] -= 20
-    kept = jax.jit(_most_likely)(logits, jnp.int32(4000), jnp.float32(1.0))
+    kept = jax.jit(most_likely)(logits, jnp.int32(4000), jnp.float32(1.0))
     assert (np.isfinite(kept).sum(axis=1) == 4000).all()
 
 
