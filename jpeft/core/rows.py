@@ -115,27 +115,29 @@ class _Call(NamedTuple):
       run: ``run(adapter, arrays, rngs) -> outputs``.
       shapes: the adapter's leaves, abstract.
       peft: its Peft.
+      first: whether the first array is an input of the model, which must have the rows.
     """
 
     arrays: list[Any]
     run: Callable[[Any, Sequence[Any], Any], Any]
     shapes: Any
     peft: Any
+    first: bool
 
     @classmethod
     def of(cls, bank: PerRow, params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
         tree, others = params, {}
         if isinstance(params, Mapping):
             tree, others = split_variables(params)
-        arrays, restore = split_arrays((others, inputs, dict(kwargs)))
+        arrays, restore = split_arrays((inputs, dict(kwargs), others))
 
         def run(adapter: Any, arrays: Sequence[Any], rngs: Any) -> Any:
-            others, inputs, own = restore(arrays)
+            inputs, own, others = restore(arrays)
             given = {**others, "params": tree} if others else tree
             return bank.peft.apply(given, adapter, *inputs, **own, **({} if rngs is None else {"rngs": rngs}))
 
         shapes = {p: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for p, (shape, dtype) in bank.peft.structure}
-        return cls(arrays, run, unflatten(shapes), bank.peft)
+        return cls(arrays, run, unflatten(shapes), bank.peft, len(split_arrays(inputs)[0]) > 0)
 
 
 class _Axes(NamedTuple):
@@ -162,6 +164,8 @@ class _Axes(NamedTuple):
             raise ValueError(f"{IDS} has {rows} entries, and no argument has as many rows: {_listed(shapes)}")
         failure: Exception | None = None
         for axes in itertools.islice(_ways(shapes, rows), _MOST):
+            if call.first and axes[0] is None:
+                continue
             longer = [_longer(s, axis) for s, axis in zip(shapes, axes, strict=True)]
             try:
                 after = _evaluated(call, longer, rngs)

@@ -44,18 +44,25 @@ def init_cache(model: Any, batch: int, capacity: int, dtype: Any = None) -> dict
 def grow_cache(cache: Mapping[str, Any], capacity: int) -> dict[str, Any]:
     """The same cache with free slots up to `capacity`, and so any other in it, such as that of X-LoRA's first pass.
 
+    Its leaves may have more axes in front, of caches that were mapped.
+
     >>> from jpeft.models.decoder import Decoder, DecoderConfig
     >>> cfg = DecoderConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
     >>> grow_cache(init_cache(Decoder(cfg), batch=3, capacity=16), 32)["value"].shape
     (2, 3, 2, 32, 8)
     """
-    free = (0, capacity - cache["seen"].shape[1])
+    free = (0, capacity - cache["seen"].shape[-1])
+
+    def pad(name: str, behind: int) -> jax.Array:
+        x = cache[name]
+        return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1 - behind), free, *[(0, 0)] * behind])
+
     inner = {name: grow_cache(held, capacity) for name, held in cache.items() if isinstance(held, Mapping)}
     return {
         **inner,
-        "key": jnp.pad(cache["key"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
-        "value": jnp.pad(cache["value"], ((0, 0), (0, 0), (0, 0), free, (0, 0))),
-        "seen": jnp.pad(cache["seen"], ((0, 0), free)),
+        "key": pad("key", 1),
+        "value": pad("value", 1),
+        "seen": pad("seen", 0),
         "index": cache["index"],
     }
 

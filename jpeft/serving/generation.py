@@ -6,7 +6,8 @@
 Two programs are compiled per shape: prefill reads the prompts and samples the first token, decode loops over further
 tokens. Prompts are padded on the left to a power of two, and so is the cache; other lengths, limits and sampling
 settings compile nothing new. The samples of a row depend on the key, its index and its own tokens only. Virtual tokens
-of an adapter come in with the prompts; they take positions and places in the cache.
+of an adapter come in with the prompts; they take positions and places in the cache. Adapters of a bank run in one
+batch.
 
 On a CPU, unroll the layers (`jpeft.models.unroll`): a scan copies each layer's weights before it uses them.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from jpeft.core.bank import Bank
 from jpeft.core.entering import continuing
 from jpeft.core.peft import Peft
+from jpeft.core.rows import Grouping, group
+from jpeft.core.tree import split_arrays
 from jpeft.models.decoder import Decoder
 from jpeft.models.kv_cache import grow_cache, init_cache
 from jpeft.serving.sampling import INVALID, GenerationError, Sampling, Settings, check_prompts, sample
@@ -37,6 +41,7 @@ def generate(
     *,
     peft: Peft | None = None,
     adapter: Any = None,
+    adapter_ids: Sequence[Any] | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -54,7 +59,9 @@ def generate(
       params: its parameters.
       prompts: token ids, of any lengths.
       peft: the bound method of `adapter`.
-      adapter: an adapter to apply.
+      adapter: an adapter to apply; or a bank of adapters, from `jpeft.stack`.
+      adapter_ids: with a bank, the adapter of each prompt: its name, None for the base, or its slot. Prompts of one
+        adapter share its copy, if all have as many.
       max_new_tokens: the maximum for each prompt. None: 256, or as many as the longest prompt leaves of the context.
       temperature: 0: greedy decoding. Above 0: sampling from softmax(logits / temperature), which needs a `key`.
       top_k: sample from the k most likely tokens.
@@ -81,7 +88,7 @@ def generate(
     [5, 5]
     """
     settings = Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
-    decoding = _Decoding.of(model, params, peft, adapter, arguments, prompts, settings)
+    decoding = _Decoding.of(model, params, peft, adapter, adapter_ids, arguments, prompts, settings)
     decoding.advance(decoding.limit - 1)
     return decoding.rows()
 
@@ -93,6 +100,7 @@ def stream(
     *,
     peft: Peft | None = None,
     adapter: Any = None,
+    adapter_ids: Sequence[Any] | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -115,7 +123,7 @@ def stream(
     5
     """
     settings = Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary, min_prompt_length)
-    return _Decoding.of(model, params, peft, adapter, arguments, prompts, settings).steps()
+    return _Decoding.of(model, params, peft, adapter, adapter_ids, arguments, prompts, settings).steps()
 
 
 def bucket(length: int, min_prompt_length: int, most: int) -> int:
@@ -140,10 +148,18 @@ class _Trees(NamedTuple):
 
 @dataclass(frozen=True)
 class _Forward:
-    """The model, with its bound method if there is one. Static in compiled programs."""
+    """The model, with its bound method if there is one. Static in compiled programs.
+
+    Attributes:
+      model: the decoder.
+      peft: the bound method.
+      size: the number of rows that lie together and share an adapter; 0: all rows share one. Otherwise groups of rows
+        stand in front of adapters and caches: so each has its keys and values in one place.
+    """
 
     model: Decoder
     peft: Peft | None
+    size: int = 0
 
     @classmethod
     def of(cls, model: Any, peft: Peft | None, adapter: Any) -> _Forward:
@@ -152,6 +168,7 @@ class _Forward:
                 f"model must be a decoder of jpeft.models, got {type(model).__name__}; another decoder has its own "
                 "sampler, which takes peft.module(params, adapter)"
             )
+        peft = adapter.source if peft is None and isinstance(adapter, Bank) else peft
         if (peft is None) != (adapter is None):
             raise GenerationError("peft and adapter must be given together")
         if peft is not None and peft.model != model:
@@ -172,8 +189,53 @@ class _Forward:
         params, adapter, arguments = trees
         if self.peft is None:
             return self.model.apply({"params": params}, input_ids, cache=cache, **kwargs)
+        if self.size:
+            return self._by_group(trees, input_ids, cache, continues, kwargs)
         with continuing(continues):
             return self.peft.apply(params, adapter, input_ids, cache=cache, **arguments, **kwargs)
+
+    def _by_group(
+        self, trees: _Trees, input_ids: jax.Array, cache: Any, continues: bool, kwargs: Mapping[str, Any]
+    ) -> tuple[jax.Array, Any]:
+        """As a call, each group of rows under its own adapter."""
+        peft, rows, structure = self.peft, len(input_ids), []
+        assert peft is not None
+        one_group = replace(self, size=0)
+
+        def one(adapter: Any, given: Any, held: Any) -> Any:
+            ids, own = restore(given)
+            with_own = trees._replace(adapter=adapter, arguments={n: own.pop(n) for n in trees.arguments})
+            logits, cache = one_group(with_own, ids, begun.unflatten(held), continues, **own)
+            leaves, ended = jax.tree.flatten(cache)
+            structure.append(ended)
+            return logits, [x for x in leaves if x.ndim], [x for x in leaves if not x.ndim]
+
+        arrays, restore = split_arrays((input_ids, {**trees.arguments, **kwargs}))
+        per_row = [np.ndim(x) > 0 and len(x) == rows for x in arrays]
+        arrays = [x.reshape(-1, self.size, *x.shape[1:]) if own else x for x, own in zip(arrays, per_row, strict=True)]
+        held, begun = jax.tree.flatten(cache)
+        axes = (
+            peft.axes(trees.adapter),
+            [0 if own else None for own in per_row],
+            [0 if x.ndim else None for x in held],
+        )
+        logits, own, shared = jax.vmap(one, axes, (0, 0, None))(trees.adapter, arrays, held)
+        return logits.reshape(rows, *logits.shape[2:]), _merged(structure[-1], own, shared)
+
+    def empty_cache(self, rows: int, capacity: int) -> Any:
+        """A cache for rows, in the form of a call."""
+        cache = init_cache(self.model, self.size or rows, capacity)
+        if not self.size:
+            return cache
+        return {n: jnp.zeros((rows // self.size, *x.shape), x.dtype) if x.ndim else x for n, x in cache.items()}
+
+
+def _merged(structure: Any, own: Sequence[Any], shared: Sequence[Any]) -> Any:
+    """A cache from the leaves that groups have each, and those that all share, which are numbers."""
+    taken = jax.tree.unflatten(structure, range(structure.num_leaves))
+    numbers = [path[-1] == jax.tree_util.DictKey("index") for path, _ in jax.tree.leaves_with_path(taken)]
+    each, one = iter(own), iter(shared)
+    return structure.unflatten([next(one) if is_number else next(each) for is_number in numbers])
 
 
 def _left_padded(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
@@ -200,15 +262,64 @@ class _Decoding:
     """The generation of one batch. Prefill runs at once, decode on request."""
 
     @classmethod
-    def of(cls, model: Any, params: Any, peft: Any, adapter: Any, arguments: Any, *rest: Any) -> _Decoding:
+    def of(
+        cls,
+        model: Any,
+        params: Any,
+        peft: Any,
+        adapter: Any,
+        ids: Any,
+        arguments: Any,
+        prompts: Any,
+        settings: Settings,
+    ) -> _Decoding:
+        """The generation of prompts, after checks of its trees. Arguments as for `generate`."""
         forward, given = _Forward.of(model, peft, adapter), dict(arguments or {})
+        peft = forward.peft
         own = {name for member in (() if peft is None else peft.method.methods()) for name in member.arguments}
         if unknown := [name for name in given if name not in own]:
             known = f"{peft.method.name} has {', '.join(sorted(own)) or 'none'}" if peft else "there is no adapter"
             raise GenerationError(f"arguments: {unknown[0]!r} is none of the adapter's own; {known}")
-        return cls(forward, _Trees(params, adapter, given), *rest)
+        trees = _Trees(params, adapter, given)
+        if not isinstance(adapter, Bank):
+            if ids is not None:
+                raise GenerationError(
+                    "adapter_ids choose from a bank of adapters, as from jpeft.stack; give it as adapter"
+                )
+            return cls(forward, trees, prompts, settings)
+        return cls._of_bank(forward, trees, ids, prompts, settings)
 
-    def __init__(self, forward: _Forward, trees: _Trees, prompts: Sequence[Sequence[int]], settings: Settings):
+    @classmethod
+    def _of_bank(
+        cls, forward: _Forward, trees: _Trees, ids: Any, prompts: Sequence[Sequence[int]], settings: Settings
+    ) -> _Decoding:
+        """The generation of prompts under adapters of a bank, those of one adapter side by side."""
+        bank = trees.adapter
+        if forward.peft != bank.source:
+            raise GenerationError("the bank is of another Peft than the one that is given")
+        try:
+            slots = bank.ids(ids)
+        except ValueError as error:
+            raise GenerationError(str(error)) from error
+        if len(slots) != len(prompts):
+            raise GenerationError(f"adapter_ids has {len(slots)} entries for {len(prompts)} prompts")
+        order = np.argsort(slots, kind="stable")
+        groups = group(slots[order])
+        if groups.size == 1:
+            order, groups = np.arange(len(slots)), Grouping(slots, 1)
+        given = {n: x[order] if np.ndim(x) and len(x) == len(slots) else x for n, x in trees.arguments.items()}
+        rows = bank.take(jnp.asarray(groups.slots), trees.params)
+        forward = replace(forward, peft=bank.peft, size=groups.size)
+        return cls(forward, _Trees(trees.params, rows, given), [prompts[i] for i in order.tolist()], settings, order)
+
+    def __init__(
+        self,
+        forward: _Forward,
+        trees: _Trees,
+        prompts: Sequence[Sequence[int]],
+        settings: Settings,
+        order: np.ndarray | None = None,
+    ):
         settings.check()
         config, virtual = forward.model.config, forward.virtual_tokens
         rows = check_prompts(prompts, config, settings.max_new_tokens or 1, virtual)
@@ -216,7 +327,8 @@ class _Decoding:
         new = settings.max_new_tokens
         self.limit = min(256, room - longest) if new is None else int(new)
         self.forward, self.trees = forward, trees
-        self.sampling = settings.sampling(config, len(rows))
+        self.order = np.arange(len(rows)) if order is None else order  # the number of each row's prompt
+        self.sampling = jax.tree.map(lambda x: x[self.order], settings.sampling(config, len(rows)))
         width = bucket(longest, settings.min_prompt_length, room)
         capacity = virtual + bucket(width + self.limit, settings.min_prompt_length, 1 << 62)
         self.state = _prefill(forward, trees, *_left_padded(rows, width), self.sampling, capacity)
@@ -241,7 +353,11 @@ class _Decoding:
         for row in np.asarray(self.state.tokens)[:, :count].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in stops), count)
             rows.append(row[:end])
-        return rows
+        return self._as_given(rows)
+
+    def _as_given(self, rows: Sequence[Any]) -> list[Any]:
+        """Values of rows in the order of the prompts."""
+        return [rows[i] for i in np.argsort(self.order)]
 
     def steps(self) -> Iterator[list[int | None]]:
         """The new token of each row, step by step."""
@@ -249,7 +365,7 @@ class _Decoding:
         while True:
             count, done = self.progress()
             tokens = np.asarray(self.state.tokens[:, count - 1]).tolist()
-            yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
+            yield self._as_given([None if end else token for end, token in zip(ended, tokens, strict=True)])
             if count >= self.limit or done.all():
                 return
             ended = done
@@ -262,7 +378,7 @@ def _prefill(
 ) -> _State:
     """Reads the prompts and samples the first token."""
     batch, width = ids.shape[0], ids.shape[1] + forward.virtual_tokens
-    cache = init_cache(forward.model, batch, width)  # no wider, so that attention skips the empty slots
+    cache = forward.empty_cache(batch, width)  # no wider, so that attention skips the empty slots
     logits, cache = forward(trees, ids, cache, continues=False, attention_mask=mask, logits_to_keep=1)
     token = sample(logits[:, -1], sampling, 0)
     tokens = jnp.zeros((batch, capacity - width), jnp.int32).at[:, 0].set(token)
