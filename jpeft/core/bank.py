@@ -204,23 +204,11 @@ class Bank(PerRow):
           slots: integers ``[...]``.
           params: as for `row`.
         """
-        leaves = {p: x[slots] if p in self._stacked else x for p, x in self._flat.items()}
-        on = self.on[slots]
-        base: Mapping[Path, Any] = {}
-        if any(a.site.kind == "leaf" for a in self.source.actions):
-            if params is None:
-                raise ValueError("the adapters hold leaves in place of the base's: give params, too")
-            base = flatten(self.source.frontend.tree(params))
-        for i, action in enumerate(self.source.actions):
-            here = on[..., i]
-            if action.site.kind == "leaf":
-                path = action.site.path
-                own = meta.unbox(base[path])
-                leaves[path] = jnp.where(_wide(here, np.ndim(own)), leaves[path], own.astype(leaves[path].dtype))
-            elif _is_masked(action):
-                path, whole = action.leaf_path(action.mask), layer_mask(action.site)
-                leaves[path] = _wide(here, whole.ndim) & leaves.get(path, whole)
-        return unflatten(leaves)
+        sites = [a.site.path for a in self.source.actions if a.site.kind == "leaf"]
+        if sites and params is None:
+            raise ValueError("the adapters hold leaves in place of the base's: give params, too")
+        base = flatten(self.source.frontend.tree(params)) if sites else {}
+        return _take(self, slots, {path: meta.unbox(base[path]) for path in sites})
 
     @property
     def axes(self) -> Any:
@@ -228,6 +216,23 @@ class Bank(PerRow):
         masks = {a.leaf_path(a.mask) for a in self.source.actions if _is_masked(a)}
         held = self._flat.keys() - self._stacked - masks
         return unflatten({p: None if p in held else 0 for p, _ in self.peft.structure})
+
+
+@jax.jit
+def _take(bank: Bank, slots: jax.Array, base: Mapping[Path, Any]) -> dict[str, Any]:
+    """See `Bank.take`; ``base`` are the base's leaves in whose place adapters have theirs."""
+    leaves = {p: x[slots] if p in bank._stacked else x for p, x in bank._flat.items()}
+    on = bank.on[slots]
+    for i, action in enumerate(bank.source.actions):
+        here = on[..., i]
+        if action.site.kind == "leaf":
+            path = action.site.path
+            own = base[path].astype(leaves[path].dtype)
+            leaves[path] = jnp.where(_wide(here, own.ndim), leaves[path], own)
+        elif _is_masked(action):
+            path, whole = action.leaf_path(action.mask), layer_mask(action.site)
+            leaves[path] = _wide(here, whole.ndim) & leaves.get(path, whole)
+    return unflatten(leaves)
 
 
 def stack(peft: Peft, adapters: Mapping[str, Given], slots: int | None = None, dtype: Any = None) -> Bank:
