@@ -1,0 +1,329 @@
+"""Adapters as LoRA: what any mergeable method does to a weight, as a product A B with its error.
+
+    W' = merge(W)           the weight under the adapter
+    D = W' - W = A B + E    A: [in, r], B: [r, out], error |E| / |D| in Frobenius' norm
+
+A LoRA is copied, its scale folded into B. Of any other method D is decomposed, one matrix at a time: exactly where D
+has a low rank (VeRA, AdaLoRA, a chain of LoRAs, a few trained rows of an embedding), else as its best approximation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict, meta
+
+from jpeft.core import stacking
+from jpeft.core.actions import Action, merge_layer
+from jpeft.core.geometry.base import Parts
+from jpeft.core.interchange import HFSpec
+from jpeft.core.peft import Peft
+from jpeft.core.quantized import dequantize_leaf
+from jpeft.core.sites import Site
+from jpeft.core.tree import Path, Tree, flatten, join, unflatten
+from jpeft.errors import UserError
+from jpeft.methods.lora import LoRA
+
+MAX_ERROR = 0.01
+MAX_RANK = 64
+_EXACT = 1e-6  # relative errors that float32 makes anyway
+_FULL = 1024  # matrices with more rows and columns are decomposed by a random projection
+_EXTRA, _ROUNDS = 16, 4  # its additional columns, and its power iterations
+
+
+class Factors(NamedTuple):
+    """A change of a matrix, ``A B + E``.
+
+    Attributes:
+      a: ``[in, r]`` in float32.
+      b: ``[r, out]`` in float32.
+      error: |E| / |A B + E|; None for factors that were not computed but copied.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    error: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter as LoRA with a scale of 1 everywhere, for the model with unstacked layers.
+
+    Attributes:
+      peft: a `LoRA` bound to the model, whose layers are unstacked.
+      adapter: its leaves.
+      params: the abstract base.
+      errors: of the sites that are no copies of a LoRA, the relative errors by path.
+    """
+
+    peft: Peft
+    adapter: Any
+    params: Any
+    errors: Mapping[str, float]
+
+
+def to_lora(
+    peft: Peft,
+    params: Tree,
+    adapter: Tree,
+    *,
+    rank: int = MAX_RANK,
+    max_error: float = MAX_ERROR,
+    uniform: Sequence[int] | bool = False,
+) -> Converted:
+    """An adapter of any mergeable method as LoRA, with the error that this makes.
+
+    Dropout and other matters of training are left behind. Of a change that has a low rank all of it is kept; of any
+    other, such as DoRA's, the ``rank`` largest singular values.
+
+    Args:
+      peft: the bound method.
+      params: the base, of which only weights are read whose change has to be decomposed.
+      adapter: the adapter.
+      rank: the largest rank of what is decomposed. Copies of a LoRA keep theirs.
+      max_error: the largest error at a site, relative to the norm of its change.
+      uniform: whether all sites get the largest rank, filled up with zeros; or the ranks to choose from, ascending.
+
+    Raises:
+      UserError: a part of the adapter changes something else than a matrix, an error is above ``max_error``, or the
+        rank above those to choose from; the message names method and site.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, jpeft
+    >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.ones((1, 4))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> peft = jpeft.VeRA(rank=2, targets="layers_0").bind(model, params, x)
+    >>> lora = to_lora(peft, params, peft.init(jax.random.key(1), params))
+    >>> lora.peft.method.name, max(lora.errors.values())
+    ('LoRA', 0.0)
+    """
+    peft.check_order(params, adapter, "to_lora(peft, params, adapter)")
+    for action in peft.actions:
+        _check_matrix(action)
+    at, leaves = stacking.stacked_at(peft.model), peft.check(adapter)
+    base = flatten(peft.frontend.tree(params))
+    by_path: dict[Path, list[Action]] = {}
+    for action in stacking.unroll_peft(peft).actions:
+        if action.site.layers != ():
+            by_path.setdefault(action.site.weight_path, []).append(action)
+    found: dict[Path, tuple[Site, Factors]] = {}
+    for path, actions in by_path.items():
+        read = functools.partial(stacking.leaf_of, at=at)
+        own = [{n: _array(read(leaves, a.leaf_path(n))) for n in a.stored if n != a.mask} for a in actions]
+        if all(type(a.method) is LoRA for a in actions):
+            factors = _joined([_copied(a, x) for a, x in zip(actions, own, strict=True)])
+        else:
+            factors = _decomposed(peft, actions, leaves, own, functools.partial(read, base), rank)
+        found[path] = _whole(actions[0].site), _checked(factors, actions, max_error)
+    return _as_lora(peft, base, at, found, uniform)
+
+
+# --- what has no form as a matrix -------------------------------------------------------------------------------------
+
+
+def _check_matrix(action: Action) -> None:
+    """Raises a UserError if an action changes anything but a matrix."""
+    if problem := _problem(action):
+        raise UserError(
+            f"{action.method.name} at {action.site.name!r} is no LoRA: it {problem}; jpeft merge writes the whole model"
+        )
+
+
+def _problem(action: Action) -> str:
+    site = action.site
+    if site.kind == "leaf":
+        return "is a bias that trains" if site.path[-1] == "bias" else "is a whole parameter that trains"
+    if site.kind != "weight" or not action.mergeable:
+        return "changes the model's computation, which no change of a weight equals"
+    if len(site.stack) > 1 or (site.batch and not _is_split(site)):
+        return "changes a stack of matrices, such as those of experts"
+    return ""
+
+
+def _is_split(site: Site) -> bool:
+    return isinstance(site.geometry, Parts) and site.batch == (site.geometry.parts,)
+
+
+def _whole(site: Site) -> Site:
+    """The site of a weight as one matrix."""
+    geometry = site.geometry
+    if not isinstance(geometry, Parts):
+        return site
+    return replace(site, geometry=geometry.inner, outputs=site.outputs * geometry.parts)
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.device_get(meta.unbox(leaf)))
+
+
+def _copied(action: Action, leaves: Mapping[str, np.ndarray]) -> Factors:
+    """The factors of a LoRA: those of fused parts as one, and of a start as twice the rank."""
+    spec = LoRA.hf
+    assert isinstance(spec, HFSpec) and spec.exported is not None
+    method, own = spec.exported(action.method, action.site, leaves)
+    a, b = (np.asarray(own[name], np.float32) for name in ("lora_a", "lora_b"))
+    if _is_split(action.site):  # the parts' matrices stand side by side in A, and along a diagonal in B
+        parts, r, out = b.shape
+        diagonal = np.zeros((parts, r, parts, out), np.float32)
+        diagonal[range(parts), :, range(parts)] = b
+        a, b = np.concatenate(list(a), -1), diagonal.reshape(parts * r, parts * out)
+    return Factors(a, np.float32(method.scale) * b)
+
+
+def _joined(each: Sequence[Factors]) -> Factors:
+    """The sum of changes."""
+    if len(each) == 1:
+        return each[0]
+    return Factors(np.concatenate([f.a for f in each], 1), np.concatenate([f.b for f in each], 0))
+
+
+def _decomposed(
+    peft: Peft,
+    actions: Sequence[Action],
+    leaves: Mapping[Path, Any],
+    own: Sequence[Mapping[str, np.ndarray]],
+    read: Any,
+    rank: int,
+) -> Factors:
+    site = _whole(actions[0].site)
+    w = jnp.asarray(dequantize_leaf(read(site.weight_path)), jnp.float32)
+    bias = read(site.bias_path) if site.bias_path and any(a.changes_bias for a in actions) else None
+    b = None if bias is None else jnp.asarray(meta.unbox(bias), jnp.float32)
+    shared = [peft.shared(a, leaves) for a in actions]
+    merge = functools.partial(_merged, tuple(map(_placeless, actions)), shared, own)
+    merged, new_bias = merge(w, b)
+    if b is not None and not np.allclose(new_bias, b, rtol=1e-6, atol=0):
+        raise UserError(
+            f"{actions[-1].method.name} at {site.name!r} is no LoRA: it also changes the bias there; jpeft merge writes "
+            "the whole model"
+        )
+    assert site.geometry is not None
+    old, new = (np.asarray(site.geometry.view(x)) for x in (w, merged))
+    # W' - W loses what is small beside W. A method that adds the same to any weight tells it from a weight of zero.
+    alone = np.asarray(site.geometry.view(merge(jnp.zeros_like(w), b)[0]))
+    rounding = np.finfo(np.float32).eps
+    if np.all(np.abs(new - old - alone) <= 8 * rounding * (np.abs(old) + np.abs(alone))):
+        return decompose(alone, rank)
+    return decompose(new - old, rank, float(rounding * np.linalg.norm(old)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(
+    actions: tuple[Action, ...], shared: Sequence[Any], leaves: Sequence[Any], w: jax.Array, b: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    # Layers that differ only in their path share the compiled function.
+    return merge_layer(actions, shared, leaves, w, b)
+
+
+def _placeless(action: Action) -> Action:
+    return replace(action, site=replace(action.site, path=(), layers=None, projections=""))
+
+
+def decompose(change: np.ndarray, rank: int, noise: float = 0.0) -> Factors:
+    """The factors of a change of a matrix: of the lowest rank that is exact, at most ``rank``.
+
+    Args:
+      change: the matrix ``[in, out]``.
+      rank: the largest rank.
+      noise: the norm of what rounding put into the change.
+
+    >>> a, b, error = decompose(np.outer(np.arange(3), np.ones(4)), rank=2)
+    >>> a.shape, b.shape, error < 1e-6
+    ((3, 1), (1, 4), True)
+    """
+    change = np.asarray(change, np.float64)
+    total = float(np.linalg.norm(change))
+    if not np.isfinite(total):
+        return Factors(np.full((len(change), 1), np.nan), np.zeros((1, change.shape[1])), float("nan"))
+    if total <= noise or total == 0:
+        return Factors(np.zeros((len(change), 1), np.float32), np.zeros((1, change.shape[1]), np.float32), 0.0)
+    u, s, vt = _svd(change, rank)
+    left = float(np.linalg.norm(change - (u * s) @ vt)) if len(s) < min(change.shape) else 0.0
+    tails = np.sqrt(np.append(np.cumsum((s**2)[::-1])[::-1], 0.0) + left**2)  # the error of each rank
+    enough = np.flatnonzero(tails <= max(_EXACT * total, noise))
+    r = min(rank, len(s), int(enough[0]) if len(enough) else rank)
+    root = np.sqrt(s[:r])
+    a, b = (u[:, :r] * root).astype(np.float32), (root[:, None] * vt[:r]).astype(np.float32)
+    return Factors(a, b, float(np.linalg.norm(change - a.astype(np.float64) @ b)) / total)
+
+
+def _svd(m: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Singular values and vectors; of a large matrix the first ones (Halko et al. 2011, https://arxiv.org/abs/0909.4061)."""
+    if min(m.shape) <= max(_FULL, rank + _EXTRA):
+        return np.linalg.svd(m, full_matrices=False)
+    q = m @ np.random.default_rng(0).normal(size=(m.shape[1], rank + _EXTRA))
+    for _ in range(_ROUNDS):
+        q = np.linalg.qr(m @ np.linalg.qr(m.T @ np.linalg.qr(q)[0])[0])[0]
+    u, s, vt = np.linalg.svd(q.T @ m, full_matrices=False)
+    return q @ u, s, vt
+
+
+def _checked(factors: Factors, actions: Sequence[Action], max_error: float) -> Factors:
+    names, site = " and ".join(dict.fromkeys(a.method.name for a in actions)), actions[0].site.name
+    if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+        raise UserError(f"the adapter's {names} at {site!r} holds NaN or infinity; nothing was written")
+    if factors.error is not None and factors.error > max_error:
+        raise UserError(
+            f"{names} at {site!r}: a LoRA of rank {factors.rank} misses {factors.error:.2%} of its change, above "
+            f"`max_error` {max_error:g}; give a larger `rank` or `max_error`, or write the whole model with jpeft merge"
+        )
+    return factors
+
+
+# --- the LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def _as_lora(
+    peft: Peft,
+    base: Mapping[Path, Any],
+    at: str | None,
+    found: Mapping[Path, tuple[Site, Factors]],
+    uniform: Sequence[int] | bool,
+) -> Converted:
+    ranks = {path: factors.rank for path, (_, factors) in found.items()}
+    if uniform is not False:
+        ranks = dict.fromkeys(ranks, _one_rank(max(ranks.values()), uniform))
+    names = [site.name for site, _ in found.values()]
+    overrides = {site.name: FrozenDict(rank=ranks[path]) for path, (site, _) in found.items()}
+    method = LoRA(rank=max(ranks.values()), targets=names, overrides={} if uniform is not False else overrides)
+    actions, leaves = [], {}
+    for path, (site, factors) in found.items():
+        action = Action(LoRA(rank=ranks[path]), replace(site, layers=None), ("lora_a", "lora_b"))
+        more = ranks[path] - factors.rank
+        leaves[action.leaf_path("lora_a")] = np.pad(factors.a, ((0, 0), (0, more)))
+        leaves[action.leaf_path("lora_b")] = np.pad(factors.b, ((0, more), (0, 0)))
+        actions.append(action)
+    unrolled = stacking.unroll_peft(peft)
+    bound = replace(
+        unrolled,
+        method=method,
+        actions=tuple(actions),
+        structure=tuple(sorted((p, (x.shape, str(x.dtype))) for p, x in leaves.items())),
+        shared_paths=(),
+        matched=(),
+    )
+    shapes = unflatten(jax.eval_shape(lambda: dict(base)))
+    errors = {site.name: f.error for site, f in found.values() if f.error is not None}
+    return Converted(bound, unflatten(leaves), stacking.unstack(shapes, at) if at else shapes, errors)
+
+
+def _one_rank(largest: int, choices: Sequence[int] | bool) -> int:
+    if isinstance(choices, bool):
+        return largest
+    fitting = [rank for rank in choices if rank >= largest]
+    if not fitting:
+        raise UserError(f"the adapter has a LoRA of rank {largest}, and the largest that is served is {max(choices)}")
+    return fitting[0]
