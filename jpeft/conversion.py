@@ -10,14 +10,14 @@ has a low rank (VeRA, AdaLoRA, a chain of LoRAs, a few trained rows of an embedd
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict, meta
+from flax.core import meta
 
 from jpeft.core import stacking
 from jpeft.core.actions import Action, merge_layer
@@ -26,7 +26,7 @@ from jpeft.core.interchange import HFSpec
 from jpeft.core.peft import Peft
 from jpeft.core.quantized import dequantize_leaf
 from jpeft.core.sites import Site
-from jpeft.core.tree import Path, Tree, flatten, join, unflatten
+from jpeft.core.tree import Path, Tree, flatten, unflatten
 from jpeft.errors import UserError
 from jpeft.methods.lora import LoRA
 
@@ -108,8 +108,7 @@ def to_lora(
     ('LoRA', 0.0)
     """
     peft.check_order(params, adapter, "to_lora(peft, params, adapter)")
-    for action in peft.actions:
-        _check_matrix(action)
+    check_matrices(peft)
     at, leaves = stacking.stacked_at(peft.model), peft.check(adapter)
     base = flatten(peft.frontend.tree(params))
     by_path: dict[Path, list[Action]] = {}
@@ -124,29 +123,32 @@ def to_lora(
             factors = _joined([_copied(a, x) for a, x in zip(actions, own, strict=True)])
         else:
             factors = _decomposed(peft, actions, leaves, own, functools.partial(read, base), rank)
-        found[path] = _whole(actions[0].site), _checked(factors, actions, max_error)
+        found[path] = whole(actions[0].site), _checked(factors, actions, max_error)
     return _as_lora(peft, base, at, found, uniform)
 
 
 # --- what has no form as a matrix -------------------------------------------------------------------------------------
 
 
-def _check_matrix(action: Action) -> None:
-    """Raises a UserError if an action changes anything but a matrix."""
-    if problem := _problem(action):
-        raise UserError(
-            f"{action.method.name} at {action.site.name!r} is no LoRA: it {problem}; jpeft merge writes the whole model"
-        )
+def check_matrices(peft: Peft) -> None:
+    """Raises a UserError if a part of a method changes anything but a matrix; the message names it.
+
+    >>> check_matrices(peft)  # doctest: +SKIP
+    """
+    for action in peft.actions:
+        if problem := _problem(action):
+            raise UserError(f"{action.method.name} at {action.site.name!r} cannot become a LoRA: {problem}")
 
 
 def _problem(action: Action) -> str:
     site = action.site
     if site.kind == "leaf":
-        return "is a bias that trains" if site.path[-1] == "bias" else "is a whole parameter that trains"
+        what = "a bias" if site.path[-1] == "bias" else "a whole parameter"
+        return f"{what} trains there; jpeft merge writes the whole model"
     if site.kind != "weight" or not action.mergeable:
-        return "changes the model's computation, which no change of a weight equals"
+        return "it changes the model's computation, as no change of a weight does; jpeft itself runs it"
     if len(site.stack) > 1 or (site.batch and not _is_split(site)):
-        return "changes a stack of matrices, such as those of experts"
+        return "the weight is a stack of matrices, such as those of experts; jpeft merge writes the whole model"
     return ""
 
 
@@ -154,8 +156,12 @@ def _is_split(site: Site) -> bool:
     return isinstance(site.geometry, Parts) and site.batch == (site.geometry.parts,)
 
 
-def _whole(site: Site) -> Site:
-    """The site of a weight as one matrix."""
+def whole(site: Site) -> Site:
+    """The site of a weight as one matrix, if a method sees it as several parts.
+
+    >>> whole(Site(("dense",), "weight")).name
+    'dense'
+    """
     geometry = site.geometry
     if not isinstance(geometry, Parts):
         return site
@@ -198,7 +204,7 @@ def _decomposed(
     read: Any,
     rank: int,
 ) -> Factors:
-    site = _whole(actions[0].site)
+    site = whole(actions[0].site)
     w = jnp.asarray(dequantize_leaf(read(site.weight_path)), jnp.float32)
     bias = read(site.bias_path) if site.bias_path and any(a.changes_bias for a in actions) else None
     b = None if bias is None else jnp.asarray(meta.unbox(bias), jnp.float32)
@@ -207,8 +213,8 @@ def _decomposed(
     merged, new_bias = merge(w, b)
     if b is not None and not np.allclose(new_bias, b, rtol=1e-6, atol=0):
         raise UserError(
-            f"{actions[-1].method.name} at {site.name!r} is no LoRA: it also changes the bias there; jpeft merge writes "
-            "the whole model"
+            f"{actions[-1].method.name} at {site.name!r} cannot become a LoRA: it also changes the bias; jpeft merge "
+            "writes the whole model"
         )
     assert site.geometry is not None
     old, new = (np.asarray(site.geometry.view(x)) for x in (w, merged))
@@ -274,7 +280,7 @@ def _svd(m: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _checked(factors: Factors, actions: Sequence[Action], max_error: float) -> Factors:
     names, site = " and ".join(dict.fromkeys(a.method.name for a in actions)), actions[0].site.name
     if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-        raise UserError(f"the adapter's {names} at {site!r} holds NaN or infinity; nothing was written")
+        raise UserError(f"the adapter's {names} at {site!r} holds NaN or infinity")
     if factors.error is not None and factors.error > max_error:
         raise UserError(
             f"{names} at {site!r}: a LoRA of rank {factors.rank} misses {factors.error:.2%} of its change, above "
@@ -296,28 +302,79 @@ def _as_lora(
     ranks = {path: factors.rank for path, (_, factors) in found.items()}
     if uniform is not False:
         ranks = dict.fromkeys(ranks, _one_rank(max(ranks.values()), uniform))
-    names = [site.name for site, _ in found.values()]
-    overrides = {site.name: FrozenDict(rank=ranks[path]) for path, (site, _) in found.items()}
-    method = LoRA(rank=max(ranks.values()), targets=names, overrides={} if uniform is not False else overrides)
-    actions, leaves = [], {}
-    for path, (site, factors) in found.items():
-        action = Action(LoRA(rank=ranks[path]), replace(site, layers=None), ("lora_a", "lora_b"))
-        more = ranks[path] - factors.rank
-        leaves[action.leaf_path("lora_a")] = np.pad(factors.a, ((0, 0), (0, more)))
-        leaves[action.leaf_path("lora_b")] = np.pad(factors.b, ((0, more), (0, 0)))
-        actions.append(action)
-    unrolled = stacking.unroll_peft(peft)
-    bound = replace(
-        unrolled,
-        method=method,
-        actions=tuple(actions),
-        structure=tuple(sorted((p, (x.shape, str(x.dtype))) for p, x in leaves.items())),
-        shared_paths=(),
-        matched=(),
-    )
     shapes = unflatten(jax.eval_shape(lambda: dict(base)))
     errors = {site.name: f.error for site, f in found.values() if f.error is not None}
-    return Converted(bound, unflatten(leaves), stacking.unstack(shapes, at) if at else shapes, errors)
+    unrolled = replace(stacking.unroll_peft(peft), shared_paths=(), matched=())
+    sites = {path: (site, _padded(factors, ranks[path])) for path, (site, factors) in found.items()}
+    return _bound(Converted(unrolled, {}, stacking.unstack(shapes, at) if at else shapes, errors), sites.values())
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    more = rank - factors.rank
+    return Factors(np.pad(factors.a, ((0, 0), (0, more))), np.pad(factors.b, ((0, more), (0, 0))))
+
+
+def _bound(lora: Converted, found: Iterable[tuple[Site, Factors]]) -> Converted:
+    """The conversion with these factors as its only ones."""
+    actions, leaves = [], {}
+    for site, factors in found:
+        action = Action(LoRA(rank=factors.rank), replace(site, layers=None), ("lora_a", "lora_b"))
+        leaves |= {action.leaf_path("lora_a"): factors.a, action.leaf_path("lora_b"): factors.b}
+        actions.append(action)
+    ranks = {a.site.name: a.method.rank for a in actions}
+    largest = max(ranks.values())
+    overrides = {name: {"rank": rank} for name, rank in ranks.items() if rank != largest}
+    method = LoRA(rank=largest, targets=tuple(ranks), overrides=overrides)
+    structure = tuple(sorted((p, (x.shape, str(x.dtype))) for p, x in leaves.items()))
+    peft = replace(lora.peft, method=method, actions=tuple(actions), structure=structure)
+    return replace(lora, peft=peft, adapter=unflatten(leaves))
+
+
+def factors_of(lora: Converted) -> dict[str, tuple[Site, Factors]]:
+    """The factors of a conversion, by the paths of their sites.
+
+    >>> factors_of(lora)["model/layers/0/self_attn/q_proj"][1].rank  # doctest: +SKIP
+    8
+    """
+    leaves = flatten(lora.adapter)
+    return {
+        a.site.name: (a.site, Factors(leaves[a.leaf_path("lora_a")], leaves[a.leaf_path("lora_b")]))
+        for a in lora.peft.actions
+    }
+
+
+def with_zeros(lora: Converted, sites: Sequence[Site]) -> Converted:
+    """A conversion with further sites, at which it changes nothing.
+
+    >>> with_zeros(lora, [site]).peft.sites[-1] == site  # doctest: +SKIP
+    True
+    """
+    rank = lora.peft.method.columns()["rank"]
+    empty = [
+        (s, Factors(np.zeros((s.inputs, int(rank)), np.float32), np.zeros((int(rank), s.outputs), np.float32)))
+        for s in sites
+    ]
+    return _bound(lora, [*factors_of(lora).values(), *empty]) if sites else lora
+
+
+def cast(lora: Converted, dtype: str) -> Converted:
+    """A conversion with factors of another dtype.
+
+    Raises:
+      UserError: a number is beyond the range of the dtype.
+
+    >>> cast(lora, "float16").adapter  # doctest: +SKIP
+    """
+    if dtype == "float32":
+        return lora
+    found = []
+    for name, (site, factors) in factors_of(lora).items():
+        with np.errstate(over="ignore"):
+            a, b = factors.a.astype(dtype), factors.b.astype(dtype)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise UserError(f"`dtype` {dtype}: the adapter at {name!r} is beyond its range; give float32")
+        found.append((site, Factors(a, b)))
+    return _bound(lora, found)
 
 
 def _one_rank(largest: int, choices: Sequence[int] | bool) -> int:
