@@ -72,6 +72,11 @@ class Converted:
     params: Any
     errors: Mapping[str, float]
 
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(factors.rank for _, factors in factors_of(self).values())
+
 
 def to_lora(
     peft: Peft,
@@ -317,7 +322,7 @@ def _padded(factors: Factors, rank: int) -> Factors:
 def _bound(lora: Converted, found: Iterable[tuple[Site, Factors]]) -> Converted:
     """The conversion with these factors as its only ones."""
     actions, leaves = [], {}
-    for site, factors in found:
+    for site, factors in sorted(found, key=lambda item: item[0].name):
         action = Action(LoRA(rank=factors.rank), replace(site, layers=None), ("lora_a", "lora_b"))
         leaves |= {action.leaf_path("lora_a"): factors.a, action.leaf_path("lora_b"): factors.b}
         actions.append(action)
@@ -349,10 +354,9 @@ def with_zeros(lora: Converted, sites: Sequence[Site]) -> Converted:
     >>> with_zeros(lora, [site]).peft.sites[-1] == site  # doctest: +SKIP
     True
     """
-    rank = lora.peft.method.columns()["rank"]
+    rank = lora.rank
     empty = [
-        (s, Factors(np.zeros((s.inputs, int(rank)), np.float32), np.zeros((int(rank), s.outputs), np.float32)))
-        for s in sites
+        (s, Factors(np.zeros((s.inputs, rank), np.float32), np.zeros((rank, s.outputs), np.float32))) for s in sites
     ]
     return _bound(lora, [*factors_of(lora).values(), *empty]) if sites else lora
 

@@ -150,8 +150,8 @@ def export_for(
     _check_base(server, opened)
     with writing(target):
         lora = _write(server, target, opened, rank, max_error, dtype)
-    command, notes = _command(server, out, opened, rank := lora.peft.method.at(lora.peft.sites[0]).rank)
-    return Exported(command, rank, len(lora.peft.sites), lora.errors, notes)
+    command, notes = _command(server, out, opened, lora.rank)
+    return Exported(command, lora.rank, len(lora.peft.sites), lora.errors, notes)
 
 
 def _write(server: str, target: Path, opened: Opened, rank: int, max_error: float, dtype: str) -> Converted:
@@ -201,11 +201,13 @@ def _check_base(server: str, opened: Opened) -> None:
     if config is None:
         return
     if config.task != CHAT:
-        raise UserError(f"`server` {server}: it serves language models, and the run trained a classifier; use jpeft merge")
+        raise UserError(
+            f"`server` {server}: it serves language models, and the run trained a classifier; use jpeft merge"
+        )
     for name in ("resize_embeddings", "untie_head"):
         if getattr(config, name):
             raise UserError(
-                f"`server` {server}: the run's `{name}` changed the base, which the server does not see; use jpeft merge"
+                f"`server` {server}: the run's `{name}` changed the base, which the server has not; use jpeft merge"
             )
 
 
