@@ -4,7 +4,7 @@
     D = W' - W = A B + E    A: [in, r], B: [r, out], error |E| / |D| in Frobenius' norm
 
 A LoRA is copied, its scale folded into B. Of any other method D is decomposed, one matrix at a time: exactly where D
-has a low rank (VeRA, AdaLoRA, a chain of LoRAs, a few trained rows of an embedding), else as its best approximation.
+has a low rank (VeRA, AdaLoRA, a few trained rows of an embedding), else as its best approximation.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def to_lora(
     for path, actions in by_path.items():
         read = functools.partial(stacking.leaf_of, at=at)
         own = [{n: _array(read(leaves, a.leaf_path(n))) for n in a.stored if n != a.mask} for a in actions]
-        if all(type(a.method) is LoRA for a in actions):
-            factors = _joined([_copied(a, x) for a, x in zip(actions, own, strict=True)])
+        if len(actions) == 1 and type(actions[0].method) is LoRA:
+            factors = _copied(actions[0], own[0])
         else:
             factors = _decomposed(peft, actions, leaves, own, functools.partial(read, base), rank)
         found[path] = whole(actions[0].site), _checked(factors, actions, max_error)
@@ -140,19 +140,20 @@ def check_matrices(peft: Peft) -> None:
 
     >>> check_matrices(peft)  # doctest: +SKIP
     """
+    at = stacking.stacked_at(peft.model)
     for action in peft.actions:
-        if problem := _problem(action):
+        if problem := _problem(action, at):
             raise UserError(f"{action.method.name} at {action.site.name!r} cannot become a LoRA: {problem}")
 
 
-def _problem(action: Action) -> str:
+def _problem(action: Action, at: str | None) -> str:
     site = action.site
     if site.kind == "leaf":
         what = "a bias" if site.path[-1] == "bias" else "a whole parameter"
         return f"{what} trains there; jpeft merge writes the whole model"
     if site.kind != "weight" or not action.mergeable:
         return "it changes the model's computation, as no change of a weight does; jpeft itself runs it"
-    if len(site.stack) > 1 or (site.batch and not _is_split(site)):
+    if any(own.stack for own in stacking.unroll_site(site, at)) or (site.batch and not _is_split(site)):
         return "the weight is a stack of matrices, such as those of experts; jpeft merge writes the whole model"
     return ""
 
@@ -192,13 +193,6 @@ def _copied(action: Action, leaves: Mapping[str, np.ndarray]) -> Factors:
         diagonal[range(parts), :, range(parts)] = b
         a, b = np.concatenate(list(a), -1), diagonal.reshape(parts * r, parts * out)
     return Factors(a, np.float32(method.scale) * b)
-
-
-def _joined(each: Sequence[Factors]) -> Factors:
-    """The sum of changes."""
-    if len(each) == 1:
-        return each[0]
-    return Factors(np.concatenate([f.a for f in each], 1), np.concatenate([f.b for f in each], 0))
 
 
 def _decomposed(

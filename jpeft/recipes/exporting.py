@@ -148,8 +148,11 @@ def export_for(
     check_writable(target)
     opened = _open(as_path(adapter), model, log)
     _check_base(server, opened)
-    with writing(target):
-        lora = _write(server, target, opened, rank, max_error, dtype)
+    try:
+        with writing(target):
+            lora = _write(server, target, opened, rank, max_error, dtype)
+    except ValueError as error:  # of a name or module that has no place in the folder
+        raise UserError(str(error)) from error
     command, notes = _command(server, out, opened, lora.rank)
     return Exported(command, lora.rank, len(lora.peft.sites), lora.errors, notes)
 
@@ -217,7 +220,7 @@ def _check_base(server: str, opened: Opened) -> None:
 def _command(server: str, out: str | os.PathLike[str], opened: Opened, rank: int) -> tuple[str, tuple[str, ...]]:
     """The command that serves an adapter, and what its user should know."""
     file, notes = opened.source is not None and is_gguf(opened.source), []
-    name, base = as_path(out).stem, opened.base
+    name, base = as_path(out).name, opened.base
     if server == GGUF:
         model = str(opened.source) if file else "MODEL.gguf"
         if not file:

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 import jpeft
 from jpeft import conversion, methods
+from jpeft.core.actions import layer_mask
 from jpeft.core.stacking import unstack
 from jpeft.core.tree import flatten, unflatten
 from jpeft.errors import UserError
@@ -41,14 +43,13 @@ def model_of(kind="llama", **fields):
     return MADE[key]
 
 
-def bound(method, model, params, scale=0.1):
-    """A Peft, and an adapter with noise in all its leaves."""
+def bound(method, model, params):
+    """A Peft, and an adapter of noise; nothing is compiled for it."""
     peft, rng = method.bind(model, params, IDS), np.random.default_rng(0)
-    fresh = jax.jit(peft.init)(jax.random.key(0), params)
-    frozen = {path for path, label in flatten(peft.labels(fresh)).items() if label == "frozen"}
-    noise = {path: 0 if path in frozen else rng.normal(0, scale, x.shape) for path, x in flatten(fresh).items()}
-    noisy = {path: np.asarray(x) + np.asarray(noise[path], x.dtype) for path, x in flatten(fresh).items()}
-    return peft, unflatten(noisy)
+    shapes = flatten(peft.init(jax.random.key(0), jax.eval_shape(lambda p: p, params)))
+    leaves = {path: np.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for path, x in shapes.items()}
+    masks = {a.leaf_path(a.mask): layer_mask(a.site) for a in peft.actions if a.mask in a.stored}
+    return peft, unflatten(leaves | masks)
 
 
 def changes(peft, params, adapter):
@@ -125,7 +126,7 @@ def test_what_was_converted_runs_as_the_adapter_does(tmp_path):
     peft, adapter = bound(jpeft.Chain(jpeft.DoRA(rank=2, targets=["q_proj"]), jpeft.LoRA(rank=3, targets=["v_proj"])),
                           model, params)  # fmt: skip
     lora = conversion.to_lora(peft, params, adapter)
-    assert [s.method.rank for s in lora.peft.actions] == [16, 16, 3, 3] and set(lora.errors) == {
+    assert [s.method.rank for s in lora.peft.actions] == [16, 3, 16, 3] and set(lora.errors) == {
         "model/layers/0/self_attn/q_proj", "model/layers/1/self_attn/q_proj"
     }  # fmt: skip
     got = lora.peft.apply(unstack(params), lora.adapter, IDS)
@@ -133,6 +134,37 @@ def test_what_was_converted_runs_as_the_adapter_does(tmp_path):
     jpeft.save(tmp_path / "own", lora.peft, lora.adapter, unstack(params))
     again, leaves = jpeft.load(tmp_path / "own", model.unrolled(), unstack(params), IDS)
     np.testing.assert_array_equal(again.apply(unstack(params), leaves, IDS), got)
+
+
+def test_an_nnx_model(tmp_path):
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.q_proj, self.o_proj = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.o_proj(self.q_proj(x))
+
+    model, x = Block(nnx.Rngs(0)), jnp.ones((1, 6))
+    peft = jpeft.AdaLoRA(rank=2, targets=["q_proj"]).bind(model, x)
+    params = nnx.state(model, nnx.Param)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, peft.init(jax.random.key(0), params))
+    assert save_for("vllm", tmp_path / "out", peft, adapter, params).rank == 8
+    merged = peft.merge(params, adapter)
+    change = np.asarray(merged["q_proj"]["kernel"][...] - params["q_proj"]["kernel"][...])
+    np.testing.assert_allclose(read_globally(tmp_path / "out")[1]["q_proj"], change.T, atol=TOLERANCE)
+
+
+def test_layers_of_a_scan_that_no_name_of_torch_has():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(4, name="dense")(x), None
+
+    model, x = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(), jnp.ones((1, 4))
+    params = jax.device_get(model.init(jax.random.key(0), x, None)["params"])
+    peft = jpeft.LoRA(targets=["dense"]).bind(model, params, x, None)
+    with pytest.raises(UserError, match="LoRA at 'dense' cannot become a LoRA: the weight is a stack of matrices"):
+        as_lora("vllm", peft, peft.init(jax.random.key(0), params), params)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
@@ -330,7 +362,7 @@ def test_llama_cpp_gets_the_adapter(case, dtype, tmp_path):
     file.close()
     with open_tensors(tmp_path / "model.gguf") as tensors:
         read = {name.removesuffix(".weight"): tensor.read() for name, tensor in tensors.items()}
-    atol = TOLERANCE if dtype == "float32" else 2e-3
+    atol = TOLERANCE if dtype == "float32" else 1e-2
     for module, change in expected.items():
         np.testing.assert_allclose(read[module], change, atol=atol, err_msg=module)
 
