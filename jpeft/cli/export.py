@@ -28,7 +28,7 @@ class Options(Common):
         "a run, of an unfinished one a checkpoint; or an adapter folder (saved by jpeft or PEFT)",
         metavar="RUN|ADAPTER", positional=True,
     )  # fmt: skip
-    out: str = option("the folder (of `for` gguf the file) to write; it must not exist", metavar="OUT", positional=True)
+    out: str = option("the folder to write, or for gguf the file; it must not exist", metavar="OUT", positional=True)
     model: str | None = option(
         "the base of an adapter folder: a named model, a HuggingFace folder, .gguf file or hub id", WHAT, None,
         shown="the run's model", metavar="MODEL",

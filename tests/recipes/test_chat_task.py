@@ -330,6 +330,7 @@ def test_an_unfinished_run_chats_and_is_exported_and_merged(finished, capsys, mo
     assert f"killed is not finished: using its newest checkpoint, of step {last} of {last}" in err
     assert main(["export", "killed", "hf"]) == main(["export", "killed", "own", "--format", "jpeft"]) == 0
     assert (Path("own") / "adapter.safetensors").read_bytes() == trained(finished)[0]
+    capsys.readouterr()
     assert main(["export", "killed", "served", "--for", "vllm", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"].endswith(" --max-lora-rank 8 --lora-modules served=served")
     assert main(["export", "killed", "other", "--for", "vllm", "--model", "llama"]) == 1
