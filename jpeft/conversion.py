@@ -128,7 +128,9 @@ def to_lora(
             factors = _copied(actions[0], own[0])
         else:
             factors = _decomposed(peft, actions, leaves, own, functools.partial(read, base), rank)
-        found[path] = whole(actions[0].site), _checked(factors, actions, max_error)
+        _check_finite(factors, actions)
+        found[path] = whole(actions[0].site), factors
+    _check_errors(found, by_path, max_error)
     return _as_lora(peft, base, at, found, uniform)
 
 
@@ -276,16 +278,28 @@ def _svd(m: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return q @ u, s, vt
 
 
-def _checked(factors: Factors, actions: Sequence[Action], max_error: float) -> Factors:
-    names, site = " and ".join(dict.fromkeys(a.method.name for a in actions)), actions[0].site.name
+def _names(actions: Sequence[Action]) -> str:
+    return " and ".join(dict.fromkeys(a.method.name for a in actions))
+
+
+def _check_finite(factors: Factors, actions: Sequence[Action]) -> None:
     if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-        raise UserError(f"the adapter's {names} at {site!r} holds NaN or infinity")
-    if factors.error is not None and factors.error > max_error:
+        raise UserError(f"the adapter's {_names(actions)} at {actions[0].site.name!r} holds NaN or infinity")
+
+
+def _check_errors(
+    found: Mapping[Path, tuple[Site, Factors]], actions: Mapping[Path, Sequence[Action]], max_error: float
+) -> None:
+    """Raises a UserError that names the site with the largest error, if that is too large."""
+    errors = {path: factors.error for path, (_, factors) in found.items() if factors.error is not None}
+    worst = max(errors, key=lambda path: errors[path], default=None)
+    if worst is not None and errors[worst] > max_error:
+        site, factors = found[worst]
         raise UserError(
-            f"{names} at {site!r}: a LoRA of rank {factors.rank} misses {factors.error:.2%} of its change, above "
-            f"`max_error` {max_error:g}; give a larger `rank` or `max_error`, or write the whole model with jpeft merge"
+            f"{_names(actions[worst])} at {site.name!r}: a LoRA of rank {factors.rank} misses {errors[worst]:.2%} of "
+            f"its change, above `max_error` {max_error:g}; give a larger `rank` or `max_error`, or write the "
+            "whole model with jpeft merge"
         )
-    return factors
 
 
 # --- the LoRA ---------------------------------------------------------------------------------------------------------

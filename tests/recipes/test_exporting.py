@@ -74,7 +74,7 @@ def test_an_adapter_folder_for_vllm_and_sglang(adapter, capsys):
 
 def test_an_adapter_that_is_no_lora_states_its_error(capsys):
     said = failure(capsys, "dora", "out", "--for", "vllm", "--model", "llama", "--rank", "3")
-    assert "DoRA at 'model/layers/0/self_attn/q_proj': a LoRA of rank 3 misses" in said
+    assert "DoRA at 'model/layers/" in said and "/self_attn/q_proj': a LoRA of rank 3 misses" in said
     assert (
         "above --max-error 0.01; give a larger --rank or --max-error, or write the whole model with jpeft merge" in said
     )
