@@ -14,7 +14,7 @@ def commands() -> Mapping[str, str]:
     """A page for each command: its summary, and a table of options for each group.
 
     >>> print(commands()["export"].splitlines()[0])
-    Write the adapter of a run, finished or not, as a folder that HuggingFace PEFT or jpeft loads.
+    Write an adapter as a folder that HuggingFace PEFT or jpeft loads, or that vLLM, SGLang or llama.cpp serves.
     """
     return {name: _command(name) for name in COMMANDS}
 

@@ -85,6 +85,23 @@ def stack(one_by_one: Mapping[str, Any], at: str = "model/layers") -> Any:
     return tree.like(tree.unflatten(outside), one_by_one)
 
 
+def leaf_of(leaves: Mapping[tree.Path, Any], path: tree.Path, at: str | None) -> Any:
+    """The leaf at a path of the unstacked tree, from the leaves of the tree as it is, by path.
+
+    Args:
+      leaves: the leaves, those below `at` with the layers stacked.
+      path: the path in the unstacked tree.
+      at: the path below which the layers are stacked; None if they are not.
+
+    >>> leaf_of({("model", "layers", "w"): np.arange(6).reshape(2, 3)}, ("model", "layers", "1", "w"), "model/layers")
+    array([3, 4, 5])
+    """
+    if at is None or not _is_below(path, at):
+        return leaves[path]
+    depth = len(at.split("/"))
+    return _layer_of(open_boxes(leaves[(*path[:depth], *path[depth + 1 :])]), int(path[depth]))
+
+
 def _check_alike(path: tree.Path, leaves: Sequence[Any], at: str) -> None:
     properties = {
         "shapes": {str(np.shape(leaf)) for leaf in leaves},

@@ -13,3 +13,4 @@ separate modules in torch, ``model.layers.0.self_attn.q_proj``. `jpeft.hf.tied` 
 
 from jpeft.hf.exporting import save as save
 from jpeft.hf.importing import load as load
+from jpeft.hf.servers import save_for as save_for

@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "jpeft.models.bert",
         "jpeft.models.classifier",
         "jpeft.hf",
+        "jpeft.conversion",
         "jpeft.core.interchange",
     ),
     "NNX": ("jpeft.nnx", "jpeft.qwix"),
@@ -90,7 +91,7 @@ def public(module: str) -> dict[str, Any]:
     """The public names of a module, and what they are: those that it defines, or that a package imports to offer them.
 
     >>> list(public("jpeft.hf"))
-    ['save', 'load']
+    ['save', 'load', 'save_for']
     """
     holder = importlib.import_module(module)
     found = {n: v for n, v in vars(holder).items() if n[0] != "_" and not isinstance(v, ModuleType)}

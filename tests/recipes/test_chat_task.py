@@ -330,6 +330,11 @@ def test_an_unfinished_run_chats_and_is_exported_and_merged(finished, capsys, mo
     assert f"killed is not finished: using its newest checkpoint, of step {last} of {last}" in err
     assert main(["export", "killed", "hf"]) == main(["export", "killed", "own", "--format", "jpeft"]) == 0
     assert (Path("own") / "adapter.safetensors").read_bytes() == trained(finished)[0]
+    capsys.readouterr()
+    assert main(["export", "killed", "served", "--for", "vllm", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"].endswith(" --max-lora-rank 8 --lora-modules served=served")
+    assert main(["export", "killed", "other", "--for", "vllm", "--model", "llama"]) == 1
+    assert "killed is a run, which has a base of its own: leave --model out" in capsys.readouterr().err
     model, params = models.load("llama")
     _, adapter = jpeft.hf.load("hf", model, params, *chat.example_inputs())
     _, own = jpeft.load("own", model, params, *chat.example_inputs())

@@ -1,5 +1,6 @@
 """GGUF files of Llama-family decoders: their config, tensors and tokenizer in the form that HuggingFace publishes."""
 
+from jpeft.models.gguf.adapter import write_adapter as write_adapter
 from jpeft.models.gguf.config import read_config as read_config
 from jpeft.models.gguf.file import open_file as open_file
 from jpeft.models.gguf.tensors import open_tensors as open_tensors

@@ -112,14 +112,44 @@ def _tensor(file: GGUFFile, arch: str, name: str) -> GGUFTensor:
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Moves rows that rotate together from adjacent places to half a head apart, e.g. 0 1 2 3 4 5 to 0 2 4 1 3 5."""
+    """Inverse of `permute`, e.g. 0 1 2 3 4 5 to 0 2 4 1 3 5."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
 
 
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Moves rows that rotate together from half a head apart to adjacent places, as llama.cpp's converter does.
+
+    >>> permute(np.array([0, 2, 4, 1, 3, 5]), heads=1)
+    array([0, 1, 2, 3, 4, 5])
+    """
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def gguf_name(arch: str, torch_name: str) -> str | None:
+    """GGUF's name of a tensor from HuggingFace's; None if it has none.
+
+    >>> gguf_name("llama", "model.layers.3.mlp.down_proj.weight")
+    'blk.3.ffn_down.weight'
+    """
+    layer_names = {torch: own for own, torch in _layer_names(arch).items()}
+    names = {torch: own for own, torch in _NAMES.items()}
+    owner, _, leaf = torch_name.rpartition(".")
+    if owner in names:
+        return f"{names[owner]}.{leaf}"
+    if (match := re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)", owner)) and match[2] in layer_names:
+        return f"blk.{match[1]}.{layer_names[match[2]]}.{leaf}"
+    return None
+
+
+def _layer_names(arch: str) -> dict[str, str]:
+    return _GEMMA_LAYER_NAMES if arch.startswith("gemma") else _LAYER_NAMES
+
+
 def _torch_name(arch: str, name: str) -> str:
     """HuggingFace's name, e.g. `model.layers.0.self_attn.q_proj.weight` for `blk.0.attn_q.weight`."""
-    layer_names = _GEMMA_LAYER_NAMES if arch.startswith("gemma") else _LAYER_NAMES
+    layer_names = _layer_names(arch)
     owner, _, leaf = name.rpartition(".")
     if owner in _NAMES:
         return f"{_NAMES[owner]}.{leaf}"
