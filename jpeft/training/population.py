@@ -40,7 +40,7 @@ from jpeft.core.tree import Path, Tree, flatten, join, like, map_with_path, name
 from jpeft.frontends import arguments
 from jpeft.parallel.batches import batch_shardings
 from jpeft.training.programs import factors_of, grouped, sizes_of, why_not
-from jpeft.training.rates import Optimizer, check_rates, is_function, rated, with_rate
+from jpeft.training.rates import SCALED, Optimizer, check_rates, is_function, rated, with_rate
 from jpeft.training.step import TrainState
 
 
@@ -185,7 +185,8 @@ class Population:
           params: its parameters.
           inputs: what it is called with: a tuple of arguments, or the only one.
           members: at least one.
-          axis: an axis of the mesh that ``params`` are on; its size divides the members of each program.
+          axis: an axis of the mesh that ``params`` are on, such as "population", for the members; its size
+            divides those of each program.
           kwargs: keyword arguments of the call.
 
         Raises:
@@ -256,9 +257,10 @@ class Population:
         own.init(key, params), tx, rng)``, with ``own`` its Peft.
 
         Args:
-          tx: the optimizer, with the learning rate as data: a function of it, such as ``optax.adamw``, or a
-            transformation with one in its state, ``optax.inject_hyperparams(optax.adamw)(learning_rate=1e-4)``. Members
-            without a rate of their own take any transformation. A sequence has one for each of ``pefts``.
+          tx: the optimizer, with the learning rate as data: a function of it, such as ``optax.adamw`` or ``lambda rate:
+            optax.adamw(lambda count: rate * schedule(count))``, or a transformation with one in its state,
+            ``optax.inject_hyperparams(optax.adamw)(learning_rate=1e-4)``. Members without a rate of their own take any
+            transformation. A sequence has one for each of ``pefts``.
           params: the base tree. The adapters take over its shardings.
           statistics: for methods whose start depends on data, what `jpeft.observe` found.
 
@@ -383,7 +385,7 @@ class Population:
 
         def take(axis: int | None, x: Any) -> Any:
             if axis is None:
-                return jnp.copy(x)  # the old state keeps its own, which a step may donate
+                return x if x is None else jnp.copy(x)  # the old state keeps its own, which a step may donate
             sharding = named_sharding(x)
             if sharding is None:
                 return x[index]
@@ -648,7 +650,13 @@ def _check_optimizer(peft: Peft, own: Sequence[Peft], members: Sequence[Member],
         )
     shapes = {path: jax.ShapeDtypeStruct(*leaf) for path, leaf in peft.structure}
     labels = peft.labels(unflatten(shapes))
-    state = jax.eval_shape(lambda x: rated(tx).init(partition(x, labels)[0]), unflatten(shapes))
+    try:
+        state = jax.eval_shape(lambda x: rated(tx).init(partition(x, labels)[0]), unflatten(shapes))
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "tx looks at the value of its learning rate, as some of optax's schedules do, and here that is data of a "
+            f"program; scale a schedule instead: {SCALED}"
+        ) from error
     check_rates(state, given=len(missing) < len(members))
     smaller = min(own, key=lambda each: sum(math.prod(shape) for _, (shape, _) in each.structure))
     if smaller.structure != peft.structure:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jpeft.core.tree import Tree
 
 RATE = "learning_rate"
+SCALED = "lambda rate: optax.adamw(lambda count: rate * schedule(count)), for a schedule of peak 1"
 Optimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 
 
@@ -114,7 +115,7 @@ def check_rates(opt_state: Any, given: bool) -> None:
     if given and any("hyperparams_states" in map(_name, path) for path in paths):
         raise ValueError(
             "tx sets its learning rate by a schedule at every step, which would replace those of the members; give a "
-            "function of the rate: lambda rate: optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, 100, 1000))"
+            f"function of the rate instead: {SCALED}"
         )
     if given and not any(map(_is_rate, paths)):
         raise ValueError(
