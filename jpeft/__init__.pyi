@@ -47,5 +47,8 @@ from .quantization.tree import quantize as quantize
 from .serving.generation import generate as generate
 from .serving.generation import stream as stream
 from .training.observe import observe as observe
+from .training.population import Member as Member
+from .training.population import Population as Population
+from .training.population_step import population_step as population_step
 from .training.step import TrainState as TrainState
 from .training.step import train_step as train_step

@@ -164,13 +164,24 @@ def parse(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[
         UsageError: they cannot be parsed.
     """
     given = _bound(app, tokens, known)
-    if words := given.pop("overrides", ()):
+    words = given.pop("overrides", ())
+    if given.get("sweep"):  # rank=8,16 after --sweep lr=1e-4,1e-3 has several values too
+        lists = [word for word in words if _is_list(word, known)]
+        given["sweep"], words = [*given["sweep"], *lists], [word for word in words if word not in lists]
+    if words:
         named = _bound(app, [tokens[0], *(_as_flag(word, known) for word in words)], known)
         given |= {
             name: {**given.get(name, {}), **value} if isinstance(value, dict) else value
             for name, value in named.items()
         }
     return given
+
+
+def _is_list(word: str, known: Mapping[str, Option]) -> bool:
+    """Whether a word gives several values to an option that has one, a number or a name."""
+    name, _, value = word.partition("=")
+    entry = known.get(name)
+    return "," in value and entry is not None and (entry.type in (int, float) or entry.choices is not None)
 
 
 def _bound(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[str, Any]:

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jpeft.checks import Rule, is_int
 from jpeft.cli.common import Common
 from jpeft.cli.terminal import Terminal, print_json
 from jpeft.errors import UserError
 from jpeft.recipes.config import Config, Execution, Setup
-from jpeft.recipes.options import ANY_TEXT, OUTPUT, WHAT, option, options
+from jpeft.recipes.options import ANY_TEXT, OUTPUT, TRAINING, WHAT, option, options
 from jpeft.storage import as_path
 
 SUMMARY = "Fine-tune a classifier (by default MiniLM on reviews) or, with --task chat, a language model."
 _PROFILED = 3  # steps
+_TIMES: Rule = (lambda value: is_int(value) and 0 <= value < 32, "an integer, at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,15 @@ class Options(Common):
         "resume RUN, or the run at --out, or the latest in runs/; a larger --steps or --epochs lengthens it: the "
         "learning rate of its remaining steps is then that of a run of the new length, which decays to zero at its end",
         OUTPUT, None, rule=ANY_TEXT, metavar="RUN", implied="",
+    )  # fmt: skip
+    sweep: tuple[str, ...] = option(
+        "train all combinations of several values together, such as lr=1e-4,3e-4,1e-3 rank=8,16, and keep the best; of "
+        "method, rank, alpha, dropout, lr and seed, where batches come in the order of one seed", TRAINING, (),
+        metavar="NAME=VALUES",
+    )  # fmt: skip
+    halving: int = option(
+        "with --sweep, how often the half with the higher evaluation loss ends, after equal parts of the steps",
+        TRAINING, 0, rule=_TIMES,
     )  # fmt: skip
     tensorboard: bool = option("the same as --log tensorboard", OUTPUT, False)
 
@@ -57,6 +68,7 @@ def run(given: Mapping[str, Any]) -> None:
 
         config = Config(**{**inherited(config.adapter), **configured})
     joined = execution.is_distributed
+    _check_sweep(args, given, joined)
     if joined:
         from jpeft.parallel import distributed
 
@@ -69,7 +81,7 @@ def run(given: Mapping[str, Any]) -> None:
     setup = Setup(mesh, log_to, profile, None if execution.remat == "none" else execution.remat)
     is_main = hosts.is_main_process()
     with Terminal(args.json, not is_main, functools.partial(as_flags, known=known_options(OPTIONS))) as terminal:
-        result = _train(args.resume, out, config, configured, terminal, setup)
+        result = _train(args, out, config, configured, terminal, setup)
         if not args.json:
             _show(result, terminal)
     if args.json and is_main:
@@ -136,21 +148,41 @@ def _mesh(args: Options, execution: Execution, configured: Mapping[str, Any]) ->
     return device_mesh(execution.mesh)
 
 
+def _check_sweep(args: Options, given: Mapping[str, Any], joined: bool) -> None:
+    """Raises a UserError for options that contradict --sweep, before a model is read."""
+    if args.halving and not args.sweep and args.resume is None:
+        raise UserError(f"`halving` {args.halving} has no meaning without `sweep`")
+    if not args.sweep:
+        return
+    from jpeft.recipes.sweep import parse_grid
+
+    if joined:
+        raise UserError("`sweep` trains in one process; leave out `distributed` and its options")
+    if twice := [name for name in parse_grid(args.sweep) if name in given]:
+        raise UserError(f"`{twice[0]}` {given[twice[0]]} contradicts `sweep`; give one")
+
+
 def _train(
-    resume: str | None, out: Any, config: Config, given: Mapping[str, Any], terminal: Terminal, setup: Setup
+    args: Options, out: Any, config: Config, given: Mapping[str, Any], terminal: Terminal, setup: Setup
 ) -> dict[str, Any]:
     """Starts a run, or resumes the one that is named or the latest. Returns its result."""
     from jpeft.parallel import hosts
-    from jpeft.recipes import finetune, run_folder
+    from jpeft.recipes import finetune, run_folder, sweep
 
-    if resume is None:
+    def start() -> dict[str, Any]:
+        if args.sweep:
+            return sweep.sweep(config, sweep.parse_grid(args.sweep), args.halving, out, terminal, setup)
         return finetune.finetune(config, out, terminal, setup)
+
+    if args.resume is None:
+        return start()
     name = hosts.broadcast(str(out or run_folder.latest_run() or ""))
-    if name and (resume or hosts.on_all_hosts(as_path(name).exists)):
-        return finetune.resume(as_path(name), given, terminal, setup)
+    if name and (args.resume or hosts.on_all_hosts(as_path(name).exists)):
+        again = sweep if sweep.is_sweep(as_path(name)) else finetune
+        return again.resume(as_path(name), given, terminal, setup)
     # The same command line, repeated, survives a kill at any moment.
     terminal.say("nothing to resume yet: starting")
-    return finetune.finetune(config, out, terminal, setup)
+    return start()
 
 
 def _show(result: Mapping[str, Any], terminal: Terminal) -> None:
@@ -158,6 +190,10 @@ def _show(result: Mapping[str, Any], terminal: Terminal) -> None:
 
     for sample in result.get("samples", ()):
         terminal.say(format_sample(sample))
+    if "sweep" in result:
+        from jpeft.recipes.sweep import rows_of
+
+        terminal.table([*rows_of(result)])
     terminal.table(result_rows(result))
 
 

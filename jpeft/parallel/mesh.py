@@ -14,6 +14,7 @@ from jpeft.errors import UserError
 
 DATA_AXES = ("data", "fsdp")  # the axes that shard the rows of a batch
 SEQUENCE_AXIS = "sequence"  # the axis that shards the tokens of a row
+POPULATION_AXIS = "population"  # the axis for the members of a `jpeft.Population`, by convention
 AXES = (*DATA_AXES, "tensor", SEQUENCE_AXIS)  # the axes of `jpeft finetune --mesh`
 
 

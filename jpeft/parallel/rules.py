@@ -25,7 +25,7 @@ from jpeft.core.placement import AnyMesh, automatic, axes_of, num_shards, place,
 from jpeft.core.quantized import Quantized, shardings_like
 from jpeft.core.tree import Path, Tree, flatten, join, like, peek, unflatten
 from jpeft.frontends import as_tree, axis_names
-from jpeft.parallel.mesh import SEQUENCE_AXIS
+from jpeft.parallel.mesh import POPULATION_AXIS, SEQUENCE_AXIS
 
 Rules = Sequence[tuple[str, Any]]
 # The default mesh axes of a model's logical axes.
@@ -78,7 +78,7 @@ def param_shardings(params: Tree, mesh: AnyMesh, rules: Rules | None = None, *, 
       ValueError: a rule or name that matches nothing, a mesh axis that does not exist, an axis that does not divide.
       TypeError: a leaf that is not an array.
 
-    Warns: without rules, of every mesh axis except "data" and "sequence" that shards no leaf.
+    Warns: without rules, of every mesh axis except "data", "sequence" and "population" that shards no leaf.
 
     >>> import numpy as np
     >>> mesh = jax.make_mesh((1,), ("tensor",))
@@ -134,7 +134,7 @@ def _some(leaves: Mapping[Path, Any]) -> str:
 
 
 def _warn_of_idle_axes(mesh: AnyMesh, specs: Iterable[PartitionSpec]) -> None:
-    used = {name for spec in specs for name in axes_of(spec)} | {"data", SEQUENCE_AXIS}
+    used = {name for spec in specs for name in axes_of(spec)} | {"data", SEQUENCE_AXIS, POPULATION_AXIS}
     for name, size in mesh.shape.items():
         if size > 1 and name not in used:
             warnings.warn(

@@ -99,8 +99,8 @@ def finetune(
     >>> finetune(Config(epochs=1), Path("runs/first"))["accuracy_after"]  # doctest: +SKIP
     """
     reporter, folder = _main_reporter(reporter), None if out is None else as_path(out)
-    job = on_all_hosts(lambda: _prepare_new(config, folder, reporter, setup))
-    record = _checked_record(job)
+    job = on_all_hosts(lambda: prepare_new(config, folder, reporter, setup))
+    record = checked_record(job)
     run = as_path(broadcast(str(_on_main_process(lambda: run_folder.create_run(folder, job.config, record)))))
     on_all_hosts(lambda: _check_shared(run))
     try:
@@ -131,6 +131,8 @@ def resume(
     """
     reporter, folder = _main_reporter(reporter), as_path(run)
     record, config, result = on_all_hosts(lambda: _read_run(folder, given))
+    if "sweep" in record:
+        raise UserError(f"{folder}: a sweep; continue it with: jpeft finetune --out {folder} --resume")
     longer = config != Config(**record["config"])
     if result is not None and not longer:
         reporter.say(f"{folder} is complete")
@@ -138,14 +140,18 @@ def resume(
     _on_main_process(lambda: check_writable(folder))
     with locked(folder, reporter.say):  # raises before the model is loaded
         pass
-    job = on_all_hosts(lambda: _prepare_again(folder, record, config, reporter, setup))
-    _checked_record(job)
+    job = on_all_hosts(lambda: prepare_again(folder, record, config, reporter, setup))
+    checked_record(job)
     if changed := difference(record["base"], job.params):
         raise UserError(f"{folder}: cannot be resumed: the model {job.config.model} changed since it began: {changed}")
     return _finish(job, folder, reporter, setup, record if longer else None)
 
 
-def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
+def prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Setup) -> Job:
+    """The job of a new run, once its folder and its loggers have been found to be free.
+
+    >>> prepare_new(Config(), None, NullReporter(), Setup()).steps  # doctest: +SKIP
+    """
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another `out`, or continue that run with `resume`")
     check_loggers(setup.log_to if is_main_process() else ())
@@ -157,7 +163,11 @@ def _prepare_new(config: Config, out: Path | None, reporter: Reporter, setup: Se
     return job
 
 
-def _prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporter: Reporter, setup: Setup) -> Job:
+def prepare_again(run: Path, record: Mapping[str, Any], config: Config, reporter: Reporter, setup: Setup) -> Job:
+    """The job of a run that goes on. Raises a UserError if what it depends on has changed.
+
+    >>> prepare_again(run, read_record(run), config, NullReporter(), Setup()).steps  # doctest: +SKIP
+    """
     check_loggers(setup.log_to if is_main_process() else ())
     job = prepare(dataclasses.replace(config, adapter=_copy_of_start(run) or config.adapter), reporter, setup)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, adapter=config.adapter))
@@ -209,8 +219,11 @@ def _read_run(run: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Conf
     return record, dataclasses.replace(config, **longer), run_folder.read_result(run)
 
 
-def _checked_record(job: Job) -> dict[str, Any]:
-    """The record of the job with the fingerprint of its base; processes that would train on other things raise."""
+def checked_record(job: Job) -> dict[str, Any]:
+    """The record of the job with the fingerprint of its base; processes that would train on other things raise.
+
+    >>> sorted(checked_record(job))  # doctest: +SKIP
+    """
     record = {**job.record, "base": fingerprint(job.params)}
     paths = ("model", "data", "eval", "adapter")  # these may differ between hosts; the content of the files may not
     config = {name: value for name, value in record["config"].items() if name not in paths}
@@ -241,8 +254,10 @@ def _on_main_process(fn: Callable[[], T]) -> T | None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A run in progress.
+
+    >>> Run(job, folder, setup, reporter, checkpoints, log, heartbeat, check_lock)  # doctest: +SKIP
 
     Attributes:
         job: what it works on.
@@ -297,22 +312,26 @@ def _finish(
                 f"rate is that of a run of {job.steps:,} steps"
             )
         with (
-            contextlib.closing(on_all_hosts(lambda: _open_loggers(job, folder, setup, start + 1))) as logger,
+            contextlib.closing(on_all_hosts(lambda: loggers_of(job, folder, setup, start + 1))) as logger,
             run_folder.open_log(folder, start, write=is_main_process(), logger=logger) as log,
         ):
-            run = _Run(job, folder, setup, reporter, checkpoints, log, heartbeat, check_lock)
+            run = Run(job, folder, setup, reporter, checkpoints, log, heartbeat, check_lock)
             state = _train(run, fresh, state, start)
             on_all_hosts(lambda: _check_converged(run))
             on_all_hosts(lambda: _check_moved(run, fresh, state.adapter))
             check_lock()
             adapter, step = _chosen_adapter(run, state)
             save(folder / "adapter", job.peft, adapter, job.params)
-            result = _result(run, fresh, adapter, step)
+            result = result_of(run, fresh, adapter, step)
             _on_main_process(lambda: _write(run, result))
     return result
 
 
-def _open_loggers(job: Job, folder: Path, setup: Setup, first_step: int) -> Loggers:
+def loggers_of(job: Job, folder: Path, setup: Setup, first_step: int) -> Loggers:
+    """The open loggers of a run from a step on, on the main process.
+
+    >>> loggers_of(job, folder, Setup(), 1).close()  # doctest: +SKIP
+    """
     names = setup.log_to if is_main_process() else ()
     sent = run_folder.read_lines(folder / "metrics.jsonl") if names else []
     return open_loggers(names, folder, dataclasses.asdict(job.config), first_step, sent)
@@ -359,7 +378,7 @@ def _restore(
     return state, notes["position"]
 
 
-def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
+def _train(run: Run, fresh: Any, state: Any, start: int) -> Any:
     """Makes the remaining training steps. Returns the final state."""
     job, config, total = run.job, run.job.config, run.job.steps
     evaluate = job.evaluator()
@@ -397,7 +416,7 @@ def _train(run: _Run, fresh: Any, state: Any, start: int) -> Any:
     return state
 
 
-def _evaluate(run: _Run, step: int, evaluate: Callable[[Any], dict[str, float]], adapter: Any) -> None:
+def _evaluate(run: Run, step: int, evaluate: Callable[[Any], dict[str, float]], adapter: Any) -> None:
     """Evaluates after a step, unless the log has it already."""
     if run.log.evaluation(step) is None:
         metrics = evaluate(adapter)
@@ -424,7 +443,7 @@ def _usage(job: Job, state: Any) -> Callable[[tuple[int, ...], float], dict[str,
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def _check_begins_finite(run: _Run) -> None:
+def _check_begins_finite(run: Run) -> None:
     """Raises a UserError if the loss is not finite before training, which no learning rate mends."""
     before = run.log.evaluation(0)
     if before is None or before["eval_loss"] is None:
@@ -435,7 +454,7 @@ def _check_begins_finite(run: _Run) -> None:
         )
 
 
-def _check_converged(run: _Run) -> None:
+def _check_converged(run: Run) -> None:
     """Raises a UserError if the loss is not finite: such a run gets no result."""
     last, total = run.log.evaluation(run.job.steps), run.job.steps
     skipped = [line for line in run.log.lines if "skipped" in line][-1]["skipped"]
@@ -446,7 +465,7 @@ def _check_converged(run: _Run) -> None:
         )
 
 
-def _check_moved(run: _Run, fresh: Any, adapter: Any) -> None:
+def _check_moved(run: Run, fresh: Any, adapter: Any) -> None:
     """Raises a UserError if a method's leaves are all as before training: it had no gradient in any step."""
     before, after, peft = flatten(fresh), flatten(adapter), run.job.peft
     for member, method in enumerate(peft.method.methods()):
@@ -459,7 +478,7 @@ def _check_moved(run: _Run, fresh: Any, adapter: Any) -> None:
             )
 
 
-def _chosen_adapter(run: _Run, state: Any) -> tuple[Any, int]:
+def _chosen_adapter(run: Run, state: Any) -> tuple[Any, int]:
     """The adapter that the run keeps, the last or the best, and its step."""
     best = run.checkpoints.best_step() if run.job.config.keep == "best" else None
     if best in (None, run.job.steps):
@@ -469,8 +488,11 @@ def _chosen_adapter(run: _Run, state: Any) -> tuple[Any, int]:
     return state.adapter, best
 
 
-def _result(run: _Run, fresh: Any, adapter: Any, step: int) -> dict[str, Any]:
-    """The content of result.json, from the log and the files: the same whether the run was interrupted or not."""
+def result_of(run: Run, fresh: Any, adapter: Any, step: int) -> dict[str, Any]:
+    """The content of result.json, from the log and the files: the same whether the run was interrupted or not.
+
+    >>> result_of(run, fresh, adapter, step=60)["loss_after"]  # doctest: +SKIP
+    """
     job, log = run.job, run.log
     before, after = log.evaluation(0), log.evaluation(step)
     assert before and after
@@ -512,6 +534,6 @@ def _timing(steps: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write(run: _Run, result: Mapping[str, Any]) -> None:
+def _write(run: Run, result: Mapping[str, Any]) -> None:
     plot(run.log.lines, run.folder / "loss.png", *tasks.find(run.job.config.task).METRIC)
     run_folder.write_result(run.folder, result)

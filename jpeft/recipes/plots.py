@@ -1,4 +1,4 @@
-"""The picture of a run: `loss.png`."""
+"""The pictures of runs: `loss.png`, and a sweep's `sweep.png`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,52 @@ def draw(lines: Sequence[Mapping[str, Any]], name: str, metric: str, label: str)
     _draw_loss(upper, points(lines, "loss"))
     _draw_metric(lower, points(lines, metric), label)
     _draw_rate(lower, points(lines, "lr"))
+    lower.set_xlabel("step")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_sweep(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], kept: int, path: Path) -> None:
+    """Draws a sweep: the running mean of every member's training loss, and the evaluations of all.
+
+    Args:
+        lines: those of `metrics.jsonl`, each with the index of its `member`.
+        labels: the members' names.
+        kept: the index of the member that is kept, whose line is the thick one.
+
+    >>> plot_sweep(read_lines(run / "metrics.jsonl"), ["lr=0.001", "lr=0.01"], 0, run / "sweep.png")  # doctest: +SKIP
+    """
+    image = io.BytesIO()
+    draw_sweep(lines, labels, kept, absolute(path).parent.name).savefig(image, dpi=130, format="png")
+    write_atomically(path, image.getvalue())
+
+
+def draw_sweep(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], kept: int, name: str) -> Figure:
+    """The figure that `plot_sweep` saves; ``name`` is its title.
+
+    >>> lines = [{"step": 1, "loss": 0.7, "member": 0}, {"step": 1, "eval_loss": 0.6, "member": 0}]
+    >>> [axes.get_ylabel() for axes in draw_sweep(lines, ["lr=0.1"], 0, "first").axes]
+    ['training loss', 'evaluation loss']
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure.suptitle(name, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    for member, label in enumerate(labels):
+        own = [line for line in lines if line.get("member") == member]
+        style = {"color": colormaps["viridis"](0.9 * member / max(1, len(labels) - 1))}
+        style |= {"linewidth": 3.0 if member == kept else 1.2, "label": f"{label} (kept)" if member == kept else label}
+        steps, losses = _columns(points(own, "loss"))
+        upper.plot(steps, running_mean(losses), **style)
+        lower.plot(*_columns(points(own, "eval_loss")), "o-", markersize=4, **style)
+    for axes, label in ((upper, "training loss"), (lower, "evaluation loss")):
+        _style(axes)
+        axes.set_ylabel(label)
+    upper.legend(frameon=False, fontsize=8, ncols=2)
     lower.set_xlabel("step")
     lower.xaxis.get_major_locator().set_params(integer=True)
     return figure

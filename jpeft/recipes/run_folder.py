@@ -155,6 +155,8 @@ def usable(run: Path) -> dict[str, Any]:
     60
     """
     record = read_record(run)
+    if "sweep" in record and not has_adapter(run):
+        raise UserError(f"{run}: the sweep is not finished; continue it with: jpeft finetune --out {run} --resume")
     if not has_adapter(run) and not saved_steps(run):
         raise UserError(
             f"{run}: the run is not finished, and has no checkpoint yet; resume it with: "

@@ -197,11 +197,12 @@ class Step:
     def _traced(self, layout: Layout | None) -> Callable[..., Any]:
         def step(state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
             with constrained(layout):
-                return self._update(state, params, batch)
+                return self.update(state, params, batch)
 
         return step
 
-    def _update(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(self, state: TrainState, params: Tree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """What the step does, as a function to trace: under ``jax.vmap``, for one."""
         trainable, frozen = partition(state.adapter, self.peft.labels(state.adapter))
         rng = jax.random.fold_in(state.rng, state.step)
 
@@ -217,11 +218,12 @@ class Step:
         # Both. Sorted, since XLA fuses a sort into nothing: for CPUs it would repeat the sum of all terms of the loss
         # in the program of each leaf, which makes AdaLoRA's step 3 times slower to compile.
         finite = jnp.sort(jnp.stack([jnp.isfinite(total), jnp.isfinite(norm)]))[0]
-        adapter = combine(optax.apply_updates(trainable, updates), frozen)
+        # Leaves that do not train stay the same values: under vmap, those that are held once stay so.
+        moved = select(finite, optax.apply_updates(trainable, updates), trainable)
         state = TrainState(
             step=state.step + 1,
-            adapter=_select(finite, adapter, state.adapter),
-            opt_state=_select(finite, opt_state, state.opt_state),
+            adapter=combine(moved, frozen),
+            opt_state=select(finite, opt_state, state.opt_state),
             rng=state.rng,
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
@@ -305,8 +307,13 @@ def _mean_over_parts(fn: Callable[[Any, jax.Array], Any], batch: Any, rng: jax.A
     return jax.tree.map(lambda x: x / n, total)
 
 
-def _select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+def select(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
+    """The leaves of one of two trees.
+
+    >>> select(jnp.array(False), {"w": jnp.ones(())}, {"w": jnp.zeros(())})["w"].item()
+    0.0
+    """
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def cast_floating(tree: Tree, dtype: Any) -> Tree:

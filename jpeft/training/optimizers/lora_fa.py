@@ -5,6 +5,8 @@ g_B <- (Aᵀ A)⁻¹ g_B / s²        so that s A g_B is the part of the weight'
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax
 from flax.core import meta
 
@@ -12,6 +14,7 @@ from jpeft.core.peft import Peft
 from jpeft.core.sites import stack_first
 from jpeft.core.tree import Tree, flatten, map_with_path
 from jpeft.training.optimizers.factors import inverse_of_product, lora_factors, on_matrices
+from jpeft.training.rates import ForOneAdapter
 
 _DAMPING = 1e-8  # as in HuggingFace PEFT
 
@@ -39,11 +42,15 @@ def lora_fa(peft: Peft, adapter: Tree) -> optax.GradientTransformation:
     if not found:
         raise ValueError("lora_fa needs a LoRA with a frozen A, as LoRA(freeze_a=True); this adapter has none")
 
-    def update(updates: Tree, params: Tree | None = None) -> Tree:
+    def init(params: Tree) -> Any:
+        del params
+        return ForOneAdapter("lora_fa")
+
+    def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
         del params
         gradients, out = flatten(updates), {}
         for b, (stack, inverse) in found.items():
             out[b] = on_matrices(lambda g, inverse=inverse: inverse @ g, stack, gradients[b])
-        return map_with_path(lambda path, g: out.get(path, g), updates)
+        return map_with_path(lambda path, g: out.get(path, g), updates), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(init, update)
