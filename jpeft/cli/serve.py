@@ -66,7 +66,5 @@ def run(args: Options) -> None:
     )
     app = make_app(served, folder, args.api_key or os.environ.get(_KEY) or None, args.timeout)
     print_note(f"serving at http://{args.host}:{args.port}/v1")
-    try:
-        run_app(app, args.host, args.port, args.drain)
-    except KeyboardInterrupt:  # uvicorn raises the signal again, after the answers
-        print_note("stopped")
+    run_app(app, args.host, args.port, args.drain)
+    print_note("stopped")

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -29,6 +30,7 @@ from jpeft.serving.http.folder import AdapterFolder
 _MOST_BYTES = 16 << 20  # of a body
 _GONE = 499  # the status for a client that went away, which nobody reads
 _CREATED = int(time.time())
+_LOG = logging.getLogger(__name__)
 
 
 def make_app(
@@ -85,6 +87,9 @@ class _Server:
                 return _as_response(error)
             except ClientDisconnect:
                 return Response(status_code=_GONE)
+            except Exception:
+                _LOG.exception("%s %s failed", request.method, request.url.path)
+                return _as_response(HTTPError(500, "the server failed; its log says why"))
 
         return run
 
@@ -92,7 +97,8 @@ class _Server:
         if self.api_key is None:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        # Headers are bytes, which starlette reads as Latin-1.
+        if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
             raise HTTPError(401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY")
 
     # --- answers ---

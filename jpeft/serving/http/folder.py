@@ -71,11 +71,12 @@ class AdapterFolder:
         root = self.root.resolve()
         try:
             found = (root / path).resolve()
+            is_folder = found.is_dir()
         except (OSError, RuntimeError):  # too long, or links in a circle
             raise HTTPError(400, f"{path[:100]!r} is no path that can be read", "lora_path") from None
         if not found.is_relative_to(root) or found == root:
             raise HTTPError(403, f"{path!r} is outside of the server's folder of adapters", "lora_path")
-        if not found.is_dir():
+        if not is_folder:
             raise HTTPError(404, f"{path!r}: there is no such folder among the server's adapters", "lora_path")
         return found
 
