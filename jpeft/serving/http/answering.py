@@ -94,8 +94,8 @@ class Served:
             raise HTTPError(503, "the server is stopping") from error
         except GenerationError as error:
             raise HTTPError(400, str(error)) from error
-        except (ValueError, KeyError) as error:  # unloaded meanwhile
-            raise HTTPError(404, f"the model {ask.model!r} does not exist: {error}", "model") from error
+        except ValueError as error:  # unloaded meanwhile, or a base that has no place in the bank
+            raise HTTPError(404 if ask.model not in self.names() else 400, str(error), "model") from error
 
 
 def cancel(requests: Sequence[Request]) -> None:
