@@ -44,6 +44,7 @@ from .planning import plan as plan
 from .quantization.loftq import loftq as loftq
 from .quantization.tree import dequantize as dequantize
 from .quantization.tree import quantize as quantize
+from .serving.engine import Engine as Engine
 from .serving.generation import generate as generate
 from .serving.generation import stream as stream
 from .training.observe import observe as observe

@@ -20,7 +20,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.") if no
 # Their examples compile whole models.
 SLOW = {
     "jpeft.core.quantized", "jpeft.core.stacking", "jpeft.models.bert", "jpeft.models.decoder", "jpeft.models.loading",
-    "jpeft.models.saving", "jpeft.serving.generation",
+    "jpeft.models.saving", "jpeft.serving.engine", "jpeft.serving.generation",
 }  # fmt: skip
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

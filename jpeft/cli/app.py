@@ -1,4 +1,4 @@
-"""The command line: `jpeft finetune | plan | predict | merge | export | inspect | generate | chat | quantize`.
+"""The command line: `jpeft finetune | plan | predict | merge | export | inspect | generate | chat | serve | quantize`.
 
 Results go to stdout, errors to stderr as one line. A command imports its heavy modules only when it runs.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jpeft.checks import nearest
-from jpeft.cli import chat, export, finetune, generate, inspect, merge, plan, predict, quantize
+from jpeft.cli import chat, export, finetune, generate, inspect, merge, plan, predict, quantize, serve
 from jpeft.cli.terminal import print_error
 from jpeft.recipes.config import Interrupted
 
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
     from jpeft.recipes.options import Option
 
-# Modules of the extra [demo]; an error about a missing one names the command that installs them.
-_EXTRAS = {
+# Modules of extras; an error about a missing one names the command that installs them.
+_EXTRAS: dict[str, str] = dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "serve")
+_EXTRAS |= dict.fromkeys((
     "cyclopts", "filelock", "gguf", "grain", "jinja2", "matplotlib", "orbax", "pandas", "rich", "ruamel", "tokenizers",
-}  # fmt: skip
+), "demo")  # fmt: skip
 COMMANDS: Mapping[str, Any] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (finetune, plan, predict, merge, export, generate, chat, quantize, inspect)
+    for module in (finetune, plan, predict, merge, export, generate, chat, serve, quantize, inspect)
 }
 
 
@@ -207,8 +208,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, Interrupted):
         saved = f"saved up to step {error.step}" if error.step else "before its first checkpoint"
         return f"stopped, {saved}; continue with: jpeft finetune --out {error.run} --resume", 128 + error.number
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
-        return f'this command needs {error.name}: pip install "jpeft[demo]"', 1
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
+        return f'this command needs {error.name}: pip install "jpeft[{extra}]"', 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, OSError) or (isinstance(error, ValueError) and type(error) is not ValueError):

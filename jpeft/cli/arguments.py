@@ -109,7 +109,7 @@ def _parameter(entry: Option) -> inspect.Parameter:
     if entry.type is not bool or not entry.default:  # --no-NAME is for what is on by default
         details["negative"] = ()
     is_list = entry.type in (tuple, dict)
-    hint = Annotated[list[str] if is_list else entry.type, Parameter(**details)]
+    hint = Annotated[_or_absent(entry, list[str] if is_list else entry.type), Parameter(**details)]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, **_absent(entry))
 
 
@@ -121,13 +121,18 @@ def _positional(entry: Option, details: Mapping[str, Any]) -> inspect.Parameter:
     if entry.type is tuple:
         hint = Annotated[str, Parameter(**details)]
         return inspect.Parameter(entry.name, inspect.Parameter.VAR_POSITIONAL, annotation=hint)
-    hint = Annotated[entry.type, Parameter(**details)]
+    hint = Annotated[_or_absent(entry, entry.type), Parameter(**details)]
     return inspect.Parameter(entry.name, inspect.Parameter.POSITIONAL_ONLY, annotation=hint, **_absent(entry))
 
 
 def _absent(entry: Option) -> dict[str, None]:
     """The default of a parameter for cyclopts: what is not typed is not in its result."""
     return {} if entry.required else {"default": None}
+
+
+def _or_absent(entry: Option, hint: Any) -> Any:
+    """The type of a parameter, with that of `_absent`: where pydantic is imported, cyclopts checks defaults by it."""
+    return hint if entry.required else hint | None
 
 
 def _shown_default(entry: Option) -> str | bool:

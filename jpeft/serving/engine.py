@@ -205,7 +205,7 @@ class Engine:
             if request in self._queue:
                 self._queue.remove(request)
             self._count([request])
-        request._tell()
+        self._tell([request])
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Waits until something holds, and runs the engine meanwhile if no thread of its own does."""
@@ -260,7 +260,9 @@ class Engine:
 
     def _filled_bank(self) -> Any:
         if self.bank is None:
-            raise ValueError("this engine has no bank of adapters; give it one: Engine(…, bank=jpeft.stack(peft, {}))")
+            raise ValueError(
+                "this engine has no bank of adapters; give it one: Engine(…, bank=jpeft.stack(peft, {}, slots=8))"
+            )
         return self.bank
 
     def _replace_bank(self, bank: Any) -> None:
@@ -278,6 +280,11 @@ class Engine:
     def running(self) -> int:
         """The number of requests in rows."""
         return sum(request is not None for request in self._held)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
 
     def step(self) -> bool:
         """Reads a chunk of each new prompt, and decodes a few tokens of all other rows.
@@ -389,6 +396,7 @@ class Engine:
             try:
                 request._tell()
             except Exception:  # whoever listened is gone
+                request._listener = None
                 request.cancel()
 
     def _recover(self, error: BaseException) -> None:
@@ -466,4 +474,6 @@ def _method_of(model: Any, peft: Peft | None, bank: Any) -> Peft | None:
         raise ValueError(
             "the bank's Peft was bound to another model; if the layers of one are unrolled, see jpeft.models.unroll"
         )
+    if peft is not None and peft != bank.source:
+        raise ValueError("the bank is of another Peft than the one given; leave out the peft")
     return bank.peft

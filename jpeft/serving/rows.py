@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jaxtyping import Array, Bool, Int
 
+from jpeft.core.actions import Action
 from jpeft.core.entering import continuing
 from jpeft.core.peft import Peft
-from jpeft.core.tree import map_with_path
+from jpeft.core.sites import stack_first
+from jpeft.core.tree import Path, flatten, unflatten
 from jpeft.models.decoder import Decoder
 from jpeft.models.kv_cache import init_cache
 from jpeft.serving.sampling import INVALID, Sampling, sample
@@ -134,10 +135,9 @@ def empty_rows(forward: Forward, params: Any, bank: Any, rows: int, places: int,
                 )
 
     def begun() -> tuple[Any, Any]:
-        adapter = None if bank is None else bank.row(0)
-        cache = init_cache(forward.model, 1, places)
-        _, cache = forward(params, adapter, jnp.zeros((1, 1), jnp.int32), cache, continues=False)
-        return cache, own_leaves(forward, bank, adapter)
+        own = own_leaves(forward, bank, params, 0)
+        cache, ids = init_cache(forward.model, 1, places), jnp.zeros((1, 1), jnp.int32)
+        return forward(params, with_own_leaves(bank, own), ids, cache, continues=False)[1], own
 
     cache, adapter = jax.eval_shape(begun)
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros((rows, *x.shape), x.dtype))
@@ -149,48 +149,56 @@ def empty_rows(forward: Forward, params: Any, bank: Any, rows: int, places: int,
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def own_leaves(forward: Forward, bank: Any, adapter: Any) -> list[jax.Array]:
-    """The leaves of one row's adapter that a bank does not hold once, in the dtype that they are computed in."""
+def own_leaves(forward: Forward, bank: Any, params: Any, slot: Any) -> list[jax.Array]:
+    """The leaves of one adapter of a bank but for those that all share, in the dtype that they are computed in.
+
+    Args:
+      forward: the model and its method.
+      bank: the bank; None without a method.
+      params: the model's parameters.
+      slot: the adapter's slot.
+    """
     if bank is None:
         return []
-    leaves = zip(
-        jax.tree.leaves(_dtypes(forward, adapter)), jax.tree.leaves(adapter), _is_own(bank, adapter), strict=True
-    )
-    return [x.astype(dtype) for dtype, x, own in leaves if own]
+    leaves, dtypes = flatten(bank.row(slot, params)), _dtypes(forward)
+    return [leaves[path].astype(dtypes.get(path, leaves[path].dtype)) for path in _own_paths(bank)]
 
 
 def with_own_leaves(bank: Any, own: list[jax.Array]) -> Any:
-    """A row's adapter, from the leaves that are its own and those that the bank holds once. Inverse of `own_leaves`."""
+    """A row's adapter, from its own leaves and those that all adapters of a bank share. Inverse of `own_leaves`."""
     if bank is None:
         return None
-    like = jax.eval_shape(lambda: bank.row(0))
-    leaves, structure = jax.tree.flatten(bank.leaves)
-    rest = iter(own)
-    filled = [next(rest) if is_own else held for held, is_own in zip(leaves, _is_own(bank, like), strict=True)]
-    return jax.tree.unflatten(structure, filled)
+    return unflatten({**flatten(bank.leaves), **dict(zip(_own_paths(bank), own, strict=True))})
 
 
-def _is_own(bank: Any, adapter: Any) -> list[bool]:
-    """Whether each leaf has an axis of slots in the bank."""
-    pairs = zip(jax.tree.leaves(bank.leaves), jax.tree.leaves(adapter), strict=True)
-    return [np.ndim(held) != np.ndim(one) for held, one in pairs]
+def _own_paths(bank: Any) -> list[Path]:
+    """The paths of the leaves that differ between adapters."""
+    return sorted(path for path, axis in flatten(bank.axes).items() if axis is not None)
 
 
-def _dtypes(forward: Forward, adapter: Any) -> Any:
-    """The dtype of each leaf in a row: that of the computation, to which methods cast it in every call.
+def _dtypes(forward: Forward) -> dict[Path, Any]:
+    """The dtype of the computation for each leaf of floating numbers that methods cast to it in every call.
 
     Leaves that a method takes as they are, or computes others from, keep theirs.
     """
-    peft, dtype = forward.peft, forward.model.dtype or forward.model.param_dtype
+    peft, dtype = forward.peft, jnp.dtype(forward.model.dtype or forward.model.param_dtype)
     assert peft is not None
-    actions = [a for a in peft.actions if a.site.kind != "leaf" and not a.method.expands]
+    sizes = {path: jax.ShapeDtypeStruct(shape, own) for path, (shape, own) in peft.structure}
+    actions = [a for a in peft.actions if a.site.kind != "leaf" and not _computes(peft, a, sizes)]
     cast = {a.leaf_path(name) for a in actions for name in a.stored if name not in {*a.method.uncast, a.mask}}
+    return {path: dtype for path in cast if jnp.issubdtype(sizes[path].dtype, jnp.floating)}
 
-    def of(path: Any, leaf: Any) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.dtype(dtype if path in cast and floating else leaf.dtype)
 
-    return map_with_path(of, meta.unbox(adapter))
+def _computes(peft: Peft, action: Action, sizes: Mapping[Path, Any]) -> bool:
+    """Whether a method computes the leaves that it applies from those that are stored."""
+    if not action.method.expands:
+        return False
+    own, stack = peft.own(action, sizes), action.site.stack
+    first = {n: jax.eval_shape(lambda x: stack_first(x, stack), x).shape for n, x in own.items() if n != action.mask}
+    drop = len(stack) + len(action.site.batch)
+    matrix = {n: jax.ShapeDtypeStruct(shape[drop:], own[n].dtype) for n, shape in first.items()}
+    expand = functools.partial(action.method.expand, action.site)
+    return bool(jax.make_jaxpr(lambda *args: dict(expand(*args)))(peft.shared(action, sizes), matrix).eqns)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -212,7 +220,7 @@ def prefill(
     """
     at, first = chunk.row, chunk.first
     held = [x[at] for x in rows.adapter]
-    new = own_leaves(forward, bank, None if bank is None else bank.row(chunk.slot))
+    new = own_leaves(forward, bank, params, chunk.slot)
     own = [jnp.where(first, x, old) for x, old in zip(new, held, strict=True)]
     # Zeros, since a value that is not finite would reach all tokens, with a weight of zero.
     cache = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[at]), x[at]), rows.cache)

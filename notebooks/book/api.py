@@ -45,7 +45,17 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "jpeft.parallel.hosts",
     ),
     "Planning": ("jpeft.planning",),
-    "Generation": ("jpeft.serving.generation", "jpeft.serving.text_generator"),
+    "Generation": (
+        "jpeft.serving.generation",
+        "jpeft.serving.sampling",
+        "jpeft.serving.text_generator",
+    ),
+    "Serving": (
+        "jpeft.serving.engine",
+        "jpeft.serving.request",
+        "jpeft.serving.http.app",
+        "jpeft.recipes.serve",
+    ),
     "Text": (
         "jpeft.text.conversations",
         "jpeft.text.labeled",

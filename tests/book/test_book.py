@@ -173,7 +173,7 @@ def test_every_command_and_every_field_of_a_configuration_is_in_the_reference():
     from jpeft.recipes.config import Config
 
     pages = commands.pages()
-    for name in ("finetune", "plan", "predict", "merge", "export", "generate", "chat", "quantize", "inspect"):
+    for name in ("finetune", "plan", "predict", "merge", "export", "generate", "chat", "serve", "quantize", "inspect"):
         assert f"## jpeft {name}\n" in pages["reference/command_line.md"]
     assert "--batch-size" in pages["reference/command_line.md"] and "--topology" in pages["reference/command_line.md"]
     for field in dataclasses.fields(Config):
