@@ -9,8 +9,8 @@ of which ran both, and that of the fastest.
 prefill     The first token of 64 prompts of 128 tokens under 1, 8 and 64 adapters of a bank, `jpeft.generate(…,
             adapter_ids=[…])`; "loop": one call for each adapter. torch: `generate(…, adapter_names=[…])` of HuggingFace
             PEFT, its mixed batch.
-decode      A token of each of these rows: the time to generate 17 tokens less that to generate one, divided by 16.
-            "temporaries" are those of the compiled program.
+decode      A token of each of these rows: the time to generate 17 tokens less that to generate
+            one, divided by 16. "temporaries" are those of the compiled program.
 population  Eight adapters of `jpeft.Population` in one step, against eight steps one after the other, at 16, 128 and
             512 tokens a member.
 engine      64 requests of 32 tokens under 8 adapters through `jpeft.Engine` with 16 rows, and one by one.
