@@ -134,20 +134,20 @@ def torch_calls(args: argparse.Namespace, prompts: list[list[int]], scratch: Pat
         found.generation_config.pad_token_id = 0
         return found
 
-    def run(theirs: Any, max_new_tokens: int, **kwargs: Any) -> Any:
+    def run(theirs: Any, ids: Any, max_new_tokens: int, **kwargs: Any) -> Any:
         with torch.inference_mode():
             mask = torch.ones_like(ids)
             return theirs.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **kwargs
             )
 
-    calls = {"torch base": functools.partial(run, loaded())}
+    calls = {"torch base": functools.partial(run, loaded(), ids)}
     for count in args.adapters:
         theirs = get_peft_model(loaded(), config, adapter_name="a0").eval()
         for i in range(1, count):
             theirs.add_adapter(f"a{i}", config)
         names = {"adapter_names": [f"a{i * count // args.rows}" for i in range(args.rows)]} if count > 1 else {}
-        calls[f"torch {count} adapter{'s' * (count > 1)}"] = functools.partial(run, theirs, **names)
+        calls[f"torch {count} adapter{'s' * (count > 1)}"] = functools.partial(run, theirs, ids, **names)
     return calls
 
 
@@ -168,31 +168,63 @@ def prefill(args: argparse.Namespace, scratch: Path) -> Any:
 
 def decode(args: argparse.Namespace, scratch: Path) -> Any:
     """The time of a further token of each row."""
-    calls = batch_calls(args, scratch)
-    pairs = {
-        name: [Variant(name, functools.partial(call, max_new_tokens=n)) for n in (1, args.new)]
-        for name, call in calls.items()
-    }
-    measure([variant for pair in pairs.values() for variant in pair], args.rounds, warm_up=1)
     variants = []
-    for name, (first, whole) in pairs.items():
-        facts = {} if "torch" in name or "loop" in name else {"temporaries MB": _temporaries(calls[name])}
-        variant = Variant(name, whole.step, **facts)
-        once = statistics.median(first.times)
-        variant.times = [(t - once) / (args.new - 1) for t in whole.times]
-        variants.append(variant)
+    for name, call in batch_calls(args, scratch).items():
+        if name.startswith("torch"):
+            variants.append(Variant(name, _torch_tokens(call, args.new)))
+        else:
+            run, facts = _tokens(call, args.new)
+            variants.append(Variant(name, run, **facts))
+    measure(variants, args.rounds, warm_up=1)
+    for variant in variants:
+        variant.times = [t / args.new for t in variant.times]
     print(f"\n### A token of {args.rows} rows, after {args.length} tokens\n")
     return report(variants, "base", "temporaries MB")
 
 
-def _temporaries(call: Any) -> str:
-    """The megabytes of temporaries of the program that decodes a token."""
-    (model, params, prompts), given = call.args, call.keywords
-    trees = [given.get(name) for name in ("peft", "adapter", "adapter_ids")]
-    settings = generation.Settings(max_new_tokens=2, stop_ids=())
-    begun = generation._Decoding.of(model, params, *trees, None, prompts, settings)
-    lowered = generation._decode.lower(begun.forward, begun.trees, begun.state, begun.sampling, jnp.int32(1))
-    return f"{lowered.compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}"
+_decoding = jax.jit(generation._decode.__wrapped__, static_argnames="forward")  # keeps its state, to begin again
+
+
+def _tokens(call: Any, new: int) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Generates so many tokens after the prompts of a call; and the temporaries of the program, of one that is one."""
+    calls = _calls_of(call)
+    begun = []
+    for model, params, prompts, given in calls:
+        trees = [given.get(name) for name in ("peft", "adapter", "adapter_ids")]
+        settings = generation.Settings(max_new_tokens=new + 1, stop_ids=())
+        begun.append(generation._Decoding.of(model, params, *trees, None, prompts, settings))
+    programs = [(b.forward, b.trees, b.state, b.sampling, jnp.int32(new)) for b in begun]
+    memory = _decoding.lower(*programs[0]).compile().memory_analysis().temp_size_in_bytes
+    facts = {"temporaries MB": f"{memory / 1e6:.1f}"} if len(programs) == 1 else {}
+    return lambda: jax.block_until_ready([_decoding(*program).tokens for program in programs]), facts
+
+
+def _calls_of(call: Any) -> list[tuple[Any, Any, Any, Any]]:
+    """The model, parameters, prompts and keywords of a call, or of each in a loop."""
+    if call.func is not _loop:
+        return [(*call.args, call.keywords)]
+    run, peft, own, each = call.args
+    return [(*run.args, prompts, {"peft": peft, "adapter": own[name]}) for name, prompts in each.items()]
+
+
+def _torch_tokens(call: Any, new: int) -> Callable[[], Any]:
+    """The same of a call by torch."""
+    import torch
+    from transformers import DynamicCache
+
+    model, ids = call.args
+    with torch.inference_mode():
+        cache = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), **call.keywords).past_key_values
+
+    def run() -> None:
+        token = ids[:, -1:]
+        with torch.inference_mode():
+            for _ in range(new):
+                logits = model(input_ids=token, past_key_values=cache, **call.keywords).logits
+                token = logits[:, -1:].argmax(-1)
+        cache.crop(ids.shape[1])
+
+    return run
 
 
 # --- one training step ------------------------------------------------------------------------------------------------
