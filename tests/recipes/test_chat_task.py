@@ -468,3 +468,13 @@ def test_a_tokenizer_without_chat_template(home, tmp_path, capsys):
     assert main(job("run", "--model", "bare")) == 1
     assert "no chat template" in capsys.readouterr().err
     assert chat_template.read("llama").template and conversations.read("test.jsonl")
+
+
+@pytest.mark.exhaustive
+def test_a_sweep_trains_combinations_over_one_quantized_base(capsys):
+    words = ["--steps", "2", "--samples", "1", "--mesh", "data=2,fsdp=4", "--batch-size", "8"]
+    assert main(job("swept", *words, "--sweep", "rank=2,4", "seed=0,1", "--halving", "1")) == 0
+    result = run_folder.read_result(Path("swept"))
+    assert sorted(row["steps"] for row in result["sweep"]["combinations"]) == [1, 1, 2, 2]
+    assert len(result["samples"]) == 1 and result["config"]["quantize"] == "nf4"
+    assert "rank=4 seed=1" in capsys.readouterr().out
