@@ -1,5 +1,5 @@
 """`benchmarks/gpu.py` on a CPU: its cases, limits and tables, and the whole script with jax, flax and optax alone; and
-`benchmarks/methods.py`, `benchmarks/nnx.py` and `benchmarks/prompts.py` on tiny models."""
+`benchmarks/methods.py`, `benchmarks/nnx.py`, `benchmarks/prompts.py` and `benchmarks/many.py` on tiny models."""
 
 import importlib
 import json
@@ -166,6 +166,30 @@ def test_prompts_and_prefixes_are_measured_against_lora_and_the_base(scripts, tm
     flops = {name: found["train"][name]["flops"] for name in methods}
     assert flops["prefix"] < 1.1 * flops["LoRA q, v"]
     assert "### Decoding a token" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # torch's and peft's own
+@pytest.mark.parametrize("torch", [False, True])
+def test_many_adapters_are_measured_in_a_batch_a_step_and_an_engine(scripts, tmp_path, capsys, torch):
+    if torch:
+        pytest.importorskip("peft")
+    file = tmp_path / "many.json"
+    argv = ["--tiny", "--rounds", "1", "--json", str(file)]
+    argv += ["--only", "decode"] if torch else ["--no-torch"]
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        scripts("many").main(argv)
+    found = json.loads(file.read_text())
+    ours = ["base", "1 adapter", "2 adapters", "2 adapters, loop", "4 adapters", "4 adapters, loop"]
+    theirs = ["torch base", "torch 1 adapter", "torch 2 adapters", "torch 4 adapters"]
+    assert list(found["decode"]) == ours + (theirs if torch else [])
+    assert found["decode"]["base"]["ratio"] == {"median": 1, "fastest": 1}
+    if not torch:
+        assert list(found["population"]["4"]) == ["8 steps", "8 members in one step"]
+        assert list(found["engine"]) == ["one by one", "engine"]
+        assert next(iter(found["gpu"])) == "base" and len(found["gpu"]) == 6
+        assert "### A token of 4 rows" in capsys.readouterr().out
 
 
 def unit_record(quality, method, side, hits):
