@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft.models.decoder import Decoder, DecoderConfig
@@ -347,6 +348,53 @@ def test_a_method_that_acts_at_places_of_a_prompt_reads_it_at_once():
         prompt = np.random.default_rng(length).integers(0, 60, length).tolist()
         want = generate(model, params, [prompt], peft=peft, adapter=tree, max_new_tokens=6)
         assert engine.submit(prompt, "a", max_new_tokens=6).result() == want[0]
+
+
+OTHERS = {
+    "xlora": jpeft.methods.XLoRA(n_experts=2, rank=2, hidden_size=32, targets=r".*_proj"),
+    "bottleneck": jpeft.Bottleneck(size=4, targets=r".*/mlp"),
+    "vera": jpeft.VeRA(rank=4, targets=r".*q_proj"),
+    "dora": jpeft.DoRA(rank=2, targets=r".*_proj"),
+    "oft": jpeft.OFT(targets=r".*q_proj"),
+    "shifted": jpeft.PrefixTuning(length=3, shift_positions=True),
+    "network": jpeft.PrefixTuning(length=3, reparametrize=True, hidden=8, embedding=4),
+    "llama_adapter": jpeft.methods.LlamaAdapter(length=3),
+    "p_tuning": jpeft.methods.PTuning(length=3),
+    "head": jpeft.Train(targets="lm_head"),
+}
+
+
+def check_adapters(model, params, peft):
+    """Two adapters in turn, each request as `generate` has it."""
+    trees = {f"a{i}": adapter_of(peft, jax.eval_shape(lambda: params), i + 1) for i in range(2)}
+    engine, rng = Engine(model, params, bank=jpeft.stack(peft, trees, slots=4), **SIZES), np.random.default_rng(0)
+    asked = [(rng.integers(0, 60, int(rng.integers(1, 30))).tolist(), f"a{i % 2}") for i in range(6)]
+    requests = [engine.submit(prompt, name, max_new_tokens=8) for prompt, name in asked]
+    engine.run()
+    more = {"max_new_tokens": 8, "min_prompt_length": 64}
+    for request, (prompt, name) in zip(requests, asked, strict=True):
+        assert request.result() == generate(model, params, [prompt], peft=peft, adapter=trees[name], **more)[0]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "xlora" else pytest.mark.exhaustive) for name in OTHERS]
+)
+def test_other_methods(name):
+    model, params = tiny()
+    check_adapters(model, params, OTHERS[name].bind(model, params, IDS))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("where", ["nf4", "mesh"])
+def test_parameters_that_are_quantized_or_on_a_mesh(where):
+    model, params = tiny()
+    if where == "nf4":
+        params = jpeft.quantize(params, scheme="nf4", block=16)
+    else:
+        mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tensor"))
+        rules = [("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("embed", "fsdp")]
+        params = jax.device_put(params, jpeft.models.logical_shardings(model, mesh, rules))
+    check_adapters(model, params, jpeft.LoRA(rank=2, targets=r".*_proj").bind(model, params, IDS))
 
 
 def test_adapters_are_held_in_the_dtype_of_the_computation():
