@@ -221,8 +221,10 @@ class Bank(PerRow):
 @jax.jit
 def _take(bank: Bank, slots: jax.Array, base: Mapping[Path, Any]) -> dict[str, Any]:
     """See `Bank.take`; ``base`` are the base's leaves in whose place adapters have theirs."""
-    leaves = {p: x[slots] if p in bank._stacked else x for p, x in bank._flat.items()}
-    on = bank.on[slots]
+    # A slot that is not there gives NaN, not the adapter of another one; what is traced cannot raise.
+    known = jnp.where((slots >= 0) & (slots < bank.slots), slots, bank.slots)
+    leaves = {p: x.at[known].get(mode="fill") if p in bank._stacked else x for p, x in bank._flat.items()}
+    on = bank.on.at[known].get(mode="fill", fill_value=True)
     for i, action in enumerate(bank.source.actions):
         here = on[..., i]
         if action.site.kind == "leaf":

@@ -408,7 +408,8 @@ class Peft:
           adapter: the adapter, as from `init`; or a bank of adapters, as from `jpeft.stack`.
           *inputs: as for ``model.apply``.
           **kwargs: as for ``model.apply``: rngs, mutable, method, capture_intermediates, ... With a bank also
-            ``adapter_ids``, the adapter of each row: names, None for the base, or slots, see `jpeft.core.rows`.
+            ``adapter_ids``, the adapter of each row: names, None for the base, or slots; and, where it cannot be told,
+            ``row_axes``, the axis of rows of inputs by number and of other arguments by name, such as ``{1: None}``.
         """
         if isinstance(adapter, PerRow):
             return run_rows(adapter, self, params, inputs, kwargs)

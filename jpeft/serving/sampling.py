@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jpeft.checks import is_number
 
 INVALID = -2  # the token of a row whose logits are not finite
+_HOTTEST = 1e9  # a temperature at which all tokens are equally likely in float32
 _STOP_IDS = 8  # stop ids are padded to a multiple of it
 
 
@@ -57,8 +58,8 @@ class Settings:
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise GenerationError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         stop_ids = () if self.stop_ids is None else self.stop_ids
-        if not isinstance(stop_ids, Collection) or not all(map(_is_integer, stop_ids)):
-            raise GenerationError(f"stop_ids must be token ids, got {stop_ids!r}")
+        if not isinstance(stop_ids, Collection) or not all(_is_integer(i) and i >= 0 for i in stop_ids):
+            raise GenerationError(f"stop_ids must be token ids, from 0 on, got {stop_ids!r}")
         if self.temperature > 0 and self.key is None:
             raise GenerationError("sampling with a temperature above 0 needs a key, e.g. key=jax.random.key(0)")
 
@@ -77,7 +78,7 @@ class Settings:
         top_k = vocabulary if self.top_k is None else min(self.top_k, vocabulary)
         return Sampling(
             keys=_row_keys(key, batch),
-            temperature=np.full((batch,), self.temperature, np.float32),
+            temperature=np.full((batch,), min(self.temperature, _HOTTEST), np.float32),
             top_k=np.full((batch,), top_k, np.int32),
             top_p=np.full((batch,), 1.0 if self.top_p is None else self.top_p, np.float32),
             stop_ids=np.full((batch, len(stops)), stops, np.int32),
@@ -180,8 +181,10 @@ def sample(logits: Float[Array, "batch vocabulary"], sampling: Sampling, count: 
     greedy, warm = logits.argmax(axis=-1), sampling.temperature > 0
 
     def sampled() -> jax.Array:
-        # The largest logit becomes 0, so that no temperature is low enough to make it infinite.
+        # The largest logit becomes 0, so that no temperature is low enough to make it infinite; and those that are out
+        # of the question stay so, which a product with 1 / temperature would not see to.
         scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(warm, sampling.temperature, 1.0)[:, None]
+        scaled = jnp.where(jnp.isneginf(logits), -jnp.inf, scaled)
         narrow = warm & ((sampling.top_k < sampling.vocabulary) | (sampling.top_p < 1.0))
         top_k, top_p = sampling.top_k[:, None], sampling.top_p[:, None]
         kept = jax.lax.cond(narrow.any(), lambda: most_likely(scaled, top_k, top_p), lambda: scaled)

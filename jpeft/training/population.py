@@ -79,7 +79,7 @@ class Member:
 
 def _rate(value: Any) -> float:
     try:
-        rate = float(value)
+        rate = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         rate = math.nan
     if not 0 <= rate < math.inf:
@@ -341,7 +341,10 @@ class Population:
           ValueError: ``by`` has not one number for each member, or fewer than ``best`` active members have a finite
             one.
         """
-        scores = np.asarray(by, np.float64)
+        try:
+            scores = np.asarray(by, np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"by must have one number for each of the {len(self)} members, got {shown(by)}") from None
         if scores.shape != (len(self),):
             raise ValueError(f"by must have one number for each of the {len(self)} members, got shape {scores.shape}")
         scores = np.where(np.asarray(state.active) & np.isfinite(scores), scores, np.inf)

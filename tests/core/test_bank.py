@@ -93,11 +93,109 @@ def test_what_has_no_rows_is_refused():
     with pytest.raises(ValueError, match="an output must have them"):
         peft.apply(PARAMS, bank, X, how="loss", adapter_ids=ids)
     with pytest.raises(
-        ValueError, match=r"adapter_ids has 5 entries, and no argument has as many rows: float32\[4, 3, 4\]"
+        ValueError, match=r"adapter_ids has 5 entries, and no argument has as many rows: 0: float32\[4, 3, 4\]"
     ):
         peft.apply(PARAMS, bank, X, adapter_ids=[*ids, "a"])
-    with pytest.raises(ValueError, match="adapter_ids has 3 entries, and the model does not take one row more"):
+    with pytest.raises(
+        ValueError, match="adapter_ids has 3 entries, and the model does not take one row more on the first axis"
+    ):
         peft.apply(PARAMS, bank, X[:, :, :4], jnp.ones((3, 3)), adapter_ids=["a", "b", "c"])
+
+
+class Attends(nn.Module):
+    """Each row of ``x`` attends to a memory that all rows share."""
+
+    @nn.compact
+    def __call__(self, x, memory):
+        return nn.softmax(nn.Dense(5, name="up")(x) @ memory.T) @ memory
+
+
+class Timed(nn.Module):
+    """A model whose first input is a number, with one position for each token."""
+
+    @nn.compact
+    def __call__(self, time, ids, positions, unused=None):
+        x = nn.Embed(9, 4, name="embed")(ids) + nn.Embed(16, 4, name="places")(positions)
+        return nn.Dense(3, name="up")(x) * time
+
+
+class Recurrent(nn.Module):
+    """A model whose inputs are ``[time, rows, features]``."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.cumsum(nn.Dense(3, name="up")(x), axis=0)
+
+
+def each_alone(model, params, bank, own, ids, run):
+    """``run(call, i)`` for each row, with the model's call under its adapter."""
+    calls = {n: lambda *a, n=n, **k: bank.source.apply(params, own[n], *a, **k) for n in own}
+    calls[None] = lambda *a, **k: model.apply({"params": params}, *a, **k)
+    return [run(calls[name], i) for i, name in enumerate(ids)]
+
+
+def many(model, *inputs):
+    params = parameters(model, *inputs)
+    peft = jpeft.LoRA(rank=2, targets="up").bind(model, params, *inputs)
+    own = {n: moved(peft, params, seed=i) for i, n in enumerate("ab")}
+    return peft, params, jpeft.stack(peft, own), own
+
+
+NAMES = ["a", None, "b", "a"]
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_inputs_that_all_rows_share_however_many_they_are(length):
+    model, ids = Timed(), jnp.arange(4 * length).reshape(4, length) % 9
+    inputs = jnp.float32(0.5), ids, jnp.arange(length)
+    peft, params, bank, own = many(model, *inputs)
+    got = peft.apply(params, bank, *inputs, unused=jnp.ones((4, 4)), adapter_ids=NAMES)
+    want = each_alone(model, params, bank, own, NAMES, lambda f, i: f(inputs[0], ids[i : i + 1], inputs[2]))
+    close(got, jnp.concatenate(want))
+
+
+def test_what_may_be_read_in_two_ways_is_asked_for():
+    model, (x, memory) = Attends(), jax.random.normal(jax.random.key(1), (2, 4, 5))
+    peft, params, bank, own = many(model, x, memory)
+    with pytest.raises(ValueError, match=r"input 1, float32\[4, 5\], may be read as .* which by row_axes=\{1: 0\}, or"):
+        peft.apply(params, bank, x, memory, adapter_ids=NAMES)
+    got = peft.apply(params, bank, x, memory, adapter_ids=NAMES, row_axes={1: None})
+    want = each_alone(model, params, bank, own, NAMES, lambda f, i: f(x[i : i + 1], memory))
+    close(got, jnp.concatenate(want))
+    got = peft.apply(params, bank, x, memory, adapter_ids=NAMES, row_axes=(0, 0))
+    want = each_alone(model, params, bank, own, NAMES, lambda f, i: f(x[i : i + 1], memory[i : i + 1]))
+    close(got, jnp.concatenate(want))
+
+
+def test_rows_on_another_axis_are_stated():
+    model, x = Recurrent(), jax.random.normal(jax.random.key(1), (3, 4, 5))
+    peft, params, bank, own = many(model, x)
+    with pytest.raises(ValueError, match="say where rows are by row_axes"):
+        peft.apply(params, bank, x, adapter_ids=NAMES)
+    for time in (3, 4):
+        x = jax.random.normal(jax.random.key(time), (time, 4, 5))
+        got = peft.apply(params, bank, x, adapter_ids=NAMES, row_axes={0: 1})
+        want = each_alone(model, params, bank, own, NAMES, lambda f, i, x=x: f(x[:, i : i + 1]))
+        close(got, jnp.concatenate(want, 1))
+    with pytest.raises(ValueError, match="row_axes names 'y', and the call's arguments are 0"):
+        peft.apply(params, bank, x, adapter_ids=NAMES, row_axes={"y": 1})
+    with pytest.raises(ValueError, match=r"row_axes\[0\] must be an axis of that argument, from 0 on, or None; got 3"):
+        peft.apply(params, bank, x, adapter_ids=NAMES, row_axes={0: 3})
+
+
+def test_batch_mates_change_nothing_where_a_model_looks_at_the_batch():
+    class Centered(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(3, name="up")(x)
+            return y - 0.5 * y.mean(0)
+
+    model, x = Centered(), X[:, 0]
+    peft, params, bank, own = many(model, x)
+    for names in (["a", "a", "b", "b"], ["a", "b", "a", None], ["a"] * 4):
+        got = peft.apply(params, bank, x, adapter_ids=names)
+        want = each_alone(model, params, bank, own, names, lambda f, i: f(x[i : i + 1]))
+        close(got, jnp.concatenate(want))
 
 
 def test_one_adapter_for_all_and_groups():
@@ -106,7 +204,7 @@ def test_one_adapter_for_all_and_groups():
     close(peft.apply(PARAMS, bank, X, adapter_ids=["b"] * 4), peft.apply(PARAMS, own["b"], X))
     grouped = jax.jit(lambda x: peft.apply(PARAMS, bank, x, adapter_ids=["c", "c", None, None]))
     close(grouped(X), rows(peft, own, ["c", "c", None, None]))
-    assert "2x2x3x4" in grouped.lower(X).as_text()  # two adapters, two rows each
+    assert "tensor<2x4x2xf32>" in grouped.lower(X).as_text()  # two copies of A, not four
 
 
 def test_rows_have_random_numbers_of_their_own():
@@ -307,3 +405,12 @@ def test_training_moves_the_rows_adapters_alone():
     for path, x in flatten(new).items():
         moves = jnp.abs(x - flatten(bank.leaves)[path]).max(axis=tuple(range(1, x.ndim)))
         assert moves[1] > 0 and moves[2] > 0 and moves[3] == 0
+
+
+def test_traced_slots_that_are_not_there_give_nan():
+    peft = bound()
+    bank, own = bank_of(peft)
+    got = jax.jit(lambda slots: peft.apply(PARAMS, bank, X, adapter_ids=slots))(jnp.array([-1, 4, 2, 0]))
+    assert jnp.isnan(got[:2]).all()
+    close(got[2:3], peft.apply(PARAMS, own["b"], X[2:3]))
+    close(got[3:], NET.apply({"params": PARAMS}, X[3:]))
