@@ -103,7 +103,8 @@ def _told_of_sweep(grid: Mapping[str, Any], label: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"`(\w+)`", lambda found: found[1] if found[1] in grid else found[0], str(error))
+        text = re.sub(r"^`method` \S+: ", "", str(error))
+        text = re.sub(r"`(\w+)`", lambda found: found[1] if found[1] in grid else found[0], text)
         raise UserError(f"`sweep` {label}: {text}") from error
 
 
