@@ -477,7 +477,7 @@ def test_fields_that_change_nothing_are_taken():
 def test_an_error_of_the_template_names_the_model_and_not_its_path(served):
     tokenizer = dataclasses.replace(served[0].tokenizer, template="{{ raise_exception('no') }}")
     ask = read_ask({"model": "fr", "messages": user("a")}, chat=True)
-    with pytest.raises(HTTPError, match="^llama: the chat template rejects the messages: no"):
+    with pytest.raises(HTTPError, match=r"^llama: the chat template rejects the messages: no"):
         dataclasses.replace(served[0], tokenizer=tokenizer).encode(ask)
 
 
