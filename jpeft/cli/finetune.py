@@ -35,8 +35,9 @@ class Options(Common):
         metavar="FILE",
     )  # fmt: skip
     resume: str | None = option(
-        "resume RUN, or the run at --out, or the latest in runs/; a larger --steps or --epochs lengthens it: the "
-        "learning rate of its remaining steps is then that of a run of the new length, which decays to zero at its end",
+        "resume RUN, or the run at --out, or the latest in runs/; a larger --steps or --epochs lengthens it (not a "
+        "sweep): the learning rate of its remaining steps is then that of a run of the new length, which decays to "
+        "zero at its end",
         OUTPUT, None, rule=ANY_TEXT, metavar="RUN", implied="",
     )  # fmt: skip
     sweep: tuple[str, ...] = option(

@@ -9,7 +9,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from jpeft.recipes.config import read_chat_template
 from jpeft.recipes.tasks.chat import example_inputs
 from jpeft.serving.engine import Engine
 from jpeft.serving.http.answering import Served
-from jpeft.serving.http.folder import AdapterFolder
+from jpeft.serving.http.folder import AdapterFolder, is_name
 from jpeft.serving.uniting import unite
 from jpeft.storage import as_path
 from jpeft.text import chat_template
@@ -137,6 +137,8 @@ def open_served(
     root = None if adapters is None else as_path(adapters)
     found = {} if root is None else _read_all(root, base)
     called = served_name or (as_path(name).stem if as_path(name).exists() else name)
+    if bad := [text for text in (called, *found) if not is_name(text)]:
+        raise UserError(f"{bad[0]!r} cannot be a model's name: it is blank, not UTF-8, or has control characters")
     if called in found:
         raise UserError(f"an adapter has the name of the base, {called!r}: give the base another one (--name)")
     bank = None if root is None else make_bank(base, found, sizes)
@@ -145,6 +147,7 @@ def open_served(
         model, params, bank=bank, rows=sizes.rows, capacity=sizes.capacity, chunk=sizes.chunk, queue=sizes.queue,
         vocabulary=tokenizer.size,
     )  # fmt: skip
+    tokenizer = replace(tokenizer, where=called)  # clients are told of errors in a template, and not where its file is
     return Served(engine, tokenizer, called), AdapterFolder(root, base.read, called)
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,12 +88,24 @@ def checked_grid(grid: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]
         if name not in SWEPT:
             raise UserError(f"`sweep`: {name!r} is none of {', '.join(SWEPT)}")
         for value in values:
-            options(Config)[name].check(value)
+            with _told_of_sweep(out, f"{name}={value}"):
+                options(Config)[name].check(value)
         if len(set(values)) < len(values):
             raise UserError(f"`sweep` {name}={','.join(map(str, values))}: a value is given twice")
     if math.prod(map(len, out.values())) < 2:
         raise UserError("`sweep` needs two combinations or more, such as lr=1e-4,3e-4,1e-3")
     return out
+
+
+@contextlib.contextmanager
+def _told_of_sweep(grid: Mapping[str, Any], label: str) -> Iterator[None]:
+    """A context whose errors name the swept values in place of their options, which were not given."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"^`method` \S+: ", "", str(error))
+        text = re.sub(r"`(\w+)`", lambda found: found[1] if found[1] in grid else found[0], text)
+        raise UserError(f"`sweep` {label}: {text}") from error
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,12 @@ class Plan:
         """The steps after which the worse half ends."""
         return [round(steps * part / (self.halving + 1)) for part in range(1, self.halving + 1)]
 
+    def check_methods(self) -> None:
+        """Raises a UserError for a combination whose method cannot be, before a model is read."""
+        for choice, label in zip(self.choices, self.labels, strict=True):
+            with _told_of_sweep(self.grid, label):
+                build_method(dataclasses.replace(self.config, **choice))
+
     def check(self, steps: int) -> None:
         """Raises a UserError if the halvings leave no step between them, or no combination to drop."""
         marks = [0, *self.marks(steps), steps]
@@ -167,14 +186,16 @@ def sweep(
     """
     reporter, plan = reporter or NullReporter(), Plan(config, checked_grid(grid), halving)
     _check(config)
+    plan.check_methods()
     folder = None if out is None else as_path(out)
     job = prepare_new(plan.configs[0], folder, reporter, setup)
     plan = dataclasses.replace(plan, config=job.config)
     plan.check(job.steps)
+    work = _Sweep.of(plan, job)  # before there is a folder
     record = {**checked_record(job), "sweep": {"grid": {k: list(v) for k, v in plan.grid.items()}, "halving": halving}}
     run = run_folder.create_run(folder, job.config, record)
     try:
-        return _finish(plan, job, run, reporter, setup)
+        return _finish(work, run, reporter, setup)
     except (UserError, OSError, Interrupted):
         raise
     except Exception:
@@ -207,7 +228,7 @@ def resume(
     if changed := difference(record["base"], job.params):
         raise UserError(f"{folder}: cannot be resumed: the model {config.model} changed since it began: {changed}")
     plan = Plan(job.config, {k: tuple(v) for k, v in swept.items()}, record["sweep"]["halving"])
-    return _finish(plan, job, folder, reporter, setup)
+    return _finish(_Sweep.of(plan, job), folder, reporter, setup)
 
 
 def is_sweep(run: Path) -> bool:
@@ -301,9 +322,9 @@ def _evaluation(lines: Sequence[Mapping[str, Any]], member: int, step: int) -> M
     return next(x for x in lines if (x.get("member"), x["step"]) == (member, step) and "eval_loss" in x)
 
 
-def _finish(plan: Plan, job: Job, folder: Path, reporter: Reporter, setup: Setup) -> dict[str, Any]:
+def _finish(work: _Sweep, folder: Path, reporter: Reporter, setup: Setup) -> dict[str, Any]:
     """Trains to the end from the last checkpoint, if there is one, and writes the files of a complete run."""
-    work = _Sweep.of(plan, job)
+    plan, job = work.plan, work.job
     programs = len(work.population.pefts)
     reporter.say(f"{len(plan.choices)} combinations in {programs} program{'s' * (programs > 1)}")
     reporter.say(work.population.pefts[0].summary())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,32 +169,77 @@ class Engine:
           QueueFullError: as many requests wait as may.
           ClosedError: the engine was closed.
         """
-        if not (is_int(seed) and 0 <= seed < 1 << 63):
-            raise GenerationError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-        key = jax.random.key(seed) if is_positive(temperature) else None
-        vocabulary = self._settings.vocabulary
-        settings = Settings(max_new_tokens, temperature, top_k, top_p, stop_ids, key, vocabulary)
-        settings.check()
-        config = self._forward.model.config
-        ids = check_prompt(prompt, config, max_new_tokens or 1, self._forward.virtual_tokens)
-        limit = self._limit(ids, max_new_tokens)
-        sampling = settings.sampling(config, 1)
-        sampling = sampling._replace(stop_ids=sampling.stop_ids[:, :_STOP_IDS])
+        settings = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+            "stop_ids": stop_ids,
+        }  # fmt: skip
+        call = {"prompt": prompt, "adapter": adapter, "seed": seed, "listener": listener, **settings}
+        return self.submit_many([call])[0]
+
+    def submit_many(self, calls: Sequence[Mapping[str, Any]]) -> list[Request]:
+        """Queues several requests: all of them, or none.
+
+        Args:
+          calls: for each request, the arguments of `submit` by name.
+
+        Raises:
+          ValueError: they are more than rows and the queue hold.
+          Exception: what `submit` raises.
+
+        >>> requests = engine.submit_many([{"prompt": [3, 1], "seed": seed} for seed in range(3)])  # doctest: +SKIP
+        """
+        requests = [self._request_for(**call) for call in calls]
         with self._changed:
             bank = self.bank
-            slot = self._slot(bank, adapter)
-            if self._closed:
-                raise ClosedError("this engine was closed; make another one")
-            if self._room is not None and len(self._queue) >= max(self._room, self._held.count(None)):
-                self.stats.refused += 1
-                raise QueueFullError(f"{len(self._queue)} requests wait already, and the queue holds {self._room}")
-            stops = frozenset(settings.stops(config))
-            number = self.stats.submitted
-            request = Request(ids, adapter, limit, self, number, sampling, stops, bank, slot, listener)
-            self._queue.append(request)
-            self.stats.submitted += 1
+            slots = [self._slot(bank, request.adapter) for request in requests]
+            self._check_open()
+            self._check_room(len(requests))
+            for request, slot in zip(requests, slots, strict=True):
+                request._number, request._bank, request._slot = self.stats.submitted, bank, slot
+                self._queue.append(request)
+                self.stats.submitted += 1
             self._changed.notify_all()
-        return request
+        return requests
+
+    def _request_for(
+        self,
+        prompt: Sequence[int],
+        adapter: str | None = None,
+        *,
+        seed: int = 0,
+        listener: Callable[[Request], None] | None = None,
+        **given: Any,
+    ) -> Request:
+        """A request for the arguments of `submit`, checked. It has no number, bank and slot yet."""
+        if not (is_int(seed) and 0 <= seed < 1 << 63):
+            raise GenerationError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+        key = jax.random.key(seed) if is_positive(given.get("temperature")) else None
+        settings = Settings(**given, key=key, vocabulary=self._settings.vocabulary)
+        settings.check()
+        config, new = self._forward.model.config, settings.max_new_tokens
+        limit = self._limit(np.size(prompt), new)
+        ids = check_prompt(prompt, config, new or 1, self._forward.virtual_tokens)
+        sampling = settings.sampling(config, 1)
+        sampling = sampling._replace(stop_ids=sampling.stop_ids[:, :_STOP_IDS])
+        stops = frozenset(settings.stops(config))
+        return Request(ids, adapter, limit, self, -1, sampling, stops, None, 0, listener)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this engine was closed; make another one")
+
+    def _check_room(self, count: int) -> None:
+        """Raises an error if so many more requests have no place in free rows and the queue."""
+        if self.most is None or self._room is None:
+            return
+        if count > self.most:
+            raise ValueError(f"{count} requests at once; {self.rows} rows and a queue of {self._room} hold {self.most}")
+        free = sum(request is None or request.done for request in self._held)
+        waiting = max(0, len(self._queue) - free)
+        if len(self._queue) + count > free + self._room:
+            self.stats.refused += count
+            more = f", which has no room for {count}" if count > 1 else ""
+            raise QueueFullError(f"{waiting} requests wait already, and the queue holds {self._room}{more}")
 
     def cancel(self, request: Request) -> None:
         """Ends a request now. Nothing happens to one that is done."""
@@ -218,11 +263,12 @@ class Engine:
                     continue
             self.step()
 
-    def _limit(self, ids: np.ndarray, new: int | None) -> int:
-        room = self.capacity - ids.size
+    def _limit(self, size: int, new: int | None) -> int:
+        """The most new tokens after a prompt of a size."""
+        room = self.capacity - size
         if room < (new or 1):
             raise GenerationError(
-                f"the prompt has {ids.size} tokens; with {new or 1} new ones it exceeds the engine's capacity of "
+                f"the prompt has {size} tokens; with {new or 1} new ones it exceeds the engine's capacity of "
                 f"{self.capacity}; shorten it, or reduce max_new_tokens"
             )
         return min(256, room) if new is None else int(new)
@@ -245,6 +291,7 @@ class Engine:
 
         Raises:
           ValueError: the bank is full, or the adapter does not fit it or is not finite.
+          ClosedError: the engine was closed.
         """
         with self._loading:
             self._replace_bank(self._filled_bank().load(name, adapter))
@@ -254,11 +301,13 @@ class Engine:
 
         Raises:
           ValueError: there is no adapter of this name.
+          ClosedError: the engine was closed.
         """
         with self._loading:
             self._replace_bank(self._filled_bank().unload(name))
 
     def _filled_bank(self) -> Any:
+        self._check_open()
         if self.bank is None:
             raise ValueError(
                 "this engine has no bank of adapters; give it one: Engine(…, bank=jpeft.stack(peft, {}, slots=8))"
@@ -270,6 +319,11 @@ class Engine:
             self.bank = bank
 
     # --- running ----------------------------------------------------------------------------------------------------
+
+    @property
+    def most(self) -> int | None:
+        """The most requests in rows and in the queue together; None: any number."""
+        return None if self._room is None else self.rows + self._room
 
     @property
     def queued(self) -> int:
@@ -419,8 +473,7 @@ class Engine:
     def start(self) -> Engine:
         """Runs the engine in a thread of its own, until it is closed."""
         with self._changed:
-            if self._closed:
-                raise ClosedError("this engine was closed; make another one")
+            self._check_open()
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="jpeft-engine", daemon=True)
                 self._worker.start()

@@ -20,7 +20,7 @@ class QueueFullError(RuntimeError):
 
 
 class ClosedError(RuntimeError):
-    """An engine that was closed takes no requests."""
+    """An engine that was closed takes no requests and no adapters."""
 
 
 @dataclass(eq=False)

@@ -465,6 +465,26 @@ def test_a_queue_that_is_full_refuses_requests():
     assert engine.stats.refused == 1
 
 
+def test_many_requests_are_queued_together_or_not_at_all():
+    engine = make(queue=2)
+    calls = [{"prompt": [1, n], "max_new_tokens": 3} for n in range(1, engine.rows + 3)]
+    with pytest.raises(GenerationError, match="vocabulary"):
+        engine.submit_many([*calls[:-1], {"prompt": [-1]}])
+    with pytest.raises(ValueError, match=f"requests at once; {engine.rows} rows and a queue of 2 hold {engine.most}"):
+        engine.submit_many([*calls, calls[0]])
+    assert engine.queued == engine.stats.submitted == 0
+    requests = engine.submit_many(calls)
+    with pytest.raises(QueueFullError, match="2 requests wait already, and the queue holds 2"):
+        engine.submit([1])
+    engine.run()
+    engine.submit([1])
+    with pytest.raises(QueueFullError, match=f"no room for {len(calls)}"):
+        engine.submit_many(calls)
+    engine.run()
+    alone = make()
+    assert [r.tokens for r in requests] == [alone.submit(**call).result() for call in calls]
+
+
 def test_arguments_that_do_not_fit_are_told():
     model, params, adapters, bank = setup()
     peft = adapters["a0"][0]
@@ -493,8 +513,9 @@ def test_closing_cancels_what_is_not_done_or_waits_for_it():
     request = engine.submit([1], max_new_tokens=4)
     engine.close(drain=True)
     assert len(request.result()) == 4
-    with pytest.raises(ClosedError):
-        engine.start()
+    for call in (engine.start, lambda: engine.load("a0", {}), lambda: engine.unload("a0")):
+        with pytest.raises(ClosedError):
+            call()
 
 
 def test_an_idle_thread_waits():

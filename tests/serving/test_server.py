@@ -306,6 +306,8 @@ def test_adapters_are_loaded_replaced_and_unloaded(client, served, home):
         ("other", openai.BadRequestError, "another base"),
         ("nan", openai.BadRequestError, "NaN"),
         ("damaged", openai.BadRequestError, "SHA-256|truncated|damaged"),
+        ("linked", openai.PermissionDeniedError, "outside"),
+        ("deep", openai.PermissionDeniedError, "outside"),
     ],
 )
 def test_what_cannot_be_loaded_is_told_and_changes_nothing(client, served, home, path, error, message):
@@ -315,11 +317,18 @@ def test_what_cannot_be_loaded_is_told_and_changes_nothing(client, served, home,
     (root / "empty").mkdir(exist_ok=True)
     if not (root / "link").exists():
         (root / "link").symlink_to(home / "more" / "late")
+        for place in (root / "linked", root / "fr2" / "adapter"):  # real folders, of links to files
+            place.mkdir(parents=True)
+            for file in (home / "more" / "late").iterdir():
+                (place / file.name).symlink_to(file)
+        (root / "deep").mkdir()
+        (root / "deep" / "in").symlink_to(root / "fr2")
         shutil.copytree(root / "fr", root / "damaged")
         file = root / "damaged" / "adapter.safetensors"
         file.write_bytes(serialize({name: x + 1 for name, x in read_safetensors(file).items()}))
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as told:
         post(client, "/load_lora_adapter", lora_name="fr", lora_path=path)
+    assert str(root) not in str(told.value)
     assert chat(client, "fr").choices[0].message.content == alone(home, user("hi there"), "fr")
 
 
@@ -338,9 +347,21 @@ def test_names_and_bodies_of_loads(client):
         ({"lora_name": " ", "lora_path": "fr"}, "cannot have the name"),
         ({"lora_name": "a"}, "`lora_path` must be a text"),
         ({"lora_name": 3, "lora_path": "fr"}, "`lora_name` must be a text"),
+        ({"lora_name": "a\nb", "lora_path": "fr"}, "cannot have the name"),
     ):
         with pytest.raises(openai.BadRequestError, match=error):
             post(client, "/load_lora_adapter", **body)
+    with pytest.raises(openai.BadRequestError, match="no adapter has the name"):
+        post(client, "/unload_lora_adapter", lora_name="a\0")
+    assert "a\nb" not in [model.id for model in client.models.list()]
+
+
+def test_links_inside_the_folder_are_followed(served):
+    folder = served[1]
+    (folder.root / "same").mkdir()
+    (folder.root / "same" / "adapter").symlink_to(folder.root / "it")
+    (folder.root / "same" / "again").symlink_to(folder.root / "same")  # in a circle
+    assert folder.resolve("same") == (folder.root / "same").resolve()
 
 
 def test_two_loads_of_one_name_at_once(client, served, monkeypatch):
@@ -378,7 +399,8 @@ def test_requests_that_cannot_be_are_told(client):
     for given, error, message in (
         ({"name": "de"}, openai.NotFoundError, "the model 'de' does not exist; there are 'llama', 'fr'"),
         ({"text": "x" * 80}, openai.BadRequestError, "capacity of 100"),
-        ({"max_tokens": 99}, openai.BadRequestError, "capacity of 100"),
+        ({"max_tokens": 99}, openai.BadRequestError, "capacity of 100; .* reduce max_tokens"),
+        ({"max_tokens": 200}, openai.BadRequestError, "capacity of 100; .* reduce max_tokens"),
         ({"max_tokens": 0}, openai.BadRequestError, "`max_tokens` must be a positive integer, got 0"),
         ({"temperature": -1}, openai.BadRequestError, "`temperature` must be a number of at least 0"),
         ({"top_p": 0}, openai.BadRequestError, "`top_p` must be above 0"),
@@ -408,7 +430,19 @@ def test_requests_that_cannot_be_are_told(client):
         ("POST", "/v1/completions", b"[]", 400, "must be a JSON object, got list"),
         ("POST", "/v1/completions", b"{}", 400, "`model` is missing"),
         ("POST", "/v1/completions", b'{"model": null, "prompt": "a"}', 400, "`model` must be a text"),
-        ("POST", "/v1/completions", b'{"model": "fr", "prompt": "\\ud800"}', 400, "not valid Unicode"),
+        ("POST", "/v1/completions", b'{"model": "fr", "prompt": "\\ud800"}', 400, "`prompt` is not valid Unicode"),
+        ("POST", "/v1/chat/completions", b'{"messages": [{"a": "\\ud800"}]}', 400, "`messages` is not valid Unicode"),
+        ("POST", "/v1/completions", b'{"\\ud800": 1}', 400, r"the field '\ud800' is not valid Unicode"),
+        ("POST", "/v1/load_lora_adapter", b'{"lora_name": "\\ud800", "lora_path": "fr"}', 400, "`lora_name` is not"),
+        ("POST", "/v1/load_lora_adapter", b'{"lora_name": "a", "lora_path": "\\ud800"}', 400, "`lora_path` is not"),
+        ("POST", "/v1/unload_lora_adapter", b'{"lora_name": "\\ud800"}', 400, "`lora_name` is not valid Unicode"),
+        (
+            "POST",
+            "/v1/completions",
+            b'{"model": "fr", "prompt": [73786976294838206464]}',
+            400,
+            "id 73786976294838206464",
+        ),
         ("POST", "/v1/completions", b" " * (17 << 20), 413, "more than 16 MiB"),
         ("GET", "/v1/completions", b"", 405, "Method Not Allowed"),
         ("GET", "/v2/models", b"", 404, "Not Found"),
@@ -428,7 +462,7 @@ def test_an_error_of_the_server_has_the_form_too(client, served, monkeypatch):
     def broken(*args, **more):
         raise RuntimeError("a secret of the server")
 
-    monkeypatch.setattr(served[0].engine, "submit", broken)
+    monkeypatch.setattr(served[0].engine, "submit_many", broken)
     with pytest.raises(openai.InternalServerError, match="the server failed") as found:
         chat(client, "fr")
     assert "secret" not in str(found.value)
@@ -438,6 +472,13 @@ def test_fields_that_change_nothing_are_taken():
     body = {"model": "a", "prompt": "b", "user": "me", "logit_bias": {}, "suffix": None, "n": None, "top_k": -1}
     ask = read_ask(body, chat=False)
     assert (ask.n, ask.top_k, ask.max_tokens, ask.temperature) == (1, None, 16, 1.0)
+
+
+def test_an_error_of_the_template_names_the_model_and_not_its_path(served):
+    tokenizer = dataclasses.replace(served[0].tokenizer, template="{{ raise_exception('no') }}")
+    ask = read_ask({"model": "fr", "messages": user("a")}, chat=True)
+    with pytest.raises(HTTPError, match=r"^llama: the chat template rejects the messages: no"):
+        dataclasses.replace(served[0], tokenizer=tokenizer).encode(ask)
 
 
 # --- floods, time, and clients that go away ---
@@ -460,6 +501,17 @@ def test_a_flood_gets_the_status_429(client, served, monkeypatch):
     assert {type(error) for error in done} == {type(None), openai.RateLimitError}
     assert "the server is busy" in str(next(error for error in done if error))
     assert engine.stats.refused > 0
+
+
+def test_choices_that_fit_an_idle_server_are_taken_and_more_never_fit(client, served, monkeypatch):
+    engine = served[0].engine
+    monkeypatch.setattr(engine, "_room", 2)
+    until(lambda: engine.running == engine.queued == 0)
+    assert len(chat(client, "fr", n=6, max_tokens=2).choices) == 6
+    with pytest.raises(openai.BadRequestError, match="7 choices in one call; this server takes at most 6"):
+        chat(client, "fr", n=7)
+    with pytest.raises(openai.BadRequestError, match="8 choices in one call"):
+        client.completions.create(model="fr", prompt=["a", "b"], n=4)
 
 
 def until(condition):
@@ -519,8 +571,9 @@ def not_closed(served):
 
 def test_a_key_is_needed_for_all_but_health_and_metrics(served):
     with serving(make_app(*not_closed(served), api_key="sécret")) as at:
-        for key, ok in (("wrong", False), ("", False), ("sécret", True)):
-            headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
+        given = ("Bearer wrong", "", "sécret", "Basic sécret", "Bearer", "Bearer sécret", "bearer  sécret")
+        for header, ok in ((header, "earer" in header and "sécret" in header) for header in given):
+            headers = {"Authorization": header.encode()} if header else {}
             for path, method in (("/v1/models", "GET"), ("/v1/load_lora_adapter", "POST"), ("/health", "GET")):
                 connection = http.client.HTTPConnection(at.removeprefix("http://"), timeout=60)
                 connection.request(method, path, b"{}" if method == "POST" else None, headers=headers)
@@ -570,6 +623,13 @@ def test_folders_that_cannot_be_served(home, tmp_path):
         serve.open_served(str(home / "llama"), tmp_path / "b", SIZES)
     with pytest.raises(UserError, match="hold 4 adapters beside the base, and there are 5"):
         serve.open_served(str(home / "llama"), home / "adapters", serve.Sizes(slots=5))
+
+
+@pytest.mark.parametrize("name", ["a\nb", os.fsdecode(b"\xff")])
+def test_folders_whose_names_cannot_be_sent_are_told(home, tmp_path, name):
+    shutil.copytree(home / "adapters" / "fr", tmp_path / name)
+    with pytest.raises(UserError, match="cannot be a model's name"):
+        serve.open_served(str(home / "llama"), tmp_path, SIZES)
 
 
 def test_adapters_that_cannot_share_a_bank_are_told(home, tmp_path):

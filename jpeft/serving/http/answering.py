@@ -62,38 +62,45 @@ class Served:
             names = ", ".join(map(repr, self.names()[:20]))
             raise HTTPError(404, f"the model {ask.model!r} does not exist; there are {names}", "model")
         prompts = self.encode(ask)
-        if len(prompts) * ask.n > _MANY:
-            raise HTTPError(400, f"{len(prompts) * ask.n} choices in one call; at most {_MANY}", "n")
-        requests: list[Request] = []
-        try:
-            for ids in prompts:
-                seed = secrets.randbits(62) if ask.seed is None else ask.seed
-                requests += [self._submit(ask, ids, seed + i, listener) for i in range(ask.n)]
-        except BaseException:
-            cancel(requests)
-            raise
-        return requests
+        self._check_number(len(prompts) * ask.n, "n" if ask.n > 1 else "prompt")
+        calls = []
+        for ids in prompts:
+            seed = secrets.randbits(62) if ask.seed is None else ask.seed
+            calls += [self._call(ask, ids, seed + i, listener) for i in range(ask.n)]
+        return self._submit(ask, calls)
 
-    def _submit(self, ask: Ask, ids: Sequence[int], seed: int, listener: Any) -> Request:
+    def _check_number(self, choices: int, param: str) -> None:
+        """Raises an error for more choices than the engine ever has room for."""
+        most = _MANY if self.engine.most is None else min(_MANY, self.engine.most)
+        if choices > most:
+            why = "" if most == _MANY else ", as many as run and wait at once"
+            raise HTTPError(400, f"{choices} choices in one call; this server takes at most {most}{why}", param)
+
+    def _call(self, ask: Ask, ids: Sequence[int], seed: int, listener: Any) -> dict[str, Any]:
+        """The arguments of a request to the engine."""
         room = max(1, self.engine.capacity - len(ids))
+        return {
+            "prompt": ids,
+            "adapter": None if ask.model == self.base else ask.model,
+            "max_new_tokens": room if ask.max_tokens is None else ask.max_tokens,
+            "temperature": ask.temperature,
+            "top_k": ask.top_k,
+            "top_p": ask.top_p,
+            "stop_ids": self.tokenizer.stop_ids,
+            "seed": seed,
+            "listener": listener,
+        }
+
+    def _submit(self, ask: Ask, calls: Sequence[dict[str, Any]]) -> list[Request]:
         try:
-            return self.engine.submit(
-                ids,
-                None if ask.model == self.base else ask.model,
-                max_new_tokens=room if ask.max_tokens is None else ask.max_tokens,
-                temperature=ask.temperature,
-                top_k=ask.top_k,
-                top_p=ask.top_p,
-                stop_ids=self.tokenizer.stop_ids,
-                seed=seed,
-                listener=listener,
-            )
+            return self.engine.submit_many(calls)
         except QueueFullError as error:
             raise HTTPError(429, f"the server is busy: {error}; try again later") from error
         except ClosedError as error:
             raise HTTPError(503, "the server is stopping") from error
         except GenerationError as error:
-            raise HTTPError(400, str(error)) from error
+            # The field has another name here.
+            raise HTTPError(400, str(error).replace("max_new_tokens", "max_tokens")) from error
         except ValueError as error:  # unloaded meanwhile, or a base that has no place in the bank
             raise HTTPError(404 if ask.model not in self.names() else 400, str(error), "model") from error
 

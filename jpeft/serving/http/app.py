@@ -96,9 +96,10 @@ class _Server:
     def _check_key(self, request: Request) -> None:
         if self.api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Headers are bytes, which starlette reads as Latin-1.
-        if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
+        same = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
+        if not (same and scheme.lower() == "bearer"):
             raise HTTPError(401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY")
 
     # --- answers ---

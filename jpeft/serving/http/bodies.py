@@ -92,7 +92,23 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise HTTPError(400, f"the body is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise HTTPError(400, f"the body must be a JSON object, got {type(found).__name__}")
+    for name, value in found.items():
+        if not _is_unicode(name):
+            raise HTTPError(400, f"the field {shown(name, 40)} is not valid Unicode: it has half a surrogate pair")
+        if not _is_unicode(value):
+            raise HTTPError(400, f"`{name}` is not valid Unicode: it has half a surrogate pair", name)
     return found
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all texts in a value can be sent: JSON may escape half a surrogate pair, which has no UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except RecursionError:
+        raise HTTPError(400, "the body has too many levels") from None
+    return True
 
 
 def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
@@ -150,10 +166,12 @@ def _messages(value: Any) -> list[Any]:
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """A prompt, or several: each a text or a list of token ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(map(is_int, value))):
-        return [value]
-    if isinstance(value, list) and value and all(isinstance(v, str) or _is_ids(v) for v in value):
-        return value
+    prompts = [value] if isinstance(value, str) or _is_ids(value) else value
+    if isinstance(prompts, list) and prompts and all(isinstance(v, str) or _is_ids(v) for v in prompts):
+        for id in (id for prompt in prompts if not isinstance(prompt, str) for id in prompt):
+            if id.bit_length() > 31:  # an array of ids could not hold it
+                raise HTTPError(400, f"`prompt` has the token id {shown(id, 40)}, which no vocabulary has", "prompt")
+        return prompts
     raise HTTPError(400, f"`prompt` must be texts or lists of token ids, got {shown(value, 40)}", "prompt")
 
 
