@@ -105,5 +105,6 @@ def test_the_program_has_one_product_for_each_weight_of_the_base(models):
     weights = [w for w in peft.weights if len(w.stored) == 2]
     assert len(base) == len([w for w in weights if not w.lookup]) + 1  # and the head, which is the table
     flops = [f.compile().cost_analysis()["flops"] for f in (program, one.lower(own["0"], x))]
-    assert flops[0] <= 1.05 * flops[1]
+    picked = 8 * sum(x.size for x in jax.tree.leaves(own["0"]))  # an operation for each leaf of each row's adapter
+    assert flops[0] <= 1.02 * flops[1] + 2 * picked
     np.testing.assert_allclose(many(bank, jnp.full(8, 3), x)[:1], one(own["2"], x[:1]), atol=1e-5)

@@ -472,10 +472,10 @@ BAD = {
     "top_p in percent": ({"top_p": 90}, "top_p must be .* got 90"),
     "vocabulary": ({"vocabulary": 0}, "vocabulary must be a positive integer, got 0"),
     "vocabulary negative": ({"vocabulary": -5}, "vocabulary must be .* got -5"),
-    "stop id": ({"stop_ids": [2.5]}, r"stop_ids must be token ids, got \[2.5\]"),
-    "no stop id": ({"stop_ids": [None]}, r"stop_ids must be token ids, got \[None\]"),
-    "one stop id, not in a list": ({"stop_ids": 2}, "stop_ids must be token ids, got 2"),
-    "stop text": ({"stop_ids": "2"}, "stop_ids must be token ids, got '2'"),
+    "stop id": ({"stop_ids": [2.5]}, r"stop_ids must be token ids, from 0 on, got \[2.5\]"),
+    "no stop id": ({"stop_ids": [None]}, r"stop_ids must be token ids, from 0 on, got \[None\]"),
+    "one stop id, not in a list": ({"stop_ids": 2}, "stop_ids must be token ids, from 0 on, got 2"),
+    "stop text": ({"stop_ids": "2"}, "stop_ids must be token ids, from 0 on, got '2'"),
 }
 
 
