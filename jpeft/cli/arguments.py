@@ -170,7 +170,7 @@ def parse(app: App, tokens: Sequence[str], known: Mapping[str, Option]) -> dict[
     """
     given = _bound(app, tokens, known)
     words = given.pop("overrides", ())
-    if given.get("sweep"):  # rank=8,16 after --sweep lr=1e-4,1e-3 has several values too
+    if isinstance(given.get("sweep"), list | tuple):  # rank=8,16 after --sweep lr=1e-4,1e-3 has several values too
         lists = [word for word in words if _is_list(word, known)]
         given["sweep"], words = [*given["sweep"], *lists], [word for word in words if word not in lists]
     if words:
