@@ -108,3 +108,25 @@ def test_the_program_has_one_product_for_each_weight_of_the_base(models):
     picked = 8 * sum(x.size for x in jax.tree.leaves(own["0"]))  # an operation for each leaf of each row's adapter
     assert flops[0] <= 1.02 * flops[1] + 2 * picked
     np.testing.assert_allclose(many(bank, jnp.full(8, 3), x)[:1], one(own["2"], x[:1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "chain", "DoRA", "prefix"])
+def test_logits_of_scanned_rematerialized_and_quantized_layers(name, models):
+    model, params = models[True]
+    model, ids = model.clone(remat="full"), jnp.asarray(np.random.default_rng(0).integers(0, 60, (4, 4)))
+    params = jpeft.quantize(params, "nf4", model, ids, block=4, targets=r".*/(self_attn|mlp)/.*")
+    peft = METHODS[name][0].bind(model, params, ids)
+    own, names = adapters_of(peft, params), ["de", None, "it", "de"]
+
+    @jax.jit
+    def run(params, bank, own, slots):
+        each = [own[n] if n else None for n in names]
+        alone = [
+            peft.apply(params, a, ids[i : i + 1]) if a else model.apply({"params": params}, ids[i : i + 1])
+            for i, a in enumerate(each)
+        ]
+        return peft.apply(params, bank, ids, adapter_ids=slots), jnp.concatenate(alone)
+
+    bank = jpeft.stack(peft, own)
+    got, want = run(params, bank, own, bank.ids(names))
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
