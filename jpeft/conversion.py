@@ -1,7 +1,7 @@
 """Adapters as LoRA: what any mergeable method does to a weight, as a product A B with its error.
 
     W' = merge(W)           the weight under the adapter
-    D = W' - W = A B + E    A: [in, r], B: [r, out], error |E| / |D| in Frobenius' norm
+    D = W' - W = A B + E    A: [in, r], B: [r, out], error ‖E‖ / ‖D‖ in Frobenius' norm
 
 A LoRA is copied, its scale folded into B. Of any other method D is decomposed, one matrix at a time: exactly where D
 has a low rank (VeRA, AdaLoRA, a few trained rows of an embedding), else as its best approximation.
@@ -43,7 +43,7 @@ class Factors(NamedTuple):
     Attributes:
       a: ``[in, r]`` in float32.
       b: ``[r, out]`` in float32.
-      error: |E| / |A B + E|; None for factors that were not computed but copied.
+      error: ‖E‖ / ‖A B + E‖; None for factors that were not computed but copied.
     """
 
     a: np.ndarray
