@@ -134,7 +134,9 @@ class _Call:
         tree, others = params, {}
         if isinstance(params, Mapping):
             tree, others = split_variables(params)
-        given = {**others, **kwargs, **dict(enumerate(inputs))}
+        # A collection may have the name of an argument, as "cache" may.
+        collections = {n: f"{n} of the variables" if n in kwargs else n for n in others}
+        given = {**{collections[n]: x for n, x in others.items()}, **kwargs, **dict(enumerate(inputs))}
         arrays, names, restores = [], [], {}
         for name, value in given.items():
             own, restores[name] = split_arrays(value)
@@ -144,7 +146,7 @@ class _Call:
         def run(adapter: Any, arrays: Sequence[Any], rngs: Any) -> Any:
             back = {n: restores[n]([x for x, own in zip(arrays, names, strict=True) if own == n]) for n in restores}
             own = {n: back[n] for n in kwargs} | ({} if rngs is None else {"rngs": rngs})
-            given = {**{n: back[n] for n in others}, "params": tree} if others else tree
+            given = {**{n: back[key] for n, key in collections.items()}, "params": tree} if others else tree
             return bank.peft.apply(given, adapter, *(back[i] for i in range(len(inputs))), **own)
 
         shapes = {p: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for p, (shape, dtype) in bank.peft.structure}
@@ -169,7 +171,7 @@ class _Call:
 
 
 def _stated(given: Mapping[Any, Any], names: Sequence[Any], axes: Any) -> list[tuple[bool, Axis]]:
-    """What ``row_axes`` says of each array.
+    """For each array whether ``row_axes`` states its axis, and that axis.
 
     Raises:
       TypeError: it is no mapping.
@@ -195,7 +197,7 @@ def _stated(given: Mapping[Any, Any], names: Sequence[Any], axes: Any) -> list[t
 
 
 class _Axes(NamedTuple):
-    """Where the rows are.
+    """The axes of rows in a call.
 
     Attributes:
       inputs: the axis of rows of each array among the arguments; None for one that all rows share.

@@ -414,3 +414,23 @@ def test_traced_slots_that_are_not_there_give_nan():
     assert jnp.isnan(got[:2]).all()
     close(got[2:3], peft.apply(PARAMS, own["b"], X[2:3]))
     close(got[3:], NET.apply({"params": PARAMS}, X[3:]))
+
+
+def test_an_argument_and_a_collection_of_one_name():
+    class Keeps(nn.Module):
+        @nn.compact
+        def __call__(self, x, cache=None):
+            held = self.variable("cache", "held", lambda: jnp.zeros(x.shape[:1]))
+            return nn.Dense(3, name="up")(x) + held.value[:, None] + cache
+
+    model, x, held = Keeps(), X[:, 0], jnp.arange(4.0)
+    params = parameters(model, x, cache=jnp.ones(()))
+    peft = jpeft.LoRA(rank=2, targets="up").bind(model, {"params": params, "cache": {"held": held}}, x, cache=1.0)
+    own = {n: moved(peft, params, seed=i) for i, n in enumerate("ab")}
+
+    def call(adapter, rows, **kwargs):
+        variables = {"params": params, "cache": {"held": held[rows]}}
+        return peft.apply(variables, adapter, x[rows], cache=jnp.float32(5), **kwargs)
+
+    got = call(jpeft.stack(peft, own), slice(0, 4), adapter_ids=["a", "b", "b", "a"])
+    close(got, jnp.concatenate([call(own[n], slice(i, i + 1)) for i, n in enumerate("abba")]))
