@@ -33,7 +33,7 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class Server:
-    """What a server takes.
+    """The adapters that a server takes.
 
     Attributes:
       title: its name for people.

@@ -57,7 +57,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_for` wrote.
+    """The result of `export_for`.
 
     Attributes:
         command: the command that serves it; empty for PEFT itself.

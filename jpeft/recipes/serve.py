@@ -1,4 +1,4 @@
-"""What `jpeft serve` serves: a language model, its tokenizer, and a folder of adapters in one bank.
+"""The model of `jpeft serve`, its tokenizer, and a folder of adapters in one bank.
 
 Example::
 

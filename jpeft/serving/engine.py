@@ -36,7 +36,7 @@ _PREFILLS = 8  # chunks that are read between two steps of decoding
 
 @dataclass
 class Stats:
-    """What an engine has done since it was made.
+    """Counts of an engine since it was made.
 
     Attributes:
       submitted: requests that were taken.

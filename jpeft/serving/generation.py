@@ -25,12 +25,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from jpeft.core.bank import Bank
-from jpeft.core.entering import continuing
 from jpeft.core.peft import Peft
 from jpeft.core.rows import Grouping, group
 from jpeft.core.tree import split_arrays
 from jpeft.models.decoder import Decoder
 from jpeft.models.kv_cache import grow_cache, init_cache
+from jpeft.serving.rows import Forward
 from jpeft.serving.sampling import INVALID, GenerationError, Sampling, Settings, check_prompts, sample
 
 
@@ -147,18 +147,15 @@ class _Trees(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Forward:
-    """The model, with its bound method if there is one. Static in compiled programs.
+class _Forward(Forward):
+    """The model, with its bound method if there is one, for rows that may be grouped.
 
     Attributes:
-      model: the decoder.
-      peft: the bound method.
+      model, peft: see `Forward`.
       size: the number of rows that lie together and share an adapter; 0: all rows share one. Otherwise groups of rows
         stand in front of adapters and caches: so each has its keys and values in one place.
     """
 
-    model: Decoder
-    peft: Peft | None
     size: int = 0
 
     @classmethod
@@ -177,27 +174,19 @@ class _Forward:
             )
         return cls(model, peft)
 
-    @property
-    def virtual_tokens(self) -> int:
-        """The number of positions that the adapter adds to a prompt."""
-        return 0 if self.peft is None else self.peft.virtual_tokens
-
-    def __call__(
+    def logits(
         self, trees: _Trees, input_ids: jax.Array, cache: Any, continues: bool, **kwargs: Any
     ) -> tuple[jax.Array, Any]:
-        """The logits and the cache; `continues`: whether an earlier call has begun the cache."""
-        params, adapter, arguments = trees
-        if self.peft is None:
-            return self.model.apply({"params": params}, input_ids, cache=cache, **kwargs)
+        """The logits of the last token, and the cache; `continues`: whether an earlier call has begun the cache."""
         if self.size:
             return self._by_group(trees, input_ids, cache, continues, kwargs)
-        with continuing(continues):
-            return self.peft.apply(params, adapter, input_ids, cache=cache, **arguments, **kwargs)
+        params, adapter, arguments = trees
+        return self(params, adapter, input_ids, cache, continues, **arguments, **kwargs)
 
     def _by_group(
         self, trees: _Trees, input_ids: jax.Array, cache: Any, continues: bool, kwargs: Mapping[str, Any]
     ) -> tuple[jax.Array, Any]:
-        """As a call, each group of rows under its own adapter."""
+        """As `logits`, each group of rows under its own adapter."""
         peft, rows, structure = self.peft, len(input_ids), []
         assert peft is not None
         one_group = replace(self, size=0)
@@ -205,7 +194,7 @@ class _Forward:
         def one(adapter: Any, given: Any, held: Any) -> Any:
             ids, own = restore(given)
             with_own = trees._replace(adapter=adapter, arguments={n: own.pop(n) for n in trees.arguments})
-            logits, cache = one_group(with_own, ids, begun.unflatten(held), continues, **own)
+            logits, cache = one_group.logits(with_own, ids, begun.unflatten(held), continues, **own)
             leaves, ended = jax.tree.flatten(cache)
             structure.append(ended)
             return logits, [x for x in leaves if x.ndim], [x for x in leaves if not x.ndim]
@@ -379,8 +368,8 @@ def _prefill(
     """Reads the prompts and samples the first token."""
     batch, width = ids.shape[0], ids.shape[1] + forward.virtual_tokens
     cache = forward.empty_cache(batch, width)  # no wider, so that attention skips the empty slots
-    logits, cache = forward(trees, ids, cache, continues=False, attention_mask=mask, logits_to_keep=1)
-    token = sample(logits[:, -1], sampling, 0)
+    logits, cache = forward.logits(trees, ids, cache, continues=False, attention_mask=mask)
+    token = sample(logits, sampling, 0)
     tokens = jnp.zeros((batch, capacity - width), jnp.int32).at[:, 0].set(token)
     return _State(grow_cache(cache, capacity), tokens, sampling.stops(token), jnp.int32(1))
 
@@ -396,8 +385,8 @@ def _decode(forward: _Forward, trees: Any, state: _State, sampling: Sampling, st
 
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1)
-        logits, cache = forward(trees, token, state.cache, continues=True)
-        token = sample(logits[:, -1], sampling, state.count)
+        logits, cache = forward.logits(trees, token, state.cache, continues=True)
+        token = sample(logits, sampling, state.count)
         tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.count, axis=1)
         return _State(cache, tokens, state.done | sampling.stops(token), state.count + 1)
 

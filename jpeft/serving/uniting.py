@@ -66,7 +66,7 @@ def unite(pefts: Iterable[Peft], rank: int = 0) -> list[Any]:
 
 
 def _kind(method: Any) -> Any:
-    """What members must have in common to become one."""
+    """The class and the fields that members must share to become one."""
     free = {*method.inert, *method.resizable, *method.rescaled}
     fields = [(f.name, getattr(method, f.name)) for f in dataclasses.fields(method) if f.name not in free]
     return type(method), tuple(fields)
